@@ -1,0 +1,144 @@
+"""Loading a Mixtral for training under ZeRO-3, and proving that what was loaded is what the checkpoint holds."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.utils import get_z3_leaf_modules, set_z3_leaf_modules
+from deepspeed.zero import GatheredParameters
+from peft import LoraConfig
+from safetensors import safe_open
+from transformers import AutoTokenizer, MixtralForCausalLM, PreTrainedTokenizerBase
+from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+
+from mixfuse.errors import MixfuseError
+from train.recipe import ATTENTION_MODULES, EXPERT_PARAMETERS, Lora
+
+
+def load_tokenizer(base: Path) -> PreTrainedTokenizerBase:
+    """Loads a base model's tokenizer.
+
+    Raises:
+        MixfuseError: It has no chat template.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
+    if not tokenizer.chat_template:
+        raise MixfuseError(f"{base} has no chat template; training on chats needs one")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer
+
+
+def load_base(base: Path, dtype: torch.dtype) -> MixtralForCausalLM:
+    """Loads the base, partitioned where a DeepSpeed config with ZeRO-3 is alive, and checks every weight of it.
+
+    Each MoE block is made a ZeRO-3 leaf: it is gathered whole, because the experts a rank touches depend on its data
+    and ranks that gather different parameters wait for each other for ever (DeepSpeed #4966, #5008).
+
+    Raises:
+        MixfuseError: The folder holds no Mixtral, or a weight was not loaded from the checkpoint.
+    """
+    if not (base / "config.json").is_file():
+        raise MixfuseError(f"{base} is no model folder (no config.json); build one with: mixfuse base build {base}")
+    kind = json.loads((base / "config.json").read_text(encoding="utf-8")).get("model_type")
+    if kind != "mixtral":
+        raise MixfuseError(f"{base} is a {kind!r} model; mixfuse trains Mixtral")
+    model, info = MixtralForCausalLM.from_pretrained(
+        base, dtype=dtype, output_loading_info=True, local_files_only=True, use_safetensors=True
+    )
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[problem]:
+            raise MixfuseError(f"{base}: {problem.replace('_', ' ')} on loading, e.g. {sorted(info[problem])[0]!r}")
+    check_loaded(model, base)
+    set_z3_leaf_modules(model, [MixtralSparseMoeBlock])
+    leaves = get_z3_leaf_modules(model)
+    if len(leaves) != model.config.num_hidden_layers:
+        raise MixfuseError(
+            f"{len(leaves)} of {model.config.num_hidden_layers} MoE blocks are ZeRO-3 leaves; training would hang"
+        )
+    return model
+
+
+def lora_config(lora: Lora) -> LoraConfig:
+    """Turns a recipe's `lora` into PEFT's config.
+
+    In transformers 5 the experts are 3-D parameters without modules, reached by `target_parameters`; a wildcard such
+    as `all-linear` would miss them or train the router, so every target is named.
+
+    Raises:
+        MixfuseError: Neither attention nor experts are trained.
+    """
+    if not (lora.attention or lora.experts):
+        raise MixfuseError("lora: set attention or experts (or both) to true, otherwise nothing is trained")
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=0.0,  # PEFT's target_parameters takes none
+        bias="none",
+        target_modules=list(ATTENTION_MODULES) if lora.attention else [],
+        target_parameters=list(EXPERT_PARAMETERS) if lora.experts else None,
+    )
+
+
+def check_loaded(model: MixtralForCausalLM, base: Path) -> None:
+    """Compares a sample of every weight with the checkpoint's bytes: a weight left at its random start is an error.
+
+    transformers has loaded experts at random under ZeRO-3 while reporting success (transformers #43257), so its own
+    report is not enough. One module is gathered at a time; every rank must call this.
+
+    Raises:
+        MixfuseError: A weight differs from the checkpoint.
+    """
+    checkpoint = _Checkpoint(base)
+    wrong: list[str] = []
+    for prefix, module in model.named_modules():
+        parameters = dict(module.named_parameters(recurse=False))
+        partitioned = [parameter for parameter in parameters.values() if hasattr(parameter, "ds_id")]
+        with GatheredParameters(partitioned, enabled=bool(partitioned)):
+            for name, parameter in parameters.items():
+                full = f"{prefix}.{name}" if prefix else name
+                if full == "lm_head.weight" and model.config.tie_word_embeddings:
+                    continue
+                for index, key in checkpoint.rows_of(full, parameter.shape):
+                    stored = checkpoint.row(key)
+                    if not torch.equal(parameter.data[index].flatten().cpu(), stored.to(parameter.dtype)):
+                        wrong.append(full)
+                        break
+    if wrong:
+        raise MixfuseError(
+            f"{base}: {len(wrong)} weights differ from the checkpoint after loading, e.g. {wrong[0]!r}; "
+            "they would have been trained from their random initialisation"
+        )
+
+
+class _Checkpoint:
+    """The first row of any tensor of a safetensors checkpoint, under transformers 5's or the saved names."""
+
+    def __init__(self, base: Path) -> None:
+        self._files: dict[str, Any] = {}
+        for path in sorted(base.glob("*.safetensors")):
+            handle = safe_open(path, framework="pt")
+            self._files.update(dict.fromkeys(handle.keys(), handle))
+
+    def rows_of(self, name: str, shape: torch.Size) -> list[tuple[tuple[int, ...], str]]:
+        """Which row of the parameter stands first in which stored tensor."""
+        if name in self._files:
+            return [((0,), name)]
+        block = name.replace(".mlp.", ".block_sparse_moe.")
+        if block.endswith(".experts.gate_up_proj"):
+            stem, half = block.removesuffix("gate_up_proj"), shape[1] // 2
+            experts = range(shape[0])
+            return [((e, 0), f"{stem}{e}.w1.weight") for e in experts] + [
+                ((e, half), f"{stem}{e}.w3.weight") for e in experts
+            ]
+        if block.endswith(".experts.down_proj"):
+            return [((e, 0), f"{block.removesuffix('down_proj')}{e}.w2.weight") for e in range(shape[0])]
+        return [((0,), block)]
+
+    def row(self, key: str) -> torch.Tensor:
+        if key not in self._files:
+            raise MixfuseError(f"the checkpoint has no tensor {key!r}; it is incomplete")
+        row: torch.Tensor = self._files[key].get_slice(key)[0:1]
+        return row.flatten()
