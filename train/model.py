@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from deepspeed.utils import get_z3_leaf_modules, set_z3_leaf_modules
-from deepspeed.zero import GatheredParameters
+from deepspeed.runtime.zero import GatheredParameters
 from peft import LoraConfig
 from safetensors import safe_open
 from transformers import AutoTokenizer, MixtralForCausalLM, PreTrainedTokenizerBase

@@ -1,0 +1,144 @@
+"""The fusion config: who forms the pool, who judges, who synthesizes, and how long anyone is waited for."""
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, HttpUrl, TypeAdapter, ValidationError, model_validator
+
+from mixfuse.recipe import Strict
+
+FUSION_PREFIX = "fusion/"
+"""Model names that start with this are modes, so no member may be called so."""
+
+Positive = Annotated[float, Field(gt=0)]
+
+
+class Price(Strict):
+    """Dollars per million tokens."""
+
+    prompt: float = Field(default=0.0, ge=0)
+    completion: float = Field(default=0.0, ge=0)
+
+    def cost(self, prompt_tokens: int, completion_tokens: int) -> float:
+        """Dollars for so many tokens."""
+        return (self.prompt * prompt_tokens + self.completion * completion_tokens) / 1e6
+
+
+class ModelConfig(Strict):
+    """One model to call: a role of the server beside this gateway, or any OpenAI-compatible endpoint.
+
+    Attributes:
+        role: A role of the server; "base" is the base model without an adapter.
+        base_url: Where the endpoint's `/chat/completions` lies, typically ending in `/v1`.
+        model: The model's name at that endpoint.
+        api_key_env: The environment variable that holds the endpoint's key; read when a call is made, never
+            stored.
+        temperature: Sent where the request sets none.
+        max_tokens: Sent where the request sets no limit.
+        system: Instructions put before the request's own system message.
+        price: What its tokens cost.
+        timeout_s: The longest one call may take, in seconds.
+    """
+
+    role: str | None = Field(default=None, min_length=1)
+    base_url: str | None = None
+    model: str | None = Field(default=None, min_length=1)
+    api_key_env: str | None = None
+    temperature: float | None = Field(default=None, ge=0)
+    max_tokens: int | None = Field(default=None, gt=0)
+    system: str | None = None
+    price: Price = Price()
+    timeout_s: Positive = 120.0
+
+    @model_validator(mode="after")
+    def _one_way_to_reach_it(self) -> "ModelConfig":
+        if (self.role is None) == (self.base_url is None):
+            raise ValueError("set exactly one of 'role' and 'base_url' (with 'model')")
+        if self.role is not None and (self.model is not None or self.api_key_env is not None):
+            raise ValueError("'model' and 'api_key_env' go with 'base_url', not with 'role'")
+        if self.base_url is not None:
+            if self.model is None:
+                raise ValueError("'base_url' needs 'model', the model's name at that endpoint")
+            _check_url(self.base_url)
+        if self.api_key_env is not None and not os.environ.get(self.api_key_env):
+            raise ValueError(f"the environment variable {self.api_key_env} (api_key_env) is not set")
+        return self
+
+    @property
+    def api_key(self) -> str | None:
+        """The key, from the environment."""
+        return os.environ.get(self.api_key_env) if self.api_key_env else None
+
+
+class Member(ModelConfig):
+    """A model of the pool.
+
+    Attributes:
+        name: What it is called in traces and answers, and as a model of the gateway.
+        samples: How many answers it gives to one request; each is a candidate.
+    """
+
+    name: str = Field(min_length=1)
+    samples: int = Field(default=1, ge=1, le=64)
+
+
+class Modes(Strict):
+    """How the modes wait and end.
+
+    Attributes:
+        min_responses: The quorum: with fewer answers than this the request fails.
+        grace_ms: How long after the quorum the other members are still waited for; unset: until the deadline.
+        deadline_ms: How long after the request began members are waited for, over all rounds of a debate
+            together.
+        max_rounds: How often a debate's members may revise.
+        debate_ending: Which mode makes one answer of a debate's last round.
+        early_agreement: Whether candidates that all say the same short-cut the judge.
+    """
+
+    min_responses: int = Field(default=1, ge=1)
+    grace_ms: float | None = Field(default=None, ge=0)
+    deadline_ms: Positive = 120_000.0
+    max_rounds: int = Field(default=2, ge=1, le=10)
+    debate_ending: Literal["best_of", "merge"] = "best_of"
+    early_agreement: bool = True
+
+
+class FusionConfig(Strict):
+    """A gateway's config file.
+
+    Attributes:
+        members: The pool, in the order that settles ties and stands in for a failed judge.
+        judge: Who compares candidates; without one `best_of` is refused.
+        synthesizer: Who writes `merge`'s answer; without one `merge` is refused.
+        modes: How the modes wait and end.
+        trace_db: The SQLite file traces are kept in.
+    """
+
+    members: tuple[Member, ...] = Field(min_length=1)
+    judge: ModelConfig | None = None
+    synthesizer: ModelConfig | None = None
+    modes: Modes = Modes()
+    trace_db: Path = Path("runs/traces.sqlite3")
+
+    @model_validator(mode="after")
+    def _members_fit(self) -> "FusionConfig":
+        names = [member.name for member in self.members]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two members are called {name!r}; names must be unique")
+            if name.startswith(FUSION_PREFIX):
+                raise ValueError(f"member {name!r}: names that begin with {FUSION_PREFIX!r} are modes")
+        candidates = sum(member.samples for member in self.members)
+        if self.modes.min_responses > candidates:
+            raise ValueError(
+                f"modes.min_responses is {self.modes.min_responses}, but the members give only {candidates}"
+            )
+        return self
+
+
+def _check_url(url: str) -> None:
+    try:
+        TypeAdapter(HttpUrl).validate_python(url)
+    except ValidationError:
+        raise ValueError(f"base_url {url!r} is not an http(s) URL") from None

@@ -1,0 +1,230 @@
+"""The pool: how a configured model is reached, and how several are asked at once."""
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from types import TracebackType
+from typing import Any, Protocol, Self, TypeVar
+
+import httpx
+
+from fusion.config import ModelConfig
+from fusion.upstream import CallError, Emit, Endpoint, FailureKind, Ledger, Message, Purpose, Reply, call
+from mixfuse.errors import MixfuseError
+from mixfuse.trace import Call, Stage
+
+__all__ = ["CallError", "Endpoint", "HttpRoles", "Pool", "RoleSource", "fan_out", "http_client"]
+
+Result = TypeVar("Result")
+
+
+class RoleSource(Protocol):
+    """Who knows where a role is served. A running server's role table is one."""
+
+    def lease(self, role: str) -> AbstractAsyncContextManager[Endpoint]:
+        """Pins the role's adapter revision for as long as the block runs.
+
+        Raises:
+            MixfuseError: The role is unknown or not being served; raised on entering the block.
+        """
+        ...
+
+    def names(self) -> list[str]:
+        """The roles there are."""
+        ...
+
+
+class HttpRoles:
+    """The roles of a running gateway, reached over HTTP by their own names."""
+
+    def __init__(self, base_url: str, api_key: str | None = None) -> None:
+        self._base_url = base_url
+        self._api_key = api_key
+
+    @asynccontextmanager
+    async def lease(self, role: str) -> AsyncIterator[Endpoint]:
+        """Names the role itself as the model; the gateway pins the revision."""
+        yield Endpoint(self._base_url, role, self._api_key)
+
+    def names(self) -> list[str]:
+        """Unknown from here: the gateway answers for itself."""
+        return []
+
+
+def http_client() -> httpx.AsyncClient:
+    """A client for many calls at once; time limits are `Purpose.timeout_s`, not httpx's."""
+    direct = {f"all://{host}": None for host in ("127.0.0.1", "localhost", "[::1]")}  # never through a proxy
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=256)
+    return httpx.AsyncClient(limits=limits, timeout=httpx.Timeout(None, connect=10.0), mounts=direct)
+
+
+class Pool:
+    """Reaches every configured model over one shared HTTP client; an async context manager.
+
+    Args:
+        roles: Where roles are served; None where the config names none.
+    """
+
+    def __init__(self, roles: RoleSource | None) -> None:
+        self._roles = roles
+        self.client = http_client()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.client.aclose()
+
+    def role_names(self) -> list[str]:
+        """The roles that can be asked for by name."""
+        return self._roles.names() if self._roles else []
+
+    @asynccontextmanager
+    async def lease(self, model: ModelConfig, purpose: Purpose, ledger: Ledger) -> AsyncIterator[Endpoint]:
+        """Yields where `model` is to be reached, with a role's revision pinned.
+
+        Raises:
+            CallError: The role is not being served (`unreachable`); the ledger says so too.
+        """
+        if model.base_url is not None and model.model is not None:
+            yield Endpoint(model.base_url, model.model, model.api_key)
+            return
+        role = model.role or ""
+        async with AsyncExitStack() as held:
+            try:
+                if self._roles is None:
+                    raise MixfuseError(f"role {role!r}: there is no server beside this gateway")
+                endpoint = await held.enter_async_context(self._roles.lease(role))
+            except MixfuseError as error:
+                ledger.calls.append(
+                    Call(
+                        stage=purpose.stage,
+                        member=purpose.member,
+                        model=role,
+                        candidate=purpose.candidate,
+                        outcome="unreachable",
+                        error=str(error),
+                        started_ms=ledger.elapsed_ms(),
+                    )
+                )
+                raise CallError("unreachable", str(error)) from error
+            yield endpoint
+
+    async def ask(
+        self,
+        model: ModelConfig,
+        messages: Sequence[Message],
+        parameters: Mapping[str, Any],
+        *,
+        stage: Stage,
+        name: str,
+        ledger: Ledger,
+        candidate: int | None = None,
+        emit: Emit | None = None,
+    ) -> Reply:
+        """Asks one configured model once, with its own system message and defaults; see `upstream.call`.
+
+        Raises:
+            CallError: No usable answer came back.
+        """
+        purpose = Purpose(stage, name, candidate, model.price, model.timeout_s)
+        async with self.lease(model, purpose, ledger) as endpoint:
+            return await call(
+                self.client,
+                endpoint,
+                _with_system(model.system, messages),
+                _with_defaults(model, parameters),
+                purpose=purpose,
+                ledger=ledger,
+                emit=emit,
+            )
+
+
+async def fan_out(
+    attempts: Sequence[Coroutine[Any, Any, Result]],
+    *,
+    quorum: int,
+    grace_s: float | None = None,
+    deadline_s: float | None = None,
+) -> list[Result | CallError]:
+    """Runs attempts at once and goes on as soon as enough have succeeded.
+
+    Ends when all have ended, when the quorum is met and the grace over, when the deadline is here, or when
+    the quorum can no longer be met. What still runs then is cancelled, and has ended when this returns.
+    Whether the quorum was met is the caller's to judge.
+
+    Args:
+        attempts: What to run.
+        quorum: How many successes are enough.
+        grace_s: Seconds to wait for the others once the quorum is met; None: until the deadline.
+        deadline_s: Seconds from now after which nothing is waited for; None: no limit.
+
+    Returns:
+        For each attempt, in order, its result or how it failed; `cancelled_straggler` or `timeout` (the
+        deadline) for what was cancelled.
+    """
+    clock = asyncio.get_running_loop().time
+    end = None if deadline_s is None else clock() + deadline_s
+    at_the_end: FailureKind = "timeout"
+    tasks = [asyncio.ensure_future(attempt) for attempt in attempts]
+    pending = set(tasks)
+    successes, in_grace = 0, False
+    try:
+        while pending:
+            wait_s = None if end is None else max(0.0, end - clock())
+            done, pending = await asyncio.wait(pending, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
+            if not done:
+                break
+            successes += sum(task.exception() is None for task in done)
+            if successes + len(pending) < quorum:
+                at_the_end = "cancelled_straggler"
+                break
+            if successes >= quorum and grace_s is not None and not in_grace:
+                in_grace = True
+                if end is None or clock() + grace_s < end:
+                    end, at_the_end = clock() + grace_s, "cancelled_straggler"
+    except asyncio.CancelledError:
+        at_the_end = "cancelled"
+        raise
+    finally:
+        await _cancel(pending, at_the_end)
+    return [_outcome(task, at_the_end) for task in tasks]
+
+
+async def _cancel(tasks: set["asyncio.Task[Result]"], outcome: FailureKind) -> None:
+    for task in tasks:
+        task.cancel(outcome)  # `upstream.call` writes it into the ledger
+    if tasks:
+        await asyncio.wait(tasks)
+
+
+def _outcome(task: "asyncio.Task[Result]", if_cancelled: FailureKind) -> Result | CallError:
+    if task.cancelled():
+        why = "the deadline came first" if if_cancelled == "timeout" else "cancelled: it was no longer needed"
+        return CallError(if_cancelled, why)
+    error = task.exception()
+    if error is None:
+        return task.result()
+    if isinstance(error, CallError):
+        return error
+    raise error
+
+
+def _with_system(system: str | None, messages: Sequence[Message]) -> list[Message]:
+    """Puts a member's instructions before the request's; templates commonly take one system message only."""
+    if system is None:
+        return list(messages)
+    if messages and messages[0]["role"] == "system":
+        return [{"role": "system", "content": f"{system}\n\n{messages[0]['content']}"}, *messages[1:]]
+    return [{"role": "system", "content": system}, *messages]
+
+
+def _with_defaults(model: ModelConfig, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(parameters)
+    if model.temperature is not None:
+        merged.setdefault("temperature", model.temperature)
+    if model.max_tokens is not None and "max_completion_tokens" not in merged:
+        merged.setdefault("max_tokens", model.max_tokens)
+    return merged

@@ -1,0 +1,7 @@
+"""`python -m mixfuse`: the same as the `mixfuse` command, for launchers that start modules."""
+
+import sys
+
+from mixfuse.cli import main
+
+sys.exit(main())

@@ -1,0 +1,272 @@
+"""The `mixfuse` command: arguments in, one call into a room out.
+
+Rooms are imported inside the sub-commands, so that `mixfuse --help` answers at once.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from mixfuse import __version__
+from mixfuse.errors import MixfuseError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Returns:
+        0, 2 for something the user can mend (one line on standard error), or 130 after Ctrl-C.
+    """
+    arguments = _parser().parse_args(argv)
+    command: Callable[[argparse.Namespace], int | None] = arguments.command
+    try:
+        return command(arguments) or 0
+    except MixfuseError as error:
+        if os.environ.get("RANK", "0") == "0":  # one line, not one from every process of a training run
+            print(f"mixfuse: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("mixfuse: interrupted; the same command continues where it can", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mixfuse", description="Tune Mixtral into a domain model and a judge; serve both; fuse."
+    )
+    parser.add_argument("--version", action="version", version=f"mixfuse {__version__}")
+    top = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    base = _group(top, "base", "the embedded base model")
+    build = base.add_parser("build", help="SmolLM2-135M upcycled into a Mixtral")
+    build.add_argument("out", type=Path, metavar="OUT")
+    build.add_argument("--experts", type=int, default=4, help="experts a layer (default 4)")
+    build.add_argument("--tiny", action="store_true", help="a random two-layer Mixtral, for fast tests")
+    build.add_argument("--seed", type=int, default=0)
+    build.set_defaults(command=_base_build)
+
+    train = _group(top, "train", "fine-tune under DeepSpeed ZeRO-3")
+    for stage, words in (
+        ("sft", "the domain model, by supervised fine-tuning"),
+        ("judge", "the judge, by DPO"),
+    ):
+        stage_parser = train.add_parser(stage, help=words)
+        stage_parser.add_argument("recipe", type=Path, metavar="RECIPE")
+        stage_parser.add_argument("overrides", nargs="*", metavar="key=value")
+        stage_parser.set_defaults(command=_train, stage=stage)
+
+    pool = _group(top, "pool", "the pool of models")
+    collect = pool.add_parser("collect", help="ask every member, mark the answers with the tasks' verifiers")
+    collect.add_argument("config", type=Path, metavar="CONFIG", help="the fusion config that names the members")
+    collect.add_argument("--tasks", type=Path, required=True, help="a task file (configs/tiny/tasks.yaml)")
+    collect.add_argument("--out", type=Path, required=True, metavar="FILE")
+    collect.add_argument("--split", choices=("train", "pool", "heldout"), default="pool")
+    collect.add_argument("--count", type=int, default=100, help="how many tasks (default 100)")
+    collect.add_argument("--samples", type=int, default=2, help="answers a member and task (default 2)")
+    collect.add_argument("--temperature", type=float, default=0.8)
+    collect.add_argument("--max-tokens", type=int, default=64)
+    collect.add_argument("--concurrency", type=int, default=8)
+    collect.add_argument("--seed", type=int, default=0, help="of the tasks")
+    _server(collect)
+    collect.set_defaults(command=_pool_collect)
+
+    pairs = _group(top, "pairs", "preference pairs")
+    pairs_build = pairs.add_parser("build", help="both orders of every usable pair of pool answers")
+    pairs_build.add_argument("pool", type=Path, metavar="POOL_FILE")
+    pairs_build.add_argument("--out", type=Path, required=True, metavar="FILE")
+    pairs_build.add_argument("--per-prompt", type=int, default=2, help="pairs of answers a prompt at most (default 2)")
+    pairs_build.add_argument("--dev-share", type=float, default=0.1, help="share of the prompts for dev (default 0.1)")
+    pairs_build.add_argument("--seed", type=int, default=0)
+    pairs_build.set_defaults(command=_pairs_build)
+
+    adapter = _group(top, "adapter", "adapter directories")
+    export = adapter.add_parser("export", help="an adapter directory that PEFT and vLLM both apply")
+    export.add_argument("src", type=Path, metavar="SRC", help="a run, or any PEFT adapter directory")
+    export.add_argument("out", type=Path, metavar="OUT")
+    export.add_argument("--base", type=Path, help="the base model (default: the run's own)")
+    export.add_argument("--role", help="the role (default: the run's own, else domain)")
+    export.set_defaults(command=_adapter_export)
+    verify = adapter.add_parser("verify", help="check hashes, fingerprint and shapes; with --base, parity too")
+    verify.add_argument("dir", type=Path, metavar="DIR")
+    verify.add_argument("--base", type=Path, help="the base model: compares PEFT's log-probs with vLLM's")
+    verify.set_defaults(command=_adapter_verify)
+
+    serve = top.add_parser("serve", help="vLLM with the adapters of each role, and the gateway in front")
+    serve.add_argument("config", type=Path, metavar="CONFIG")
+    serve.add_argument("overrides", nargs="*", metavar="key=value")
+    serve.set_defaults(command=_serve)
+
+    roles = _group(top, "roles", "the roles of a running server")
+    roles_list = roles.add_parser("list", help="which adapter revision serves each role")
+    _server(roles_list)
+    roles_list.set_defaults(command=_roles_list)
+    swap = roles.add_parser("swap", help="serve a role by another adapter, without restart")
+    swap.add_argument("role", metavar="ROLE")
+    swap.add_argument("dir", type=Path, metavar="DIR")
+    _server(swap)
+    swap.set_defaults(command=_roles_swap)
+
+    ask = top.add_parser("ask", help="one fused answer, with who said what and why it won")
+    ask.add_argument("prompt", metavar="PROMPT")
+    ask.add_argument("--mode", choices=("best_of", "merge", "debate"), default="best_of")
+    ask.add_argument("--max-tokens", type=int)
+    ask.add_argument("--temperature", type=float)
+    _server(ask)
+    ask.set_defaults(command=_ask)
+
+    evaluate = _group(top, "eval", "measure")
+    judge = evaluate.add_parser("judge", help="both-orders-correct and more, beside the simple baselines")
+    judge.add_argument(
+        "--judge", required=True, metavar="REF", help="an adapter directory, or a role of a running server"
+    )
+    judge.add_argument("--data", required=True, type=Path, metavar="FILE")
+    judge.add_argument("--base", type=Path, help="the base of an adapter directory (default: the one it was made on)")
+    judge.add_argument("--limit", type=int, help="only the first N rows")
+    judge.add_argument("--concurrency", type=int, default=8)
+    judge.add_argument("--json", action="store_true", help="one JSON object on the last line")
+    _server(judge)
+    judge.set_defaults(command=_eval_judge)
+    return parser
+
+
+def _group(
+    top: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, words: str
+) -> "argparse._SubParsersAction[argparse.ArgumentParser]":
+    return top.add_parser(name, help=words, description=words).add_subparsers(required=True, metavar="COMMAND")
+
+
+def _server(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--url",
+        default=os.environ.get("MIXFUSE_URL", "http://127.0.0.1:8080"),
+        help="the running server (default $MIXFUSE_URL or http://127.0.0.1:8080)",
+    )
+
+
+def _base_build(arguments: argparse.Namespace) -> None:
+    from train.base import build
+
+    facts = build(arguments.out, experts=arguments.experts, tiny=arguments.tiny, seed=arguments.seed)
+    equal = facts.get("max_logit_difference")
+    words = f"; logits equal the dense model's to {equal:.1e}" if equal is not None else ""
+    print(
+        f"{arguments.out}: Mixtral with {arguments.experts} experts, {facts['parameters'] / 1e6:.0f} M parameters{words}"
+    )
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from train.run import start
+
+    start(arguments.stage, arguments.recipe, arguments.overrides)
+
+
+def _pairs_build(arguments: argparse.Namespace) -> None:
+    from train.pairs import build
+
+    counts = build(
+        arguments.pool,
+        arguments.out,
+        per_prompt=arguments.per_prompt,
+        dev_share=arguments.dev_share,
+        seed=arguments.seed,
+    )
+    print(f"{arguments.out}: " + ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in counts.items()))
+
+
+def _pool_collect(arguments: argparse.Namespace) -> None:
+    from fusion.collect import run
+    from fusion.config import FusionConfig
+    from mixfuse.recipe import load
+    from mixfuse.tasks import Task, make
+
+    config = load(arguments.config, FusionConfig)
+    tasks = make(arguments.tasks, arguments.split, arguments.count, seed=arguments.seed)
+    run(
+        config,
+        arguments.url,
+        tasks,
+        samples=arguments.samples,
+        temperature=arguments.temperature,
+        max_tokens=arguments.max_tokens,
+        out=arguments.out,
+        concurrency=arguments.concurrency,
+        verify=Task.verify,
+        seed=arguments.seed,
+    )
+
+
+def _adapter_export(arguments: argparse.Namespace) -> None:
+    from train.export import export
+
+    manifest = export(arguments.src, arguments.out, base=arguments.base, role=arguments.role)
+    what = "attention and experts" if manifest.experts_trained else "attention"
+    print(f"{arguments.out}: {manifest.role} adapter, revision {manifest.revision}, rank {manifest.rank}, {what}")
+
+
+def _adapter_verify(arguments: argparse.Namespace) -> None:
+    if arguments.base is None:
+        from mixfuse.adapter import verify
+
+        manifest = verify(arguments.dir)
+        print(f"{arguments.dir}: revision {manifest.revision}: hashes and shapes are right")
+        return
+    from mixfuse.verify import verify_parity
+
+    parity = verify_parity(arguments.dir, arguments.base)
+    print(
+        f"{arguments.dir}: log-probs in vLLM and PEFT differ by at most {parity.max_abs_logprob_difference:.1e} "
+        f"(tolerance {parity.tolerance:.0e}) over {parity.tokens} tokens; the adapter moves them by up to "
+        f"{parity.adapter_effect:.2g}"
+        + (f", its experts by {parity.expert_effect:.2g}" if parity.expert_effect else "")
+    )
+
+
+def _serve(arguments: argparse.Namespace) -> None:
+    from mixfuse.server import run
+
+    run(arguments.config, arguments.overrides)
+
+
+def _roles_list(arguments: argparse.Namespace) -> None:
+    from mixfuse.server import list_roles
+
+    list_roles(arguments.url)
+
+
+def _roles_swap(arguments: argparse.Namespace) -> None:
+    from mixfuse.server import swap_role
+
+    swap_role(arguments.url, arguments.role, arguments.dir)
+
+
+def _ask(arguments: argparse.Namespace) -> None:
+    from fusion.ask import run
+
+    run(
+        arguments.prompt,
+        mode=arguments.mode,
+        url=arguments.url,
+        temperature=arguments.temperature,
+        max_tokens=arguments.max_tokens,
+    )
+
+
+def _eval_judge(arguments: argparse.Namespace) -> None:
+    from mixfuse.verify import eval_judge
+
+    report = eval_judge(
+        arguments.judge,
+        arguments.data,
+        base=arguments.base,
+        url=arguments.url,
+        limit=arguments.limit,
+        concurrency=arguments.concurrency,
+    )
+    if arguments.json:
+        print(json.dumps(report.to_json()))

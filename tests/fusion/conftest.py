@@ -1,0 +1,75 @@
+"""The fake upstream and a gateway over it, for every test of the fusion room."""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fake_upstream import FakeUpstream, Script, fake_upstream, serving
+from fusion_harness import FakeRoles, Gateway, StartGateway
+from openai import AsyncOpenAI, OpenAI
+
+from fusion.config import FusionConfig
+from fusion.gateway import create_app
+
+
+@pytest.fixture
+async def upstream() -> AsyncIterator[FakeUpstream]:
+    async with fake_upstream(
+        alpha=Script("the answer of alpha"),
+        beta=Script("the answer of beta"),
+        gamma=Script("the answer of gamma"),
+        judge=Script(
+            verdict=lambda first, second: 0.9 if "beta" in first else 0.1 if "beta" in second else 0.5
+        ),
+        synth=Script("one merged answer in several words"),
+    ) as fake:
+        yield fake
+
+
+@pytest.fixture
+def config(upstream: FakeUpstream, tmp_path: Path) -> Callable[..., FusionConfig]:
+    """Builds a config over the fake upstream; keywords replace or add keys."""
+
+    def build(members: list[Any] | None = None, **keys: Any) -> FusionConfig:
+        def at(model: str) -> dict[str, Any]:
+            return {"base_url": upstream.base_url, "model": model}
+
+        chosen = ["alpha", "beta", "gamma"] if members is None else members
+        data: dict[str, Any] = {
+            "members": [{"name": one, **at(one)} if isinstance(one, str) else one for one in chosen],
+            "judge": at("judge"),
+            "synthesizer": at("synth"),
+            "trace_db": tmp_path / "traces.sqlite3",
+        }
+        return FusionConfig.model_validate(data | keys)
+
+    return build
+
+
+@pytest.fixture
+async def start_gateway(config: Callable[..., FusionConfig]) -> AsyncIterator[StartGateway]:
+    """Starts a gateway; keywords as for `config`, and `roles`."""
+    async with AsyncExitStack() as stack:
+
+        async def start(
+            members: list[Any] | None = None, *, roles: FakeRoles | None = None, **keys: Any
+        ) -> Gateway:
+            url = await stack.enter_async_context(serving(create_app(config(members, **keys), roles)))
+            client = AsyncOpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0)
+            sync_client = OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0)
+            http = httpx.AsyncClient(base_url=url, timeout=60)
+            stack.push_async_callback(client.close)
+            stack.callback(sync_client.close)
+            stack.push_async_callback(http.aclose)
+            return Gateway(url, client, sync_client, http)
+
+        yield start
+
+
+@pytest.fixture
+async def gateway(start_gateway: StartGateway) -> Gateway:
+    """A gateway over alpha, beta and gamma with a judge who likes beta."""
+    return await start_gateway()

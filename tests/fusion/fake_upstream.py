@@ -1,0 +1,224 @@
+"""The one fake upstream: a real HTTP server on loopback that speaks OpenAI's chat completions as told.
+
+Each model answers by its `Script`. What was asked and which connections were closed on it is recorded, and
+tests wait for that by event, never by time.
+"""
+
+import asyncio
+import json
+import math
+import re
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+COMPARISON = re.compile(
+    r"<answer A (?P<nonce>\w+)>\n(?P<first>.*)\n</answer A (?P=nonce)>\n"
+    r"<answer B (?P=nonce)>\n(?P<second>.*)\n</answer B (?P=nonce)>",
+    re.DOTALL,
+)
+
+
+@dataclass
+class Script:
+    """How a model behaves.
+
+    Attributes:
+        text: What it answers; a list is used up answer by answer, its last one for ever.
+        status: Its HTTP status.
+        body: Sent instead of a completion, as it is.
+        hold: It answers only once this is set; a caller who leaves before is counted as aborted.
+        verdict: For a judge: (first answer, second answer) → P(first is better).
+        logprobs: For a judge: sent as the first token's alternatives instead of a verdict's.
+        usage: (prompt, completion) tokens; None sends none.
+        break_after: Streaming breaks off after so many pieces, without an end.
+        fail_after: It answers so many requests; after them it sends 500.
+        hold_after: Streaming waits for `hold` after so many pieces instead of before the first.
+    """
+
+    text: str | list[str] = "an answer"
+    status: int = 200
+    body: bytes | None = None
+    hold: asyncio.Event | None = None
+    verdict: Callable[[str, str], float] | None = None
+    logprobs: dict[str, float] | None = None
+    usage: tuple[int, int] | None = (10, 5)
+    break_after: int | None = None
+    hold_after: int | None = None
+    fail_after: int | None = None
+
+    def next_text(self) -> str:
+        if isinstance(self.text, str):
+            return self.text
+        return self.text.pop(0) if len(self.text) > 1 else self.text[0]
+
+
+@dataclass
+class FakeUpstream:
+    """The server's address, its models and what it has seen."""
+
+    base_url: str = ""
+    models: dict[str, Script] = field(default_factory=dict)
+    requests: list[dict[str, Any]] = field(default_factory=list)
+    headers: list[dict[str, str]] = field(default_factory=list)
+    aborted: list[str] = field(default_factory=list)
+    _changed: asyncio.Condition = field(default_factory=asyncio.Condition)
+
+    def asked(self, model: str) -> list[dict[str, Any]]:
+        return [request for request in self.requests if request["model"] == model]
+
+    async def wait_asked(self, model: str, times: int = 1) -> None:
+        await self._until(lambda: len(self.asked(model)) >= times)
+
+    async def wait_aborted(self, model: str, times: int = 1) -> None:
+        await self._until(lambda: self.aborted.count(model) >= times)
+
+    async def _until(self, condition: Callable[[], bool]) -> None:
+        # Generous: it ends a test that would otherwise hang; no test passes or fails by how long things take.
+        async with asyncio.timeout(30), self._changed:
+            await self._changed.wait_for(condition)
+
+    async def _note(self, change: Callable[[], None]) -> None:
+        async with self._changed:
+            change()
+            self._changed.notify_all()
+
+    async def handle(self, request: Request) -> Response:
+        payload = json.loads(await request.body())
+        model = payload["model"]
+        await self._note(lambda: (self.requests.append(payload), self.headers.append(dict(request.headers))))
+        script = self.models[model]
+        if (
+            script.hold is not None
+            and script.hold_after is None
+            and await self._left(request, model, script.hold)
+        ):
+            return Response()
+        if script.fail_after is not None and len(self.asked(model)) > script.fail_after:
+            script = Script(status=500)
+        if script.body is not None or script.status != 200:
+            default = json.dumps({"error": {"message": f"status {script.status}", "code": None}}).encode()
+            return Response(script.body or default, script.status, media_type="application/json")
+        if payload.get("stream"):
+            return StreamingResponse(self._stream(request, payload, script), media_type="text/event-stream")
+        return JSONResponse(self._completion(payload, script))
+
+    async def _left(self, request: Request, model: str, hold: asyncio.Event) -> bool:
+        """Waits until `hold` is set or the caller has gone; whether it has gone."""
+        released = asyncio.ensure_future(hold.wait())
+        gone = asyncio.ensure_future(_disconnected(request))
+        await asyncio.wait({released, gone}, return_when=asyncio.FIRST_COMPLETED)
+        left = gone.done()
+        for task in (released, gone):
+            task.cancel()
+        await asyncio.wait({released, gone})
+        if left:
+            await self._note(lambda: self.aborted.append(model))
+        return left
+
+    def _completion(self, payload: dict[str, Any], script: Script) -> dict[str, Any]:
+        text, logprobs = script.next_text(), None
+        if payload.get("logprobs"):
+            alternatives = script.logprobs if script.logprobs is not None else _verdict(payload, script)
+            top = [
+                {"token": token, "logprob": logprob, "bytes": None} for token, logprob in alternatives.items()
+            ]
+            if top:
+                text = top[0]["token"]
+                logprobs = {"content": [{**top[0], "top_logprobs": top}]}
+        usage = script.usage and dict(zip(("prompt_tokens", "completion_tokens"), script.usage, strict=True))
+        return {
+            "id": "fake",
+            "object": "chat.completion",
+            "created": 0,
+            "model": payload["model"],
+            "choices": [
+                {
+                    "index": 0,
+                    "message": {"role": "assistant", "content": text},
+                    "logprobs": logprobs,
+                    "finish_reason": "stop",
+                }
+            ],
+            **({"usage": {**usage, "total_tokens": sum(script.usage or ())}} if usage else {}),
+        }
+
+    async def _stream(
+        self, request: Request, payload: dict[str, Any], script: Script
+    ) -> AsyncIterator[bytes]:
+        whole = self._completion(payload, script)
+        head = {"id": "fake", "object": "chat.completion.chunk", "created": 0, "model": payload["model"]}
+
+        def event(delta: dict[str, Any], finish: str | None = None) -> bytes:
+            chunk = {**head, "choices": [{"index": 0, "delta": delta, "finish_reason": finish}]}
+            return f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n".encode()
+
+        yield event({"role": "assistant", "content": ""})
+        for count, piece in enumerate(re.findall(r"\S+\s*|\s+", whole["choices"][0]["message"]["content"])):
+            if count == script.break_after:
+                return
+            if (
+                count == script.hold_after
+                and script.hold
+                and await self._left(request, payload["model"], script.hold)
+            ):
+                return
+            yield event({"content": piece})
+        yield event({}, "stop")
+        if payload.get("stream_options", {}).get("include_usage") and "usage" in whole:
+            yield f"data: {json.dumps({**head, 'choices': [], 'usage': whole['usage']})}\n\n".encode()
+        yield b"data: [DONE]\n\n"
+
+
+def _verdict(payload: dict[str, Any], script: Script) -> dict[str, float]:
+    found = COMPARISON.search(payload["messages"][-1]["content"])
+    if script.verdict is None or found is None:
+        return {}
+    p = min(max(script.verdict(found["first"], found["second"]), 1e-6), 1 - 1e-6)
+    return {"A": math.log(p), "B": math.log(1 - p)} if p >= 0.5 else {"B": math.log(1 - p), "A": math.log(p)}
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+class _Server(uvicorn.Server):
+    def capture_signals(self) -> Any:
+        return nullcontext()  # the signals are pytest's
+
+
+@asynccontextmanager
+async def serving(app: Starlette) -> AsyncIterator[str]:
+    """Runs an app over real HTTP on a free loopback port; yields its URL."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = _Server(uvicorn.Config(app, log_level="warning", ws="none", timeout_graceful_shutdown=5))
+    running = asyncio.create_task(server.serve(sockets=[listener]))
+    try:
+        while not server.started:
+            if running.done():
+                running.result()
+            await asyncio.sleep(0.005)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        await running
+        listener.close()
+
+
+@asynccontextmanager
+async def fake_upstream(**models: Script) -> AsyncIterator[FakeUpstream]:
+    """Runs the fake upstream with these models."""
+    fake = FakeUpstream(models=dict(models))
+    app = Starlette(routes=[Route("/v1/chat/completions", fake.handle, methods=["POST"])])
+    async with serving(app) as url:
+        fake.base_url = f"{url}/v1"
+        yield fake

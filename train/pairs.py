@@ -1,0 +1,109 @@
+"""Preference pairs for the judge, from pool responses, through the judge protocol.
+
+A pair is one comparison of a right with a wrong answer: the prompt is the comparison, `chosen` the verdict for the
+right answer, `rejected` the other verdict. Every usable pair is written in both orders, side by side, so that a batch
+holds both and a preference for a position earns nothing.
+"""
+
+import hashlib
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mixfuse import judge_protocol
+from mixfuse.errors import MixfuseError
+from mixfuse.files import read_jsonl, write_jsonl
+
+
+def build(pool: Path, out: Path, *, per_prompt: int = 2, dev_share: float = 0.1, seed: int = 0) -> dict[str, int]:
+    """Builds preference pairs from pool responses.
+
+    Args:
+        pool: JSONL of `{id, prompt, reference, responses: [{model, text, correct}]}`.
+        out: Where the training pairs go; the dev pairs go beside it, as `NAME.dev.jsonl`.
+        per_prompt: At most this many pairs of answers a prompt, so that no prompt dominates.
+        dev_share: Share of the *prompts* held out for dev; a prompt never stands on both sides.
+        seed: Of the choice of pairs, their order and the fence nonces.
+
+    Returns:
+        Counts: `prompts`, `usable_prompts`, `train_pairs`, `dev_pairs` (rows; two a pair of answers).
+
+    Raises:
+        MixfuseError: A row is not of that shape, or no prompt has both a right and a wrong answer.
+    """
+    rows = read_pool(pool)
+    sides: dict[str, list[dict[str, Any]]] = {"train": [], "dev": []}
+    usable = 0
+    for row in rows:
+        pairs = list(_pairs(row, per_prompt, seed))
+        usable += bool(pairs)
+        share = int(hashlib.sha256(f"dev:{row['prompt']}".encode()).hexdigest()[:8], 16) / 16**8
+        sides["dev" if share < dev_share else "train"].extend(pairs)
+    if not usable:
+        raise MixfuseError(f"{pool}: no prompt has both a right and a wrong answer, so there is nothing to prefer")
+    if not sides["train"]:
+        raise MixfuseError(f"{pool}: every usable prompt fell to dev; collect more prompts or lower --dev-share")
+    write_jsonl(out.with_name(f"{out.stem}.dev.jsonl"), sides["dev"])
+    write_jsonl(out, sides["train"])
+    return {
+        "prompts": len(rows),
+        "usable_prompts": usable,
+        "train_pairs": len(sides["train"]),
+        "dev_pairs": len(sides["dev"]),
+    }
+
+
+def read_pool(path: Path) -> list[dict[str, Any]]:
+    """Reads pool responses.
+
+    Raises:
+        MixfuseError: The file is missing, empty, or a row has another shape.
+    """
+    rows = read_jsonl(path, required=("id", "prompt", "responses"))
+    for row in rows:
+        responses = row["responses"]
+        if not isinstance(responses, list) or not all(
+            isinstance(r, dict) and isinstance(r.get("text"), str) and isinstance(r.get("correct"), bool)
+            for r in responses
+        ):
+            raise MixfuseError(f"{path}: row {row['id']!r}: responses must be a list of {{model, text, correct}}")
+    return rows
+
+
+def read_pairs(path: Path) -> list[dict[str, Any]]:
+    """Reads what `build` wrote.
+
+    Raises:
+        MixfuseError: The file is missing or empty, or was written with another judge protocol.
+    """
+    rows = read_jsonl(path, required=("prompt", "chosen", "rejected", "protocol"))
+    other = next((row["protocol"] for row in rows if row["protocol"] != judge_protocol.digest()), None)
+    if other is not None:
+        raise MixfuseError(
+            f"{path}: the pairs were built with another judge protocol ({str(other)[:12]}…, this version has "
+            f"{judge_protocol.digest()[:12]}…); build them again"
+        )
+    return rows
+
+
+def _pairs(row: dict[str, Any], per_prompt: int, seed: int) -> Iterator[dict[str, Any]]:
+    """Both orders of up to `per_prompt` pairs of distinct right and wrong answers."""
+    rng = random.Random(f"{seed}:{row['id']}")  # noqa: S311 - a reproducible choice, not a secret
+    right = sorted({response["text"] for response in row["responses"] if response["correct"]})
+    wrong = sorted({response["text"] for response in row["responses"] if not response["correct"]} - set(right))
+    candidates = [(good, bad) for good in right for bad in wrong if good.strip() and bad.strip()]
+    for good, bad in rng.sample(candidates, min(per_prompt, len(candidates))):
+        nonce = f"{rng.randrange(16**6):06x}"
+        while nonce in good or nonce in bad:
+            nonce = f"{rng.randrange(16**6):06x}"
+        orders = [(good, bad, 0), (bad, good, 1)]
+        rng.shuffle(orders)
+        for first, second, verdict in orders:
+            yield {
+                "id": str(row["id"]),
+                "prompt": judge_protocol.comparison(row["prompt"], first, second, nonce=nonce),
+                "chosen": [{"role": "assistant", "content": judge_protocol.VERDICTS[verdict]}],
+                "rejected": [{"role": "assistant", "content": judge_protocol.VERDICTS[1 - verdict]}],
+                "protocol": judge_protocol.digest(),
+            }

@@ -1,0 +1,289 @@
+"""One training run: processes, trainer arguments, metrics, checkpoints, and the run folder they leave.
+
+`sft.py` and `judge.py` say what is trained; everything they share is here. A run is started by `start`, which either
+already runs under a launcher (torchrun, deepspeed, Slurm: `WORLD_SIZE` is set), makes itself the only process, or
+starts torchrun with the recipe's number of processes.
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mixfuse.errors import MixfuseError
+from mixfuse.files import atomic_directory, read_json, write_json
+from mixfuse.recipe import load
+from train.recipe import JudgeRecipe, SftRecipe, TrainRecipe
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import TrainerCallback
+
+RECIPES: dict[str, type[TrainRecipe]] = {"sft": SftRecipe, "judge": JudgeRecipe}
+
+
+def start(stage: str, recipe_path: Path, overrides: list[str]) -> None:
+    """Runs `mixfuse train STAGE RECIPE [key=value …]`.
+
+    Args:
+        stage: "sft" or "judge".
+        recipe_path: The YAML recipe.
+        overrides: `dotted.key=value` strings.
+
+    Raises:
+        MixfuseError: The recipe or data is bad (found before any process is started), or a process failed.
+    """
+    recipe = load(recipe_path, RECIPES[stage], overrides)
+    check_recipe(recipe)
+    if stage == "sft":
+        from train.data import read_chats
+
+        read_chats(recipe.data)
+    else:
+        from train.pairs import read_pairs
+
+        read_pairs(recipe.data)
+    if finished(recipe.out):
+        raise MixfuseError(f"{recipe.out} holds a finished run; choose another `out` or remove it")
+    launched = "WORLD_SIZE" in os.environ
+    if not launched and recipe.processes > 1:
+        _launch(stage, recipe, recipe_path, overrides)
+        return
+    _environment(recipe, launched)
+    if stage == "sft":
+        from train.sft import train as train_stage
+    else:
+        from train.judge import train as train_stage
+    train_stage(recipe)
+
+
+def check_recipe(recipe: TrainRecipe) -> None:
+    """Checks what can be checked without loading anything.
+
+    Raises:
+        MixfuseError: A file is missing or the batch does not divide.
+    """
+    if not (recipe.base / "config.json").is_file():
+        raise MixfuseError(
+            f"base: {recipe.base} is no model folder (no config.json); build one with: mixfuse base build {recipe.base}"
+        )
+    config = read_json(recipe.deepspeed)
+    stage = config.get("zero_optimization", {}).get("stage")
+    if stage != 3:
+        raise MixfuseError(f"deepspeed: {recipe.deepspeed} sets ZeRO stage {stage!r}; mixfuse trains with stage 3")
+    world = int(os.environ.get("WORLD_SIZE", recipe.processes))
+    per_pass = recipe.optimizer.micro_batch * world
+    if recipe.optimizer.batch_size % per_pass:
+        raise MixfuseError(
+            f"optimizer.batch_size {recipe.optimizer.batch_size} is no multiple of micro_batch × processes = {per_pass}"
+        )
+
+
+def finished(out: Path) -> bool:
+    """Whether `out` holds a finished run."""
+    return (out / "run.json").is_file()
+
+
+def _launch(stage: str, recipe: TrainRecipe, recipe_path: Path, overrides: list[str]) -> None:
+    command = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--no-python"]
+    command += [f"--nproc-per-node={recipe.processes}", sys.executable, "-P", "-m", "mixfuse"]
+    command += ["train", stage, str(recipe_path), *overrides]
+    threads = recipe.threads or max(1, (os.cpu_count() or 1) // recipe.processes)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    child = subprocess.Popen(command, env=environment)
+    try:
+        code = child.wait()
+    except KeyboardInterrupt:
+        child.send_signal(signal.SIGINT)
+        child.wait()
+        raise
+    if code:
+        raise MixfuseError(f"training failed (exit code {code}); the lines above say why", kind="training")
+
+
+def _environment(recipe: TrainRecipe, launched: bool) -> None:
+    """What DeepSpeed and the libraries read from the environment, set before they are imported."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+    os.environ["WANDB_MODE"] = recipe.wandb
+    if not launched:
+        # DeepSpeed needs a process group even for one process; a launcher would have set these.
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update(single, MASTER_PORT=str(port))
+    # DeepSpeed 0.19.8 calls collectives that torch 2.13 has renamed: one line a step, nothing the user can mend.
+    warnings.filterwarnings("ignore", message=".*torch.distributed.*is deprecated", category=FutureWarning)
+    import torch
+
+    world = int(os.environ["WORLD_SIZE"])
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        torch.set_num_threads(recipe.threads or max(1, (os.cpu_count() or 1) // local))
+    import deepspeed
+
+    # Before the model is loaded: ZeRO-3's partitioned loading takes the world size from the process group.
+    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+
+
+def trainer_arguments(recipe: TrainRecipe) -> dict[str, Any]:
+    """The arguments SFTConfig and DPOConfig share. Constructing either makes the ZeRO-3 config alive for loading."""
+    import torch
+
+    world = int(os.environ["WORLD_SIZE"])
+    optimizer = recipe.optimizer
+    return {
+        "output_dir": str(recipe.out / "checkpoints"),
+        "max_steps": optimizer.steps,
+        "per_device_train_batch_size": optimizer.micro_batch,
+        "gradient_accumulation_steps": optimizer.batch_size // (optimizer.micro_batch * world),
+        "learning_rate": optimizer.learning_rate,
+        "warmup_steps": optimizer.warmup_steps,
+        "lr_scheduler_type": optimizer.schedule,
+        "weight_decay": optimizer.weight_decay,
+        "max_grad_norm": optimizer.max_grad_norm,
+        "max_length": recipe.max_length,
+        "seed": recipe.seed,
+        "data_seed": recipe.seed,
+        "bf16": recipe.dtype == "bfloat16",
+        "use_cpu": not torch.cuda.is_available(),
+        "deepspeed": str(recipe.deepspeed),
+        "gradient_checkpointing": recipe.gradient_checkpointing,
+        "logging_steps": recipe.log_every,
+        "save_strategy": "steps" if recipe.save_every else "no",
+        "save_steps": recipe.save_every or 500,
+        "save_total_limit": 1,
+        "report_to": [] if recipe.wandb == "disabled" else ["wandb"],
+        "run_name": recipe.out.name,
+        "disable_tqdm": False,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "ddp_timeout": 1800,
+    }
+
+
+def train_and_save(trainer: Any, recipe: TrainRecipe, *, stage: str, data: "Dataset") -> None:
+    """Trains, resuming from the last checkpoint where there is one, and leaves the run folder.
+
+    The folder's `run.json` is written last: a run without it is unfinished.
+
+    Raises:
+        MixfuseError: A base weight became trainable, or the trained adapter is empty or not finite.
+    """
+    from transformers.trainer_utils import get_last_checkpoint
+
+    _only_lora_trains(trainer.model)
+    if recipe.wandb != "disabled":
+        os.environ["WANDB_PROJECT"] = recipe.wandb_project
+        os.environ.setdefault("WANDB_DIR", str(recipe.out))
+    recipe.out.mkdir(parents=True, exist_ok=True)
+    checkpoints = recipe.out / "checkpoints"
+    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    trainer.add_callback(metrics_log(recipe.out / "metrics.jsonl", resumed=last is not None))
+    began = time.time()
+    trainer.train(resume_from_checkpoint=last)
+    # Under ZeRO-3 every rank takes part in gathering the adapter; rank 0 writes it.
+    weights = gather_adapter(trainer.model)
+    if trainer.is_world_process_zero():
+        unwrapped = trainer.accelerator.unwrap_model(trainer.model)
+        with atomic_directory(recipe.out / "adapter", replace=True) as temporary:
+            save_peft(unwrapped, weights, temporary)
+        rows = [json.loads(line) for line in (recipe.out / "metrics.jsonl").read_text().splitlines()]
+        losses = [row["loss"] for row in rows if "loss" in row]
+        write_json(
+            recipe.out / "run.json",
+            {
+                "stage": stage,
+                "role": recipe.role,
+                "base": str(recipe.base),
+                "recipe": recipe.model_dump(mode="json"),
+                "metrics": {
+                    "first_loss": losses[0],
+                    "last_loss": sum(losses[-10:]) / len(losses[-10:]),
+                    "steps": trainer.state.global_step,
+                    "examples": len(data),
+                    "processes": int(os.environ["WORLD_SIZE"]),
+                    "seconds": round(time.time() - began, 1),
+                },
+                "libraries": libraries(),
+            },
+        )
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+
+
+def gather_adapter(model: Any) -> dict[str, Any]:
+    """Gathers every LoRA tensor, whole, to the CPU of rank 0, under PEFT's saved names. All ranks must call this.
+
+    Empty adapter files under ZeRO-3 (DeepSpeed #7900, PEFT #453) come from reading partitioned tensors.
+    """
+    import torch
+    from deepspeed.runtime.zero import GatheredParameters
+
+    while not hasattr(model, "peft_config"):
+        model = model.module
+    state: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if "lora_" not in name:
+            continue
+        with GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+            state[name.replace(".default.", ".")] = parameter.detach().cpu().float().clone()
+    return state
+
+
+def save_peft(model: Any, weights: dict[str, Any], out: Path) -> None:
+    """Writes a plain PEFT adapter folder: `adapter_config.json` and `adapter_model.safetensors`."""
+    from safetensors.torch import save_file
+
+    config = model.peft_config["default"].to_dict()
+    config["inference_mode"] = True
+    config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    write_json(out / "adapter_config.json", config)
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, out / "adapter_model.safetensors")
+
+
+def metrics_log(path: Path, *, resumed: bool) -> "TrainerCallback":
+    """A callback that appends every logged dict to a JSONL file, on rank 0."""
+    from transformers import TrainerCallback
+
+    class MetricsLog(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if not state.is_world_process_zero:
+                return
+            kept: list[str] = []
+            if resumed and path.is_file():
+                # A killed run may have logged steps beyond its last checkpoint; they will be done again.
+                lines = path.read_text(encoding="utf-8").splitlines()
+                kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
+            path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
+            if state.is_world_process_zero:
+                row = {"step": state.global_step, "time": round(time.time(), 3)}
+                row |= {key: value for key, value in logs.items() if isinstance(value, (int, float))}
+                with path.open("a", encoding="utf-8") as stream:
+                    stream.write(json.dumps(row) + "\n")
+
+    return MetricsLog()
+
+
+def libraries() -> dict[str, str]:
+    """Versions of the libraries an adapter was made with."""
+    names = ("torch", "transformers", "peft", "trl", "deepspeed", "mixfuse")
+    return {name: version(name) for name in names}
+
+
+def _only_lora_trains(model: Any) -> None:
+    wrong = [name for name, parameter in model.named_parameters() if parameter.requires_grad and "lora_" not in name]
+    if wrong:
+        raise MixfuseError(f"{len(wrong)} base weights are trainable, e.g. {wrong[0]!r}; only LoRA weights may be")
