@@ -93,9 +93,7 @@ def show(fusion: dict[str, Any], usage: dict[str, int], console: Console) -> Non
     reason = str(fusion.get("reason"))
     console.print(Text(f"{who}{_REASONS.get(reason, reason)}."))
     tokens = f"{usage.get('prompt_tokens', 0)} + {usage.get('completion_tokens', 0)} tokens"
-    console.print(
-        Text(f"{tokens}, ${fusion.get('cost', 0):.6f}, trace {fusion.get('trace_id')}", style="dim")
-    )
+    console.print(Text(f"{tokens}, ${fusion.get('cost', 0):.6f}, trace {fusion.get('trace_id')}", style="dim"))
 
 
 def _verdict_line(verdict: dict[str, Any], names: dict[int, str]) -> str:
@@ -125,9 +123,7 @@ def _events(url: str, api_key: str | None, body: dict[str, Any]) -> Iterator[dic
                     if data != b"[DONE]":
                         yield json.loads(data)
     except httpx.ConnectError as error:
-        raise MixfuseError(
-            f"no gateway answers at {url} ({error}); is it running?", kind="unreachable"
-        ) from None
+        raise MixfuseError(f"no gateway answers at {url} ({error}); is it running?", kind="unreachable") from None
     except httpx.HTTPError as error:
         raise MixfuseError(f"the connection to {url} broke: {error}", kind="upstream_error") from None
 

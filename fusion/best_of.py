@@ -2,20 +2,19 @@
 
 from fusion.judge import JudgeError, judge, ranking
 from fusion.run import Run, distinct, question
-from fusion.upstream import Emit
 
 
-async def best_of(run: Run, emit: Emit) -> str:
+async def best_of(run: Run) -> str:
     """Answers a request in mode `best_of`.
 
     Raises:
         TooFewAnswersError: The quorum was not met.
     """
     await run.answers()
-    return await choose(run, emit)
+    return await choose(run)
 
 
-async def choose(run: Run, emit: Emit) -> str:
+async def choose(run: Run) -> str:
     """Returns the best of the candidates in hand.
 
     A lone one is returned as it is; where all say the same the judge is not asked; where the judge fails it
@@ -23,14 +22,14 @@ async def choose(run: Run, emit: Emit) -> str:
     """
     first = run.candidates[0]
     if len(run.candidates) == 1:
-        return await run.give(first, "lone_survivor", emit)
+        return await run.give(first, "lone_survivor")
     rivals = distinct(run.candidates) if run.plan.settings.early_agreement else run.candidates
     if len(rivals) == 1:
-        return await run.give(first, "agreement", emit)
+        return await run.give(first, "agreement")
     asked = question(run.plan.messages)
     try:
         run.verdicts = await judge(run.pool, run.plan.judge, asked, rivals, run.ledger)
     except JudgeError as error:
         run.error = str(error)
-        return await run.give(first, "judge_failed", emit)
-    return await run.give(ranking(run.verdicts, rivals)[0], "judged", emit)
+        return await run.give(first, "judge_failed")
+    return await run.give(ranking(run.verdicts, rivals)[0], "judged")

@@ -178,9 +178,7 @@ def plan(request: ChatRequest, config: FusionConfig, role_names: list[str]) -> P
     return Plan(request.model, "pass_through", messages, {**sampling, **logprobs}, (model,))
 
 
-def _fused(
-    request: ChatRequest, config: FusionConfig, messages: tuple[Message, ...], sampling: dict[str, Any]
-) -> Plan:
+def _fused(request: ChatRequest, config: FusionConfig, messages: tuple[Message, ...], sampling: dict[str, Any]) -> Plan:
     options = request.fusion or FusionOptions()
     mode = options.mode or MODELS[request.model]
     settings = config.modes
@@ -197,9 +195,7 @@ def _fused(
             param="fusion",
         )
     ending = settings.debate_ending if mode == "debate" else mode
-    decider, having = {"best_of": ("judge", config.judge), "merge": ("synthesizer", config.synthesizer)}[
-        ending
-    ]
+    decider, having = {"best_of": ("judge", config.judge), "merge": ("synthesizer", config.synthesizer)}[ending]
     if having is None:
         raise RequestError(f"mode {mode!r} needs a {decider}; none is configured", code="mode_unavailable")
     return Plan(request.model, mode, messages, sampling, members, settings, config.judge, config.synthesizer)

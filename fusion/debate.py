@@ -4,7 +4,7 @@ from fusion.best_of import choose
 from fusion.fence import fenced
 from fusion.merge import synthesize
 from fusion.run import Run, distinct, question
-from fusion.upstream import Emit, Message
+from fusion.upstream import Message
 
 TEMPLATE = (
     "Others answered the same question:\n\n{answers}\n\n"
@@ -14,7 +14,7 @@ TEMPLATE = (
 )
 
 
-async def debate(run: Run, emit: Emit) -> str:
+async def debate(run: Run) -> str:
     """Answers a request in mode `debate`.
 
     Raises:
@@ -27,7 +27,7 @@ async def debate(run: Run, emit: Emit) -> str:
             break
         await run.revise(prompts(run))
     ending = choose if run.plan.settings.debate_ending == "best_of" else synthesize
-    return await ending(run, emit)
+    return await ending(run)
 
 
 def prompts(run: Run) -> list[list[Message]]:

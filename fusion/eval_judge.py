@@ -159,9 +159,7 @@ async def evaluate(
     async def one(client: httpx.AsyncClient, prompt: str, first: str, second: str) -> float | None:
         async with free:
             try:
-                return await verdict(
-                    client, judge_endpoint, prompt, first, second, purpose=purpose, ledger=Ledger()
-                )
+                return await verdict(client, judge_endpoint, prompt, first, second, purpose=purpose, ledger=Ledger())
             except CallError as error:
                 if error.kind == "unreachable":  # nor will the next thousand calls reach it
                     raise
@@ -224,9 +222,7 @@ def report(
         baselines[name] = _rule(figure)
     if all(row.models for row in rows):
         strength = _win_rates(rows)
-        figure = share(
-            [_credit(strength[a] - strength[b], row) for row in rows for a, b in [row.models or ("", "")]]
-        )
+        figure = share([_credit(strength[a] - strength[b], row) for row in rows for a, b in [row.models or ("", "")]])
         baselines["strongest_member"] = {
             **_rule(figure),
             "member": max(sorted(strength), key=lambda name: strength[name]),
@@ -287,8 +283,7 @@ def _bootstrap(prompts: Sequence[str]) -> Callable[[Sequence[float]], Figure]:
     def share(values: Sequence[float]) -> Figure:
         sums = [sum(values[index] for index in indices) for indices in members]
         means = sorted(
-            sum(sums[cluster] for cluster in draw) / size
-            for draw, size in zip(draws, drawn_sizes, strict=True)
+            sum(sums[cluster] for cluster in draw) / size for draw, size in zip(draws, drawn_sizes, strict=True)
         )
         low, high = means[int(0.025 * RESAMPLES)], means[int(0.975 * RESAMPLES) - 1]
         return Figure(sum(values) / len(values), low, high)

@@ -15,6 +15,5 @@ def fenced(texts: Sequence[str], *, question: str, label: str = "answer") -> str
     """
     nonce = new_nonce(question, *texts)
     return "\n\n".join(
-        f"<{label} {number} {nonce}>\n{text}\n</{label} {number} {nonce}>"
-        for number, text in enumerate(texts, start=1)
+        f"<{label} {number} {nonce}>\n{text}\n</{label} {number} {nonce}>" for number, text in enumerate(texts, start=1)
     )

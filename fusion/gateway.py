@@ -24,7 +24,6 @@ from fusion.merge import merge
 from fusion.pool import Pool, RoleSource
 from fusion.run import Mode, Run, TooFewAnswersError
 from fusion.traces import TraceStore
-from fusion.upstream import Emit
 from mixfuse.errors import MixfuseError
 from mixfuse.trace import Trace, Usage
 
@@ -44,14 +43,13 @@ _STATUS = {
 }
 
 
-async def pass_through(run: Run, emit: Emit) -> str:
-    """Answers with one model's own completion, streamed as it comes where nobody asked for its logprobs.
+async def pass_through(run: Run) -> str:
+    """Answers with one model's own completion.
 
     Raises:
         CallError: The model gave no usable answer.
     """
     member = run.plan.members[0]
-    wants_logprobs = bool(run.plan.parameters.get("logprobs"))
     reply = await run.pool.ask(
         member,
         run.plan.messages,
@@ -60,14 +58,14 @@ async def pass_through(run: Run, emit: Emit) -> str:
         name=member.name,
         ledger=run.ledger,
         candidate=0,
-        emit=None if wants_logprobs else emit,
+        emit=run.emit,
     )
     run.winner, run.reason, run.finish_reason = 0, "pass_through", reply.finish_reason
     run.logprobs = reply.logprobs
     return reply.text
 
 
-MODES: dict[Mode, Callable[[Run, Emit], Awaitable[str]]] = {
+MODES: dict[Mode, Callable[[Run], Awaitable[str]]] = {
     "best_of": best_of,
     "merge": merge,
     "debate": debate,
@@ -75,9 +73,7 @@ MODES: dict[Mode, Callable[[Run, Emit], Awaitable[str]]] = {
 }
 
 
-def create_app(
-    config: FusionConfig, roles: RoleSource | None, *, extra_routes: Sequence[BaseRoute] = ()
-) -> Starlette:
+def create_app(config: FusionConfig, roles: RoleSource | None, *, extra_routes: Sequence[BaseRoute] = ()) -> Starlette:
     """Builds the gateway.
 
     Args:
@@ -175,10 +171,10 @@ class _Completion(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         run = self._run
         stream = _EventStream(send, self._request, run) if self._request.stream else None
-        emit = stream.text if stream else _nowhere
+        run.emit = stream.text if stream else None
         answer, failure = None, None
         try:
-            answer = await _unless_disconnected(receive, MODES[run.plan.mode](run, emit))
+            answer = await _unless_disconnected(receive, MODES[run.plan.mode](run))
         except ClientDisconnect:
             await self._store(run.trace(None, outcome="cancelled", error="the client went away"))
             return
@@ -277,10 +273,6 @@ async def _unless_disconnected(receive: Receive, work: Awaitable[Result]) -> Res
 async def _disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-async def _nowhere(_text: str) -> None:
-    """Takes the pieces of an answer that is sent whole."""
 
 
 def _completion(request: ChatRequest, run: Run, trace: Trace, answer: str) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from fusion.fence import fenced
 from fusion.run import Run, distinct, question
-from fusion.upstream import CallError, Emit, Message
+from fusion.upstream import CallError, Message
 
 SYSTEM = "You write one answer to a question, drawing on the answers that others gave."
 TEMPLATE = (
@@ -13,7 +13,7 @@ TEMPLATE = (
 )
 
 
-async def merge(run: Run, emit: Emit) -> str:
+async def merge(run: Run) -> str:
     """Answers a request in mode `merge`.
 
     Raises:
@@ -21,10 +21,10 @@ async def merge(run: Run, emit: Emit) -> str:
         CallError: The synthesizer failed after its first piece of text.
     """
     await run.answers()
-    return await synthesize(run, emit)
+    return await synthesize(run)
 
 
-async def synthesize(run: Run, emit: Emit) -> str:
+async def synthesize(run: Run) -> str:
     """Writes one answer from the candidates in hand.
 
     A lone one is returned as it is. A synthesizer that fails before its first piece of text is replaced by
@@ -35,13 +35,14 @@ async def synthesize(run: Run, emit: Emit) -> str:
     """
     first = run.candidates[0]
     if len(run.candidates) == 1:
-        return await run.give(first, "lone_survivor", emit)
+        return await run.give(first, "lone_survivor")
     begun = False
 
-    async def note_and_emit(text: str) -> None:
+    async def emit(text: str) -> None:
         nonlocal begun
         begun = True
-        await emit(text)
+        if run.emit is not None:
+            await run.emit(text)
 
     try:
         if run.plan.synthesizer is None:
@@ -53,13 +54,13 @@ async def synthesize(run: Run, emit: Emit) -> str:
             stage="synthesis",
             name="synthesizer",
             ledger=run.ledger,
-            emit=note_and_emit,
+            emit=None if run.emit is None else emit,
         )
     except CallError as error:
         if begun:
             raise
         run.error = str(error)
-        return await run.give(first, "synthesizer_failed", emit)
+        return await run.give(first, "synthesizer_failed")
     run.reason, run.finish_reason = "synthesis", reply.finish_reason
     return reply.text
 

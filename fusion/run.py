@@ -1,6 +1,5 @@
 """One request under way: what the modes share while they work, and what becomes its trace."""
 
-import asyncio
 import time
 import uuid
 from collections.abc import Sequence
@@ -70,9 +69,7 @@ class TooFewAnswersError(MixfuseError):
 
     def __init__(self, answered: int, quorum: int, failures: Sequence[Failure]) -> None:
         reasons = "; ".join(f"{failure.member}: {failure.type} ({failure.message})" for failure in failures)
-        super().__init__(
-            f"{answered} of at least {quorum} members answered: {reasons}", kind="too_few_answers"
-        )
+        super().__init__(f"{answered} of at least {quorum} members answered: {reasons}", kind="too_few_answers")
         self.failures = tuple(failures)
 
 
@@ -83,6 +80,7 @@ class Run:
     Attributes:
         plan: What is asked for.
         pool: How models are reached.
+        emit: Takes the answer piece by piece; None where it is sent whole.
         id: Its trace's.
         created_at: When it began, in seconds since 1970.
         ledger: Every call made so far.
@@ -97,6 +95,7 @@ class Run:
 
     plan: Plan
     pool: Pool
+    emit: Emit | None = None
     id: str = field(default_factory=lambda: f"trace-{uuid.uuid4().hex}")
     created_at: float = field(default_factory=time.time)
     ledger: Ledger = field(default_factory=Ledger)
@@ -184,12 +183,12 @@ class Run:
             for candidate, result in zip(self.candidates, results, strict=True)
         ]
 
-    async def give(self, candidate: Candidate, reason: str, emit: Emit) -> str:
+    async def give(self, candidate: Candidate, reason: str) -> str:
         """Settles on a candidate and emits its text, verbatim, in pieces."""
         self.winner, self.reason, self.finish_reason = candidate.index, reason, candidate.finish_reason
-        for start in range(0, len(candidate.text), _PIECE):
-            await emit(candidate.text[start : start + _PIECE])
-            await asyncio.sleep(0)  # a piece may leave before the next is written
+        if self.emit is not None:
+            for start in range(0, len(candidate.text), _PIECE):
+                await self.emit(candidate.text[start : start + _PIECE])
         return candidate.text
 
     def trace(self, answer: str | None, *, outcome: str = "ok", error: str | None = None) -> Trace:

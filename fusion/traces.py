@@ -45,9 +45,7 @@ class TraceStore:
             # One connection for whichever worker thread comes, one at a time.
             self._database = sqlite3.connect(path, check_same_thread=False)
             self._database.execute("PRAGMA journal_mode=WAL")  # readers beside the writer
-            self._database.execute(
-                "PRAGMA synchronous=NORMAL"
-            )  # safe with WAL; a power cut loses the last few
+            self._database.execute("PRAGMA synchronous=NORMAL")  # safe with WAL; a power cut loses the last few
             self._database.executescript(_SCHEMA)
         except (sqlite3.Error, OSError) as error:
             raise MixfuseError(f"cannot open the trace database {path}: {error}", kind="trace_db") from error

@@ -223,14 +223,10 @@ def _typed_failures(timeout_s: float) -> Iterator[None]:
     except httpx.DecodingError as error:
         raise CallError("invalid_response", f"undecodable body: {error}") from error
     except httpx.HTTPError as error:
-        raise CallError(
-            "upstream_error", f"the connection broke: {str(error) or type(error).__name__}"
-        ) from error
+        raise CallError("upstream_error", f"the connection broke: {str(error) or type(error).__name__}") from error
 
 
-async def _whole(
-    client: httpx.AsyncClient, endpoint: Endpoint, body: dict[str, Any], answer: _Partial
-) -> None:
+async def _whole(client: httpx.AsyncClient, endpoint: Endpoint, body: dict[str, Any], answer: _Partial) -> None:
     response = await client.post(_url(endpoint), json=body, headers=_headers(endpoint))
     if response.status_code != httpx.codes.OK:
         _refuse(response.status_code, response.content)

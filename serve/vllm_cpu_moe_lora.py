@@ -180,9 +180,7 @@ def register() -> None:
         from vllm.model_executor.layers.fused_moe.oracle import unquantized as oracle
 
         original = oracle.select_unquantized_moe_backend
-        if getattr(
-            original, "knows_cpu_moe_lora", False
-        ):  # vLLM may load a plugin more than once in a process
+        if getattr(original, "knows_cpu_moe_lora", False):  # vLLM may load a plugin more than once in a process
             return
         if method.select_unquantized_moe_backend is not original:
             raise AttributeError("unquantized_fused_moe_method has another select_unquantized_moe_backend")
@@ -195,9 +193,7 @@ def register() -> None:
     def select_unquantized_moe_backend(moe_config: Any) -> Any:
         if not moe_config.is_lora_enabled:
             return original(moe_config)
-        supported, reason = experts.is_supported_config(
-            experts, moe_config, None, None, experts.activation_format()
-        )
+        supported, reason = experts.is_supported_config(experts, moe_config, None, None, experts.activation_format())
         if not supported:
             raise NotImplementedError(f"LoRA on experts on a CPU: {reason}")
         return cpu_backend, experts
@@ -255,9 +251,7 @@ def _experts_class() -> Any:
             # fused_moe/runner/moe_runner.py), and loops over the experts that were chosen cannot be traced.
             if not get_current_vllm_config().model_config.enforce_eager:
                 return False, "kernel needs --enforce-eager"
-            supported: tuple[bool, str | None] = mk.FusedMoEExperts.is_supported_config(
-                cls, moe_config, *args
-            )
+            supported: tuple[bool, str | None] = mk.FusedMoEExperts.is_supported_config(cls, moe_config, *args)
             return supported
 
         @staticmethod
@@ -288,9 +282,7 @@ def _experts_class() -> Any:
 
         def set_lora_context(self, ctx: Any) -> None:
             if ctx.fully_sharded or ctx.enable_moe_shared_loras:
-                raise NotImplementedError(
-                    "LoRA on experts on a CPU: fully sharded and shared LoRAs are not supported"
-                )
+                raise NotImplementedError("LoRA on experts on a CPU: fully sharded and shared LoRAs are not supported")
             super().set_lora_context(ctx)
 
         def apply(  # noqa: PLR0917 - vLLM's signature
@@ -318,9 +310,7 @@ def _experts_class() -> Any:
 
             if apply_router_weight_on_input:  # already in hidden_states
                 topk_weights = torch.ones_like(topk_weights)
-            output.copy_(
-                routed_experts(hidden_states, w1, w2, topk_ids, topk_weights, activate, self._lora_of_batch())
-            )
+            output.copy_(routed_experts(hidden_states, w1, w2, topk_ids, topk_weights, activate, self._lora_of_batch()))
 
         def _lora_of_batch(self) -> ExpertLora | None:
             context = self._lora_context

@@ -5,11 +5,9 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from fake_upstream import FakeUpstream, Script, fake_upstream, serving
 from fusion_harness import FakeRoles, Gateway, StartGateway
-from openai import AsyncOpenAI, OpenAI
 
 from fusion.config import FusionConfig
 from fusion.gateway import create_app
@@ -21,9 +19,7 @@ async def upstream() -> AsyncIterator[FakeUpstream]:
         alpha=Script("the answer of alpha"),
         beta=Script("the answer of beta"),
         gamma=Script("the answer of gamma"),
-        judge=Script(
-            verdict=lambda first, second: 0.9 if "beta" in first else 0.1 if "beta" in second else 0.5
-        ),
+        judge=Script(verdict=lambda first, second: 0.9 if "beta" in first else 0.1 if "beta" in second else 0.5),
         synth=Script("one merged answer in several words"),
     ) as fake:
         yield fake
@@ -54,17 +50,11 @@ async def start_gateway(config: Callable[..., FusionConfig]) -> AsyncIterator[St
     """Starts a gateway; keywords as for `config`, and `roles`."""
     async with AsyncExitStack() as stack:
 
-        async def start(
-            members: list[Any] | None = None, *, roles: FakeRoles | None = None, **keys: Any
-        ) -> Gateway:
+        async def start(members: list[Any] | None = None, *, roles: FakeRoles | None = None, **keys: Any) -> Gateway:
             url = await stack.enter_async_context(serving(create_app(config(members, **keys), roles)))
-            client = AsyncOpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0)
-            sync_client = OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0)
-            http = httpx.AsyncClient(base_url=url, timeout=60)
-            stack.push_async_callback(client.close)
-            stack.callback(sync_client.close)
-            stack.push_async_callback(http.aclose)
-            return Gateway(url, client, sync_client, http)
+            gateway = Gateway(url)
+            stack.push_async_callback(gateway.close)
+            return gateway
 
         yield start
 

@@ -17,8 +17,9 @@ from typing import Any
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 COMPARISON = re.compile(
     r"<answer A (?P<nonce>\w+)>\n(?P<first>.*)\n</answer A (?P=nonce)>\n"
@@ -96,11 +97,7 @@ class FakeUpstream:
         model = payload["model"]
         await self._note(lambda: (self.requests.append(payload), self.headers.append(dict(request.headers))))
         script = self.models[model]
-        if (
-            script.hold is not None
-            and script.hold_after is None
-            and await self._left(request, model, script.hold)
-        ):
+        if script.hold is not None and script.hold_after is None and await self._left(request, model, script.hold):
             return Response()
         if script.fail_after is not None and len(self.asked(model)) > script.fail_after:
             script = Script(status=500)
@@ -108,7 +105,7 @@ class FakeUpstream:
             default = json.dumps({"error": {"message": f"status {script.status}", "code": None}}).encode()
             return Response(script.body or default, script.status, media_type="application/json")
         if payload.get("stream"):
-            return StreamingResponse(self._stream(request, payload, script), media_type="text/event-stream")
+            return _EventStream(self._stream(request, payload, script))
         return JSONResponse(self._completion(payload, script))
 
     async def _left(self, request: Request, model: str, hold: asyncio.Event) -> bool:
@@ -128,9 +125,7 @@ class FakeUpstream:
         text, logprobs = script.next_text(), None
         if payload.get("logprobs"):
             alternatives = script.logprobs if script.logprobs is not None else _verdict(payload, script)
-            top = [
-                {"token": token, "logprob": logprob, "bytes": None} for token, logprob in alternatives.items()
-            ]
+            top = [{"token": token, "logprob": logprob, "bytes": None} for token, logprob in alternatives.items()]
             if top:
                 text = top[0]["token"]
                 logprobs = {"content": [{**top[0], "top_logprobs": top}]}
@@ -151,9 +146,7 @@ class FakeUpstream:
             **({"usage": {**usage, "total_tokens": sum(script.usage or ())}} if usage else {}),
         }
 
-    async def _stream(
-        self, request: Request, payload: dict[str, Any], script: Script
-    ) -> AsyncIterator[bytes]:
+    async def _stream(self, request: Request, payload: dict[str, Any], script: Script) -> AsyncIterator[bytes]:
         whole = self._completion(payload, script)
         head = {"id": "fake", "object": "chat.completion.chunk", "created": 0, "model": payload["model"]}
 
@@ -165,11 +158,7 @@ class FakeUpstream:
         for count, piece in enumerate(re.findall(r"\S+\s*|\s+", whole["choices"][0]["message"]["content"])):
             if count == script.break_after:
                 return
-            if (
-                count == script.hold_after
-                and script.hold
-                and await self._left(request, payload["model"], script.hold)
-            ):
+            if count == script.hold_after and script.hold and await self._left(request, payload["model"], script.hold):
                 return
             yield event({"content": piece})
         yield event({}, "stop")
@@ -191,25 +180,59 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
+class _EventStream(Response):
+    """Leaves watching for the caller's disconnect to the stream, as Starlette's own would not."""
+
+    def __init__(self, events: AsyncIterator[bytes]) -> None:
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = [(b"content-type", b"text/event-stream")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        async for event in self._events:
+            await send({"type": "http.response.body", "body": event, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+
 class _Server(uvicorn.Server):
+    """Starts and stops at once: uvicorn's own loop looks only ten times a second whether it shall end."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.up, self.stop = asyncio.Event(), asyncio.Event()
+
     def capture_signals(self) -> Any:
         return nullcontext()  # the signals are pytest's
+
+    async def main_loop(self) -> None:
+        await self.on_tick(0)
+        self.up.set()
+        await self.stop.wait()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for server in self.servers:
+            server.close()
+        async with asyncio.timeout(10):
+            while self.server_state.connections:
+                for connection in list(self.server_state.connections):
+                    connection.shutdown()
+                await asyncio.sleep(0.001)
+        await self.lifespan.shutdown()
 
 
 @asynccontextmanager
 async def serving(app: Starlette) -> AsyncIterator[str]:
     """Runs an app over real HTTP on a free loopback port; yields its URL."""
     listener = socket.create_server(("127.0.0.1", 0))
-    server = _Server(uvicorn.Config(app, log_level="warning", ws="none", timeout_graceful_shutdown=5))
+    server = _Server(uvicorn.Config(app, log_level="warning", ws="none"))
     running = asyncio.create_task(server.serve(sockets=[listener]))
     try:
-        while not server.started:
-            if running.done():
-                running.result()
-            await asyncio.sleep(0.005)
+        up = asyncio.create_task(server.up.wait())
+        await asyncio.wait({up, running}, return_when=asyncio.FIRST_COMPLETED)
+        assert up.done(), "the server did not start"
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
-        server.should_exit = True
+        server.stop.set()
         await running
         listener.close()
 

@@ -1,8 +1,9 @@
 """What the fusion tests share beside the fake upstream: a role table, a running gateway, a judge's taste."""
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import httpx
@@ -41,20 +42,41 @@ class FakeRoles:
         return list(self._roles)
 
 
-@dataclass
 class Gateway:
-    """A running gateway and the official clients for it."""
+    """A running gateway, and what talks to it: plain HTTP and the official clients."""
 
-    url: str
-    client: AsyncOpenAI
-    sync_client: OpenAI
-    http: httpx.AsyncClient
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.http = httpx.AsyncClient(base_url=url, timeout=60, verify=False)
+
+    @cached_property
+    def client(self) -> AsyncOpenAI:
+        return AsyncOpenAI(base_url=f"{self.url}/v1", api_key="unused", max_retries=0)
+
+    @cached_property
+    def sync_client(self) -> OpenAI:
+        return OpenAI(base_url=f"{self.url}/v1", api_key="unused", max_retries=0)
 
     async def post(self, **body: Any) -> httpx.Response:
         return await self.http.post("/v1/chat/completions", json=body)
 
     async def trace(self, fusion: dict[str, Any]) -> dict[str, Any]:
         return (await self.http.get(f"/v1/traces/{fusion['trace_id']}")).json()
+
+    async def first_traces(self) -> list[dict[str, Any]]:
+        """Waits until a trace is stored: one of a client who left is stored when nobody waits for it."""
+        async with asyncio.timeout(30):
+            while True:
+                if found := (await self.http.get("/v1/traces")).json()["data"]:
+                    return found
+                await asyncio.sleep(0.01)
+
+    async def close(self) -> None:
+        await self.http.aclose()
+        if "client" in vars(self):
+            await self.client.close()
+        if "sync_client" in vars(self):
+            self.sync_client.close()
 
 
 StartGateway = Callable[..., Awaitable[Gateway]]

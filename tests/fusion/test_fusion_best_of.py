@@ -39,9 +39,7 @@ async def test_each_pair_is_judged_in_both_orders(gateway: Gateway, upstream: Fa
     assert sorted(shown) == sorted((one, other) for one in names for other in names if one != other)
 
 
-async def test_an_order_flip_is_a_tie_and_member_order_settles_it(
-    gateway: Gateway, upstream: FakeUpstream
-) -> None:
+async def test_an_order_flip_is_a_tie_and_member_order_settles_it(gateway: Gateway, upstream: FakeUpstream) -> None:
     upstream.models["judge"].verdict = lambda _first, _second: 0.9  # always A
     fusion = (await gateway.post(**ASK)).json()["fusion"]
     assert [verdict["winner"] for verdict in fusion["verdicts"]] == ["tie"] * 3
@@ -71,23 +69,17 @@ async def test_answers_that_say_the_same_are_judged_once(gateway: Gateway, upstr
     assert fusion["winner"] == 1
 
 
-async def test_a_judge_that_fails_gives_way_to_the_first_member(
-    gateway: Gateway, upstream: FakeUpstream
-) -> None:
+async def test_a_judge_that_fails_gives_way_to_the_first_member(gateway: Gateway, upstream: FakeUpstream) -> None:
     upstream.models["judge"] = Script(status=500)
     body = (await gateway.post(**ASK)).json()
     assert body["choices"][0]["message"]["content"] == "the answer of alpha"
     assert (body["fusion"]["reason"], body["fusion"]["winner"]) == ("judge_failed", 0)
-    assert {(call["member"], call["type"]) for call in body["fusion"]["failed"]} >= {
-        ("judge", "upstream_error")
-    }
+    assert {(call["member"], call["type"]) for call in body["fusion"]["failed"]} >= {("judge", "upstream_error")}
     trace = await gateway.trace(body["fusion"])
     assert (trace["reason"], trace["outcome"]) == ("judge_failed", "ok")
 
 
-async def test_a_judge_whose_replies_name_no_verdict_has_failed(
-    gateway: Gateway, upstream: FakeUpstream
-) -> None:
+async def test_a_judge_whose_replies_name_no_verdict_has_failed(gateway: Gateway, upstream: FakeUpstream) -> None:
     upstream.models["judge"] = Script(logprobs={"Maybe": -0.1})
     fusion = (await gateway.post(**ASK)).json()["fusion"]
     assert (fusion["reason"], fusion["winner"], fusion["verdicts"]) == ("judge_failed", 0, [])

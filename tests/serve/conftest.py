@@ -1,0 +1,136 @@
+"""A tiny Mixtral, adapters for it in both layouts, and what transformers and PEFT say of a text."""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+EXPERTS = 4
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+FUSED_EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """Folders: the base, the adapters as PEFT saved them, and the same adapters as vLLM reads them."""
+
+    base: Path
+    fused: dict[str, Path]
+    served: dict[str, Path]
+    logprobs: Callable[[str, str], list[float]]
+    """(adapter or "base", text) → the log-probability of each token after the first, by transformers and PEFT."""
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoTokenizer, MixtralForCausalLM
+
+    root = tmp_path_factory.mktemp("tiny")
+    base = root / "base"
+    _save_base(base)
+    fused = {
+        "one": _save_adapter(base, root / "one", seed=1, rank=4, modules=ATTENTION, parameters=FUSED_EXPERTS),
+        "two": _save_adapter(base, root / "two", seed=2, rank=8, modules=ATTENTION, parameters=FUSED_EXPERTS),
+        "experts": _save_adapter(base, root / "experts", seed=3, rank=4, modules=[], parameters=FUSED_EXPERTS),
+    }
+    served = {name: per_expert(path, root / f"{name}-served") for name, path in fused.items()}
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    models: dict[str, torch.nn.Module] = {}
+
+    def logprobs(name: str, text: str) -> list[float]:
+        if name not in models:
+            model = MixtralForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+            models[name] = model if name == "base" else PeftModel.from_pretrained(model, fused[name]).eval()
+        ids = tokenizer(text, return_tensors="pt").input_ids
+        with torch.no_grad():
+            scores = models[name](ids).logits[0].float().log_softmax(-1)
+        return [float(scores[position, token]) for position, token in enumerate(ids[0, 1:])]
+
+    return Tiny(base, fused, served, logprobs)
+
+
+def _save_base(path: Path) -> None:
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
+
+    words = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    letters = Tokenizer(models.BPE(vocab={word: number for number, word in enumerate(words)}, merges=[]))
+    letters.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    letters.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    tokenizer.save_pretrained(path)
+    config = MixtralConfig(
+        vocab_size=320,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,  # vLLM's CPU attention wants heads of 32 or more
+        num_key_value_heads=1,
+        num_local_experts=EXPERTS,
+        num_experts_per_tok=2,
+        max_position_embeddings=512,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+        initializer_range=0.15,  # so that experts and adapters have something to say
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        MixtralForCausalLM(config).float().save_pretrained(path)
+
+
+def _save_adapter(base: Path, path: Path, *, seed: int, rank: int, modules: list[str], parameters: list[str]) -> Path:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import MixtralForCausalLM
+
+    model = MixtralForCausalLM.from_pretrained(base, dtype=torch.float32)
+    config = LoraConfig(r=rank, lora_alpha=8, target_modules=modules, target_parameters=parameters)
+    model = get_peft_model(model, config)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for name, weight in model.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(weight, std=0.1)
+    model.save_pretrained(path)
+    return path
+
+
+def per_expert(source: Path, target: Path) -> Path:
+    """Rewrites PEFT's fused experts (`ParamWrapper.get_delta_factors` in peft/tuners/lora/layer.py)."""
+    from safetensors.torch import load_file, save_file
+
+    weights = {}
+    for key, weight in load_file(source / "adapter_model.safetensors").items():
+        match = re.fullmatch(r"(.*)\.mlp\.experts(\.base_layer)?\.lora_([AB])\.weight", key)
+        if not match:
+            weights[key] = weight
+            continue
+        layer, inner, factor = match.groups()
+        if factor == "A":  # (E·r, in)
+            stacked = weight.reshape(EXPERTS, -1, weight.shape[1])
+        else:  # (out, r·E)
+            stacked = weight.reshape(weight.shape[0], -1, EXPERTS).permute(2, 0, 1)
+        for expert, part in enumerate(stacked):
+            if not inner:
+                names = {"w2": part}
+            elif factor == "A":
+                names = {"w1": part, "w3": part}
+            else:
+                names = dict(zip(("w1", "w3"), part.chunk(2), strict=True))
+            for name, value in names.items():
+                module = f"{layer}.block_sparse_moe.experts.{expert}.{name}"
+                weights[f"{module}.lora_{factor}.weight"] = value.contiguous().clone()
+    target.mkdir()
+    save_file(weights, target / "adapter_model.safetensors")
+    config = json.loads((source / "adapter_config.json").read_text())
+    config |= {"target_modules": [*config["target_modules"], "w1", "w2", "w3"], "target_parameters": None}
+    (target / "adapter_config.json").write_text(json.dumps(config))
+    return target

@@ -1,0 +1,351 @@
+"""The engine starts or says why not, serves every adapter as PEFT would, and leaves nothing behind."""
+
+import asyncio
+import inspect
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import httpx
+import pytest
+import pytest_asyncio
+import torch
+from pydantic import ValidationError
+
+from mixfuse.errors import MixfuseError
+from serve import engine as engine_module
+from serve import vllm_cpu_moe_lora as plugin
+from serve.engine import Engine, EngineConfig
+
+TEXTS = ["The quick brown fox jumps over 13 lazy dogs.", "Judge: A or B? Judge: A or B?", "yes"]
+TOLERANCE = 1e-3
+module_loop = pytest.mark.asyncio(loop_scope="module")
+
+
+def config(base: Path, **changes) -> EngineConfig:
+    return EngineConfig(base=base, max_model_len=256, max_loras=2, max_num_seqs=16, **changes)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def engine(tiny, tmp_path_factory: pytest.TempPathFactory):
+    """One engine for all tests; every slot is taken, which is when vLLM's own CPU code mixes adapters up."""
+    async with Engine(config(tiny.base), log_path=tmp_path_factory.mktemp("engine") / "engine.log") as running:
+        await running.load_adapter("one", tiny.served["one"])
+        await running.load_adapter("two", tiny.served["two"])
+        yield running
+
+
+async def ask(engine: Engine, endpoint: str, **body) -> httpx.Response:
+    headers = {"Authorization": f"Bearer {engine.api_key}"}
+    async with httpx.AsyncClient(timeout=120, trust_env=False) as client:
+        return await client.post(f"{engine.url}/{endpoint}", json=body, headers=headers)
+
+
+async def logprobs(engine: Engine, model: str, text: str) -> list[float]:
+    response = await ask(engine, "completions", model=model, prompt=text, max_tokens=1, prompt_logprobs=0)
+    assert response.status_code == 200, response.text
+    # The prompt's own token comes first at each position; the first position has none.
+    positions = response.json()["choices"][0]["prompt_logprobs"][1:]
+    return [next(iter(position.values()))["logprob"] for position in positions]
+
+
+def distance(first: list[float], second: list[float]) -> float:
+    return max(abs(a - b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.engine
+@module_loop
+@pytest.mark.parametrize("model", ["base", "one", "two"])
+async def test_logprobs_are_those_of_transformers_and_peft(engine: Engine, tiny, model: str):
+    for text in TEXTS:
+        assert distance(await logprobs(engine, model, text), tiny.logprobs(model, text)) < TOLERANCE
+    if model != "base":
+        assert distance(tiny.logprobs(model, TEXTS[0]), tiny.logprobs("base", TEXTS[0])) > 100 * TOLERANCE
+
+
+@pytest.mark.engine
+@module_loop
+async def test_base_and_adapters_share_a_batch(engine: Engine, tiny):
+    asked = [(model, text) for text in TEXTS for model in ("base", "one", "two")] * 3
+    answers = await asyncio.gather(*(logprobs(engine, model, text) for model, text in asked))
+    for (model, text), answer in zip(asked, answers, strict=True):
+        assert distance(answer, tiny.logprobs(model, text)) < TOLERANCE
+
+
+@pytest.mark.engine
+@module_loop
+async def test_vllm_silently_ignores_fused_experts_and_the_engine_refuses_them(engine: Engine, tiny):
+    fused = tiny.fused["experts"]
+    with pytest.raises(MixfuseError, match=r"silently ignore .*mlp\.experts") as caught:
+        await engine.load_adapter("fused", fused)
+    assert caught.value.kind == "adapter"
+
+    loaded = await ask(engine, "load_lora_adapter", lora_name="fused", lora_path=str(fused))
+    assert loaded.status_code == 200, "vLLM refuses fused experts now; the check in load_adapter can go"
+    answer = await logprobs(engine, "fused", TEXTS[0])
+    assert distance(answer, tiny.logprobs("base", TEXTS[0])) < TOLERANCE, "vLLM applies fused experts now"
+    assert distance(answer, tiny.logprobs("experts", TEXTS[0])) > 100 * TOLERANCE
+    await engine.unload_adapter("fused")
+
+
+@pytest.mark.engine
+@module_loop
+async def test_an_adapter_comes_and_goes(engine: Engine, tiny):
+    await engine.load_adapter("experts", tiny.served["experts"])
+    assert distance(await logprobs(engine, "experts", TEXTS[0]), tiny.logprobs("experts", TEXTS[0])) < TOLERANCE
+    with pytest.raises(MixfuseError, match="already been loaded"):
+        await engine.load_adapter("experts", tiny.served["experts"])
+    await engine.unload_adapter("experts")
+    assert (await ask(engine, "completions", model="experts", prompt="x", max_tokens=1)).status_code == 404
+    with pytest.raises(MixfuseError, match="cannot be found"):
+        await engine.unload_adapter("experts")
+
+
+@pytest.mark.engine
+@module_loop
+async def test_vllm_says_why_it_refuses_an_adapter(engine: Engine, tiny, tmp_path: Path):
+    settings = json.loads((tiny.served["one"] / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings | {"r": 64}))
+    (tmp_path / "adapter_model.safetensors").write_bytes(
+        (tiny.served["one"] / "adapter_model.safetensors").read_bytes()
+    )
+    with pytest.raises(MixfuseError, match="rank 64 is greater than"):
+        await engine.load_adapter("large", tmp_path)
+
+
+@pytest.mark.engine
+@module_loop
+async def test_chat_gives_the_top_logprobs_a_verdict_is_read_from(engine: Engine):
+    messages = [{"role": "user", "content": "A or B?"}]
+    response = await ask(
+        engine,
+        "chat/completions",
+        model="one",
+        messages=messages,
+        max_tokens=1,
+        temperature=0,
+        logprobs=True,
+        top_logprobs=20,
+    )
+    assert response.status_code == 200, response.text
+    assert len(response.json()["choices"][0]["logprobs"]["content"][0]["top_logprobs"]) == 20
+
+
+@pytest.mark.engine
+@module_loop
+async def test_the_api_wants_the_key(engine: Engine):
+    async with httpx.AsyncClient(trust_env=False) as client:
+        assert (await client.get(f"{engine.url}/models")).status_code == 401
+    assert engine.api_key not in engine.log_path.read_text()
+
+
+async def test_a_port_in_use_is_named(tmp_path: Path):
+    (tmp_path / "config.json").write_text("{}")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(MixfuseError, match=f"{port}.*choose another port") as caught:
+            await Engine(config(tmp_path, port=port), log_path=tmp_path / "log").start()
+    assert caught.value.kind == "engine"
+
+
+async def test_a_missing_base_is_named(tmp_path: Path):
+    with pytest.raises(MixfuseError, match="nowhere holds no base model"):
+        await Engine(config(tmp_path / "nowhere"), log_path=tmp_path / "log").start()
+
+
+async def test_an_adapter_folder_without_weights_is_named(tmp_path: Path):
+    with pytest.raises(MixfuseError, match=r"cannot read .*adapter_model\.safetensors"):
+        await Engine(config(tmp_path), log_path=tmp_path / "log").load_adapter("x", tmp_path)
+
+
+def test_the_engine_listens_on_loopback_only(tmp_path: Path):
+    with pytest.raises(ValidationError, match="loopback"):
+        config(tmp_path, host="0.0.0.0")
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Puts a Python program in the place of vLLM."""
+    (tmp_path / "config.json").write_text("{}")
+
+    def put(program: str, **changes) -> Engine:
+        command = [sys.executable, "-c", program]
+        monkeypatch.setattr(engine_module, "_command", lambda config, port: [*command, str(port)])
+        monkeypatch.setattr(engine_module, "find_spec", lambda name: name)
+        return Engine(config(tmp_path, **changes), log_path=tmp_path / "log")
+
+    return put
+
+
+async def test_a_child_that_dies_leaves_its_error_in_one_line(server, tmp_path: Path):
+    engine = server("import sys; print('boot'); raise ValueError('no such\\tdtype')")
+    with pytest.raises(MixfuseError) as caught:
+        await engine.start()
+    assert str(caught.value) == (f"the engine died at its start: ValueError: no such dtype; see {tmp_path / 'log'}")
+    assert not engine.running
+    assert await engine.wait() == 1
+
+
+async def test_a_start_that_takes_too_long_is_ended(server):
+    engine = server("import time; time.sleep(600)", start_timeout_s=0.5)
+    with pytest.raises(MixfuseError, match=r"did not answer within 0\.5 s"):
+        await engine.start()
+    assert not engine.running
+
+
+HEALTHY = """
+import http.server, sys
+class Health(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.end_headers()
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Health).serve_forever()
+"""
+
+
+async def test_a_crash_is_noticed(server):
+    async with server("import os; print(os.getpid(), flush=True)" + HEALTHY) as engine:
+        os.kill(int(engine.log_path.read_text().split()[0]), signal.SIGKILL)
+        async with asyncio.timeout(5):
+            assert await engine.wait() == 128 + signal.SIGKILL
+        assert not engine.running
+
+
+# A server whose child and grandchild ignore SIGTERM, as a busy worker may.
+STUBBORN = """
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+os.fork() or os.fork()
+print(os.getpid(), flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("end", ["parent is killed", "guard is told", "server is killed"])
+def test_the_guard_leaves_no_process(end: str, tmp_path: Path):
+    log = tmp_path / "log"
+    # The parent of the guard: it starts it as the engine does, says who it is, and sleeps.
+    parent = """
+import subprocess, sys, time
+guard = subprocess.Popen(sys.argv[2:], stdin=subprocess.PIPE, stdout=open(sys.argv[1], "wb"), start_new_session=True)
+print(guard.pid, flush=True)
+time.sleep(600)
+"""
+    command = [sys.executable, "-I", "-S", "-c", engine_module._GUARD, "0.5", sys.executable, "-c", STUBBORN]
+    with subprocess.Popen(
+        [sys.executable, "-c", parent, str(log), *command], stdout=subprocess.PIPE, text=True
+    ) as started:
+        assert started.stdout
+        guard = int(started.stdout.readline())
+        until(lambda: log.exists() and len(log.read_text().split()) == 3)
+        pids = [int(pid) for pid in log.read_text().split()]
+        server = min(pids)
+        victim = {"parent is killed": started.pid, "guard is told": guard, "server is killed": server}[end]
+        os.kill(victim, signal.SIGTERM if end == "guard is told" else signal.SIGKILL)
+        until(lambda: not any(alive(pid) for pid in [guard, *pids]))
+        started.kill()
+
+
+@pytest.mark.engine
+def test_a_killed_parent_leaves_no_vllm(tiny, tmp_path: Path):
+    script = inspect.cleandoc("""
+        import asyncio, sys
+        from pathlib import Path
+        from serve.engine import Engine, EngineConfig
+        async def main():
+            config = EngineConfig(base=Path(sys.argv[1]), max_model_len=256)
+            async with Engine(config, log_path=Path(sys.argv[2])) as engine:
+                print("up", flush=True)
+                await engine.wait()
+        asyncio.run(main())
+    """)
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(tiny.base), str(tmp_path / "log")], stdout=subprocess.PIPE, text=True
+    ) as parent:
+        assert parent.stdout
+        assert parent.stdout.readline() == "up\n"
+        family = descendants(parent.pid)
+        assert len(family) >= 3, "guard, API server and engine core at least"
+        parent.kill()
+        until(lambda: not any(alive(pid) for pid in family), seconds=30)
+
+
+def until(condition, *, seconds: float = 15):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never came true"
+        time.sleep(0.05)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def descendants(pid: int) -> list[int]:
+    children = [
+        int(child) for path in Path(f"/proc/{pid}/task").glob("*/children") for child in path.read_text().split()
+    ]
+    return [*children, *(below for child in children for below in descendants(child))]
+
+
+def swiglu(hidden: torch.Tensor) -> torch.Tensor:
+    gate, up = hidden.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * up
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("slots", [[-1, 0, 2, 2, -1, 0, 1], [-1] * 7, None])
+def test_routed_experts_equal_one_token_at_a_time(dtype: torch.dtype, tolerance: float, slots: list[int] | None):
+    tokens, hidden, inner, experts, rank, adapters = 7, 16, 24, 4, 4, 3
+    generator = torch.Generator().manual_seed(0)
+
+    def weights(*shape: int) -> torch.Tensor:
+        return (torch.randn(*shape, generator=generator) / shape[-1] ** 0.5).to(dtype)
+
+    x, w13, w2 = weights(tokens, hidden), weights(experts, 2 * inner, hidden), weights(experts, hidden, inner)
+    chosen = torch.stack([torch.randperm(experts, generator=generator)[:2] for _ in range(tokens)]).int()
+    shares = torch.rand(tokens, 2, generator=generator)
+    a13 = tuple(weights(adapters, experts, rank, hidden) for _ in range(2))
+    b13 = tuple(weights(adapters, experts, inner, rank) for _ in range(2))
+    a2, b2 = weights(adapters, experts, rank, inner), weights(adapters, experts, hidden, rank)
+    lora = slots and plugin.ExpertLora(torch.tensor(slots), a13, b13, a2, b2)
+
+    def merged(base: torch.Tensor, slot: int, expert: int, *factors: tuple[torch.Tensor, torch.Tensor]):
+        delta = torch.cat([b[slot, expert].float() @ a[slot, expert].float() for a, b in factors])
+        return base[expert].float() + (delta if slot >= 0 else 0)
+
+    expected = torch.zeros(tokens, hidden)
+    for token in range(tokens):
+        slot = slots[token] if slots else -1
+        for expert, share in zip(chosen[token].tolist(), shares[token], strict=True):
+            inside = swiglu(merged(w13, slot, expert, *zip(a13, b13, strict=True)) @ x[token].float())
+            expected[token] += share * (merged(w2, slot, expert, (a2, b2)) @ inside)
+    found = plugin.routed_experts(x, w13, w2, chosen, shares, swiglu, lora or None)
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+
+
+def test_the_plugin_does_nothing_where_the_platform_is_no_cpu(monkeypatch: pytest.MonkeyPatch):
+    pretend_platform(monkeypatch, is_cpu=False)
+    plugin.register()
+
+
+def test_the_plugin_is_loud_where_vllm_has_changed(monkeypatch: pytest.MonkeyPatch):
+    pretend_platform(monkeypatch, is_cpu=True)
+    with pytest.raises(RuntimeError, match=rf"written for vLLM {plugin.WRITTEN_FOR}"):
+        plugin.register()
+
+
+def pretend_platform(monkeypatch: pytest.MonkeyPatch, *, is_cpu: bool):
+    """A vLLM that has platforms, and nothing else that the plugin knows."""
+    platforms = types.ModuleType("vllm.platforms")
+    platforms.current_platform = types.SimpleNamespace(is_cpu=lambda: is_cpu)
+    monkeypatch.setitem(sys.modules, "vllm", types.ModuleType("vllm"))
+    monkeypatch.setitem(sys.modules, "vllm.platforms", platforms)
