@@ -63,21 +63,21 @@ def load(path: Path, *, limit: int | None = None, pairs_per_prompt: int = 4) -> 
 
 
 def _labelled(row: dict[str, Any]) -> Comparison:
-    first, second, label = row["response_a"], row["response_b"], row["label"]
+    first, second, label = _object(row["response_a"]), _object(row["response_b"]), row["label"]
     if label not in _LABELS:
         raise ValueError(f"label {label!r} is none of {', '.join(_LABELS)}")
-    models = (first.get("model"), second.get("model"))
+    named = "model" in first and "model" in second
     return Comparison(
         _text(row["prompt"]),
         _text(first["text"]),
         _text(second["text"]),
         _LABELS[label],
-        models if all(models) else None,
+        (_text(first["model"]), _text(second["model"])) if named else None,
     )
 
 
 def _marked(row: dict[str, Any], at_most: int) -> list[Comparison]:
-    responses = [(one["model"], _text(one["text"]), one["correct"]) for one in row["responses"]]
+    responses = [(one["model"], _text(one["text"]), one["correct"]) for one in map(_object, row["responses"])]
     pairs = [(good, bad) for good in responses if good[2] is True for bad in responses if bad[2] is False]
     prompt = _text(row["prompt"])
 
@@ -92,6 +92,12 @@ def _marked(row: dict[str, Any], at_most: int) -> list[Comparison]:
         else Comparison(prompt, bad[1], good[1], "second", (bad[0], good[0]))
         for good, bad in chosen
     ]
+
+
+def _object(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise TypeError(f"expected an object with a text, found {type(value).__name__}")
+    return value
 
 
 def _text(value: object) -> str:

@@ -5,13 +5,11 @@ than `longer`, and one that knows an author's style no better than `strongest_me
 """
 
 import asyncio
-import json
 import math
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
@@ -21,10 +19,12 @@ from rich.table import Table
 
 from fusion.comparisons import Comparison, load
 from fusion.judge import verdict
-from fusion.pool import http_client
+from fusion.pool import all_or_raise, fan_out, http_client
 from fusion.upstream import CallError, Endpoint, Ledger, Purpose
 from mixfuse.errors import MixfuseError
 from mixfuse.judge_protocol import combine
+
+__all__ = ["Comparison", "JudgeReport", "evaluate", "load"]
 
 RESAMPLES = 1000
 SEED = 0
@@ -113,26 +113,11 @@ class JudgeReport:
         return table
 
 
-def run(
-    judge_endpoint: Endpoint,
-    data: Path,
-    *,
-    limit: int | None = None,
-    concurrency: int = 8,
-    as_json: bool = False,
-) -> JudgeReport:
-    """Evaluates a judge on a file and prints the report; with `as_json` one JSON object is the last line.
+class Views(NamedTuple):
+    """P(the answer shown first is better), each way round; None where it could not be read."""
 
-    Raises:
-        MixfuseError: As `load` and `evaluate`.
-    """
-    rows = load(data, limit=limit)
-    report = asyncio.run(evaluate(judge_endpoint, rows, concurrency=concurrency))
-    console = Console()
-    console.print(report.table())
-    if as_json:
-        console.print(json.dumps(report.to_json()), markup=False, highlight=False, soft_wrap=True)
-    return report
+    forward: float | None
+    backward: float | None
 
 
 async def evaluate(
@@ -165,34 +150,27 @@ async def evaluate(
                     raise
                 failures.append(error)
                 return None
-
-    async def both(client: httpx.AsyncClient, row: Comparison) -> Views:
-        views = await asyncio.gather(
-            one(client, row.prompt, row.first, row.second), one(client, row.prompt, row.second, row.first)
-        )
-        bar.advance(shown)
-        return Views(*views)
+            finally:
+                bar.advance(shown)
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
-        shown = bar.add_task("pairs judged", total=len(judged))
+        shown = bar.add_task("verdicts", total=2 * len(judged))
         async with http_client() as client:
-            views = await asyncio.gather(*(both(client, row) for row in judged))
+            orders = [
+                one(client, row.prompt, first, second)
+                for row in judged
+                for first, second in ((row.first, row.second), (row.second, row.first))
+            ]
+            read = all_or_raise(await fan_out(orders, quorum=len(orders)))
     if len(failures) == 2 * len(judged):
         raise MixfuseError(f"every call to the judge failed, the last: {failures[-1]}", kind="judge_failed")
     return report(
         judged,
-        views,
+        [Views(*both) for both in zip(read[::2], read[1::2], strict=True)],
         human_ties=len(rows) - len(judged),
         failed_calls=Counter(failure.kind for failure in failures),
     )
-
-
-class Views(NamedTuple):
-    """P(the answer shown first is better), each way round; None where it could not be read."""
-
-    forward: float | None
-    backward: float | None
 
 
 def report(

@@ -172,7 +172,8 @@ class _Completion(Response):
         run = self._run
         stream = _EventStream(send, self._request, run) if self._request.stream else None
         run.emit = stream.text if stream else None
-        answer, failure = None, None
+        answer = ""
+        failure: MixfuseError | None = None
         try:
             answer = await _unless_disconnected(receive, MODES[run.plan.mode](run))
         except ClientDisconnect:
@@ -183,8 +184,7 @@ class _Completion(Response):
         except Exception:
             logger.exception("a request failed in a way it should not")
             failure = MixfuseError("internal error", kind="internal_error")
-        if answer is None:
-            failure = failure or MixfuseError("internal error", kind="internal_error")
+        if failure is not None:
             await self._store(run.trace(None, outcome=failure.kind, error=str(failure)))
             if stream and stream.begun:
                 await stream.fail(_error_body(failure))

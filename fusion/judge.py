@@ -9,7 +9,7 @@ from itertools import combinations
 import httpx
 
 from fusion.config import ModelConfig
-from fusion.pool import Pool, fan_out
+from fusion.pool import Pool, all_or_raise, fan_out
 from fusion.run import Candidate
 from fusion.upstream import CallError, Endpoint, Ledger, Purpose, call, first_token_logprobs
 from mixfuse.judge_protocol import combine, comparison, new_nonce, read_verdict
@@ -69,14 +69,9 @@ async def judge(
                 for first, second in pairs
                 for one, other in ((first, second), (second, first))
             ]
-            views = await fan_out(orders, quorum=len(orders))
+            read = all_or_raise(await fan_out(orders, quorum=len(orders)))
     except CallError as failure:
         raise JudgeError(str(failure)) from failure
-    read: list[float | None] = []
-    for view in views:
-        if isinstance(view, CallError):
-            raise JudgeError(str(view)) from view
-        read.append(view)
     if all(view is None for view in read):
         raise JudgeError("none of the judge's replies names a verdict")
     verdicts: list[Verdict] = []

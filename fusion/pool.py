@@ -13,7 +13,7 @@ from fusion.upstream import CallError, Emit, Endpoint, FailureKind, Ledger, Mess
 from mixfuse.errors import MixfuseError
 from mixfuse.trace import Call, Stage
 
-__all__ = ["CallError", "Endpoint", "HttpRoles", "Pool", "RoleSource", "fan_out", "http_client"]
+__all__ = ["CallError", "Endpoint", "HttpRoles", "Pool", "RoleSource", "all_or_raise", "fan_out", "http_client"]
 
 Result = TypeVar("Result")
 
@@ -191,6 +191,18 @@ async def fan_out(
     finally:
         await _cancel(pending, at_the_end)
     return [_outcome(task, at_the_end) for task in tasks]
+
+
+def all_or_raise(results: Sequence[Result | CallError]) -> list[Result]:
+    """What `fan_out` gave, where all of it was needed.
+
+    Raises:
+        CallError: An attempt failed; the cause, not one that was cancelled because of it.
+    """
+    errors = [result for result in results if isinstance(result, CallError)]
+    if errors:
+        raise next((error for error in errors if error.kind != "cancelled_straggler"), errors[0])
+    return [result for result in results if not isinstance(result, CallError)]
 
 
 async def _cancel(tasks: set["asyncio.Task[Result]"], outcome: FailureKind) -> None:

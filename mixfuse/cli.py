@@ -164,9 +164,8 @@ def _base_build(arguments: argparse.Namespace) -> None:
     facts = build(arguments.out, experts=arguments.experts, tiny=arguments.tiny, seed=arguments.seed)
     equal = facts.get("max_logit_difference")
     words = f"; logits equal the dense model's to {equal:.1e}" if equal is not None else ""
-    print(
-        f"{arguments.out}: Mixtral with {arguments.experts} experts, {facts['parameters'] / 1e6:.0f} M parameters{words}"
-    )
+    size = f"{facts['parameters'] / 1e6:.0f} M parameters"
+    print(f"{arguments.out}: Mixtral with {arguments.experts} experts, {size}{words}")
 
 
 def _train(arguments: argparse.Namespace) -> None:

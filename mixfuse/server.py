@@ -242,7 +242,7 @@ def _admin(method: str, url: str, path: str, body: dict[str, str] | None = None)
     except ValueError:
         raise MixfuseError(f"{url} is no mixfuse server (it answered {response.status_code})") from None
     if response.is_error:
-        error = answer.get("error")
-        message = error.get("message") if isinstance(error, dict) else None
+        failure = answer.get("error")
+        message = failure.get("message") if isinstance(failure, dict) else None
         raise MixfuseError(message or f"{url} answered {response.status_code}")
     return answer

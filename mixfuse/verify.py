@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import get_args
 
 from rich.console import Console
 
@@ -17,7 +18,7 @@ from fusion.pool import Endpoint
 from mixfuse import adapter, judge_protocol
 from mixfuse.adapter import Fingerprint, Manifest, Parity
 from mixfuse.errors import MixfuseError
-from serve.engine import Engine, EngineConfig
+from serve.engine import Engine, EngineConfig, LoraRank
 
 _NAME = "verified"
 
@@ -77,7 +78,7 @@ def eval_judge(
 @asynccontextmanager
 async def _engine(directory: Path, manifest: Manifest, base: Path) -> AsyncIterator[Engine]:
     """An engine on `base` with one adapter, float32, for as long as the block runs."""
-    ranks = (8, 16, 32, 64, 128, 256)
+    ranks: tuple[LoraRank, ...] = get_args(LoraRank)
     fitting = next((rank for rank in ranks if rank >= manifest.rank), None)
     if fitting is None:
         raise MixfuseError(f"{directory}: rank {manifest.rank} is above the largest that vLLM serves, {ranks[-1]}")
@@ -87,7 +88,7 @@ async def _engine(directory: Path, manifest: Manifest, base: Path) -> AsyncItera
         with Console(stderr=True).status("starting vLLM"):
             await engine.start()
         try:
-            await engine.load_adapter(_NAME, directory.resolve())
+            await engine.load_adapter(_NAME, directory)
             yield engine
         finally:
             await engine.stop()

@@ -147,6 +147,7 @@ class Demo:
         return results
 
     def train(self, stage: str, recipe: str, data: Path, overrides: tuple[str, ...]) -> None:
+        """Trains unless that run is finished; an interrupted run resumes from its checkpoint."""
         run = self.out / stage
         if (run / "run.json").exists():
             return
@@ -181,6 +182,7 @@ class Demo:
             process.wait(timeout=60)
 
     def wait_until_ready(self, process: subprocess.Popen[bytes]) -> None:
+        """Returns when the gateway answers."""
         while True:
             if process.poll() is not None:
                 raise subprocess.CalledProcessError(process.returncode, [*MIXFUSE, "serve"])
@@ -191,6 +193,7 @@ class Demo:
                 time.sleep(0.5)
 
     def collect(self, name: str, count: int, *, samples: int, temperature: float, split: str | None = None) -> None:
+        """Collects pool answers unless the file is there."""
         out = self.data / f"{name}.jsonl"
         if out.exists():
             return
@@ -231,36 +234,40 @@ class Demo:
         return value
 
     def revision(self, role: str) -> str | None:
+        """The adapter revision that serves the role now; None for the base."""
         roles = httpx.get(f"{self.url}/admin/roles", timeout=10).json()["roles"]
         found: str | None = next(row["revision"] for row in roles if row["role"] == role)
         return found
 
     def heldout(self) -> list[Task]:
+        """The held-out tasks."""
         return make(TASKS, "heldout", self.sizes.heldout)
 
     async def swap_under_load(self) -> dict[str, Any]:
         """Swaps the judge while clients keep asking; counts what was asked and what failed meanwhile."""
         client = AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=300)
-        swapped = asyncio.Event()
+        flowing, swapped = asyncio.Event(), asyncio.Event()
         prompts = [task.prompt for task in self.heldout()]
         done = failed = 0
 
         async def ask_until_swapped(model: str) -> None:
             nonlocal done, failed
-            rng = random.Random(model)
+            rng = random.Random(model)  # noqa: S311 - which question is no secret
             while not swapped.is_set() or done < 24:
-                message = {"role": "user", "content": rng.choice(prompts)}
                 try:
-                    answer = await client.chat.completions.create(model=model, messages=[message], max_tokens=16)
+                    answer = await client.chat.completions.create(
+                        model=model, messages=[{"role": "user", "content": rng.choice(prompts)}], max_tokens=16
+                    )
                     failed += answer.choices[0].message.content is None
                 except Exception as error:
                     console.print(f"a request failed during the swap: {error}")
                     failed += 1
                 done += 1
+                if done >= 8:
+                    flowing.set()
 
         async def swap() -> None:
-            while done < 8:  # requests are flowing
-                await asyncio.sleep(0.05)
+            await flowing.wait()
             command = [*MIXFUSE, "roles", "swap", "judge", str(self.adapters / "judge"), "--url", self.url]
             process = await asyncio.create_subprocess_exec(*command)
             code = await process.wait()
@@ -282,14 +289,16 @@ class Demo:
 
         async def one(task: Task) -> None:
             async with limit:
-                message = {"role": "user", "content": task.prompt}
-                answer = await client.chat.completions.create(model="fusion/best-of", messages=[message])
+                answer = await client.chat.completions.create(
+                    model="fusion/best-of", messages=[{"role": "user", "content": task.prompt}]
+                )
+            fusion = (answer.model_extra or {})["fusion"]
             candidates: dict[str, list[bool]] = {}
-            for candidate in answer.model_extra["fusion"]["candidates"]:
+            for candidate in fusion["candidates"]:
                 candidates.setdefault(candidate["member"], []).append(task.verify(candidate["text"]))
             text = answer.choices[0].message.content or ""
-            reason = answer.model_extra["fusion"]["reason"]
-            rows.append({"id": task.id, "best_of": task.verify(text), "candidates": candidates, "reason": reason})
+            marks = {"best_of": task.verify(text), "candidates": candidates}
+            rows.append({"id": task.id, **marks, "reason": fusion["reason"]})
             bar.advance(shown)
 
         with Progress(console=console) as bar:
@@ -300,11 +309,12 @@ class Demo:
     def results(
         self, untrained: dict[str, Any], trained: dict[str, Any], swap: dict[str, Any], fused: dict[str, Any]
     ) -> dict[str, Any]:
+        """Puts the figures together."""
         tasks = {task.id: task for task in self.heldout()}
         marks: dict[str, list[bool]] = {}
         lenient: dict[str, list[bool]] = {}
         for row in read_jsonl(self.data / "heldout.jsonl"):
-            for response in row["responses"][:]:
+            for response in row["responses"]:
                 marks.setdefault(response["model"], []).append(response["correct"])
                 lenient.setdefault(response["model"], []).append(tasks[row["id"]].verify_lenient(response["text"]))
         rows = fused["rows"]
@@ -336,8 +346,8 @@ class Demo:
                 ],
                 "consistency": trained["consistency"]["value"],
                 "first_order": trained["first_order"]["value"],
-                "random": 0.25,
-                "baselines": trained.get("baselines", {}),
+                "random": trained["baselines"]["random"]["both_orders_correct"],
+                "baselines": trained["baselines"],
                 "n": trained["n"],
             },
             "fusion": {

@@ -38,6 +38,10 @@ _ERROR_LINE = re.compile(r"(?:^|\s)((?:[\w.]+\.)?\w*(?:Error|Exception|Interrupt
 _EMPTY_ERROR = re.compile(r"See (?:root cause|stack trace)|Engine core initialization failed|EngineDeadError")
 
 
+LoraRank = Literal[1, 8, 16, 32, 64, 128, 256, 320, 512]
+"""The maximum ranks vLLM knows."""
+
+
 class EngineConfig(Strict):
     """What the engine serves, and how.
 
@@ -61,7 +65,7 @@ class EngineConfig(Strict):
     base: Path
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
     max_model_len: int = Field(default=1024, ge=2)
-    max_lora_rank: Literal[1, 8, 16, 32, 64, 128, 256, 320, 512] = 16
+    max_lora_rank: LoraRank = 16
     max_loras: int = Field(default=4, ge=1)
     host: str = "127.0.0.1"
     port: int | None = Field(default=None, ge=1, le=65535)
@@ -199,15 +203,48 @@ class Engine:
         """
         await self._adapter_call("unload_lora_adapter", lora_name=name)
 
+    async def probe(self, name: str) -> None:
+        """Has a model answer one token, so that an adapter that cannot is found before it serves.
+
+        Raises:
+            MixfuseError: It does not answer.
+        """
+        await self._post("completions", {"model": name, "prompt": [0], "max_tokens": 1})
+
+    async def prompt_logprobs(self, name: str, prompt: list[int]) -> list[float]:
+        """Log-probabilities, in nats, of a prompt's tokens but the first, each given those before it.
+
+        Args:
+            name: The base model's name, or an adapter's.
+            prompt: Token ids.
+
+        Raises:
+            MixfuseError: The engine does not answer.
+        """
+        body = {"model": name, "prompt": prompt, "max_tokens": 1, "prompt_logprobs": 0}
+        answer = await self._post("completions", body)
+        positions = answer["choices"][0]["prompt_logprobs"][1:]  # the first position has none
+        return [position[str(token)]["logprob"] for position, token in zip(positions, prompt[1:], strict=True)]
+
     async def _adapter_call(self, endpoint: str, **body: str) -> None:
+        response = await self._send(endpoint, body)
+        if response.is_error:
+            raise MixfuseError(f"vLLM refused {endpoint} of {body['lora_name']!r}: {_reason(response)}", kind="adapter")
+
+    async def _post(self, endpoint: str, body: dict[str, Any]) -> dict[str, Any]:
+        response = await self._send(endpoint, body)
+        if response.is_error:
+            raise _engine_error(f"vLLM refused {endpoint} of {body['model']!r}: {_reason(response)}")
+        answer: dict[str, Any] = response.json()
+        return answer
+
+    async def _send(self, endpoint: str, body: Mapping[str, Any]) -> httpx.Response:
         headers = {"Authorization": f"Bearer {self.api_key}"}
         try:
             async with httpx.AsyncClient(timeout=120, trust_env=False) as client:
-                response = await client.post(f"{self.url}/{endpoint}", json=body, headers=headers)
+                return await client.post(f"{self.url}/{endpoint}", json=body, headers=headers)
         except httpx.HTTPError as error:
             raise _engine_error(f"the engine does not answer ({type(error).__name__}); see {self.log_path}") from None
-        if response.is_error:
-            raise MixfuseError(f"vLLM refused {endpoint} of {body['lora_name']!r}: {_reason(response)}", kind="adapter")
 
     async def _until_healthy(self) -> None:
         url = self.url.removesuffix("/v1") + "/health"
@@ -318,10 +355,14 @@ def _reason(response: httpx.Response) -> str:
 def _last_error(log_path: Path) -> str:
     """The most telling error line of an engine's log."""
     lines = log_path.read_text(encoding="utf-8", errors="replace").splitlines()
-    errors = [match for line in lines if (match := _ERROR_LINE.search(line))]
-    telling = [match for match in errors if not _EMPTY_ERROR.search(match[0])]
-    if telling:
-        return f"{telling[-1][1]}: {telling[-1][2]}"[:500]
+    for number in range(len(lines) - 1, -1, -1):
+        match = _ERROR_LINE.search(lines[number])
+        if not match or _EMPTY_ERROR.search(match[0]):
+            continue
+        kind, message = match[1].rpartition(".")[2], match[2]
+        if "validation error" in message and number + 1 < len(lines):  # pydantic's reason is on the next line
+            message = lines[number + 1].partition(" [type=")[0].strip()
+        return f"{kind}: {message}"[:500]
     return next((line for line in reversed(lines) if line.strip()), "it left no message")[:500]
 
 

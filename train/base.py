@@ -148,7 +148,7 @@ def _tiny_config(experts: int) -> MixtralConfig:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=16,
+        head_dim=32,  # vLLM's CPU attention refuses 16
         max_position_embeddings=2048,
         tie_word_embeddings=True,
         num_local_experts=experts,

@@ -42,6 +42,7 @@ class Script:
         usage: (prompt, completion) tokens; None sends none.
         break_after: Streaming breaks off after so many pieces, without an end.
         fail_after: It answers so many requests; after them it sends 500.
+        hold_from: Only from this request on (the first is 1) it waits for `hold`.
         hold_after: Streaming waits for `hold` after so many pieces instead of before the first.
     """
 
@@ -55,6 +56,7 @@ class Script:
     break_after: int | None = None
     hold_after: int | None = None
     fail_after: int | None = None
+    hold_from: int = 1
 
     def next_text(self) -> str:
         if isinstance(self.text, str):
@@ -97,9 +99,11 @@ class FakeUpstream:
         model = payload["model"]
         await self._note(lambda: (self.requests.append(payload), self.headers.append(dict(request.headers))))
         script = self.models[model]
-        if script.hold is not None and script.hold_after is None and await self._left(request, model, script.hold):
+        times = len(self.asked(model))
+        holding = script.hold if script.hold_after is None and times >= script.hold_from else None
+        if holding is not None and await self._left(request, model, holding):
             return Response()
-        if script.fail_after is not None and len(self.asked(model)) > script.fail_after:
+        if script.fail_after is not None and times > script.fail_after:
             script = Script(status=500)
         if script.body is not None or script.status != 200:
             default = json.dumps({"error": {"message": f"status {script.status}", "code": None}}).encode()

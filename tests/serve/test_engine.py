@@ -192,6 +192,30 @@ async def test_a_child_that_dies_leaves_its_error_in_one_line(server, tmp_path: 
     assert await engine.wait() == 1
 
 
+@pytest.mark.parametrize(
+    ("log", "reason"),
+    [
+        (
+            "Traceback:\nvllm.x.SomeError: the cause\n(APIServer) RuntimeError: Engine core initialization failed.",
+            "SomeError: the cause",
+        ),
+        (
+            "a.ValidationError: 1 validation error for X\n  Value error, no [type=v, input={}]\n  For",
+            "ValidationError: Value error, no",
+        ),
+        ("(Worker pid=1) ERROR [x.py:1] ValueError: deep\n(APIServer) See root cause above.", "ValueError: deep"),
+        (
+            "usage: api_server\napi_server: error: unrecognized arguments: --x\n",
+            "api_server: error: unrecognized arguments: --x",
+        ),
+        ("", "it left no message"),
+    ],
+)
+def test_the_error_named_is_the_one_that_tells(log: str, reason: str, tmp_path: Path):
+    (tmp_path / "log").write_text(log)
+    assert engine_module._last_error(tmp_path / "log") == reason
+
+
 async def test_a_start_that_takes_too_long_is_ended(server):
     engine = server("import time; time.sleep(600)", start_timeout_s=0.5)
     with pytest.raises(MixfuseError, match=r"did not answer within 0\.5 s"):
@@ -330,6 +354,25 @@ def test_routed_experts_equal_one_token_at_a_time(dtype: torch.dtype, tolerance:
             expected[token] += share * (merged(w2, slot, expert, (a2, b2)) @ inside)
     found = plugin.routed_experts(x, w13, w2, chosen, shares, swiglu, lora or None)
     torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("slots", [[-1, 0, 2, 2, -1, 0], [2] * 6])
+def test_linear_layers_leave_tokens_without_an_adapter_alone(slots: list[int]):
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(6, 16, generator=generator), torch.randn(6, 12, generator=generator)
+    a = tuple(torch.randn(3, 1, 4, 16, generator=generator) for _ in range(2))
+    b = tuple(torch.randn(3, 1, width, 4, generator=generator) for width in (8, 4))
+    batch = types.SimpleNamespace(no_lora=False, token_lora_indices=torch.tensor(slots))
+    expected = torch.stack(
+        [
+            row
+            if slot < 0
+            else row + torch.cat([up[slot, 0] @ down[slot, 0] @ token for down, up in zip(a, b, strict=True)])
+            for token, row, slot in zip(x, y, slots, strict=True)
+        ]
+    )
+    plugin.add_lora_linear(batch, y, x, a, b, 1.0, (8, 4))
+    torch.testing.assert_close(y, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_the_plugin_does_nothing_where_the_platform_is_no_cpu(monkeypatch: pytest.MonkeyPatch):

@@ -1,0 +1,61 @@
+"""`mixfuse ask`: what stands in the terminal."""
+
+import asyncio
+from io import StringIO
+
+import pytest
+from fake_upstream import FakeUpstream, Script
+from fusion_harness import Gateway
+from rich.console import Console
+
+from fusion import ask
+from fusion.run import Mode
+from mixfuse.errors import MixfuseError
+
+
+async def asked(gateway: Gateway, mode: Mode = "best_of") -> str:
+    shown = StringIO()
+    console = Console(file=shown, width=100)
+    await asyncio.to_thread(ask.run, "why?", mode=mode, url=gateway.url, max_tokens=9, console=console)
+    return shown.getvalue()
+
+
+async def test_best_of_shows_who_said_what_and_why_it_won(gateway: Gateway, upstream: FakeUpstream) -> None:
+    upstream.models["gamma"] = Script(status=500)
+    shown = await asked(gateway)
+    assert shown.startswith("the answer of beta\n")
+    assert "[0] alpha\nthe answer of alpha" in shown
+    assert "[1] beta (returned)\nthe answer of beta" in shown
+    assert "[0] alpha against [1] beta: [1] wins, P(first) 0.10" in shown
+    assert "gamma (answer): upstream_error: HTTP 500: status 500" in shown
+    assert "beta's answer: the judge preferred it." in shown
+    assert "40 + 20 tokens" in shown
+    assert "trace-" in shown
+    assert upstream.asked("alpha")[0]["max_tokens"] == 9
+
+
+async def test_merge_and_debate(gateway: Gateway, upstream: FakeUpstream) -> None:
+    assert "the synthesizer wrote it" in await asked(gateway, "merge")
+    upstream.models["judge"].verdict = lambda _first, _second: 0.9
+    assert "tie (the orders disagree)" in await asked(gateway, "debate")
+
+
+async def test_answers_cannot_steer_the_terminal(gateway: Gateway, upstream: FakeUpstream) -> None:
+    upstream.models["beta"].text = "beta \x1b[2J[bold]markup[/bold]\x9b31m\n\tend"
+    shown = await asked(gateway)
+    assert "\x1b" not in shown
+    assert "\x9b" not in shown
+    assert "[bold]markup[/bold]" in shown
+
+
+async def test_errors_are_one_line(gateway: Gateway, upstream: FakeUpstream) -> None:
+    with pytest.raises(MixfuseError, match="is it running"):
+        ask.run("why?", url="http://127.0.0.1:9")
+    upstream.models["synth"].break_after = 2
+    with pytest.raises(MixfuseError, match="broke off"):
+        await asked(gateway, "merge")
+    for name in ("alpha", "beta", "gamma"):
+        upstream.models[name] = Script(status=500)
+    with pytest.raises(MixfuseError, match="alpha: upstream_error") as caught:
+        await asked(gateway)
+    assert caught.value.kind == "too_few_answers"
