@@ -93,6 +93,9 @@ def run(config_path: Path, overrides: list[str]) -> None:
     fusion = config.fusion if isinstance(config.fusion, FusionConfig) else load(config.fusion, FusionConfig)
     if BASE in config.roles:
         raise MixfuseError(f"{config_path}: the role {BASE!r} is always there; take it out of `roles`")
+    named = [model.role for model in (*fusion.members, fusion.judge, fusion.synthesizer) if model and model.role]
+    if missing := [role for role in named if role not in (BASE, *config.roles)]:
+        raise MixfuseError(f"{config_path}: the fusion config names the role {missing[0]!r}; add it to `roles`")
     asyncio.run(_serve(config, fusion))
 
 

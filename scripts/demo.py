@@ -53,13 +53,13 @@ FULL = Sizes(Path("runs/demo"), (), 640, (), 120, 150, (), 60)
 QUICK = Sizes(
     Path("runs/demo-quick"),
     ("--tiny",),
-    64,
+    128,
     # The tiny base is random: a high rate makes it answer something, so that every step has work to do.
-    ("optimizer.steps=6", "optimizer.learning_rate=0.02", "save_every=0"),
-    12,
-    12,
-    ("optimizer.steps=3", "optimizer.learning_rate=0.02", "save_every=0"),
-    4,
+    ("optimizer.steps=14", "optimizer.learning_rate=0.02", "save_every=0"),
+    16,
+    16,
+    ("optimizer.steps=4", "optimizer.learning_rate=0.02", "save_every=0"),
+    6,
 )
 
 

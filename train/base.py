@@ -154,6 +154,8 @@ def _tiny_config(experts: int) -> MixtralConfig:
         num_local_experts=experts,
         num_experts_per_tok=2,
         sliding_window=None,
+        # With the usual 0.02 and tied embeddings no logit could rise above the 49152 others: it would learn nothing.
+        initializer_range=0.2,
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=0,
