@@ -141,7 +141,7 @@ def read_manifest(directory: Path) -> Manifest:
     """Reads and validates an adapter directory's manifest.
 
     Raises:
-        MixfuseError: There is none, or it is not of this schema.
+        MixfuseError: There is none, or it is not of this schema (`kind` "adapter").
     """
     path = directory / MANIFEST
     if not directory.is_dir():
@@ -151,7 +151,13 @@ def read_manifest(directory: Path) -> Manifest:
             f"{directory} has no {MANIFEST}; make an adapter directory with: mixfuse adapter export {directory} OUT",
             kind="adapter",
         )
-    return validate(read_json(path), Manifest, source=str(path))
+    data = read_json(path)
+    version = data.get("schema_version") if isinstance(data, dict) else None
+    if version != SCHEMA_VERSION:  # before the keys: those of another schema differ
+        raise _bad(
+            directory, f"{MANIFEST} has schema version {version!r}, this version of mixfuse reads {SCHEMA_VERSION}"
+        )
+    return validate(data, Manifest, source=str(path))
 
 
 def verify(directory: Path, *, base: Fingerprint | None = None) -> Manifest:
@@ -168,9 +174,8 @@ def verify(directory: Path, *, base: Fingerprint | None = None) -> Manifest:
         MixfuseError: The first thing that is wrong (`kind` "adapter").
     """
     manifest = read_manifest(directory)
-    if manifest.schema_version != SCHEMA_VERSION:
-        raise _bad(directory, f"manifest schema {manifest.schema_version}, this version reads {SCHEMA_VERSION}")
-    present = {str(path.relative_to(directory)) for path in directory.rglob("*") if not path.is_dir()} - {MANIFEST}
+    files = (path for path in directory.rglob("*") if path.is_symlink() or not path.is_dir())
+    present = {str(path.relative_to(directory)) for path in files} - {MANIFEST}
     if extra := sorted(present - set(manifest.files)):
         raise _bad(directory, f"{extra[0]} is not in the manifest; remove it or export again")
     for name, digest in manifest.files.items():
@@ -208,7 +213,9 @@ def safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
         end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
         if path.stat().st_size != 8 + length + end:
             raise ValueError("truncated")
-    except (ValueError, KeyError, TypeError, struct.error) as error:
+    except OSError as error:
+        raise MixfuseError(f"{path}: cannot be read: {error.strerror}", kind="adapter") from None
+    except (ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
         raise MixfuseError(f"{path}: not a whole safetensors file ({error})", kind="adapter") from None
     return header
 

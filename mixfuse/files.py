@@ -22,7 +22,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
         MixfuseError: The disk is full or the folder cannot be written; nothing is left behind.
     """
     path = Path(path)
-    with _disk_errors(path):
+    with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
         os.close(handle)
@@ -49,30 +49,49 @@ def atomic_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
     path = Path(path)
     if path.exists() and not replace:
         raise MixfuseError(f"{path} exists already; choose another place or remove it first")
-    with _disk_errors(path):
+    with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
         temporary.chmod(0o777 & ~_umask())
+        old = temporary.with_name(temporary.name + ".old")
         try:
             yield temporary
-            old = temporary.with_name(temporary.name + ".old")
-            if path.exists():
+            for file in temporary.rglob("*"):
+                # safetensors writes files only their owner can read; a server may run as someone else.
+                file.chmod((0o777 if file.is_dir() else 0o666) & ~_umask())
+            if replace and path.exists():
                 os.replace(path, old)
-            os.replace(temporary, path)
-            shutil.rmtree(old, ignore_errors=True)
+            try:
+                os.replace(temporary, path)
+            except OSError:
+                if old.exists():
+                    os.replace(old, path)
+                raise
         finally:
+            shutil.rmtree(old, ignore_errors=True)
             shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turns a full disk or a forbidden place, met while `path` is written, into one line.
+
+    Raises:
+        MixfuseError: No space is left (kind "disk"), or the place cannot be written.
+    """
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except MixfuseError:
+        raise
+    except Exception as error:
+        code = error.errno if isinstance(error, OSError) else None
+        # safetensors reports the system's error as a type of its own, so the text is all there is.
+        if code in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error):
             raise MixfuseError(f"no disk space left to write {path}; free some and run again", kind="disk") from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise MixfuseError(f"cannot write {path}: {error.strerror}; choose another output path") from error
+        if code in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
+            raise MixfuseError(
+                f"cannot write {path}: {os.strerror(code)}; choose another output path", kind="disk"
+            ) from error
         raise
 
 
@@ -107,12 +126,14 @@ def read_json(path: Path) -> Any:
     """Reads one JSON document.
 
     Raises:
-        MixfuseError: The file is missing or is no JSON.
+        MixfuseError: The file is missing, cannot be read, or is no JSON.
     """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise MixfuseError(f"{path}: no such file") from None
+    except OSError as error:
+        raise MixfuseError(f"{path}: cannot be read: {error.strerror}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise MixfuseError(f"{path}: not valid JSON ({error})") from None
 
@@ -125,7 +146,8 @@ def read_jsonl(path: Path, *, required: Iterable[str] = ()) -> list[dict[str, An
         required: Keys every row must have.
 
     Raises:
-        MixfuseError: The file is missing, empty, or a line is malformed (the message names file and line).
+        MixfuseError: The file is missing, empty or cannot be read, or a line is malformed (the message names file and
+            line).
     """
     path = Path(path)
     wanted = tuple(required)
@@ -149,6 +171,8 @@ def read_jsonl(path: Path, *, required: Iterable[str] = ()) -> list[dict[str, An
         raise MixfuseError(f"{path}: no such file") from None
     except IsADirectoryError:
         raise MixfuseError(f"{path} is a folder; name a .jsonl file") from None
+    except OSError as error:
+        raise MixfuseError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise MixfuseError(f"{path}: not UTF-8 text ({error.reason})") from None
     if not rows:

@@ -30,7 +30,8 @@ def load(path: Path, model: type[Model], overrides: Iterable[str] = ()) -> Model
     Args:
         path: The YAML file.
         model: What to validate against.
-        overrides: `dotted.key=value` strings; the value is read as YAML.
+        overrides: `dotted.key=value` strings; the value is read as YAML. (YAML 1.1 reads 1e-4 as a string; where
+            `model` wants a number, pydantic makes it one.)
 
     Raises:
         MixfuseError: The file is missing or no YAML mapping, a key is unknown or missing, or a value does not fit.
@@ -41,7 +42,9 @@ def load(path: Path, model: type[Model], overrides: Iterable[str] = ()) -> Model
         raise MixfuseError(f"{path}: no such file") from None
     except IsADirectoryError:
         raise MixfuseError(f"{path} is a folder; name a .yaml file") from None
-    except yaml.YAMLError as error:
+    except OSError as error:
+        raise MixfuseError(f"{path}: cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise MixfuseError(f"{path}: not valid YAML: {error}") from None
     data = {} if data is None else data
     if not isinstance(data, dict):
@@ -89,12 +92,6 @@ def _override(data: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         raise MixfuseError(f"override {override!r}: the value is not valid YAML") from None
-    if isinstance(value, str):
-        # YAML 1.1 reads 1e-4 as a string: a number is what the user means.
-        try:
-            value = float(value)
-        except ValueError:
-            value = str(value)
     node = data
     for part in parts[:-1]:
         child = node.setdefault(part, {})

@@ -10,6 +10,7 @@ import ipaddress
 import os
 import signal
 import socket
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -96,7 +97,10 @@ def run(config_path: Path, overrides: list[str]) -> None:
     named = [model.role for model in (*fusion.members, fusion.judge, fusion.synthesizer) if model and model.role]
     if missing := [role for role in named if role not in (BASE, *config.roles)]:
         raise MixfuseError(f"{config_path}: the fusion config names the role {missing[0]!r}; add it to `roles`")
-    asyncio.run(_serve(config, fusion))
+    try:
+        asyncio.run(_serve(config, fusion))
+    except (KeyboardInterrupt, asyncio.CancelledError):  # Ctrl-C, SIGTERM: how a server ends
+        print("stopped", file=sys.stderr)
 
 
 async def _serve(config: ServeConfig, fusion: FusionConfig) -> None:

@@ -5,6 +5,7 @@ text, so nothing trained on can come back in the held-out tasks, however the gen
 """
 
 import hashlib
+import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -90,7 +91,10 @@ def make(path: Path, split: Split, count: int, *, seed: int = 0) -> list[Task]:
     if not kinds:
         raise MixfuseError(f"{path}: no tasks are listed")
     total = sum(kind.weight for kind in kinds)
-    by_kind = [list(_of_kind(path, kind, split, round(count * kind.weight / total), seed)) for kind in kinds]
+    # Rounded so that the shares add up to `count`: each kind gets what the kinds up to it are due, less what they have.
+    ends = [round(count * sum(kind.weight for kind in kinds[:end]) / total) for end in range(len(kinds) + 1)]
+    shares = [end - start for start, end in itertools.pairwise(ends)]
+    by_kind = [list(_of_kind(path, kind, split, share, seed)) for kind, share in zip(kinds, shares, strict=True)]
     # Interleaved, so that any prefix of the list has every kind in it.
     tasks = [task for place in range(count) for tasks in by_kind for task in tasks[place : place + 1]]
     if not tasks:

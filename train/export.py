@@ -5,7 +5,6 @@ and silently ignores the experts (tests/serve/test_engine.py keeps the proof). W
 Mixtral's checkpoints use, the same adapter is applied by vLLM and loaded by plain PEFT.
 """
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from mixfuse import adapter as contract
 from mixfuse import judge_protocol
 from mixfuse.adapter import Manifest
 from mixfuse.errors import MixfuseError
-from mixfuse.files import atomic_directory, read_json, write_json, write_text
+from mixfuse.files import atomic_directory, read_json, sha256_file, write_json, write_text
 from train.run import libraries
 
 # `experts.base_layer` is the inner of PEFT's two nested wrappers, gate_up_proj; `experts` the outer, down_proj.
@@ -29,10 +28,10 @@ def export(source: Path, out: Path, *, base: Path | None = None, role: str | Non
     """Writes an adapter directory, whole or not at all.
 
     Args:
-        source: A finished run's folder, or any PEFT LoRA folder, its experts fused or per expert.
+        source: A finished run's folder, an adapter directory, or any PEFT LoRA folder, its experts fused or per expert.
         out: The folder to create.
-        base: The base model; by default the one the run or the adapter's config names.
-        role: The role; by default the run's, else "domain".
+        base: The base model; by default the one the run, the manifest or the adapter's config names.
+        role: The role; by default the run's or the manifest's, else "domain".
 
     Returns:
         The manifest.
@@ -40,32 +39,33 @@ def export(source: Path, out: Path, *, base: Path | None = None, role: str | Non
     Raises:
         MixfuseError: `source` is no LoRA adapter of this base, or is empty, all zero or not finite.
     """
-    run: dict[str, Any] = {}
-    adapter = source
     if not source.is_dir():
         raise MixfuseError(f"{source}: no such run or adapter folder", kind="adapter")
-    if not (source / contract.CONFIG).is_file() and (source / "adapter").is_dir():
-        if not (source / "run.json").is_file():
-            raise MixfuseError(f"{source} is a run that has not finished; run its train command again to resume it")
-        run = read_json(source / "run.json")
-        adapter = source / "adapter"
+    adapter, origin = _origin(source)
     if not (adapter / contract.WEIGHTS).is_file():
         raise MixfuseError(
-            f"{source} is neither a run nor a PEFT adapter: it has no {contract.WEIGHTS} (pickled .bin files are refused)",
+            f"{source} is neither a run nor a PEFT adapter: it has no {contract.WEIGHTS} "
+            "(pickled .bin files are refused)",
             kind="adapter",
         )
     config = read_json(adapter / contract.CONFIG)
-    base = base or Path(run.get("base") or config.get("base_model_name_or_path") or "")
+    _check_supported(config, source)
+    base = base or Path(origin.get("base") or config.get("base_model_name_or_path") or "")
     if not (base / "config.json").is_file():
         raise MixfuseError(f"{source}: its base model {str(base)!r} is not here; name it with --base", kind="adapter")
     base_config = read_json(base / "config.json")
+    if base_config.get("model_type") != "mixtral":
+        raise MixfuseError(f"{base} is a {base_config.get('model_type')!r} model; mixfuse serves Mixtral")
+    contract.safetensors_header(adapter / contract.WEIGHTS)  # says so in one line where the file is cut off
     fused = load_file(adapter / contract.WEIGHTS)
     check_weights(fused, source)
-    _check_supported(config, source)
+    _check_factors(fused, config, base_config, source)
     weights = per_expert(fused, config, experts=int(base_config["num_local_experts"]))
     _check_targets(weights, base_config, source)
     trains_experts = any(_PER_EXPERT.search(name) for name in weights)
-    role = role or run.get("role") or "domain"
+    role = role or origin.get("role") or "domain"
+    # The protocol it was trained with, which need not be today's.
+    protocol = (origin.get("judge_protocol") or judge_protocol.describe()) if role == "judge" else None
     with atomic_directory(out) as temporary:
         save_file(weights, temporary / contract.WEIGHTS, metadata={"format": "pt"})
         write_json(temporary / contract.CONFIG, per_expert_config(config, weights, base))
@@ -82,16 +82,29 @@ def export(source: Path, out: Path, *, base: Path | None = None, role: str | Non
             rank=int(config["r"]),
             experts_trained=trains_experts,
             files=files,
-            libraries=run.get("libraries") or libraries(),
-            recipe=run.get("recipe", {}),
-            metrics=run.get("metrics", {}),
-            judge_protocol=judge_protocol.describe() if role == "judge" else None,
+            libraries=origin.get("libraries") or libraries(),
+            recipe=origin.get("recipe", {}),
+            metrics=origin.get("metrics", {}),
+            judge_protocol=protocol,
         )
         write_text(temporary / "README.md", card(manifest))
         manifest = manifest.model_copy(update={"files": contract.file_hashes(temporary)})
         write_json(temporary / contract.MANIFEST, manifest.model_dump(mode="json"))
         contract.verify(temporary)
     return manifest
+
+
+def _origin(source: Path) -> tuple[Path, dict[str, Any]]:
+    """The PEFT folder in `source`, and what is known of where it comes from."""
+    if (source / "recipe.json").is_file():
+        if not (source / "run.json").is_file():
+            raise MixfuseError(f"{source} is a run that has not finished; run its train command again to resume it")
+        return source / "adapter", read_json(source / "run.json")
+    if (source / contract.MANIFEST).is_file():
+        manifest = contract.verify(source)
+        fused = source / "peft"
+        return fused if fused.is_dir() else source, {**manifest.model_dump(mode="json"), "base": manifest.base_path}
+    return source, {}
 
 
 def check_weights(weights: dict[str, torch.Tensor], source: Path) -> None:
@@ -101,17 +114,19 @@ def check_weights(weights: dict[str, torch.Tensor], source: Path) -> None:
         MixfuseError: No tensors, an empty one, a NaN or infinity, or every B zero (an untrained LoRA).
     """
     if not weights or any(tensor.numel() == 0 for tensor in weights.values()):
-        raise MixfuseError(f"{source}: the adapter is empty (ZeRO-3 partitions saved without gathering?)", kind="adapter")
+        raise MixfuseError(
+            f"{source}: the adapter is empty (ZeRO-3 partitions saved without gathering?)", kind="adapter"
+        )
     broken = next((name for name, tensor in weights.items() if not torch.isfinite(tensor).all()), None)
     if broken:
         raise MixfuseError(f"{source}: {broken} holds NaN or infinity; the training diverged", kind="adapter")
     if not any(tensor.any() for name, tensor in weights.items() if ".lora_B." in name):
-        raise MixfuseError(f"{source}: every lora_B is zero, so the adapter does nothing; train it first", kind="adapter")
+        raise MixfuseError(
+            f"{source}: every lora_B is zero, so the adapter does nothing; train it first", kind="adapter"
+        )
 
 
-def per_expert(
-    weights: dict[str, torch.Tensor], config: dict[str, Any], *, experts: int
-) -> dict[str, torch.Tensor]:
+def per_expert(weights: dict[str, torch.Tensor], config: dict[str, Any], *, experts: int) -> dict[str, torch.Tensor]:
     """Rewrites fused expert factors per expert; every other tensor is passed through.
 
     PEFT lays a 3-D parameter's factors out flat: A is (E·r, in), expert-major; B is (out, r·E), rank-major (peft 0.21,
@@ -191,9 +206,20 @@ The tensors are per expert, which vLLM applies and `PeftModel.from_pretrained` l
 """
 
 
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Renews the model card and the manifest of an adapter directory; the weights and the revision stay."""
+    write_text(directory / "README.md", card(manifest))
+    # Only the card's hash: taking the others anew would bless a file that was changed since `verify`.
+    files = {**manifest.files, "README.md": sha256_file(directory / "README.md")}
+    renewed = manifest.model_copy(update={"files": files})
+    write_json(directory / contract.MANIFEST, renewed.model_dump(mode="json"))
+
+
 def _check_supported(config: dict[str, Any], source: Path) -> None:
     if str(config.get("peft_type")) != "LORA":
         raise MixfuseError(f"{source}: a {config.get('peft_type')} adapter; only LoRA can be served", kind="adapter")
+    if not isinstance(config.get("r"), int):
+        raise MixfuseError(f"{source}: its {contract.CONFIG} names no rank 'r'", kind="adapter")
     if config.get("bias", "none") != "none" or config.get("use_dora") or config.get("modules_to_save"):
         raise MixfuseError(
             f"{source}: bias, DoRA and modules_to_save cannot be served by vLLM; train without them", kind="adapter"
@@ -203,6 +229,24 @@ def _check_supported(config: dict[str, Any], source: Path) -> None:
             f"{source}: ranks or scales that differ by module (rank_pattern, alpha_pattern) are not supported yet",
             kind="adapter",
         )
+
+
+def _check_factors(
+    weights: dict[str, torch.Tensor], config: dict[str, Any], base: dict[str, Any], source: Path
+) -> None:
+    """Checks that every factor is a matrix of the config's rank, and every fused one holds as many experts as the base.
+
+    Cut at the wrong number of experts, a fused factor would still fall into matrices, of another adapter.
+    """
+    for name, tensor in weights.items():
+        rank = int(config["r"]) * (int(base["num_local_experts"]) if _FUSED.match(name) else 1)
+        side = 0 if ".lora_A." in name else 1
+        if tensor.ndim != 2 or tensor.shape[side] != rank:
+            raise MixfuseError(
+                f"{source}: {name} has shape {list(tensor.shape)}, which does not fit rank {config['r']} and the base "
+                f"model's {base['num_local_experts']} experts; it belongs to another base model",
+                kind="adapter",
+            )
 
 
 def _check_targets(weights: dict[str, torch.Tensor], base: dict[str, Any], source: Path) -> None:
@@ -233,10 +277,3 @@ def _check_targets(weights: dict[str, torch.Tensor], base: dict[str, Any], sourc
                 "it belongs to another one",
                 kind="adapter",
             )
-
-
-def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Renews the model card and the manifest of an adapter directory; the weights and the revision stay."""
-    write_text(directory / "README.md", card(manifest))
-    renewed = manifest.model_copy(update={"files": contract.file_hashes(directory)})
-    write_json(directory / contract.MANIFEST, json.loads(renewed.model_dump_json()))

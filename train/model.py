@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.utils import get_z3_leaf_modules, set_z3_leaf_modules
 from deepspeed.runtime.zero import GatheredParameters
+from deepspeed.utils import get_z3_leaf_modules, set_z3_leaf_modules
 from peft import LoraConfig
 from safetensors import safe_open
 from transformers import AutoTokenizer, MixtralForCausalLM, PreTrainedTokenizerBase
@@ -65,12 +65,7 @@ def lora_config(lora: Lora) -> LoraConfig:
 
     In transformers 5 the experts are 3-D parameters without modules, reached by `target_parameters`; a wildcard such
     as `all-linear` would miss them or train the router, so every target is named.
-
-    Raises:
-        MixfuseError: Neither attention nor experts are trained.
     """
-    if not (lora.attention or lora.experts):
-        raise MixfuseError("lora: set attention or experts (or both) to true, otherwise nothing is trained")
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.r,

@@ -1,8 +1,8 @@
 """Preference pairs for the judge, from pool responses, through the judge protocol.
 
 A pair is one comparison of a right with a wrong answer: the prompt is the comparison, `chosen` the verdict for the
-right answer, `rejected` the other verdict. Every usable pair is written in both orders, side by side, so that a batch
-holds both and a preference for a position earns nothing.
+right answer, `rejected` the other verdict. Every usable pair is written in both orders, in two neighbouring rows, so
+that training can keep them in one batch and a preference for a position earns nothing.
 """
 
 import hashlib
@@ -63,6 +63,8 @@ def read_pool(path: Path) -> list[dict[str, Any]]:
     rows = read_jsonl(path, required=("id", "prompt", "responses"))
     for row in rows:
         responses = row["responses"]
+        if not isinstance(row["prompt"], str):
+            raise MixfuseError(f"{path}: row {row['id']!r}: prompt must be a string")
         if not isinstance(responses, list) or not all(
             isinstance(r, dict) and isinstance(r.get("text"), str) and isinstance(r.get("correct"), bool)
             for r in responses
@@ -72,18 +74,22 @@ def read_pool(path: Path) -> list[dict[str, Any]]:
 
 
 def read_pairs(path: Path) -> list[dict[str, Any]]:
-    """Reads what `build` wrote.
+    """Reads what `build` wrote: an even number of rows, the two orders of each pair in neighbouring ones.
 
     Raises:
-        MixfuseError: The file is missing or empty, or was written with another judge protocol.
+        MixfuseError: The file is missing or empty, was written with another judge protocol, or an order is missing.
     """
-    rows = read_jsonl(path, required=("prompt", "chosen", "rejected", "protocol"))
+    rows = read_jsonl(path, required=("id", "prompt", "chosen", "rejected", "protocol"))
     other = next((row["protocol"] for row in rows if row["protocol"] != judge_protocol.digest()), None)
     if other is not None:
         raise MixfuseError(
             f"{path}: the pairs were built with another judge protocol ({str(other)[:12]}…, this version has "
             f"{judge_protocol.digest()[:12]}…); build them again"
         )
+    for number in range(0, len(rows), 2):
+        orders = rows[number : number + 2]
+        if len(orders) < 2 or orders[0]["chosen"] != orders[1]["rejected"] or orders[0]["id"] != orders[1]["id"]:
+            raise MixfuseError(f"{path}: row {number + 1} stands without the other order of its pair; build them again")
     return rows
 
 
@@ -95,7 +101,7 @@ def _pairs(row: dict[str, Any], per_prompt: int, seed: int) -> Iterator[dict[str
     candidates = [(good, bad) for good in right for bad in wrong if good.strip() and bad.strip()]
     for good, bad in rng.sample(candidates, min(per_prompt, len(candidates))):
         nonce = f"{rng.randrange(16**6):06x}"
-        while nonce in good or nonce in bad:
+        while any(nonce in text for text in (row["prompt"], good, bad)):
             nonce = f"{rng.randrange(16**6):06x}"
         orders = [(good, bad, 0), (bad, good, 1)]
         rng.shuffle(orders)

@@ -1,9 +1,9 @@
 """The training recipes: one YAML a job, every key with its type and default here."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt
+from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
 
 from mixfuse.recipe import Strict
 
@@ -35,13 +35,19 @@ class Lora(Strict):
     attention: bool = True
     experts: bool = True
 
+    @model_validator(mode="after")
+    def _something_trains(self) -> Self:
+        if not (self.attention or self.experts):
+            raise ValueError("set attention or experts (or both) to true, otherwise nothing is trained")
+        return self
+
 
 class Optimizer(Strict):
     """How it is trained. Batches are counted over all processes, so a recipe means the same on any number of them.
 
     Attributes:
         steps: Optimiser steps.
-        batch_size: Examples a step, over all processes; a multiple of micro_batch × processes.
+        batch_size: Examples a step, over all processes; a multiple of micro_batch * processes.
         micro_batch: Examples a forward pass, on one process.
         learning_rate: Peak, after `warmup_steps`.
         schedule: From the peak on: held, or down to zero in a line or a half cosine.
@@ -68,7 +74,7 @@ class TrainRecipe(Strict):
         data: JSONL file.
         max_length: Tokens; what a longer example does is the stage's affair.
         deepspeed: DeepSpeed's own JSON config; ZeRO stage 3.
-        processes: On this node, where no launcher (torchrun, deepspeed, Slurm) has started the command already.
+        processes: To start on this node, where no launcher (torchrun, deepspeed, Slurm) has started the command.
         threads: CPU threads a process; by default the cores divided by `processes`.
         save_every: Steps between checkpoints that a later run resumes from; 0 for none.
         wandb: Weights & Biases mode; `metrics.jsonl` is written always.

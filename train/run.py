@@ -1,16 +1,13 @@
 """One training run: processes, trainer arguments, metrics, checkpoints, and the run folder they leave.
 
-`sft.py` and `judge.py` say what is trained; everything they share is here. A run is started by `start`, which either
-already runs under a launcher (torchrun, deepspeed, Slurm: `WORLD_SIZE` is set), makes itself the only process, or
-starts torchrun with the recipe's number of processes.
+`sft.py` and `judge.py` say what is trained; everything they share is here. A run is started by `start`, which is either
+one of the processes of a launcher (torchrun, deepspeed, Slurm: `WORLD_SIZE` is set) or starts torchrun with the
+recipe's number of processes, be it one.
 """
 
 import json
 import os
 import shutil
-import signal
-import socket
-import subprocess
 import sys
 import time
 import warnings
@@ -18,13 +15,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mixfuse import judge_protocol
 from mixfuse.errors import MixfuseError
-from mixfuse.files import atomic_directory, read_json, write_json
+from mixfuse.files import atomic_directory, disk_errors, read_json, write_json
 from mixfuse.recipe import load
 from train.recipe import JudgeRecipe, SftRecipe, TrainRecipe
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import TrainerCallback
 
 # ZeRO-3 gathers and PEFT's expert deltas are big tensors that live for a moment. By default glibc returns each to the
@@ -37,6 +34,8 @@ QUIET_ALLOCATOR = {
 }
 
 RECIPES: dict[str, type[TrainRecipe]] = {"sft": SftRecipe, "judge": JudgeRecipe}
+# What a resumed run may change: nothing here alters a weight.
+FREE_ON_RESUME = ("threads", "save_every", "log_every", "wandb", "wandb_project")
 
 
 def start(stage: str, recipe_path: Path, overrides: list[str]) -> None:
@@ -62,11 +61,11 @@ def start(stage: str, recipe_path: Path, overrides: list[str]) -> None:
         read_pairs(recipe.data)
     if finished(recipe.out):
         raise MixfuseError(f"{recipe.out} holds a finished run; choose another `out` or remove it")
-    launched = "WORLD_SIZE" in os.environ
-    if not launched and recipe.processes > 1:
+    check_resume(recipe)
+    if "WORLD_SIZE" not in os.environ:
         _launch(stage, recipe, recipe_path, overrides)
         return
-    _environment(recipe, launched)
+    _environment(recipe)
     if stage == "sft":
         from train.sft import train as train_stage
     else:
@@ -85,14 +84,14 @@ def check_recipe(recipe: TrainRecipe) -> None:
             f"base: {recipe.base} is no model folder (no config.json); build one with: mixfuse base build {recipe.base}"
         )
     config = read_json(recipe.deepspeed)
-    stage = config.get("zero_optimization", {}).get("stage")
+    zero = config.get("zero_optimization") if isinstance(config, dict) else None
+    stage = zero.get("stage") if isinstance(zero, dict) else None
     if stage != 3:
         raise MixfuseError(f"deepspeed: {recipe.deepspeed} sets ZeRO stage {stage!r}; mixfuse trains with stage 3")
-    world = int(os.environ.get("WORLD_SIZE", recipe.processes))
-    per_pass = recipe.optimizer.micro_batch * world
+    per_pass = recipe.optimizer.micro_batch * _world_size(recipe)
     if recipe.optimizer.batch_size % per_pass:
         raise MixfuseError(
-            f"optimizer.batch_size {recipe.optimizer.batch_size} is no multiple of micro_batch × processes = {per_pass}"
+            f"optimizer.batch_size {recipe.optimizer.batch_size} is no multiple of micro_batch * processes = {per_pass}"
         )
 
 
@@ -101,47 +100,95 @@ def finished(out: Path) -> bool:
     return (out / "run.json").is_file()
 
 
+def check_resume(recipe: TrainRecipe) -> None:
+    """Checks that a run to be resumed is still the same run.
+
+    ZeRO-3's checkpoints are one file a process, and half a run with another data set or rank is no run of any recipe.
+
+    Raises:
+        MixfuseError: There is a checkpoint, and a key of the recipe or the number of processes has changed since.
+    """
+    if last_checkpoint(recipe.out) is None:
+        return
+    before, now = read_json(recipe.out / "recipe.json"), _described(recipe)
+    changed = next((key for key in now if before.get(key) != now[key] and key not in FREE_ON_RESUME), None)
+    if changed:
+        raise MixfuseError(
+            f"{recipe.out} holds a run to resume whose {changed!r} is {before.get(changed)!r}, not {now[changed]!r}; "
+            "set it back, choose another `out`, or remove the folder to start over"
+        )
+
+
+def last_checkpoint(out: Path) -> Path | None:
+    """The newest whole checkpoint of the run in `out`.
+
+    The trainer writes its state last, so a checkpoint without it was cut off in the middle.
+    """
+    states = sorted(out.glob("checkpoints/checkpoint-*/trainer_state.json"), key=lambda path: _step(path.parent))
+    return states[-1].parent if states else None
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _world_size(recipe: TrainRecipe) -> int:
+    return int(os.environ.get("WORLD_SIZE", recipe.processes))
+
+
+def _described(recipe: TrainRecipe) -> dict[str, Any]:
+    """The recipe as `recipe.json` keeps it, with the processes there really are."""
+    return {**recipe.model_dump(mode="json"), "processes": _world_size(recipe)}
+
+
 def _launch(stage: str, recipe: TrainRecipe, recipe_path: Path, overrides: list[str]) -> None:
-    command = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--no-python"]
-    command += [f"--nproc-per-node={recipe.processes}", sys.executable, "-P", "-m", "mixfuse"]
-    command += ["train", stage, str(recipe_path), *overrides]
-    threads = recipe.threads or max(1, (os.cpu_count() or 1) // recipe.processes)
-    environment = {**os.environ, **QUIET_ALLOCATOR, "OMP_NUM_THREADS": str(threads)}
-    child = subprocess.Popen(command, env=environment)
+    """Starts the recipe's processes on this machine and waits for them.
+
+    torchrun is called rather than started: its handlers for SIGINT, SIGTERM and SIGHUP then stand in this process, and
+    none of these leaves processes behind that go on training.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
+    os.environ.update(QUIET_ALLOCATOR, OMP_NUM_THREADS=str(_threads(recipe, recipe.processes)))
+    command = [sys.executable, "-P", "-m", "mixfuse", "train", stage, str(recipe_path), *overrides]
     try:
-        code = child.wait()
-    except KeyboardInterrupt:
-        child.send_signal(signal.SIGINT)
-        child.wait()
-        raise
-    if code:
-        raise MixfuseError(f"training failed (exit code {code}); the lines above say why", kind="training")
+        torchrun(["--standalone", "--no-python", f"--nproc-per-node={recipe.processes}", *command])
+    except SignalException:
+        raise KeyboardInterrupt from None
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        hint = "the lines above say why"
+        if failure.exitcode == -9:
+            hint = "something killed it, most often for want of memory: lower optimizer.micro_batch or processes"
+        raise MixfuseError(f"training failed (exit code {failure.exitcode}); {hint}", kind="training") from None
 
 
-def _environment(recipe: TrainRecipe, launched: bool) -> None:
+def _threads(recipe: TrainRecipe, local_processes: int) -> int:
+    return recipe.threads or max(1, (os.cpu_count() or 1) // local_processes)
+
+
+def _environment(recipe: TrainRecipe) -> None:
     """What DeepSpeed and the libraries read from the environment, set before they are imported."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
     os.environ["WANDB_MODE"] = recipe.wandb
-    if not launched:
-        # DeepSpeed needs a process group even for one process; a launcher would have set these.
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        os.environ.update(single, MASTER_PORT=str(port))
     # DeepSpeed 0.19.8 calls collectives that torch 2.13 has renamed: one line a step, nothing the user can mend.
     warnings.filterwarnings("ignore", message=".*torch.distributed.*is deprecated", category=FutureWarning)
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+    threads = _threads(recipe, local)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # unset, accelerate would choose another number
     import torch
 
-    world = int(os.environ["WORLD_SIZE"])
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        torch.set_num_threads(recipe.threads or max(1, (os.cpu_count() or 1) // local))
+        torch.set_num_threads(threads)
     import deepspeed
 
+    # An op for inference only, which DeepSpeed compiles when distributed starts and dies without ninja and a compiler.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # Before the model is loaded: ZeRO-3's partitioned loading takes the world size from the process group.
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
 
@@ -169,7 +216,7 @@ def trainer_arguments(recipe: TrainRecipe) -> dict[str, Any]:
         "use_cpu": not torch.cuda.is_available(),
         "deepspeed": str(recipe.deepspeed),
         "gradient_checkpointing": recipe.gradient_checkpointing,
-        "logging_steps": recipe.log_every,
+        "logging_steps": min(recipe.log_every, optimizer.steps),  # every run logs a loss
         "save_strategy": "steps" if recipe.save_every else "no",
         "save_steps": recipe.save_every or 500,
         "save_total_limit": 1,
@@ -181,36 +228,42 @@ def trainer_arguments(recipe: TrainRecipe) -> dict[str, Any]:
     }
 
 
-def train_and_save(trainer: Any, recipe: TrainRecipe, *, stage: str, data: "Dataset") -> None:
+def train_and_save(trainer: Any, recipe: TrainRecipe, *, stage: str) -> None:
     """Trains, resuming from the last checkpoint where there is one, and leaves the run folder.
 
     The folder's `run.json` is written last: a run without it is unfinished.
 
     Raises:
-        MixfuseError: A base weight became trainable, or the trained adapter is empty or not finite.
+        MixfuseError: A base weight became trainable, the disk is full, or the trained adapter is empty, does nothing or
+            is not finite.
     """
-    from transformers.trainer_utils import get_last_checkpoint
+    from train.export import check_weights
 
     _only_lora_trains(trainer.model)
-    if recipe.wandb != "disabled":
-        os.environ["WANDB_PROJECT"] = recipe.wandb_project
-        os.environ.setdefault("WANDB_DIR", str(recipe.out))
-    recipe.out.mkdir(parents=True, exist_ok=True)
-    checkpoints = recipe.out / "checkpoints"
-    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-    trainer.add_callback(metrics_log(recipe.out / "metrics.jsonl", resumed=last is not None))
-    began = time.time()
-    trainer.train(resume_from_checkpoint=last)
+    out = recipe.out
+    leads = trainer.is_world_process_zero()
+    last = last_checkpoint(out)
+    with disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        if leads and last is None:
+            write_json(out / "recipe.json", _described(recipe))
+        if recipe.wandb != "disabled":
+            os.environ["WANDB_PROJECT"] = recipe.wandb_project
+            os.environ.setdefault("WANDB_DIR", str(out))
+        trainer.add_callback(metrics_log(out / "metrics.jsonl", resumed=last is not None))
+        began = time.time()
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
     # Under ZeRO-3 every rank takes part in gathering the adapter; rank 0 writes it.
     weights = gather_adapter(trainer.model)
-    if trainer.is_world_process_zero():
-        unwrapped = trainer.accelerator.unwrap_model(trainer.model)
-        with atomic_directory(recipe.out / "adapter", replace=True) as temporary:
-            save_peft(unwrapped, weights, temporary)
-        rows = [json.loads(line) for line in (recipe.out / "metrics.jsonl").read_text().splitlines()]
+    if leads:
+        check_weights(weights, out)
+        with atomic_directory(out / "adapter", replace=True) as temporary:
+            save_peft(trainer.accelerator.unwrap_model(trainer.model), weights, temporary)
+        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         losses = [row["loss"] for row in rows if "loss" in row]
+        tail = losses[-10:]
         write_json(
-            recipe.out / "run.json",
+            out / "run.json",
             {
                 "stage": stage,
                 "role": recipe.role,
@@ -218,16 +271,17 @@ def train_and_save(trainer: Any, recipe: TrainRecipe, *, stage: str, data: "Data
                 "recipe": recipe.model_dump(mode="json"),
                 "metrics": {
                     "first_loss": losses[0],
-                    "last_loss": sum(losses[-10:]) / len(losses[-10:]),
+                    "last_loss": sum(tail) / len(tail),
                     "steps": trainer.state.global_step,
-                    "examples": len(data),
+                    "examples": len(trainer.train_dataset),
                     "processes": int(os.environ["WORLD_SIZE"]),
                     "seconds": round(time.time() - began, 1),
                 },
                 "libraries": libraries(),
+                "judge_protocol": judge_protocol.describe() if stage == "judge" else None,
             },
         )
-        shutil.rmtree(checkpoints, ignore_errors=True)
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
 
 
@@ -258,7 +312,8 @@ def save_peft(model: Any, weights: dict[str, Any], out: Path) -> None:
     config["inference_mode"] = True
     config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     write_json(out / "adapter_config.json", config)
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, out / "adapter_model.safetensors")
+    tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
+    save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def metrics_log(path: Path, *, resumed: bool) -> "TrainerCallback":

@@ -31,4 +31,4 @@ def train(recipe: TrainRecipe) -> None:
         processing_class=tokenizer,
         peft_config=lora_config(recipe.lora),
     )
-    train_and_save(trainer, recipe, stage="sft", data=data)
+    train_and_save(trainer, recipe, stage="sft")

@@ -1,7 +1,5 @@
 """A tiny Mixtral, adapters for it in both layouts, and what transformers and PEFT say of a text."""
 
-import json
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +13,10 @@ FUSED_EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 @dataclass(frozen=True)
 class Tiny:
-    """Folders: the base, the adapters as PEFT saved them, and the same adapters as vLLM reads them."""
+    """Folders: the base, the adapters as PEFT saved them, and the adapter directories exported from them.
+
+    "one" is a domain adapter, "two" a judge, "experts" a domain adapter without attention.
+    """
 
     base: Path
     fused: dict[str, Path]
@@ -30,6 +31,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     from peft import PeftModel
     from transformers import AutoTokenizer, MixtralForCausalLM
 
+    from train.export import export
+
     root = tmp_path_factory.mktemp("tiny")
     base = root / "base"
     _save_base(base)
@@ -38,7 +41,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
         "two": _save_adapter(base, root / "two", seed=2, rank=8, modules=ATTENTION, parameters=FUSED_EXPERTS),
         "experts": _save_adapter(base, root / "experts", seed=3, rank=4, modules=[], parameters=FUSED_EXPERTS),
     }
-    served = {name: per_expert(path, root / f"{name}-served") for name, path in fused.items()}
+    served = {name: root / f"{name}-served" for name in fused}
+    for name, path in fused.items():
+        export(path, served[name], base=base, role="judge" if name == "two" else "domain")
     tokenizer = AutoTokenizer.from_pretrained(base)
     models: dict[str, torch.nn.Module] = {}
 
@@ -75,7 +80,7 @@ def _save_base(path: Path) -> None:
         num_key_value_heads=1,
         num_local_experts=EXPERTS,
         num_experts_per_tok=2,
-        max_position_embeddings=512,
+        max_position_embeddings=2048,
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=1,
@@ -101,36 +106,3 @@ def _save_adapter(base: Path, path: Path, *, seed: int, rank: int, modules: list
                 torch.nn.init.normal_(weight, std=0.1)
     model.save_pretrained(path)
     return path
-
-
-def per_expert(source: Path, target: Path) -> Path:
-    """Rewrites PEFT's fused experts (`ParamWrapper.get_delta_factors` in peft/tuners/lora/layer.py)."""
-    from safetensors.torch import load_file, save_file
-
-    weights = {}
-    for key, weight in load_file(source / "adapter_model.safetensors").items():
-        match = re.fullmatch(r"(.*)\.mlp\.experts(\.base_layer)?\.lora_([AB])\.weight", key)
-        if not match:
-            weights[key] = weight
-            continue
-        layer, inner, factor = match.groups()
-        if factor == "A":  # (E·r, in)
-            stacked = weight.reshape(EXPERTS, -1, weight.shape[1])
-        else:  # (out, r·E)
-            stacked = weight.reshape(weight.shape[0], -1, EXPERTS).permute(2, 0, 1)
-        for expert, part in enumerate(stacked):
-            if not inner:
-                names = {"w2": part}
-            elif factor == "A":
-                names = {"w1": part, "w3": part}
-            else:
-                names = dict(zip(("w1", "w3"), part.chunk(2), strict=True))
-            for name, value in names.items():
-                module = f"{layer}.block_sparse_moe.experts.{expert}.{name}"
-                weights[f"{module}.lora_{factor}.weight"] = value.contiguous().clone()
-    target.mkdir()
-    save_file(weights, target / "adapter_model.safetensors")
-    config = json.loads((source / "adapter_config.json").read_text())
-    config |= {"target_modules": [*config["target_modules"], "w1", "w2", "w3"], "target_parameters": None}
-    (target / "adapter_config.json").write_text(json.dumps(config))
-    return target

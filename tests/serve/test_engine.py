@@ -4,6 +4,7 @@ import asyncio
 import inspect
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,11 +18,14 @@ import pytest
 import pytest_asyncio
 import torch
 from pydantic import ValidationError
+from transformers import AutoTokenizer
 
+from mixfuse.adapter import verify
 from mixfuse.errors import MixfuseError
 from serve import engine as engine_module
 from serve import vllm_cpu_moe_lora as plugin
 from serve.engine import Engine, EngineConfig
+from train import parity
 
 TEXTS = ["The quick brown fox jumps over 13 lazy dogs.", "Judge: A or B? Judge: A or B?", "yes"]
 TOLERANCE = 1e-3
@@ -29,7 +33,7 @@ module_loop = pytest.mark.asyncio(loop_scope="module")
 
 
 def config(base: Path, **changes) -> EngineConfig:
-    return EngineConfig(base=base, max_model_len=256, max_loras=2, max_num_seqs=16, **changes)
+    return EngineConfig(base=base, max_model_len=1024, max_loras=2, max_num_seqs=16, **changes)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -48,11 +52,7 @@ async def ask(engine: Engine, endpoint: str, **body) -> httpx.Response:
 
 
 async def logprobs(engine: Engine, model: str, text: str) -> list[float]:
-    response = await ask(engine, "completions", model=model, prompt=text, max_tokens=1, prompt_logprobs=0)
-    assert response.status_code == 200, response.text
-    # The prompt's own token comes first at each position; the first position has none.
-    positions = response.json()["choices"][0]["prompt_logprobs"][1:]
-    return [next(iter(position.values()))["logprob"] for position in positions]
+    return await engine.prompt_logprobs(model, AutoTokenizer.from_pretrained(engine.config.base)(text).input_ids)
 
 
 def distance(first: list[float], second: list[float]) -> float:
@@ -92,6 +92,25 @@ async def test_vllm_silently_ignores_fused_experts_and_the_engine_refuses_them(e
     assert distance(answer, tiny.logprobs("base", TEXTS[0])) < TOLERANCE, "vLLM applies fused experts now"
     assert distance(answer, tiny.logprobs("experts", TEXTS[0])) > 100 * TOLERANCE
     await engine.unload_adapter("fused")
+
+
+@pytest.mark.engine
+@module_loop
+async def test_the_parity_gate_passes_a_good_adapter_and_catches_the_silent_drop(engine: Engine, tiny, tmp_path: Path):
+    directory = tmp_path / "one"
+    shutil.copytree(tiny.served["one"], directory)
+    wanted = parity.reference(directory, tiny.base)
+    good = await parity.compare(wanted, lambda prompt: engine.prompt_logprobs("one", prompt), engine_name="vllm")
+    parity.check(directory, good)
+    assert verify(directory).parity == good
+
+    loaded = await ask(engine, "load_lora_adapter", lora_name="dropped", lora_path=str(tiny.fused["one"]))
+    assert loaded.status_code == 200
+    bad = await parity.compare(wanted, lambda prompt: engine.prompt_logprobs("dropped", prompt), engine_name="vllm")
+    with pytest.raises(MixfuseError, match=r"parity failed.*ignore them") as caught:
+        parity.check(directory, bad)
+    assert caught.value.kind == "parity"
+    await engine.unload_adapter("dropped")
 
 
 @pytest.mark.engine
@@ -282,7 +301,7 @@ def test_a_killed_parent_leaves_no_vllm(tiny, tmp_path: Path):
         from pathlib import Path
         from serve.engine import Engine, EngineConfig
         async def main():
-            config = EngineConfig(base=Path(sys.argv[1]), max_model_len=256)
+            config = EngineConfig(base=Path(sys.argv[1]), max_model_len=1024)
             async with Engine(config, log_path=Path(sys.argv[2])) as engine:
                 print("up", flush=True)
                 await engine.wait()
