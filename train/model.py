@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, MixtralForCausalLM, PreTrainedTokenizerB
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 from mixfuse.errors import MixfuseError
+from train import expert_lora
 from train.recipe import ATTENTION_MODULES, EXPERT_PARAMETERS, Lora
 
 
@@ -44,8 +45,14 @@ def load_base(base: Path, dtype: torch.dtype) -> MixtralForCausalLM:
     kind = json.loads((base / "config.json").read_text(encoding="utf-8")).get("model_type")
     if kind != "mixtral":
         raise MixfuseError(f"{base} is a {kind!r} model; mixfuse trains Mixtral")
+    expert_lora.register()
     model, info = MixtralForCausalLM.from_pretrained(
-        base, dtype=dtype, output_loading_info=True, local_files_only=True, use_safetensors=True
+        base,
+        dtype=dtype,
+        output_loading_info=True,
+        local_files_only=True,
+        use_safetensors=True,
+        experts_implementation=expert_lora.EXPERTS_IMPLEMENTATION,
     )
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[problem]:
@@ -66,7 +73,7 @@ def lora_config(lora: Lora) -> LoraConfig:
     In transformers 5 the experts are 3-D parameters without modules, reached by `target_parameters`; a wildcard such
     as `all-linear` would miss them or train the router, so every target is named.
     """
-    return LoraConfig(
+    config = LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.r,
         lora_alpha=lora.alpha,
@@ -75,6 +82,8 @@ def lora_config(lora: Lora) -> LoraConfig:
         target_modules=list(ATTENTION_MODULES) if lora.attention else [],
         target_parameters=list(EXPERT_PARAMETERS) if lora.experts else None,
     )
+    expert_lora.attach(config)
+    return config
 
 
 def check_loaded(model: MixtralForCausalLM, base: Path) -> None:

@@ -65,7 +65,7 @@ def start(stage: str, recipe_path: Path, overrides: list[str]) -> None:
     if "WORLD_SIZE" not in os.environ:
         _launch(stage, recipe, recipe_path, overrides)
         return
-    _environment(recipe)
+    prepare_process(recipe)
     if stage == "sft":
         from train.sft import train as train_stage
     else:
@@ -169,7 +169,7 @@ def _threads(recipe: TrainRecipe, local_processes: int) -> int:
     return recipe.threads or max(1, (os.cpu_count() or 1) // local_processes)
 
 
-def _environment(recipe: TrainRecipe) -> None:
+def prepare_process(recipe: TrainRecipe) -> None:
     """What DeepSpeed and the libraries read from the environment, set before they are imported."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -237,9 +237,11 @@ def train_and_save(trainer: Any, recipe: TrainRecipe, *, stage: str) -> None:
         MixfuseError: A base weight became trainable, the disk is full, or the trained adapter is empty, does nothing or
             is not finite.
     """
+    from train.expert_lora import assert_in_force
     from train.export import check_weights
 
     _only_lora_trains(trainer.model)
+    assert_in_force(trainer.model)
     out = recipe.out
     leads = trainer.is_world_process_zero()
     last = last_checkpoint(out)
