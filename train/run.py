@@ -34,6 +34,7 @@ QUIET_ALLOCATOR = {
 }
 
 RECIPES: dict[str, type[TrainRecipe]] = {"sft": SftRecipe, "judge": JudgeRecipe}
+WHOLE = "whole"  # the mark of a checkpoint that is
 # What a resumed run may change: nothing here alters a weight.
 FREE_ON_RESUME = ("threads", "save_every", "log_every", "wandb", "wandb_project")
 
@@ -120,12 +121,9 @@ def check_resume(recipe: TrainRecipe) -> None:
 
 
 def last_checkpoint(out: Path) -> Path | None:
-    """The newest whole checkpoint of the run in `out`.
-
-    The trainer writes its state last, so a checkpoint without it was cut off in the middle.
-    """
-    states = sorted(out.glob("checkpoints/checkpoint-*/trainer_state.json"), key=lambda path: _step(path.parent))
-    return states[-1].parent if states else None
+    """The newest checkpoint of the run in `out` that every process had finished writing."""
+    marks = out.glob(f"checkpoints/checkpoint-*/{WHOLE}")
+    return max((mark.parent for mark in marks), key=_step, default=None)
 
 
 def _step(checkpoint: Path) -> int:
@@ -219,7 +217,7 @@ def trainer_arguments(recipe: TrainRecipe) -> dict[str, Any]:
         "logging_steps": min(recipe.log_every, optimizer.steps),  # every run logs a loss
         "save_strategy": "steps" if recipe.save_every else "no",
         "save_steps": recipe.save_every or 500,
-        "save_total_limit": 1,
+        "save_total_limit": 2,  # the older one goes before every process has written the newer
         "report_to": [] if recipe.wandb == "disabled" else ["wandb"],
         "run_name": recipe.out.name,
         "disable_tqdm": False,
@@ -253,6 +251,7 @@ def train_and_save(trainer: Any, recipe: TrainRecipe, *, stage: str) -> None:
             os.environ["WANDB_PROJECT"] = recipe.wandb_project
             os.environ.setdefault("WANDB_DIR", str(out))
         trainer.add_callback(metrics_log(out / "metrics.jsonl", resumed=last is not None))
+        trainer.add_callback(checkpoint_mark())
         began = time.time()
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     # Under ZeRO-3 every rank takes part in gathering the adapter; rank 0 writes it.
@@ -341,6 +340,24 @@ def metrics_log(path: Path, *, resumed: bool) -> "TrainerCallback":
                     stream.write(json.dumps(row) + "\n")
 
     return MetricsLog()
+
+
+def checkpoint_mark() -> "TrainerCallback":
+    """A callback that marks a checkpoint once every process has written its part of it.
+
+    Rank 0 is done with its own, the trainer's state included, while others still write: a run killed in between leaves
+    a checkpoint that looks finished and cannot be loaded.
+    """
+    import torch
+    from transformers import TrainerCallback
+
+    class CheckpointMark(TrainerCallback):
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            torch.distributed.barrier()
+            if state.is_world_process_zero:
+                (Path(args.output_dir) / f"checkpoint-{state.global_step}" / WHOLE).touch()
+
+    return CheckpointMark()
 
 
 def libraries() -> dict[str, str]:
