@@ -17,12 +17,14 @@ from typing import Literal, NamedTuple
 from mixfuse.files import sha256_json
 
 VERSION = "1"
-SYSTEM = "You compare two answers to a question and name the better one."
+# Short on purpose: a judge reads this frame twice for every pair of candidates.
+SYSTEM = "Pick the better answer."
 TEMPLATE = (
-    "Question:\n{question}\n\n"
-    "<answer A {nonce}>\n{first}\n</answer A {nonce}>\n"
-    "<answer B {nonce}>\n{second}\n</answer B {nonce}>\n\n"
-    "Which answer to the question is better, A or B? Reply with one letter."
+    "[question {nonce}]\n{question}\n"
+    "[A {nonce}]\n{first}\n"
+    "[B {nonce}]\n{second}\n"
+    "[end {nonce}]\n"
+    "Which answer is right or better, A or B?"
 )
 VERDICTS = ("A", "B")
 ORDERS = "both"
@@ -45,9 +47,12 @@ def digest() -> str:
 
 
 def new_nonce(*texts: str) -> str:
-    """Returns a fresh fence nonce (6 hex digits) that occurs in none of `texts`."""
+    """Returns a fresh fence nonce (4 hex digits) that occurs in none of `texts`.
+
+    The texts are there before the nonce is drawn, so its length need not stand up to guessing.
+    """
     while True:
-        nonce = secrets.token_hex(3)
+        nonce = secrets.token_hex(2)
         if not any(nonce in text for text in texts):
             return nonce
 

@@ -122,7 +122,7 @@ def check(directory: Path, parity: Parity) -> None:
 
 def _chats() -> list[list[dict[str, str]]]:
     chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
-    chats.append(judge_protocol.comparison(QUESTIONS[0], "43", "The answer is 33.", nonce="0a1b2c"))
+    chats.append(judge_protocol.comparison(QUESTIONS[0], "43", "The answer is 33.", nonce="0a1b"))
     return chats
 
 

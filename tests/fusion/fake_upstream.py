@@ -22,8 +22,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 COMPARISON = re.compile(
-    r"<answer A (?P<nonce>\w+)>\n(?P<first>.*)\n</answer A (?P=nonce)>\n"
-    r"<answer B (?P=nonce)>\n(?P<second>.*)\n</answer B (?P=nonce)>",
+    r"\[A (?P<nonce>\w+)\]\n(?P<first>.*)\n\[B (?P=nonce)\]\n(?P<second>.*)\n\[end (?P=nonce)\]",
     re.DOTALL,
 )
 

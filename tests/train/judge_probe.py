@@ -52,7 +52,9 @@ def main() -> None:
     modules = dict(trainer.model.named_modules())
     facts: dict[str, Any] = {
         "leaves": len(get_z3_leaf_modules(trainer.model)),
-        "moe_blocks_as_leaves": [z3_leaf_module(m) for n, m in modules.items() if type(m).__name__.endswith("MoeBlock")],
+        "moe_blocks_as_leaves": [
+            z3_leaf_module(m) for n, m in modules.items() if type(m).__name__.endswith("MoeBlock")
+        ],
         "trainable": [name for name, p in trainer.model.named_parameters() if p.requires_grad],
         "frozen": [name for name, p in trainer.model.named_parameters() if not p.requires_grad],
         "partitioned": all(hasattr(p, "ds_id") for n, p in trainer.model.named_parameters() if "lora_" not in n),

@@ -10,7 +10,12 @@ pytestmark = pytest.mark.zero3
 
 HIDDEN, INNER, EXPERTS, RANK = 64, 128, 4, 4
 QUERIES, KEYS = 128, 64
-ATTENTION = {"q_proj": (HIDDEN, QUERIES), "k_proj": (HIDDEN, KEYS), "v_proj": (HIDDEN, KEYS), "o_proj": (QUERIES, HIDDEN)}
+ATTENTION = {
+    "q_proj": (HIDDEN, QUERIES),
+    "k_proj": (HIDDEN, KEYS),
+    "v_proj": (HIDDEN, KEYS),
+    "o_proj": (QUERIES, HIDDEN),
+}
 
 
 @pytest.fixture(params=["sft", "judge"])
