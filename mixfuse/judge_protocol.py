@@ -9,9 +9,10 @@ Each pair is judged in both orders, because judges favour a position (arXiv 2306
 flips with the order counts as a tie.
 """
 
+import itertools
 import math
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
 
 from mixfuse.files import sha256_json
@@ -46,15 +47,18 @@ def digest() -> str:
     return sha256_json(describe())
 
 
-def new_nonce(*texts: str) -> str:
+def new_nonce(*texts: str, draw: Callable[[int], bytes] = secrets.token_bytes) -> str:
     """Returns a fresh fence nonce (4 hex digits) that occurs in none of `texts`.
 
-    The texts are there before the nonce is drawn, so its length need not stand up to guessing.
+    The texts are there before the nonce is drawn, so its length need not stand up to guessing. It grows only for a text
+    that holds hardly anything but nonces: one of 64 KiB can hold every nonce of 4 digits.
+
+    Args:
+        texts: Everything that will stand between the fences.
+        draw: Gives that many random bytes; training passes a seeded one.
     """
-    while True:
-        nonce = secrets.token_hex(2)
-        if not any(nonce in text for text in texts):
-            return nonce
+    nonces = (draw(2 + tries // 64).hex() for tries in itertools.count())
+    return next(nonce for nonce in nonces if not any(nonce in text for text in texts))
 
 
 def comparison(question: str, first: str, second: str, *, nonce: str) -> list[dict[str, str]]:

@@ -67,8 +67,10 @@ def validate(data: Any, model: type[Model], *, source: str) -> Model:
 
 
 def describe(error: ValidationError, model: type[BaseModel]) -> str:
-    """Says in one line what the first validation error is, with the nearest right key for an unknown one."""
-    first = error.errors()[0]
+    """Says in one line what is wrong first, with the nearest right key for an unknown one."""
+    errors = error.errors()
+    # A mistyped key is also a missing one; the mistyping is what the user can see.
+    first = next((entry for entry in errors if entry["type"] == "extra_forbidden"), errors[0])
     location = [part for part in first["loc"] if not (isinstance(part, str) and part.startswith("function-"))]
     dotted = ".".join(str(part) for part in location)
     if first["type"] == "extra_forbidden":

@@ -49,7 +49,7 @@ class Sizes:
     fused: int
 
 
-FULL = Sizes(Path("runs/demo"), (), 640, (), 120, 150, (), 60)
+FULL = Sizes(Path("runs/demo"), (), 512, (), 80, 100, (), 40)
 QUICK = Sizes(
     Path("runs/demo-quick"),
     ("--tiny",),
@@ -116,9 +116,9 @@ class Demo:
         write_text(self.fusion, text.replace("runs/demo", str(self.out)))
         with self.server():
             step("4/8", "ask the pool, mark the answers with the tasks' verifiers")
-            self.collect("pool", self.sizes.pool, samples=3, temperature=0.9)
-            self.collect("heldout", self.sizes.heldout, samples=1, temperature=0.0)
-            self.collect("judging", self.sizes.heldout, samples=3, temperature=0.9, split="heldout")
+            self.collect("pool", "pool", self.sizes.pool, samples=2, temperature=0.9, max_tokens=16)
+            self.collect("heldout", "heldout", self.sizes.heldout, samples=1, temperature=0.0, max_tokens=24)
+            self.collect("judging", "heldout", self.sizes.fused, samples=2, temperature=0.9, max_tokens=16)
 
             step("5/8", "the judge: DPO on preference pairs, both orders of each")
             if not (self.data / "pairs.jsonl").exists():
@@ -192,18 +192,19 @@ class Demo:
             except httpx.HTTPError:
                 time.sleep(0.5)
 
-    def collect(self, name: str, count: int, *, samples: int, temperature: float, split: str | None = None) -> None:
+    def collect(self, name: str, split: str, count: int, *, samples: int, temperature: float, max_tokens: int) -> None:
         """Collects pool answers unless the file is there."""
         out = self.data / f"{name}.jsonl"
         if out.exists():
             return
         options: dict[str, object] = {
             "--tasks": TASKS,
-            "--split": split or name,
+            "--split": split,
             "--count": count,
             "--samples": samples,
             "--temperature": temperature,
-            "--max-tokens": 32,
+            "--max-tokens": max_tokens,
+            "--concurrency": 32,  # vLLM's batch: on a CPU a step costs nearly the same for 1 sequence as for 32
             "--out": out,
             "--url": self.url,
         }
@@ -284,7 +285,7 @@ class Demo:
         """Answers held-out tasks by best_of and marks the answer and every candidate of the same request."""
         client = AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=300)
         tasks = self.heldout()[: self.sizes.fused]
-        limit = asyncio.Semaphore(4)
+        limit = asyncio.Semaphore(8)
         rows: list[dict[str, Any]] = []
 
         async def one(task: Task) -> None:

@@ -8,7 +8,7 @@ import torch
 from deepspeed.runtime.zero import GatheredParameters
 from deepspeed.utils import get_z3_leaf_modules, set_z3_leaf_modules
 from peft import LoraConfig
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, MixtralForCausalLM, PreTrainedTokenizerBase
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
@@ -46,14 +46,17 @@ def load_base(base: Path, dtype: torch.dtype) -> MixtralForCausalLM:
     if kind != "mixtral":
         raise MixfuseError(f"{base} is a {kind!r} model; mixfuse trains Mixtral")
     expert_lora.register()
-    model, info = MixtralForCausalLM.from_pretrained(
-        base,
-        dtype=dtype,
-        output_loading_info=True,
-        local_files_only=True,
-        use_safetensors=True,
-        experts_implementation=expert_lora.EXPERTS_IMPLEMENTATION,
-    )
+    try:
+        model, info = MixtralForCausalLM.from_pretrained(
+            base,
+            dtype=dtype,
+            output_loading_info=True,
+            local_files_only=True,
+            use_safetensors=True,
+            experts_implementation=expert_lora.EXPERTS_IMPLEMENTATION,
+        )
+    except (RuntimeError, SafetensorError) as error:  # e.g. an expert is missing, so the experts cannot be stacked
+        raise MixfuseError(f"{base}: the checkpoint does not load: {error}") from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[problem]:
             raise MixfuseError(f"{base}: {problem.replace('_', ' ')} on loading, e.g. {sorted(info[problem])[0]!r}")

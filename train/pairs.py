@@ -100,9 +100,7 @@ def _pairs(row: dict[str, Any], per_prompt: int, seed: int) -> Iterator[dict[str
     wrong = sorted({response["text"] for response in row["responses"] if not response["correct"]} - set(right))
     candidates = [(good, bad) for good in right for bad in wrong if good.strip() and bad.strip()]
     for good, bad in rng.sample(candidates, min(per_prompt, len(candidates))):
-        nonce = f"{rng.randrange(16**4):04x}"
-        while any(nonce in text for text in (row["prompt"], good, bad)):
-            nonce = f"{rng.randrange(16**4):04x}"
+        nonce = judge_protocol.new_nonce(row["prompt"], good, bad, draw=rng.randbytes)
         orders = [(good, bad, 0), (bad, good, 1)]
         rng.shuffle(orders)
         for first, second, verdict in orders:

@@ -42,6 +42,13 @@ class Probe(TrainerCallback):
         return {"reference": [*chosen.tolist(), *rejected.tolist()], "policy": policy.tolist()}
 
 
+def chosen_verdicts(trainer: Any, batch: dict[str, Any]) -> list[str]:
+    """The chosen verdict of each example; TRL stacks a batch's chosen completions above its rejected ones."""
+    firsts = batch["completion_mask"].int().argmax(dim=1)
+    tokens = batch["input_ids"].gather(1, firsts[:, None])[: len(firsts) // 2, 0]
+    return [trainer.processing_class.decode(token) for token in tokens]
+
+
 def main() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -59,6 +66,7 @@ def main() -> None:
         "frozen": [name for name, p in trainer.model.named_parameters() if not p.requires_grad],
         "partitioned": all(hasattr(p, "ds_id") for n, p in trainer.model.named_parameters() if "lora_" not in n),
     }
+    facts["chosen_by_batch"] = [chosen_verdicts(trainer, batch) for batch in trainer.get_train_dataloader()]
     trainer.add_callback(Probe(trainer, facts))
     run.train_and_save(trainer, recipe, stage="judge")
     (recipe.out / "probe.json").write_text(json.dumps(facts))

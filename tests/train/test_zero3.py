@@ -87,6 +87,12 @@ def test_the_dpo_reference_is_the_policy_without_its_adapter(judge_by_one: Run) 
     assert max(moved) > 0.05, "training hardly moved the policy, so a reference that follows it would not show"
 
 
+def test_every_micro_batch_of_the_judge_holds_both_orders(judge_by_one: Run) -> None:
+    batches = json.loads((judge_by_one.out / "probe.json").read_text())["chosen_by_batch"]
+    assert len(batches) == 12
+    assert all(sorted(batch) == ["A", "B"] for batch in batches)
+
+
 def test_metrics_has_every_step_once(sft_by_two: Run) -> None:
     assert [row["step"] for row in sft_by_two.steps] == list(range(1, SFT_STEPS + 1))
     for row in sft_by_two.steps:

@@ -1,0 +1,241 @@
+"""The adapter directory: whatever was changed, lost, added or made for another base is found and named."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from mixfuse import adapter
+from mixfuse.adapter import CONFIG, MANIFEST, WEIGHTS, Manifest
+from mixfuse.errors import MixfuseError
+
+STEM = "base_model.model.model.layers.0"
+Q, W1 = f"{STEM}.self_attn.q_proj", f"{STEM}.block_sparse_moe.experts.0.w1"
+
+
+def write(folder: Path, tensors: dict[str, Any], **keys: Any) -> Path:
+    """An adapter directory of rank 2 around these tensors, its hashes right."""
+    folder.mkdir()
+    save_file(tensors, folder / WEIGHTS)
+    (folder / CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": 2}))
+    (folder / "README.md").write_text("A card.")
+    files = adapter.file_hashes(folder)
+    defaults = {
+        "role": "domain",
+        "revision": adapter.revision_of(files),
+        "base": dict.fromkeys(("config", "tokenizer", "chat_template", "weights"), "0" * 64),
+        "base_path": "base",
+        "rank": 2,
+        "experts_trained": True,
+        "files": files,
+    }
+    manifest = Manifest.model_validate(defaults | keys)
+    (folder / MANIFEST).write_text(manifest.model_dump_json())
+    return folder
+
+
+def factors(module: str, rank: int = 2) -> dict[str, Any]:
+    return {
+        f"{module}.lora_A.weight": numpy.ones((rank, 8), numpy.float32),
+        f"{module}.lora_B.weight": numpy.ones((8, rank), numpy.float32),
+    }
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    return write(tmp_path / "adapter", factors(Q) | factors(W1))
+
+
+def edit_manifest(directory: Path, **keys: Any) -> None:
+    path = directory / MANIFEST
+    path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+
+
+def test_an_untouched_directory_passes_wherever_it_lies(directory: Path, tmp_path: Path) -> None:
+    manifest = adapter.verify(directory)
+    assert manifest.role == "domain"
+    moved = directory.rename(tmp_path / "moved")
+    assert adapter.verify(moved, base=manifest.base) == manifest
+
+
+def _flip_a_byte(directory: Path) -> None:
+    weights = bytearray((directory / WEIGHTS).read_bytes())
+    weights[-1] ^= 1
+    (directory / WEIGHTS).write_bytes(weights)
+
+
+def _cut_off(directory: Path) -> None:
+    (directory / WEIGHTS).write_bytes((directory / WEIGHTS).read_bytes()[:-8])
+
+
+def _symlink(directory: Path) -> None:
+    shutil.move(directory / WEIGHTS, directory.parent / "elsewhere")
+    (directory / WEIGHTS).symlink_to(directory.parent / "elsewhere")
+
+
+def _linked_folder(directory: Path) -> None:
+    (directory / "more").symlink_to(directory.parent, target_is_directory=True)
+
+
+def _code(directory: Path) -> None:
+    (directory / "modeling.py").write_text("evil = True")
+    edit_manifest(directory, files=adapter.file_hashes(directory))
+
+
+def _hash(directory: Path) -> None:
+    files = adapter.read_manifest(directory).files
+    edit_manifest(directory, files=files | {CONFIG: "0" * 64})
+
+
+def _rehashed(directory: Path) -> None:
+    """Other weights, and hashes to match: the revision still says that it is another adapter."""
+    _flip_a_byte(directory)
+    edit_manifest(directory, files=adapter.file_hashes(directory))
+
+
+TAMPERED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a flipped byte": (_flip_a_byte, f"{WEIGHTS} was changed after export"),
+    "weights cut off": (_cut_off, f"{WEIGHTS} was changed after export"),
+    "another config": (lambda d: (d / CONFIG).write_text("{}"), f"{CONFIG} was changed after export"),
+    "another card": (lambda d: (d / "README.md").write_text("Better!"), "README.md was changed after export"),
+    "a missing file": (lambda d: (d / CONFIG).unlink(), f"{CONFIG} is missing"),
+    "an extra file": (lambda d: (d / "extra.json").write_text("{}"), "extra.json is not in the manifest"),
+    "an extra file below": (lambda d: ((d / "sub").mkdir(), (d / "sub" / "x").touch()), "sub/x is not in the manifest"),
+    "a link to a folder": (_linked_folder, "more is not in the manifest"),
+    "a link for a file": (_symlink, f"{WEIGHTS} was changed after export"),
+    "code": (_code, "modeling.py: only safetensors, JSON and Markdown"),
+    "an edited hash": (_hash, f"{CONFIG} was changed after export"),
+    "new hashes": (_rehashed, "the revision does not match the files"),
+    "an edited revision": (lambda d: edit_manifest(d, revision="f" * 12), "the revision does not match the files"),
+    "an edited rank": (lambda d: edit_manifest(d, rank=4), "rank 2 in adapter_config.json, 4 in the manifest"),
+    "hidden experts": (lambda d: edit_manifest(d, experts_trained=False), "the manifest says otherwise"),
+    "an unknown key": (lambda d: edit_manifest(d, rolle="judge"), "unknown key 'rolle'; did you mean 'role'?"),
+    "another schema": (lambda d: edit_manifest(d, schema_version=2, new=1), "has schema version 2"),
+    "no manifest": (lambda d: (d / MANIFEST).unlink(), "mixfuse adapter export"),
+    "half a manifest": (lambda d: (d / MANIFEST).write_text("{"), "not valid JSON"),
+    "no directory": (shutil.rmtree, "no such adapter directory"),
+}
+
+
+@pytest.mark.parametrize("case", TAMPERED)
+def test_what_was_changed_is_named_in_one_line(case: str, directory: Path) -> None:
+    tamper, message = TAMPERED[case]
+    tamper(directory)
+    with pytest.raises(MixfuseError) as caught:
+        adapter.verify(directory)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({}, "holds no tensors"),
+        (factors(Q) | factors(W1, rank=4), "does not fit rank 2"),
+        (factors(Q) | {f"{W1}.lora_A.weight": numpy.ones((2, 8), numpy.float32)}, "stands without"),
+        (factors(Q) | {f"{W1}.lora_A.weight": numpy.ones((2, 0), numpy.float32)}, "does not fit rank 2"),
+        (factors(Q), "holds 0 expert tensors, the manifest says otherwise"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(tensors: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(MixfuseError, match=message):
+        adapter.verify(write(tmp_path / "adapter", tensors))
+
+
+@pytest.mark.parametrize("part", ["config", "tokenizer", "chat_template", "weights"])
+def test_an_adapter_of_another_base_is_refused_and_the_difference_named(part: str, directory: Path) -> None:
+    base = adapter.verify(directory).base.model_copy(update={part: "1" * 64})
+    with pytest.raises(MixfuseError, match=rf"another base model \(its {part} differ\)"):
+        adapter.verify(directory, base=base)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\x10",
+        b"\xff" * 16,
+        b"\x02\0\0\0\0\0\0\0[]",
+        b'\x0a\0\0\0\0\0\0\0{"a":{"b"}',
+        b'\x08\0\0\0\0\0\0\0{"a": 1}',
+    ],
+)
+def test_what_is_no_safetensors_file_is_one_line(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "x.safetensors").write_bytes(content)
+    with pytest.raises(MixfuseError, match="not a whole safetensors file"):
+        adapter.safetensors_header(tmp_path / "x.safetensors")
+
+
+def test_a_safetensors_file_cut_off_or_lengthened_is_not_whole(directory: Path) -> None:
+    path = directory / WEIGHTS
+    whole = path.read_bytes()
+    assert adapter.safetensors_header(path)[f"{Q}.lora_A.weight"]["shape"] == [2, 8]
+    for content in (whole[:-1], whole[: len(whole) // 2], whole + b"\0"):
+        path.write_bytes(content)
+        with pytest.raises(MixfuseError, match="not a whole safetensors file"):
+            adapter.safetensors_header(path)
+
+
+def test_a_revision_is_of_weights_and_config_and_not_of_the_card() -> None:
+    files = {WEIGHTS: "a", CONFIG: "b", "README.md": "c"}
+    assert adapter.revision_of(files | {"README.md": "d"}) == adapter.revision_of(files)
+    assert adapter.revision_of(files | {WEIGHTS: "d"}) != adapter.revision_of(files)
+    assert adapter.revision_of(files | {CONFIG: "d"}) != adapter.revision_of(files)
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    folder = tmp_path / "base"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "mixtral", "hidden_size": 8, "use_cache": True}))
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    tensor = numpy.arange(200_000, dtype=numpy.float32)
+    save_file({"w": tensor}, folder / "model.safetensors")
+    return folder
+
+
+def _tensor(base: Path, index: int) -> None:
+    tensors = load_file(base / "model.safetensors")
+    tensors["w"][index] = -1
+    save_file(tensors, base / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        (lambda b: (b / "config.json").write_text('{"model_type": "mixtral", "hidden_size": 16}'), "config"),
+        (lambda b: (b / "tokenizer.json").write_text('{"a": 1}'), "tokenizer"),
+        (lambda b: (b / "chat_template.jinja").write_text("{{ messages }} "), "chat_template"),
+        (lambda b: _tensor(b, 0), "weights"),
+        (lambda b: _tensor(b, 100_000), "weights"),
+        (lambda b: _tensor(b, -1), "weights"),
+        (lambda b: save_file({"v": load_file(b / "model.safetensors")["w"]}, b / "model.safetensors"), "weights"),
+    ],
+)
+def test_a_fingerprint_tells_bases_apart_by_part(change: Callable[[Path], object], part: str, base: Path) -> None:
+    before = adapter.fingerprint(base).model_dump()
+    change(base)
+    after = adapter.fingerprint(base).model_dump()
+    assert {key for key in before if before[key] != after[key]} == {part}
+
+
+def test_a_fingerprint_passes_over_what_does_not_change_the_model(base: Path) -> None:
+    before = adapter.fingerprint(base)
+    config = {"model_type": "mixtral", "hidden_size": 8, "use_cache": False, "transformers_version": "9", "dtype": "x"}
+    (base / "config.json").write_text(json.dumps(config))
+    (base / "chat_template.jinja").unlink()
+    (base / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
+    assert adapter.fingerprint(base) == before
+
+
+@pytest.mark.parametrize("missing", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_base_that_lacks_a_part_is_named(missing: str, base: Path) -> None:
+    (base / missing).unlink()
+    with pytest.raises(MixfuseError, match=r"no such file|no \.safetensors weights"):
+        adapter.fingerprint(base)

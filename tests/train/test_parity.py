@@ -1,0 +1,151 @@
+"""The parity gate: passes an engine that applies the adapter, and names what an engine that does not has dropped.
+
+The engine's part is played by a second computation with transformers and PEFT, on the per-expert files; the gate
+against a real vLLM is in tests/serve.
+"""
+
+import asyncio
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import train_harness as harness
+from peft import PeftModel
+from transformers import MixtralForCausalLM
+
+from mixfuse import adapter as contract
+from mixfuse.adapter import PARITY_TOLERANCE, Parity
+from mixfuse.errors import MixfuseError
+from train import parity
+from train.export import export
+
+pytestmark = pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match")
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Log-probabilities as an engine would send them."""
+
+    model: Any
+
+    async def __call__(self, prompt: list[int]) -> list[float]:
+        with torch.no_grad():
+            scores = self.model(input_ids=torch.tensor([prompt])).logits[0].log_softmax(-1)
+        return [float(scores[place, token]) for place, token in enumerate(prompt[1:])]
+
+    @classmethod
+    def of(cls, base: Path, adapter: Path | None, *, dropping: str | None = None) -> "Engine":
+        model: Any = MixtralForCausalLM.from_pretrained(base, dtype=torch.float32)
+        if adapter is not None:
+            model = PeftModel.from_pretrained(model, str(adapter))
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    if dropping and dropping in name and ".lora_B." in name:
+                        parameter.zero_()
+        return cls(model.eval())
+
+
+@pytest.fixture
+def directory(adapter_directory: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(adapter_directory, tmp_path / "adapter"))
+
+
+@pytest.fixture(scope="module")
+def wanted(adapter_directory: Path, tiny_base: Path) -> parity.Reference:
+    return parity.reference(adapter_directory, tiny_base)
+
+
+def measure(wanted: parity.Reference, engine: Callable[[list[int]], Any]) -> Parity:
+    return asyncio.run(parity.compare(wanted, engine, engine_name="PEFT"))
+
+
+def test_an_engine_that_applies_the_adapter_passes_and_the_figure_is_kept(
+    directory: Path, tiny_base: Path, wanted: parity.Reference
+) -> None:
+    before = contract.verify(directory)
+    assert before.parity is None
+    measured = measure(wanted, Engine.of(tiny_base, directory))
+    parity.check(directory, measured)
+    after = contract.verify(directory, base=contract.fingerprint(tiny_base))
+    assert after.parity == measured
+    assert measured.max_abs_logprob_difference <= PARITY_TOLERANCE
+    assert measured.tokens == sum(len(prompt) - 1 for prompt in wanted.prompts)
+    assert after.revision == before.revision, "measuring an adapter made another revision of it"
+    assert "differ by at most" in (directory / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("dropping", "message"),
+    [("lora_", "the engine seems to ignore it"), (".experts.", "the engine seems to ignore them")],
+    ids=["the adapter", "its experts"],
+)
+def test_an_engine_that_drops_something_fails_and_the_gate_says_what(
+    dropping: str, message: str, directory: Path, tiny_base: Path, wanted: parity.Reference
+) -> None:
+    measured = measure(wanted, Engine.of(tiny_base, directory, dropping=dropping))
+    with pytest.raises(MixfuseError, match=f"parity failed.*{message}"):
+        parity.check(directory, measured)
+    assert contract.verify(directory).parity is None
+
+
+def test_the_reference_measures_what_could_be_seen(tiny_base: Path, wanted: parity.Reference) -> None:
+    dropped = measure(wanted, Engine.of(tiny_base, None))
+    assert wanted.adapter_effect == pytest.approx(dropped.max_abs_logprob_difference, rel=1e-3)
+    assert wanted.expert_effect is not None
+    assert wanted.expert_effect > PARITY_TOLERANCE
+
+
+def test_an_adapter_that_hardly_does_anything_cannot_be_judged(tiny_base: Path, tmp_path: Path) -> None:
+    faint = harness.save_adapter(tiny_base, tmp_path / "faint", attention=True, experts=True, std=5e-4)
+    export(faint, tmp_path / "out", base=tiny_base)
+    measured = measure(parity.reference(tmp_path / "out", tiny_base), Engine.of(tiny_base, None))
+    assert measured.max_abs_logprob_difference < PARITY_TOLERANCE, "an engine that ignores it would pass"
+    with pytest.raises(MixfuseError, match="cannot be judged"):
+        parity.check(tmp_path / "out", measured)
+
+
+def test_attention_alone_has_no_expert_effect(
+    peft_adapter: Callable[..., Path], tiny_base: Path, tmp_path: Path
+) -> None:
+    export(peft_adapter(experts=False), tmp_path / "out", base=tiny_base)
+    wanted = parity.reference(tmp_path / "out", tiny_base)
+    assert wanted.expert_effect is None
+    parity.check(tmp_path / "out", measure(wanted, Engine.of(tiny_base, tmp_path / "out")))
+
+
+def test_nan_from_the_engine_fails(directory: Path, wanted: parity.Reference) -> None:
+    async def broken(prompt: list[int]) -> list[float]:
+        rows = dict(zip(map(tuple, wanted.prompts), wanted.logprobs, strict=True))
+        return [*rows[tuple(prompt)][:-1], float("nan")]
+
+    with pytest.raises(MixfuseError, match="parity failed"):
+        parity.check(directory, measure(wanted, broken))
+
+
+def test_another_number_of_tokens_is_an_error(wanted: parity.Reference) -> None:
+    async def short(prompt: list[int]) -> list[float]:
+        return [0.0] * (len(prompt) - 2)
+
+    with pytest.raises(MixfuseError, match="another number of tokens"):
+        measure(wanted, short)
+
+
+def test_weights_changed_while_parity_was_measured_are_not_blessed(directory: Path, wanted: parity.Reference) -> None:
+    weights = directory / contract.WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
+    good = Parity(
+        max_abs_logprob_difference=0.0,
+        tolerance=PARITY_TOLERANCE,
+        adapter_effect=wanted.adapter_effect,
+        expert_effect=wanted.expert_effect,
+        tokens=1,
+        dtype="float32",
+        engine="PEFT",
+    )
+    parity.check(directory, good)
+    with pytest.raises(MixfuseError, match="was changed after export"):
+        contract.verify(directory)

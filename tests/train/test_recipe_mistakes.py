@@ -1,0 +1,101 @@
+"""A mistake in a training recipe or its data is one line, found before any process is started."""
+
+import json
+from pathlib import Path
+
+import pytest
+import train_harness as harness
+
+from mixfuse.errors import MixfuseError
+from train.run import start
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.batch_size=5", "batch_size 5 is no multiple of micro_batch"),
+        ("processes=3", "batch_size 4 is no multiple of micro_batch"),
+        ("optimizer.steps=0", "'optimizer.steps'"),
+        ("optimizer.learning_rate=fast", "'optimizer.learning_rate'"),
+        ("optimizer.momentum=1", "unknown key 'optimizer.momentum'; known keys: "),
+        ("lora.rank=8", "unknown key 'lora.rank'"),
+        ("batch_size=8", "unknown key 'batch_size'"),
+        ("wandb=of", "'wandb'"),
+        ("role=my judge", "a role's name is letters"),
+        ("lora={attention: false, experts: false}", "set attention or experts"),
+        ("base=nowhere", "mixfuse base build nowhere"),
+        ("data=nowhere.jsonl", "nowhere.jsonl: no such file"),
+        ("deepspeed=nowhere.json", "nowhere.json: no such file"),
+        ("steps", "not of the form key=value"),
+    ],
+)
+def test_one_line_names_the_mistake(override: str, message: str, sft_recipe: Path, tmp_path: Path) -> None:
+    with pytest.raises(MixfuseError) as caught:
+        start("sft", sft_recipe, [f"out={tmp_path / 'run'}", override])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("config", [{}, [], {"zero_optimization": {"stage": 2}}, {"zero_optimization": None}])
+def test_another_zero_stage_is_refused(config: object, sft_recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "zero.json").write_text(json.dumps(config))
+    with pytest.raises(MixfuseError, match="mixfuse trains with stage 3"):
+        start("sft", sft_recipe, [f"deepspeed={tmp_path / 'zero.json'}"])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", r"chats.jsonl:2: malformed JSON"),
+        ("[]", r"chats.jsonl:2: expected a JSON object"),
+        ('{"id": "1"}', r"chats.jsonl:2: missing key 'messages'"),
+        ('{"messages": []}', "row 2: messages must be a list of at least two"),
+        (
+            '{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}',
+            "row 2: the last message",
+        ),
+        (
+            '{"messages": [{"role": "bot", "content": "a"}, {"role": "user", "content": "b"}]}',
+            "row 2: a message's role",
+        ),
+        ('{"messages": [{"role": "user", "content": 1}, {"role": "assistant", "content": "b"}]}', "row 2: a message's"),
+    ],
+)
+def test_a_bad_row_is_named_by_file_and_line(line: str, message: str, sft_recipe: Path, tmp_path: Path) -> None:
+    good = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    (tmp_path / "chats.jsonl").write_text(f"{json.dumps(good)}\n{line}\n")
+    with pytest.raises(MixfuseError, match=message):
+        start("sft", sft_recipe, [f"data={tmp_path / 'chats.jsonl'}"])
+
+
+def test_an_empty_data_set_is_refused(sft_recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(MixfuseError, match=r"empty.jsonl: the data set is empty"):
+        start("sft", sft_recipe, [f"data={tmp_path / 'empty.jsonl'}"])
+
+
+def test_the_command_exits_with_2_and_says_only_that(sft_recipe: Path) -> None:
+    done = harness.mixfuse("train", "sft", sft_recipe, "optimizer.batch_size=5")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("mixfuse: error: optimizer.batch_size 5 is no multiple of")
+
+
+def test_chats_that_do_not_fit_are_counted_and_none_is_an_error(
+    tiny_base: Path, sft_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from train.data import chats_dataset
+    from train.model import load_tokenizer
+
+    chats = [
+        {"messages": [{"role": "user", "content": "hi " * count}, {"role": "assistant", "content": "yes"}]}
+        for count in (1, 200)
+    ]
+    path, tokenizer = harness.write_jsonl(tmp_path / "chats.jsonl", chats), load_tokenizer(tiny_base)
+    (row,) = chats_dataset(path, tokenizer, 100)
+    assert row["completion"] == [{"role": "assistant", "content": "yes"}]
+    assert "left out 1 of 2 chats" in capsys.readouterr().out
+    with pytest.raises(MixfuseError, match="no chat fits max_length 5"):
+        chats_dataset(path, tokenizer, 5)
