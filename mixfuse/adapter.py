@@ -9,7 +9,7 @@ DIR/
   README.md                  the model card
 ```
 
-An adapter's *revision* is a digest of its files' hashes, so equal weights have equal revisions wherever they lie.
+An adapter's *revision* is a digest of its files' hashes: equal files have equal revisions wherever they lie.
 This module reads safetensors headers itself and imports no torch: the server verifies adapters with it.
 """
 

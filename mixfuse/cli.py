@@ -29,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"mixfuse: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("mixfuse: interrupted; the same command continues where it can", file=sys.stderr)
+        if "WORLD_SIZE" not in os.environ:  # the command itself, not the processes it launched
+            print("mixfuse: interrupted; the same command continues where it can", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -228,10 +229,13 @@ def _adapter_export(arguments: argparse.Namespace) -> None:
 
 def _adapter_verify(arguments: argparse.Namespace) -> None:
     if arguments.base is None:
-        from mixfuse.adapter import verify
+        from mixfuse.adapter import fingerprint, read_manifest, verify
 
-        manifest = verify(arguments.dir)
-        print(f"{arguments.dir}: revision {manifest.revision}: hashes and shapes are right")
+        base = Path(read_manifest(arguments.dir).base_path)
+        known = fingerprint(base) if (base / "config.json").is_file() else None
+        manifest = verify(arguments.dir, base=known)
+        found = "hashes, shapes and base are right" if known else f"hashes and shapes are right ({base} is not here)"
+        print(f"{arguments.dir}: revision {manifest.revision}: {found}")
         return
     from mixfuse.verify import verify_parity
 

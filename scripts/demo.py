@@ -431,6 +431,7 @@ def report(out: Path, results: dict[str, Any], *, quick: bool) -> None:
     """Writes report.md and its two plots; says what did not improve."""
     plots(out, results)
     judge, fusion = results["judge"], results["fusion"]
+    shorter = judge["baselines"]["shorter"]["both_orders_correct"]["value"]
     rows = [
         ("base accuracy", results["base_accuracy"], interval(results["base_accuracy_interval"])),
         ("base accuracy, answer taken out of the sentence", results["base_accuracy_lenient"], ""),
@@ -441,6 +442,7 @@ def report(out: Path, results: dict[str, Any], *, quick: bool) -> None:
          interval(judge["trained_both_orders_interval"])),
         ("judge consistent, trained", judge["consistency"], ""),
         ("a coin, both orders", judge["random"], ""),
+        ("always the shorter answer, both orders", shorter, ""),
         (f"best single member ({fusion['best_single']}), asked once", fusion["best_single_accuracy"], ""),
         ("best_of", fusion["best_of_accuracy"], interval(fusion["best_of_interval"])),
         ("oracle: some candidate is right", fusion["oracle_accuracy"], ""),
@@ -453,6 +455,7 @@ def report(out: Path, results: dict[str, Any], *, quick: bool) -> None:
          "the domain model is better than the base also where the answer is taken out of the sentence"),
         (judge["trained_both_orders"] > judge["untrained_both_orders"], "the trained judge beats the untrained one"),
         (judge["trained_both_orders"] > judge["random"], "the trained judge beats a coin"),
+        (judge["trained_both_orders"] > shorter, "the trained judge beats always taking the shorter answer"),
         (fusion["best_of_accuracy"] > fusion["best_single_accuracy"], "best_of beats the best single member"),
     ]  # fmt: skip
     verdicts = "\n".join(f"- {'Yes' if holds else 'No'}: {words}." for holds, words in claims)

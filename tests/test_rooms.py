@@ -1,0 +1,73 @@
+"""The structure that docs/architecture.md promises: lazy imports, and rooms that do not know one another."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+HEAVY = ("torch", "transformers", "vllm", "deepspeed", "datasets", "peft", "trl", "wandb")
+COMMANDS = (
+    "base build",
+    "train sft",
+    "train judge",
+    "tasks make",
+    "pool collect",
+    "pairs build",
+    "adapter export",
+    "adapter verify",
+    "serve",
+    "roles list",
+    "roles swap",
+    "ask",
+    "eval judge",
+)
+
+
+def imported_by(statement: str) -> set[str]:
+    code = f"{statement}\nimport sys; print(' '.join(sys.modules))"
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    return {name.partition(".")[0] for name in done.stdout.split()}
+
+
+@pytest.mark.parametrize("module", ["mixfuse.cli", "mixfuse.server", "mixfuse.adapter", "fusion.gateway"])
+def test_the_command_and_the_gateway_start_without_the_ml_stack(module: str):
+    assert not imported_by(f"import {module}") & set(HEAVY)
+
+
+def test_the_help_needs_not_even_a_room():
+    assert not imported_by("import mixfuse.cli; mixfuse.cli._parser()") & {*HEAVY, "train", "serve", "fusion", "httpx"}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command: str):
+    arguments = [sys.executable, "-P", "-m", "mixfuse", *command.split(), "--help"]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"usage: mixfuse {command}")
+
+
+@pytest.mark.parametrize(
+    ("room", "others"),
+    [("train", {"serve", "fusion"}), ("serve", {"train", "fusion"}), ("fusion", {"train", "serve", *HEAVY})],
+)
+def test_a_room_does_not_know_the_others(room: str, others: set[str]):
+    for path in (ROOT / room).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.module:
+                names = [node.module]
+            assert not {name.partition(".")[0] for name in names} & others, path
+
+
+def test_nothing_unpickles_or_runs_remote_code():
+    for room in ("mixfuse", "train", "serve", "fusion", "scripts"):
+        for path in (ROOT / room).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Import):
+                    assert "pickle" not in [alias.name for alias in node.names], path
+                elif isinstance(node, ast.keyword) and node.arg in ("trust_remote_code", "weights_only"):
+                    pytest.fail(f"{path}:{node.value.lineno}: {node.arg}")
+                elif isinstance(node, ast.Call):
+                    assert ast.unparse(node.func) != "torch.load", path
