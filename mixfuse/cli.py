@@ -11,27 +11,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mixfuse import __version__
-from mixfuse.errors import MixfuseError
+from mixfuse.errors import exit_code
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Returns:
-        0, 2 for something the user can mend (one line on standard error), or 130 after Ctrl-C.
+        0, 2 for something the user can mend (one line on standard error), 75 for a run that SIGTERM stopped, or 130
+        after Ctrl-C.
     """
     arguments = _parser().parse_args(argv)
     command: Callable[[argparse.Namespace], int | None] = arguments.command
     try:
-        return command(arguments) or 0
-    except MixfuseError as error:
-        if os.environ.get("RANK", "0") == "0":  # one line, not one from every process of a training run
-            print(f"mixfuse: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        if "WORLD_SIZE" not in os.environ:  # the command itself, not the processes it launched
-            print("mixfuse: interrupted; the same command continues where it can", file=sys.stderr)
-        return 130
+        return exit_code(lambda: command(arguments))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

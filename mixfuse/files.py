@@ -85,8 +85,10 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise
     except Exception as error:
         code = error.errno if isinstance(error, OSError) else None
-        # safetensors reports the system's error as a type of its own, so the text is all there is.
-        if code in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error):
+        # safetensors reports the system's error as a type of its own, so the text is all there is; torch.save says
+        # nothing of the cause, only that its archive (inline_container) did not get what was written.
+        torch_writer = isinstance(error, RuntimeError) and "inline_container" in str(error)
+        if code in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error) or torch_writer:
             raise MixfuseError(f"no disk space left to write {path}; free some and run again", kind="disk") from error
         if code in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
             raise MixfuseError(

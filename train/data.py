@@ -46,11 +46,11 @@ def chats_dataset(path: Path, tokenizer: Any, max_length: int) -> "Dataset":
 
     rows = []
     chats = read_chats(path)
-    for chat in chats:
+    for number, chat in enumerate(chats, start=1):
         prompt, completion = chat["messages"][:-1], chat["messages"][-1:]
         length = len(tokenizer.apply_chat_template(chat["messages"], tokenize=True, return_dict=False))
         if length <= max_length:
-            rows.append({"prompt": prompt, "completion": completion})
+            rows.append({"id": str(chat.get("id", number)), "prompt": prompt, "completion": completion})
     if not rows:
         raise MixfuseError(f"{path}: no chat fits max_length {max_length}; raise it")
     if len(rows) < len(chats):

@@ -60,7 +60,7 @@ def pairs_dataset(recipe: JudgeRecipe, tokenizer: Any) -> Dataset:
     Raises:
         MixfuseError: No pair fits.
     """
-    rows = [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in read_pairs(recipe.data)]
+    rows = [{key: row[key] for key in ("id", "prompt", "chosen", "rejected")} for row in read_pairs(recipe.data)]
     pairs = list(zip(rows[::2], rows[1::2], strict=True))
 
     def fits(row: dict[str, Any]) -> bool:

@@ -171,7 +171,9 @@ class TrainRecipe(Strict):
         deepspeed: DeepSpeed's own JSON config; ZeRO stage 3.
         processes: To start on this node, where no launcher (torchrun, deepspeed, Slurm) has started the command.
         threads: CPU threads a process; by default the cores divided by `processes`.
-        save_every: Steps between checkpoints that a later run resumes from; 0 for none.
+        save_every: Steps between checkpoints that a later run resumes from; 0 for none but at SIGTERM.
+        resume: What is done where `out` holds an unfinished run: `auto` goes on from its last whole checkpoint, `never`
+            refuses to.
         wandb: Weights & Biases mode; `metrics.jsonl` is written always.
     """
 
@@ -188,6 +190,7 @@ class TrainRecipe(Strict):
     dtype: Literal["float32", "bfloat16"] = "float32"
     gradient_checkpointing: bool = False
     save_every: int = Field(default=0, ge=0)
+    resume: Literal["auto", "never"] = "auto"
     log_every: PositiveInt = 1
     seed: int = 0
     wandb: Literal["disabled", "offline", "online"] = "disabled"

@@ -1,4 +1,4 @@
-"""One training run: processes, trainer arguments, metrics, checkpoints, and the run folder they leave.
+"""One training run: from the recipe to the run folder it leaves.
 
 `sft.py` and `judge.py` say what is trained; everything they share is here. A run is started by `start`, which is either
 one of the processes of a launcher (torchrun, deepspeed, Slurm: `WORLD_SIZE` is set) or starts torchrun with the
@@ -10,34 +10,21 @@ import os
 import shutil
 import sys
 import time
-import warnings
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mixfuse import judge_protocol
 from mixfuse.errors import MixfuseError
 from mixfuse.files import atomic_directory, disk_errors, read_json, write_json
 from mixfuse.recipe import load
+from train import guard, process
+from train.checkpoint import check_resume, checkpoints, last_checkpoint
+from train.heartbeat import heartbeat
 from train.metrics import metrics_log
 from train.recipe import JudgeRecipe, SftRecipe, TrainRecipe
 
-if TYPE_CHECKING:
-    from transformers import TrainerCallback
-
-# What ZeRO-3 gathers are big tensors that live for a moment. By default glibc returns each to the kernel and faults the
-# next one in again (DPO on the tiny base took 23 s so, and 10 s with these); these keep the memory in the process.
-QUIET_ALLOCATOR = {
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
-    "MALLOC_TOP_PAD_": str(256 << 20),
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
-}
-
 RECIPES: dict[str, type[TrainRecipe]] = {"sft": SftRecipe, "judge": JudgeRecipe}
-WHOLE = "whole"  # the mark of a checkpoint that is
-# What a resumed run may change: nothing here alters a weight.
-FREE_ON_RESUME = ("threads", "save_every", "log_every", "wandb", "wandb_project")
 
 
 def start(stage: str, recipe_path: Path, overrides: list[str]) -> None:
@@ -50,6 +37,7 @@ def start(stage: str, recipe_path: Path, overrides: list[str]) -> None:
 
     Raises:
         MixfuseError: The recipe or data is bad (found before any process is started), or a process failed.
+        Preempted: SIGTERM came; the run is saved.
     """
     recipe = load(recipe_path, RECIPES[stage], overrides)
     check_recipe(recipe)
@@ -63,16 +51,18 @@ def start(stage: str, recipe_path: Path, overrides: list[str]) -> None:
         read_pairs(recipe.data)
     if finished(recipe.out):
         raise MixfuseError(f"{recipe.out} holds a finished run; choose another `out` or remove it")
-    check_resume(recipe)
-    if "WORLD_SIZE" not in os.environ:
+    check_resume(recipe.out, _described(recipe), resume=recipe.resume)
+    if not process.launched():
         _launch(stage, recipe, recipe_path, overrides)
         return
-    prepare_process(recipe)
+    guard.listen()
+    process.prepare(recipe.threads, wandb=recipe.wandb)
     if stage == "sft":
         from train.sft import train as train_stage
     else:
         from train.judge import train as train_stage
-    train_stage(recipe)
+    with heartbeat():
+        train_stage(recipe)
 
 
 def check_recipe(recipe: TrainRecipe) -> None:
@@ -93,7 +83,7 @@ def check_recipe(recipe: TrainRecipe) -> None:
     stage = zero.get("stage") if isinstance(zero, dict) else None
     if stage != 3:
         raise MixfuseError(f"deepspeed: {recipe.deepspeed} sets ZeRO stage {stage!r}; mixfuse trains with stage 3")
-    per_pass = recipe.optimizer.micro_batch * _world_size(recipe)
+    per_pass = recipe.optimizer.micro_batch * process.world_size(recipe.processes)
     if recipe.optimizer.batch_size % per_pass:
         raise MixfuseError(
             f"optimizer.batch_size {recipe.optimizer.batch_size} is no multiple of micro_batch * processes = {per_pass}"
@@ -105,94 +95,18 @@ def finished(out: Path) -> bool:
     return (out / "run.json").is_file()
 
 
-def check_resume(recipe: TrainRecipe) -> None:
-    """Checks that a run to be resumed is still the same run.
-
-    ZeRO-3's checkpoints are one file a process, and half a run with another data set or rank is no run of any recipe.
-
-    Raises:
-        MixfuseError: There is a checkpoint, and a key of the recipe or the number of processes has changed since.
-    """
-    if last_checkpoint(recipe.out) is None:
-        return
-    before, now = read_json(recipe.out / "recipe.json"), _described(recipe)
-    changed = next((key for key in now if before.get(key) != now[key] and key not in FREE_ON_RESUME), None)
-    if changed:
-        raise MixfuseError(
-            f"{recipe.out} holds a run to resume whose {changed!r} is {before.get(changed)!r}, not {now[changed]!r}; "
-            "set it back, choose another `out`, or remove the folder to start over"
-        )
-
-
-def last_checkpoint(out: Path) -> Path | None:
-    """The newest checkpoint of the run in `out` that every process had finished writing."""
-    marks = out.glob(f"checkpoints/checkpoint-*/{WHOLE}")
-    return max((mark.parent for mark in marks), key=_step, default=None)
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
-
-
-def _world_size(recipe: TrainRecipe) -> int:
-    return int(os.environ.get("WORLD_SIZE", recipe.processes))
-
-
 def _described(recipe: TrainRecipe) -> dict[str, Any]:
     """The recipe as `recipe.json` keeps it, with the processes there really are."""
-    return {**recipe.model_dump(mode="json"), "processes": _world_size(recipe)}
+    return {**recipe.model_dump(mode="json"), "processes": process.world_size(recipe.processes)}
 
 
 def _launch(stage: str, recipe: TrainRecipe, recipe_path: Path, overrides: list[str]) -> None:
-    """Starts the recipe's processes on this machine and waits for them.
+    """Starts the recipe's processes on this machine and waits for them."""
+    from train import torchrun
 
-    torchrun is called rather than started: its handlers for SIGINT, SIGTERM and SIGHUP then stand in this process, and
-    none of these leaves processes behind that go on training.
-    """
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import main as torchrun
-
-    os.environ.update(QUIET_ALLOCATOR, OMP_NUM_THREADS=str(_threads(recipe, recipe.processes)))
+    os.environ["OMP_NUM_THREADS"] = str(process.threads(recipe.threads, recipe.processes))
     command = [sys.executable, "-P", "-m", "mixfuse", "train", stage, str(recipe_path), *overrides]
-    try:
-        torchrun(["--standalone", "--no-python", f"--nproc-per-node={recipe.processes}", *command])
-    except SignalException:
-        raise KeyboardInterrupt from None
-    except ChildFailedError as error:
-        _, failure = error.get_first_failure()
-        hint = "the lines above say why"
-        if failure.exitcode == -9:
-            hint = "something killed it, most often for want of memory: lower optimizer.micro_batch or processes"
-        raise MixfuseError(f"training failed (exit code {failure.exitcode}); {hint}", kind="training") from None
-
-
-def _threads(recipe: TrainRecipe, local_processes: int) -> int:
-    return recipe.threads or max(1, (os.cpu_count() or 1) // local_processes)
-
-
-def prepare_process(recipe: TrainRecipe) -> None:
-    """What DeepSpeed and the libraries read from the environment, set before they are imported."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
-    os.environ["WANDB_MODE"] = recipe.wandb
-    # DeepSpeed 0.19.8 calls collectives that torch 2.13 has renamed: one line a step, nothing the user can mend.
-    warnings.filterwarnings("ignore", message=".*torch.distributed.*is deprecated", category=FutureWarning)
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
-    threads = _threads(recipe, local)
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # unset, accelerate would choose another number
-    import torch
-
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        torch.set_num_threads(threads)
-    import deepspeed
-
-    # An op for inference only, which DeepSpeed compiles when distributed starts and dies without ninja and a compiler.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # Before the model is loaded: ZeRO-3's partitioned loading takes the world size from the process group.
-    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    torchrun.run(["--standalone", f"--nproc-per-node={recipe.processes}", "--no-python", *command])
 
 
 def trainer_arguments(recipe: TrainRecipe) -> dict[str, Any]:
@@ -221,7 +135,8 @@ def trainer_arguments(recipe: TrainRecipe) -> dict[str, Any]:
         "logging_steps": min(recipe.log_every, optimizer.steps),  # every run logs a loss
         "save_strategy": "steps" if recipe.save_every else "no",
         "save_steps": recipe.save_every or 500,
-        "save_total_limit": 2,  # the older one goes before every process has written the newer
+        "remove_unused_columns": False,  # the examples' ids; collators take what they need
+        "logging_nan_inf_filter": False,  # it would log the average of other steps for a loss that is not a number
         "report_to": [] if recipe.wandb == "disabled" else ["wandb"],
         "run_name": recipe.out.name,
         "disable_tqdm": False,
@@ -246,7 +161,7 @@ def train_and_save(trainer: Any, recipe: TrainRecipe, *, stage: str) -> None:
     assert_in_force(trainer.model)
     out = recipe.out
     leads = trainer.is_world_process_zero()
-    last = last_checkpoint(out)
+    last = process.agree(last_checkpoint(out))
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         if leads and last is None:
@@ -255,7 +170,8 @@ def train_and_save(trainer: Any, recipe: TrainRecipe, *, stage: str) -> None:
             os.environ["WANDB_PROJECT"] = recipe.wandb_project
             os.environ.setdefault("WANDB_DIR", str(out))
         trainer.add_callback(metrics_log(out / "metrics.jsonl", resumed=last is not None))
-        trainer.add_callback(checkpoint_mark())
+        trainer.add_callback(checkpoints())
+        trainer.add_callback(guard.guard(trainer, out))  # after those that save: it may end the run
         began = time.time()
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     # Under ZeRO-3 every rank takes part in gathering the adapter; rank 0 writes it.
@@ -324,24 +240,6 @@ def save_peft(model: Any, weights: dict[str, Any], out: Path) -> None:
         config["lora_dropout"] = 0.0  # matters to training alone, and plain PEFT refuses any on these
     tensors = {name: tensor.contiguous() for name, tensor in as_plain_peft(model, weights).items()}
     save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
-
-
-def checkpoint_mark() -> "TrainerCallback":
-    """A callback that marks a checkpoint once every process has written its part of it.
-
-    Rank 0 is done with its own, the trainer's state included, while others still write: a run killed in between leaves
-    a checkpoint that looks finished and cannot be loaded.
-    """
-    import torch
-    from transformers import TrainerCallback
-
-    class CheckpointMark(TrainerCallback):
-        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            torch.distributed.barrier()
-            if state.is_world_process_zero:
-                (Path(args.output_dir) / f"checkpoint-{state.global_step}" / WHOLE).touch()
-
-    return CheckpointMark()
 
 
 def libraries() -> dict[str, str]:

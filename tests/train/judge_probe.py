@@ -15,7 +15,7 @@ from deepspeed.utils import get_z3_leaf_modules, z3_leaf_module
 from transformers import TrainerCallback
 
 from mixfuse.recipe import load
-from train import judge, run
+from train import judge, process, run
 from train.recipe import JudgeRecipe
 
 
@@ -54,7 +54,7 @@ def main() -> None:
         free.bind(("127.0.0.1", 0))
         os.environ["MASTER_PORT"] = str(free.getsockname()[1])
     recipe = load(Path(sys.argv[1]), JudgeRecipe, sys.argv[2:])
-    run.prepare_process(recipe)
+    process.prepare(recipe.threads, wandb=recipe.wandb)
     trainer = judge.make_trainer(recipe)
     modules = dict(trainer.model.named_modules())
     facts: dict[str, Any] = {
