@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import partial
 from typing import Any
 
 BEAT = 5.0  # seconds between beats
@@ -52,50 +51,66 @@ def heartbeat(*, beat: float = BEAT, silence: float = SILENCE) -> Iterator[None]
     store = distributed.TCPStore(host, int(port.item()), is_master=False, wait_for_workers=False, timeout=wait)
     store.set(f"host{rank}", socket.gethostname())
     distributed.barrier()  # every rank has one
-    stop = threading.Event()
-    watch = partial(_watch, store, rank, world, stop=stop, beat=beat, silence=silence)
-    threading.Thread(target=watch, name="heartbeat", daemon=True).start()
+    talk = _Talk(store, rank, world, beat, silence)
+    for loop in (talk.beat_on, talk.listen):
+        threading.Thread(target=loop, name="heartbeat", daemon=True).start()
     try:
         yield
     finally:
-        stop.set()
+        talk.stop.set()
 
 
-def _watch(store: Any, rank: int, world: int, *, stop: threading.Event, beat: float, silence: float) -> None:
-    heard = dict.fromkeys(range(world), (0, time.monotonic()))
-    count = 0
-    while not stop.wait(beat):
-        count += 1
-        try:
-            store.set(f"beat{rank}", str(count))
-            if rank == 0:
-                lost = _silent(store, heard, silence)
-                if lost is not None:
-                    _say(f"rank {lost} on {store.get(f'host{lost}').decode()} has not answered for {silence:.0f} s")
-                    store.set(_LOST, str(lost))
-                    time.sleep(2 * beat)  # the others read it from this process
+class _Talk:
+    """One rank's part: a thread that beats, and one that sees whether that thread still gets answers.
+
+    Two, because a call to a store whose process is frozen or whose machine is gone may never return.
+    """
+
+    def __init__(self, store: Any, rank: int, world: int, beat: float, silence: float) -> None:
+        self.stop = threading.Event()
+        self._store, self._rank, self._beat, self._silence = store, rank, beat, silence
+        self._heard = dict.fromkeys(range(world), (0, time.monotonic()))
+        self._answered = time.monotonic()
+
+    def beat_on(self) -> None:
+        """Counts; ends when the store does, which `listen` notices."""
+        count = 0
+        while not self.stop.wait(self._beat):
+            count += 1
+            try:
+                self._store.set(f"beat{self._rank}", str(count))
+                if self._rank == 0:
+                    self._look_for_silence()
+                elif self._store.check([_LOST]):
                     os._exit(EXIT_CODE)
-            elif store.check([_LOST]):
-                os._exit(EXIT_CODE)
-        except RuntimeError:  # torch's type of error for a store that is gone; a launcher may see to it meanwhile
-            if not stop.wait(silence):
-                _say(f"rank 0 on {os.environ['MASTER_ADDR']} is gone")
-                os._exit(EXIT_CODE)
+            except RuntimeError:  # torch's type of error for a store that is gone; a launcher may see to it meanwhile
+                return
+            self._answered = time.monotonic()
 
+    def listen(self) -> None:
+        """Ends this process when the store has not answered for too long."""
+        while not self.stop.wait(self._beat):
+            if time.monotonic() - self._answered > self._silence:
+                self._end(f"rank 0 on {os.environ['MASTER_ADDR']}")
 
-def _silent(store: Any, heard: dict[int, tuple[int, float]], silence: float) -> int | None:
-    """The first rank that has not been heard for too long; times are this process's own."""
-    now = time.monotonic()
-    for rank, (last, since) in heard.items():
-        count = int(store.get(f"beat{rank}")) if store.check([f"beat{rank}"]) else 0
-        if count != last:
-            heard[rank] = (count, now)
-        elif now - since > silence:
-            return rank
-    return None
+    def _look_for_silence(self) -> None:
+        now = time.monotonic()  # times are rank 0's own: machines' clocks differ
+        for rank, (last, since) in self._heard.items():
+            key = f"beat{rank}"
+            count = int(self._store.get(key)) if self._store.check([key]) else 0
+            if count != last:
+                self._heard[rank] = (count, now)
+            elif now - since > self._silence:
+                self._store.set(_LOST, str(rank))
+                time.sleep(2 * self._beat)  # the others read it from this process
+                self._end(f"rank {rank} on {self._store.get(f'host{rank}').decode()}")
 
-
-def _say(what: str) -> None:
-    """Says why the process ends now: its main thread is inside a collective, where no exception would reach it."""
-    hint = "see what it or its machine wrote last, then run the same command again"
-    print(f"mixfuse: error: {what}; the run ends here; {hint}", file=sys.stderr, flush=True)
+    def _end(self, who: str) -> None:
+        """Says why and ends the process: its main thread is inside a collective, where no exception would reach it."""
+        print(
+            f"mixfuse: error: {who} has not answered for {self._silence:.0f} s; the run ends here; see what it or its "
+            "machine wrote last, then run the same command again",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(EXIT_CODE)

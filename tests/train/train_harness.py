@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -47,6 +48,12 @@ class Run:
         from safetensors.torch import load_file
 
         return dict(load_file(self.out / "adapter" / "adapter_model.safetensors"))
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def mixfuse(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":
@@ -129,7 +136,7 @@ def on_full_disk(mount: Path, command: list[str], *, kilobytes: int = 64) -> "su
         [unshare, "-Urm", "sh", "-c", script, str(kilobytes), str(mount), *command],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         env={**ENVIRONMENT, "MOUNT": str(mount)},
         check=False,
     )
