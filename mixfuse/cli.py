@@ -80,6 +80,13 @@ def _parser() -> argparse.ArgumentParser:
     launch.add_argument("arguments", nargs=argparse.REMAINDER, metavar="train … | doctor …")
     launch.set_defaults(command=_launch)
 
+    doctor = top.add_parser("doctor", help="this machine; under `launch`, all machines and what lies between them")
+    doctor.add_argument("recipe", type=Path, nargs="?", metavar="RECIPE", help="look at its base, disk and processes")
+    doctor.add_argument("overrides", nargs="*", metavar="key=value")
+    doctor.add_argument("--nodes", type=int, metavar="N", help="how many machines there should be")
+    doctor.add_argument("--json", action="store_true", help="one JSON object on the last line")
+    doctor.set_defaults(command=_doctor)
+
     tasks = _group(top, "tasks", "tasks with verifiers")
     tasks_make = tasks.add_parser("make", help="chats to train on: each task with its reference answer")
     tasks_make.add_argument("tasks", type=Path, metavar="TASK_FILE")
@@ -223,6 +230,12 @@ def _launch(arguments: argparse.Namespace) -> int:
         options=arguments.sbatch,
         dry_run=arguments.dry_run,
     )
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from train.doctor import run
+
+    return run(arguments.recipe, arguments.overrides, nodes=arguments.nodes, as_json=arguments.json)
 
 
 def _tasks_make(arguments: argparse.Namespace) -> None:

@@ -13,6 +13,8 @@ COMMANDS = (
     "base build",
     "train sft",
     "train judge",
+    "launch",
+    "doctor",
     "tasks make",
     "pool collect",
     "pairs build",

@@ -123,13 +123,19 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
+def mount_namespaces() -> str:
+    """The program `unshare`; the test is skipped where it may not make a mount namespace."""
+    unshare = shutil.which("unshare")
+    if unshare is None or subprocess.run([unshare, "-Urm", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("needs unprivileged mount namespaces (unshare -Urm) for a file system of its own")
+    return unshare
+
+
 def on_full_disk(mount: Path, command: list[str], *, kilobytes: int = 64) -> "subprocess.CompletedProcess[str]":
     """Runs a command that writes below `mount`, a real file system of that size; its standard output ends with a list
     of the files the command left there.
     """
-    unshare = shutil.which("unshare")
-    if unshare is None or subprocess.run([unshare, "-Urm", "true"], capture_output=True, check=False).returncode:
-        pytest.skip("needs unprivileged mount namespaces (unshare -Urm) for a file system that fills up")
+    unshare = mount_namespaces()
     mount.mkdir(exist_ok=True)
     script = 'mount -t tmpfs -o size="$0"k none "$1" && shift && "$@"; code=$?; echo; find "$MOUNT" -type f; exit $code'
     return subprocess.run(

@@ -1,0 +1,98 @@
+"""`mixfuse doctor`: every check a line, what fails with how to mend it, alone and in several processes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import train_harness as harness
+
+from train import doctor
+from train.doctor import Machine
+
+
+def report(done: "subprocess.CompletedProcess[str]") -> dict[str, dict[str, str]]:
+    facts = json.loads(done.stdout.splitlines()[-1])
+    return {check["name"]: check for check in facts["checks"]} | {"ok": facts["ok"]}
+
+
+def test_alone_it_says_plainly_that_there_is_no_gpu() -> None:
+    done = harness.mixfuse("doctor")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "no GPU: CPU run" in done.stdout
+    assert done.stdout.splitlines()[-1] == "all is well"
+
+
+def test_what_fails_is_named_with_how_to_mend_it(sft_recipe: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    done = harness.mixfuse("doctor", sft_recipe, f"base={empty}", f"out={tmp_path}/run", "--nodes", "2", "--json")
+    assert done.returncode == 1, done.stderr
+    found = report(done)
+    assert found["ok"] is False
+    assert found["base"]["status"] == "FAIL"
+    assert "is no model folder here" in found["base"]["found"]
+    assert found["base"]["mend"]
+    assert (found["machines"]["status"], found["machines"]["found"].partition(":")[0]) == ("FAIL", "1 of 2")
+
+
+def test_two_processes_compare_and_reach_each_other(sft_recipe: Path, tmp_path: Path) -> None:
+    command = ["launch", "--local", "2", "doctor", sft_recipe, f"out={tmp_path}/run", "--nodes", "1", "--json"]
+    done = harness.mixfuse(*command)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = report(done)
+    for name in ("machines", "shared out", "same base", "gloo all-reduce", "disk"):
+        assert found[name]["status"] == "ok", found[name]
+    assert found["gloo all-reduce"]["found"].startswith("2 processes, 64 MiB at ")
+    assert not list(tmp_path.glob(".mixfuse-doctor-*")), "it left a file behind"
+
+
+def test_an_out_that_is_not_shared_is_found(sft_recipe: Path, tmp_path: Path) -> None:
+    """The second process has a file system of its own under that path, as another machine would."""
+    unshare = harness.mount_namespaces()
+    out, port = tmp_path / "out", str(harness.free_port())
+    out.mkdir()
+    look = [sys.executable, "-P", "-m", "mixfuse", "doctor", str(sft_recipe), f"out={out}/run", "--json"]
+    commands = [look, [unshare, "-Urm", "sh", "-c", f'mount -t tmpfs none {out} && exec "$@"', "sh", *look]]
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [
+        subprocess.Popen(
+            command,
+            env={**harness.ENVIRONMENT, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank, command in enumerate(commands)
+    ]
+    said = [process.communicate(timeout=200)[0] for process in ranks]
+    assert [process.returncode for process in ranks] == [1, 0]
+    check = next(c for c in json.loads(said[0].splitlines()[-1])["checks"] if c["name"] == "shared out")
+    assert check["status"] == "FAIL"
+    assert "put `out` on it" in check["mend"]
+
+
+def _machine(host: str, rank: int, **differing: object) -> Machine:
+    usual = {"versions": {"torch": "2.13.0"}, "gpus": ["H100"] * 8, "gpu_memory": 1, "driver": "570", "memory": 1}
+    return Machine(host=host, rank=rank, infiniband=8, **(usual | differing))  # type: ignore[arg-type]
+
+
+def test_machines_that_differ_are_named() -> None:
+    same = [_machine("a", 0), _machine("a", 1), _machine("b", 2)]
+    assert [check.status for check in doctor._compared(same, 2)] == ["ok", "ok"]
+    other = [_machine("a", 0), _machine("b", 1, versions={"torch": "2.12.0"}, driver="560", infiniband=0)]
+    by_name = {check.name: check for check in doctor._compared(other, None)}
+    assert by_name["torch version"].found == "2.13.0 on a, 2.12.0 on b"
+    assert by_name["driver"].status == "FAIL"
+    assert "no active InfiniBand port on b" in by_name["interconnect"].found
+
+
+def test_a_recipe_that_is_wrong_is_one_line(sft_recipe: Path) -> None:
+    done = harness.mixfuse("doctor", sft_recipe, "optimizer.momentum=1")
+    assert done.returncode == 2
+    assert "unknown key 'optimizer.momentum'" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["disk", "base"])
+def test_checks_of_a_recipe_are_left_out_without_one(name: str) -> None:
+    assert name not in {check.name for check in doctor.local_checks(None)}
