@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     launch.add_argument("--grace", type=int, default=300, help="Slurm: seconds to save in (default 300)")
     launch.add_argument("--sbatch", action="append", default=[], metavar="KEY=VALUE", help="Slurm: a further option")
     launch.add_argument("--dry-run", action="store_true", help="print what would run")
-    launch.add_argument("arguments", nargs=argparse.REMAINDER, metavar="train … | doctor …")
+    launch.add_argument("arguments", nargs=argparse.REMAINDER, metavar="train … | experts profile … | doctor …")
     launch.set_defaults(command=_launch)
 
     doctor = top.add_parser("doctor", help="this machine; under `launch`, all machines and what lies between them")

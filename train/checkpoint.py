@@ -6,6 +6,7 @@ the files with their sizes in it, under a temporary name that is then renamed. W
 with it, is never loaded, and is removed when the run goes on.
 """
 
+import json
 import os
 import re
 import shutil
@@ -54,6 +55,7 @@ def check_resume(out: Path, described: dict[str, Any], *, resume: str) -> None:
             "folder to start over, or set resume=auto to go on"
         )
     before = read_json(out / "recipe.json")
+    described = json.loads(json.dumps(described))  # as it was written: JSON's keys are text
     changed = next((key for key in described if before.get(key) != described[key] and key not in FREE_ON_RESUME), None)
     if changed == "processes":
         raise MixfuseError(

@@ -26,7 +26,8 @@ from mixfuse.files import sha256_file
 from mixfuse.recipe import load
 from train import process
 from train.checkpoint import KEEP
-from train.recipe import TrainRecipe
+from train.experts import kind_of
+from train.recipe import TrainRecipe, lora_parameters
 
 STACK = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "deepspeed", "mixfuse")
 GIB = 1 << 30
@@ -94,7 +95,7 @@ def run(recipe_path: Path | None, overrides: Sequence[str], *, nodes: int | None
     Raises:
         MixfuseError: The recipe is bad, or the other processes cannot be reached.
     """
-    recipe = _recipe(recipe_path, list(overrides)) if recipe_path else None
+    recipe = load(recipe_path, kind_of(recipe_path, list(overrides)), overrides) if recipe_path else None
     with _joined() as (rank, world):
         seen = _gather(machine(rank))
         checks = _gather(local_checks(recipe))
@@ -113,19 +114,6 @@ def run(recipe_path: Path | None, overrides: Sequence[str], *, nodes: int | None
             print(f"{check.status:4}  {check.name:{width}}  {check.found}{mend}")
         print(f"{len(failed)} of {len(lines)} checks failed" if failed else "all is well")
     return 1 if failed else 0
-
-
-def _recipe(path: Path, overrides: list[str]) -> TrainRecipe:
-    """A recipe of either stage: the one whose keys fit."""
-    from train.run import RECIPES
-
-    errors = []
-    for kind in RECIPES.values():
-        try:
-            return load(path, kind, overrides)
-        except MixfuseError as error:
-            errors.append(error)
-    raise errors[0]
 
 
 @contextmanager
@@ -344,13 +332,7 @@ def _trainable(recipe: TrainRecipe) -> int:
         config = json.loads((recipe.base / "config.json").read_text(encoding="utf-8"))
     except OSError:
         return 0
-    hidden, inner, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
-    heads = config["num_attention_heads"]
-    head = config.get("head_dim") or hidden // heads
-    attention = 2 * (hidden + heads * head) + 2 * (hidden + config["num_key_value_heads"] * head)
-    expert = (hidden + 2 * inner) + (inner + hidden)
-    parts = attention * recipe.lora.attention + config["num_local_experts"] * expert * bool(recipe.lora.experts)
-    return int(recipe.lora.r * layers * parts)
+    return sum(layer.attention + layer.experts for layer in lora_parameters(config, recipe.lora))
 
 
 def _one_a_host(seen: list[Machine]) -> list[Machine]:

@@ -11,7 +11,6 @@ Dimensions in names: L layers, E experts, T tokens, K experts a token.
 
 # ruff: noqa: N803, N806 - tensors are named with their dimensions
 
-import os
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -213,15 +212,16 @@ def profile(recipe_path: Path, overrides: list[str], out: Path | None) -> dict[s
         MixfuseError: The recipe or its data is bad.
     """
     from mixfuse.recipe import load as load_recipe
+    from train import process
     from train.model import load_base, load_tokenizer
-    from train.run import check_recipe, prepare_process, trainer_arguments
+    from train.run import check_recipe, trainer_arguments
 
-    kind = _kind(recipe_path, overrides)
+    kind = kind_of(recipe_path, overrides)
     recipe = load_recipe(recipe_path, kind, overrides)
     check_recipe(recipe)
     alive = None
-    if "WORLD_SIZE" in os.environ:
-        prepare_process(recipe)
+    if process.launched():
+        process.prepare(recipe.threads, wandb=recipe.wandb)
         from trl import SFTConfig
 
         alive = SFTConfig(**trainer_arguments(recipe))  # makes the ZeRO-3 config alive while the base is loaded
@@ -282,7 +282,7 @@ def _print_table(load: Load, chosen: Chosen, share: float) -> None:
     console.print(table, width=None if console.is_terminal else 12 + 16 * len(load.gate_share[0]))
 
 
-def _kind(recipe_path: Path, overrides: list[str]) -> type[TrainRecipe]:
+def kind_of(recipe_path: Path, overrides: list[str]) -> type[TrainRecipe]:
     """A judge's recipe names a key that only a judge's has, or its role; any other is an SFT recipe."""
     import yaml
 

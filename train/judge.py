@@ -14,10 +14,11 @@ from trl import DPOConfig, DPOTrainer
 
 from mixfuse.errors import MixfuseError
 from train import experts
+from train.checkpoint import last_checkpoint
 from train.model import load_base, load_tokenizer, lora_config
 from train.pairs import read_pairs
 from train.recipe import JudgeRecipe, TrainRecipe
-from train.run import last_checkpoint, train_and_save, trainer_arguments
+from train.run import train_and_save, trainer_arguments
 
 
 def train(recipe: TrainRecipe) -> None:

@@ -1,6 +1,6 @@
 """How a run is started where there is more than one process: the commands, written out and then executed as written.
 
-One mixfuse command (`train …` or `doctor …`) runs in every process, under a launcher:
+One mixfuse command (`train …`, `experts profile …` or `doctor …`) runs in every process, under a launcher:
 
 - local: torchrun on this machine;
 - torchrun: the same command on each host, which meet at one of them (c10d rendezvous);
@@ -34,10 +34,10 @@ class Job(NamedTuple):
     """What runs in every process.
 
     Attributes:
-        arguments: Those of the `mixfuse` command: `train STAGE RECIPE [key=value …]` or `doctor …`.
+        arguments: Those of the `mixfuse` command, such as `train STAGE RECIPE [key=value …]`.
         processes: On each machine.
         name: A short name.
-        out: The run's folder; the current one for `doctor`.
+        out: The run's folder, beside which Slurm's files stand; a name here for what leaves no run.
     """
 
     arguments: list[str]
@@ -59,7 +59,7 @@ def job(arguments: Sequence[str], processes: int | None) -> Job:
         processes: On each machine; by default the recipe's `processes`, or 1.
 
     Raises:
-        MixfuseError: The command is no `train` or `doctor`, or its recipe is bad.
+        MixfuseError: The command is none of these, or the recipe of `train` is bad.
     """
     match list(arguments):
         case ["train", stage, recipe_path, *overrides] if stage in STAGES:
@@ -68,10 +68,13 @@ def job(arguments: Sequence[str], processes: int | None) -> Job:
             recipe = load(Path(recipe_path), RECIPES[stage], overrides)
             count = processes or recipe.processes
             return Job(list(arguments), count, f"mixfuse-{stage}", recipe.out)
+        case ["experts", "profile", *_]:
+            return Job(list(arguments), processes or 1, "mixfuse-experts", Path("mixfuse-experts"))
         case ["doctor", *_]:
             return Job(list(arguments), processes or 1, "mixfuse-doctor", Path("mixfuse-doctor"))
     raise MixfuseError(
-        "launch runs `train sft RECIPE …`, `train judge RECIPE …` or `doctor …` in several processes, not "
+        "launch runs `train sft RECIPE …`, `train judge RECIPE …`, `experts profile RECIPE …` or `doctor …` in several "
+        "processes, not "
         f"{shlex.join(arguments)!r}"
     )
 

@@ -7,10 +7,11 @@ from transformers import set_seed
 from trl import SFTConfig, SFTTrainer
 
 from train import experts
+from train.checkpoint import last_checkpoint
 from train.data import chats_dataset
 from train.model import load_base, load_tokenizer, lora_config
 from train.recipe import SftRecipe, TrainRecipe
-from train.run import last_checkpoint, train_and_save, trainer_arguments
+from train.run import train_and_save, trainer_arguments
 
 
 def train(recipe: TrainRecipe) -> None:

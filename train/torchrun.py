@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any
 
 from mixfuse.errors import PREEMPTED, MixfuseError, Preempted, exit_code
+from train.process import threads
 
 # What ZeRO-3 gathers are big tensors that live for a moment. By default glibc returns each to the kernel and faults the
 # next one in again (DPO on the tiny base took 23 s so, and 10 s with these); these keep the memory in the process.
@@ -47,6 +48,8 @@ def run(arguments: list[str]) -> None:
     from torch.distributed.run import main as torchrun
 
     os.environ.update(QUIET_ALLOCATOR)
+    count = next((int(text.partition("=")[2]) for text in arguments if text.startswith("--nproc-per-node=")), 1)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads(None, count)))  # torchrun would say 1, and warn
     try:
         torchrun(["--signals-to-handle=SIGINT,SIGHUP,SIGQUIT", *arguments])
     except SignalException:

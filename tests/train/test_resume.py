@@ -54,8 +54,7 @@ def dropout_recipe(tiny_base: Path, runs: Path) -> Path:
     (base / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.2}))
     folder = runs / "dropout"
     folder.mkdir()
-    recipe = harness.sft_recipe(folder, base)
-    return recipe
+    return harness.sft_recipe(folder, base, lora={"r": 4, "alpha": 16, "dropout": 0.1, "experts": {0: [0, 1], 1: [3]}})
 
 
 def options(out: Path) -> list[str]:
