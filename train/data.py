@@ -234,14 +234,19 @@ def _prepare(recipe: SftRecipe, tokenizer: Any, folder: Path, digest: str) -> No
     for number, source in enumerate(recipe.data):
         data = _tokenised(source, recipe, tokenizer, folder / "work")
         if evaluation and evaluation.share is not None:
-            held_out = data["held_out"]
+            held_out = data["held_out"][:]
             for side, wanted in (("train", False), ("evaluation", True)):
                 indices = [index for index, held in enumerate(held_out) if held is wanted]
-                data.select(indices).save_to_disk(folder / f"{side}-{number:03d}")
+                if indices:
+                    data.select(indices).save_to_disk(folder / f"{side}-{number:03d}")
+            if all(held_out):
+                raise MixfuseError(f"{source.name}: every chat fell to the held-out share; lower evaluation.share")
         else:
             data.save_to_disk(folder / f"train-{number:03d}")
     for number, source in enumerate((evaluation.data if evaluation else None) or ()):
         _tokenised(source, recipe, tokenizer, folder / "work").save_to_disk(folder / f"evaluation-{number:03d}")
+    if evaluation and not any(folder.glob("evaluation-*")):
+        raise MixfuseError("no chat fell to the held-out share; raise evaluation.share or name evaluation.data")
     shutil.rmtree(folder / "work")
     write_json(folder / _FACTS, {"digest": digest})
 
@@ -344,9 +349,6 @@ def _load(recipe: SftRecipe, folder: Path) -> ChatData:
         return [load_from_disk(path) for path in sorted(folder.glob(f"{name}-*"))]
 
     parts = side("train")
-    empty = next((s.name for s, part in zip(recipe.data, parts, strict=True) if not len(part)), None)
-    if empty is not None:
-        raise MixfuseError(f"{empty}: every chat fell to the held-out share; lower evaluation.share")
     everything = concatenate_datasets(parts)
     order = mixed([len(part) for part in parts], [source.weight for source in recipe.data], recipe.order_seed)
     if recipe.packing:
@@ -362,8 +364,6 @@ def _load(recipe: SftRecipe, folder: Path) -> ChatData:
     held_out = side("evaluation")
     evaluation = concatenate_datasets(held_out) if held_out else None
     if evaluation is not None and recipe.evaluation:
-        if not len(evaluation):
-            raise MixfuseError("no chat fell to the held-out share; raise evaluation.share or name evaluation.data")
         evaluation = evaluation.select(range(min(len(evaluation), recipe.evaluation.limit or len(evaluation))))
     return ChatData(train, evaluation, len(order))
 

@@ -24,8 +24,7 @@ from train.trainer import JudgeTrainer, NamedPairs
 
 def train(recipe: TrainRecipe) -> None:
     """Trains the recipe's judge and leaves its run folder (see `train.run.train_and_save`)."""
-    trainer = make_trainer(cast(JudgeRecipe, recipe))
-    train_and_save(trainer, recipe, stage="judge", examples=len(trainer.train_dataset))
+    train_and_save(make_trainer(cast(JudgeRecipe, recipe)), recipe, stage="judge")
 
 
 def make_trainer(recipe: JudgeRecipe) -> JudgeTrainer:

@@ -241,7 +241,7 @@ def trainer_arguments(recipe: TrainRecipe) -> dict[str, Any]:
     }
 
 
-def train_and_save(trainer: Any, recipe: TrainRecipe, *, stage: str, examples: int) -> None:
+def train_and_save(trainer: Any, recipe: TrainRecipe, *, stage: str, examples: int | None = None) -> None:
     """Trains, resuming from the last checkpoint where there is one, and leaves the run folder.
 
     The folder's `run.json` is written last: a run without it is unfinished.
@@ -250,7 +250,7 @@ def train_and_save(trainer: Any, recipe: TrainRecipe, *, stage: str, examples: i
         trainer: TRL's, with what this project adds (`train/trainer.py`).
         recipe: The run's.
         stage: "sft" or "judge".
-        examples: How many there are to train on; a packed row may hold several.
+        examples: How many there are to train on, where they are not one a row.
 
     Raises:
         MixfuseError: A base weight became trainable, the disk is full, or the trained adapter is empty, does nothing or
@@ -304,7 +304,7 @@ def train_and_save(trainer: Any, recipe: TrainRecipe, *, stage: str, examples: i
                     "first_loss": losses[0],
                     "last_loss": sum(tail) / len(tail),
                     "steps": trainer.state.global_step,
-                    "examples": examples,
+                    "examples": examples or len(trainer.train_dataset),
                     "processes": int(os.environ["WORLD_SIZE"]),
                     "seconds": round(time.time() - began, 1),
                     **({"best_step": best[0]["step"], "best_eval_loss": best[0]["eval_loss"]} if best else {}),
