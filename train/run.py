@@ -52,7 +52,7 @@ def start(stage: str, recipe_path: Path, overrides: list[str]) -> None:
     """
     recipe = load(recipe_path, RECIPES[stage], overrides)
     check_recipe(recipe)
-    if os.environ.get("RANK", "0") == "0":
+    if "WORLD_SIZE" not in os.environ:  # what a launcher started finds the same mistakes where it prepares the data
         _check_data(recipe)
     if finished(recipe.out):
         raise MixfuseError(f"{recipe.out} holds a finished run; choose another `out` or remove it")

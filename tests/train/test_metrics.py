@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 from train_harness import SFT_STEPS, Run
 
+from mixfuse.errors import MixfuseError
+from mixfuse.recipe import load
 from train import metrics
+from train.recipe import SftRecipe
 
 zero3 = pytest.mark.zero3
 
@@ -68,6 +71,18 @@ def test_the_wandb_run_reads_back_as_the_metrics_on_disk(sft_by_one: Run) -> Non
 @zero3
 def test_wandb_writes_nothing_where_it_is_disabled(sft_by_two: Run) -> None:
     assert not (sft_by_two.out / "wandb").exists()
+
+
+def test_going_online_without_a_key_is_one_line(
+    sft_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("HOME", "NETRC", "WANDB_CONFIG_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    recipe = load(sft_recipe, SftRecipe, [f"out={tmp_path / 'run'}", "wandb=online"])
+    with pytest.raises(MixfuseError, match=r"wandb: online: .*; log in with `wandb login`, or write wandb: offline"):
+        metrics.start_wandb(recipe, resumed=False)
 
 
 @zero3
