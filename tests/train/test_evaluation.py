@@ -46,6 +46,8 @@ def test_one_process_and_two_measure_the_same_held_out_loss(sft_by_one: Run, sft
         assert two["eval_loss"] == pytest.approx(one["eval_loss"], rel=1e-3)
         assert two["eval_tokens"] == one["eval_tokens"]
     assert sft_by_one.evaluations[-1]["eval_loss"] < sft_by_one.evaluations[0]["eval_loss"] - 0.1
+    # Other tests compare its weights with those of runs that are not evaluated.
+    assert sft_by_two.record["metrics"]["best_step"] == SFT_STEPS
 
 
 @zero3
