@@ -171,11 +171,13 @@ class ChatData(NamedTuple):
         train: Rows of `{documents: [{id, input_ids, labels}]}`, one document a row or, packed, several.
         evaluation: Rows of `{id, input_ids, labels}` that are held out, or nothing.
         chats: How many chats there are to train on.
+        table: Every chat that may be trained on, once: rows of `{id, input_ids, labels, …}`, memory-mapped.
     """
 
     train: "Dataset"
     evaluation: "Dataset | None"
     chats: int
+    table: "Dataset"
 
 
 def chat_data(recipe: SftRecipe, tokenizer: Any, *, resuming: bool = False) -> ChatData:
@@ -365,7 +367,7 @@ def _load(recipe: SftRecipe, folder: Path) -> ChatData:
     evaluation = concatenate_datasets(held_out) if held_out else None
     if evaluation is not None and recipe.evaluation:
         evaluation = evaluation.select(range(min(len(evaluation), recipe.evaluation.limit or len(evaluation))))
-    return ChatData(train, evaluation, len(order))
+    return ChatData(train, evaluation, len(order), everything)
 
 
 def mixed(lengths: Sequence[int], weights: Sequence[float], seed: int) -> Sequence[int]:

@@ -11,7 +11,7 @@ from mixfuse.files import atomic_directory, read_json, write_json
 from train.recipe import Evaluation
 
 BEST = "best"
-_FACTS = "best.json"
+FACTS = "best.json"
 
 
 class KeepBest(TrainerCallback):
@@ -73,13 +73,10 @@ class KeepBest(TrainerCallback):
         if state.is_world_process_zero:
             with atomic_directory(self._out / BEST, replace=True) as temporary:
                 save_peft(self._trainer.accelerator.unwrap_model(self._trainer.model), weights, temporary)
-                write_json(temporary / _FACTS, {"step": self._best_step, "eval_loss": self._best})
+                write_json(temporary / FACTS, {"step": self._best_step, "eval_loss": self._best})
 
 
-def best_adapter(out: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]] | None:
-    """The best evaluation of a run, `{step, eval_loss}`, and its adapter's weights; nothing where none was kept."""
-    from safetensors.torch import load_file
-
-    if not (out / BEST / _FACTS).is_file():
-        return None
-    return read_json(out / BEST / _FACTS), load_file(out / BEST / "adapter_model.safetensors")
+def best_evaluation(out: Path) -> dict[str, Any] | None:
+    """`{step, eval_loss}` of the evaluation whose adapter `OUT/best` holds; nothing where none was kept."""
+    path = out / BEST / FACTS
+    return dict(read_json(path)) if path.is_file() else None

@@ -214,10 +214,10 @@ def start_wandb(recipe: TrainRecipe, *, resumed: bool) -> None:
         ) from None
 
 
-def end_wandb() -> None:
+def end_wandb(*, failed: bool = False) -> None:
     """Writes out what Weights & Biases still holds, where a run of it is open in this process."""
     import sys
 
     wandb = sys.modules.get("wandb")
     if wandb is not None and wandb.run is not None:
-        wandb.finish()
+        wandb.finish(exit_code=int(failed))

@@ -256,7 +256,9 @@ def train_and_save(trainer: Any, recipe: TrainRecipe, *, stage: str, examples: i
         MixfuseError: A base weight became trainable, the disk is full, or the trained adapter is empty, does nothing or
             is not finite.
     """
-    from train.evaluation import BEST, KeepBest, best_adapter
+    from safetensors.torch import load_file
+
+    from train.evaluation import BEST, FACTS, KeepBest, best_evaluation
     from train.expert_lora import assert_in_force
     from train.export import check_weights
 
@@ -278,19 +280,23 @@ def train_and_save(trainer: Any, recipe: TrainRecipe, *, stage: str, examples: i
         began = time.time()
         try:
             trainer.train(resume_from_checkpoint=str(last) if last else None)
-        finally:
+        except BaseException:
             if leads:
-                draw(out)
-                end_wandb()
+                draw(out)  # for whoever looks for the reason
+            end_wandb(failed=True)
+            raise
+        end_wandb()
     # Under ZeRO-3 every rank takes part in gathering the adapter; rank 0 writes it.
     weights = gather_adapter(trainer.model)
     if leads:
-        best = best_adapter(out)
-        if best is not None:
-            weights = best[1]
-        check_weights(weights, out)
+        best = best_evaluation(out)
+        check_weights(load_file(out / BEST / "adapter_model.safetensors") if best else weights, out)
         with atomic_directory(out / "adapter", replace=True) as temporary:
-            save_peft(trainer.accelerator.unwrap_model(trainer.model), weights, temporary)
+            if best:
+                shutil.copytree(out / BEST, temporary, dirs_exist_ok=True, ignore=shutil.ignore_patterns(FACTS))
+            else:
+                save_peft(trainer.accelerator.unwrap_model(trainer.model), weights, temporary)
+        draw(out)
         losses = [row["loss"] for row in read_rows(out / "metrics.jsonl") if "loss" in row]
         tail = losses[-10:]
         write_json(
@@ -307,7 +313,7 @@ def train_and_save(trainer: Any, recipe: TrainRecipe, *, stage: str, examples: i
                     "examples": examples or len(trainer.train_dataset),
                     "processes": int(os.environ["WORLD_SIZE"]),
                     "seconds": round(time.time() - began, 1),
-                    **({"best_step": best[0]["step"], "best_eval_loss": best[0]["eval_loss"]} if best else {}),
+                    **({"best_step": best["step"], "best_eval_loss": best["eval_loss"]} if best else {}),
                 },
                 "libraries": libraries(),
                 "judge_protocol": judge_protocol.describe() if stage == "judge" else None,

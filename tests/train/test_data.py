@@ -94,6 +94,25 @@ def test_a_file_that_is_no_parquet_is_one_line(tmp_path: Path) -> None:
         list(data.chats(DataSource(path=tmp_path / "x.parquet")))
 
 
+def test_a_data_set_of_the_hub_is_loaded_by_datasets(tmp_path: Path) -> None:
+    """A folder stands for a repository: `load_dataset` takes either, and nothing here reaches the Hub."""
+    write_jsonl(tmp_path / "train.jsonl", [chat(1), chat(2)])
+    write_jsonl(tmp_path / "test.jsonl", [chat(3)])
+    for split, expected in (("train", ["1", "2"]), ("test", ["3"])):
+        source = DataSource(hub=str(tmp_path), split=split)
+        assert [found.id for found in data.chats(source)] == expected
+    with pytest.raises(MixfuseError, match=r"\(validation\): cannot be loaded from the Hugging Face Hub nor its cache"):
+        list(data.chats(DataSource(hub=str(tmp_path), split="validation")))
+
+
+def test_several_processes_tokenise_the_same(prepare: Any) -> None:
+    rows = [chat(n, words=n) for n in range(20)]
+    one, two = prepare(rows).train, prepare(rows, data_processes=2, seed=1).train
+    assert [row["documents"] for row in two] == [row["documents"] for row in one]
+    with pytest.raises(MixfuseError, match=r"0.jsonl:\d+: the chat has \d+ tokens"):
+        prepare(rows, data_processes=2, truncation="error", max_length=50)
+
+
 def test_sets_are_drawn_by_weight_until_each_was_read(prepare: Any) -> None:
     sets = [[chat(n, name="a") for n in range(300)], [chat(n, name="b") for n in range(20)]]
     drawn = ids(prepare(*sets, weights=[3, 1]).train)
@@ -128,7 +147,7 @@ def test_truncation(prepare: Any, tokenizer: Any, capsys: pytest.CaptureFixture[
 
 def test_equal_prompts_stand_on_one_side(prepare: Any) -> None:
     rows = [{**chat(n % 40), "id": str(n)} for n in range(120)]
-    train, evaluation, count = prepare(rows, evaluation={"share": 0.25})
+    train, evaluation, count, _ = prepare(rows, evaluation={"share": 0.25})
     held_out = {int(row["id"]) % 40 for row in evaluation}
     trained = {int(name) % 40 for name in ids(train)}
     assert held_out
@@ -189,7 +208,7 @@ def test_a_real_data_set(name: str, prepare: Any, tokenizer: Any) -> None:
     if not path.is_file():
         pytest.skip("the data folder ../shared/data is not here")
     rows = [json.loads(line) for line in path.read_text().splitlines()[:200]]
-    train, _, count = prepare(rows, packing=True, max_length=1024)
+    train, _, count, _ = prepare(rows, packing=True, max_length=1024)
     assert count == 200
     assert sorted(ids(train)) == sorted(row["id"] for row in rows)
     answers = {row["id"]: row["messages"][-1]["content"] for row in rows}

@@ -96,7 +96,7 @@ def test_a_packed_run_has_the_loss_of_its_chats_one_by_one(sft_recipe: Path, run
     from train.model import load_tokenizer
 
     step = "optimizer={steps: 1, batch_size: 1, micro_batch: 1, warmup_steps: 0}"
-    keys = ["packing=true", "max_length=1024", "router_aux_loss_coef=0", step]
+    keys = ["packing=true", "max_length=1024", "router_aux_loss_coef=0", "gradient_checkpointing=true", step]
     run = harness.train("sft", sft_recipe, f"out={runs / 'packed'}", *keys)
     assert run.record["metrics"]["examples"] == 16
     (row,) = run.steps
