@@ -29,7 +29,7 @@ FILES = sorted(CONFIGS.glob("*/*.yaml"))
 RECIPES = [path for path in FILES if path.stem in ("domain_sft", "judge_dpo")]
 DEEPSPEED = sorted((CONFIGS / "deepspeed").glob("*.json"))
 # The numbers of GPUs (CPU processes for the tiny base) that the headers speak of.
-WORLDS = {"tiny": (1, 2), "mixtral-8x7b": (8,), "mixtral-8x22b": (8, 16, 32)}
+WORLDS = {"tiny": (1, 2), "mixtral-8x7b": (8,), "mixtral-8x22b": (8, 16)}
 
 
 def name(path: Path) -> str:

@@ -171,7 +171,7 @@ class ChatData(NamedTuple):
         train: Rows of `{documents: [{id, input_ids, labels}]}`, one document a row or, packed, several.
         evaluation: Rows of `{id, input_ids, labels}` that are held out, or nothing.
         chats: How many chats there are to train on.
-        table: Every chat that may be trained on, once: rows of `{id, input_ids, labels, …}`, memory-mapped.
+        table: The chats as they are drawn, not packed: rows of `{id, input_ids, labels, …}`, memory-mapped.
     """
 
     train: "Dataset"
@@ -367,7 +367,7 @@ def _load(recipe: SftRecipe, folder: Path) -> ChatData:
     evaluation = concatenate_datasets(held_out) if held_out else None
     if evaluation is not None and recipe.evaluation:
         evaluation = evaluation.select(range(min(len(evaluation), recipe.evaluation.limit or len(evaluation))))
-    return ChatData(train, evaluation, len(order), everything)
+    return ChatData(train, evaluation, len(order), everything.select(order))
 
 
 def mixed(lengths: Sequence[int], weights: Sequence[float], seed: int) -> Sequence[int]:
