@@ -13,12 +13,12 @@ from transformers import set_seed
 from trl import DPOConfig
 
 from mixfuse.errors import MixfuseError
-from train.attention import choose
+from train import attention, experts
 from train.data import is_held_out, mixed
 from train.model import load_base, load_tokenizer, lora_config
 from train.pairs import read_pairs
 from train.recipe import DataSource, JudgeRecipe, TrainRecipe
-from train.run import train_and_save, trainer_arguments
+from train.run import last_checkpoint, train_and_save, trainer_arguments
 from train.trainer import JudgeTrainer, NamedPairs
 
 
@@ -35,7 +35,7 @@ def make_trainer(recipe: JudgeRecipe) -> JudgeTrainer:
     """
     dtype = getattr(torch, recipe.dtype)
     tokenizer = load_tokenizer(recipe.base)
-    attention = choose(recipe.attention, recipe.base, dtype)
+    implementation = attention.choose(recipe.attention, recipe.base, dtype)
     arguments = DPOConfig(
         **trainer_arguments(recipe),
         beta=recipe.beta,
@@ -43,7 +43,8 @@ def make_trainer(recipe: JudgeRecipe) -> JudgeTrainer:
         router_aux_loss_coef=0.0,  # the loss is DPO's alone: ln 2 where policy and reference are equal
     )
     data = pairs_datasets(recipe, tokenizer)
-    model = load_base(recipe.base, dtype, attention=attention)
+    model = load_base(recipe.base, dtype, attention=implementation)
+    chosen = experts.settle(recipe, model, data.train, tokenizer, resuming=last_checkpoint(recipe.out) is not None)
     set_seed(recipe.seed)
     return JudgeTrainer(
         model=model,
@@ -52,7 +53,7 @@ def make_trainer(recipe: JudgeRecipe) -> JudgeTrainer:
         eval_dataset=data.evaluation,
         data_collator=NamedPairs(pad_token_id=tokenizer.pad_token_id, max_length=recipe.max_length),
         processing_class=tokenizer,
-        peft_config=lora_config(recipe.lora),
+        peft_config=lora_config(recipe.lora, chosen),
     )
 
 

@@ -78,6 +78,9 @@ def check_recipe(recipe: TrainRecipe) -> None:
         raise MixfuseError(
             f"base: {recipe.base} is no model folder (no config.json); build one with: mixfuse base build {recipe.base}"
         )
+    model = read_json(recipe.base / "config.json")
+    if model.get("model_type") == "mixtral":  # anything else is refused where it is loaded
+        recipe.lora.chosen(model["num_hidden_layers"], model["num_local_experts"])
     config = read_json(recipe.deepspeed)
     zero = config.get("zero_optimization") if isinstance(config, dict) else None
     stage = zero.get("stage") if isinstance(zero, dict) else None
@@ -312,6 +315,7 @@ def train_and_save(trainer: Any, recipe: TrainRecipe, *, stage: str, examples: i
                     "steps": trainer.state.global_step,
                     "examples": examples or len(trainer.train_dataset),
                     "processes": int(os.environ["WORLD_SIZE"]),
+                    "trainable_parameters": sum(tensor.numel() for tensor in weights.values()),
                     "seconds": round(time.time() - began, 1),
                     **({"best_step": best["step"], "best_eval_loss": best["eval_loss"]} if best else {}),
                 },
@@ -347,11 +351,15 @@ def save_peft(model: Any, weights: dict[str, Any], out: Path) -> None:
     """Writes a plain PEFT adapter folder: `adapter_config.json` and `adapter_model.safetensors`."""
     from safetensors.torch import save_file
 
+    from train.expert_lora import as_plain_peft
+
     config = model.peft_config["default"].to_dict()
     config["inference_mode"] = True
     config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     write_json(out / "adapter_config.json", config)
-    tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
+    if config.get("target_parameters"):
+        config["lora_dropout"] = 0.0  # matters to training alone, and plain PEFT refuses any on these
+    tensors = {name: tensor.contiguous() for name, tensor in as_plain_peft(model, weights).items()}
     save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
 
 

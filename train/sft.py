@@ -6,7 +6,7 @@ import torch
 from transformers import set_seed
 from trl import SFTConfig
 
-from train.attention import choose
+from train import attention, experts
 from train.data import Collator, chat_data
 from train.model import load_base, load_tokenizer, lora_config
 from train.recipe import SftRecipe, TrainRecipe
@@ -19,15 +19,17 @@ def train(recipe: TrainRecipe) -> None:
     recipe = cast(SftRecipe, recipe)
     dtype = getattr(torch, recipe.dtype)
     tokenizer = load_tokenizer(recipe.base)
-    attention = choose(recipe.attention, recipe.base, dtype, packing=recipe.packing)
-    data = chat_data(recipe, tokenizer, resuming=last_checkpoint(recipe.out) is not None)
+    implementation = attention.choose(recipe.attention, recipe.base, dtype, packing=recipe.packing)
+    resuming = last_checkpoint(recipe.out) is not None
+    data = chat_data(recipe, tokenizer, resuming=resuming)
     arguments = SFTConfig(
         **trainer_arguments(recipe),
         dataset_kwargs={"skip_prepare_dataset": True},  # `chat_data` has
         completion_only_loss=False,  # the labels say where the loss is
         router_aux_loss_coef=recipe.router_aux_loss_coef,
     )
-    model = load_base(recipe.base, dtype, attention=attention)
+    model = load_base(recipe.base, dtype, attention=implementation)
+    chosen = experts.settle(recipe, model, data.table, tokenizer, resuming=resuming)
     set_seed(recipe.seed)  # the adapter's start depends on the seed alone, not on what loading drew before
     trainer = SftTrainer(
         model=model,
@@ -36,6 +38,6 @@ def train(recipe: TrainRecipe) -> None:
         eval_dataset=data.evaluation,
         data_collator=Collator(tokenizer.pad_token_id, packed=recipe.packing),
         processing_class=tokenizer,
-        peft_config=lora_config(recipe.lora),
+        peft_config=lora_config(recipe.lora, chosen),
     )
     train_and_save(trainer, recipe, stage="sft", examples=data.chats)
