@@ -15,7 +15,12 @@ Positive = Annotated[float, Field(gt=0)]
 
 
 class Price(Strict):
-    """Dollars per million tokens."""
+    """Dollars per million tokens.
+
+    Attributes:
+        prompt: Of the prompt.
+        completion: Of the completion.
+    """
 
     prompt: float = Field(default=0.0, ge=0)
     completion: float = Field(default=0.0, ge=0)

@@ -140,20 +140,21 @@ def read_json(path: Path) -> Any:
         raise MixfuseError(f"{path}: not valid JSON ({error})") from None
 
 
-def read_jsonl(path: Path, *, required: Iterable[str] = ()) -> list[dict[str, Any]]:
-    """Reads a JSONL file of objects.
+def iter_jsonl(path: Path, *, required: Iterable[str] = ()) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Reads a JSONL file of objects, one line at a time.
 
     Args:
         path: The file, one JSON object a line; blank lines are skipped.
         required: Keys every row must have.
 
+    Yields:
+        The number of the line, from 1, and its object.
+
     Raises:
-        MixfuseError: The file is missing, empty or cannot be read, or a line is malformed (the message names file and
-            line).
+        MixfuseError: The file is missing or cannot be read, or a line is malformed (the message names file and line).
     """
     path = Path(path)
     wanted = tuple(required)
-    rows: list[dict[str, Any]] = []
     try:
         with path.open(encoding="utf-8") as stream:
             for number, line in enumerate(stream, start=1):
@@ -168,7 +169,7 @@ def read_jsonl(path: Path, *, required: Iterable[str] = ()) -> list[dict[str, An
                 missing = [key for key in wanted if key not in row]
                 if missing:
                     raise MixfuseError(f"{path}:{number}: missing key {missing[0]!r}")
-                rows.append(row)
+                yield number, row
     except FileNotFoundError:
         raise MixfuseError(f"{path}: no such file") from None
     except IsADirectoryError:
@@ -177,6 +178,15 @@ def read_jsonl(path: Path, *, required: Iterable[str] = ()) -> list[dict[str, An
         raise MixfuseError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise MixfuseError(f"{path}: not UTF-8 text ({error.reason})") from None
+
+
+def read_jsonl(path: Path, *, required: Iterable[str] = ()) -> list[dict[str, Any]]:
+    """Reads a JSONL file of objects whole.
+
+    Raises:
+        MixfuseError: As `iter_jsonl`, or the file is empty.
+    """
+    rows = [row for _, row in iter_jsonl(path, required=required)]
     if not rows:
         raise MixfuseError(f"{path}: the data set is empty")
     return rows

@@ -37,7 +37,11 @@ class TaskKind(Strict):
 
 
 class TaskFile(Strict):
-    """The kinds of task a model is tuned and measured on."""
+    """The kinds of task a model is tuned and measured on.
+
+    Attributes:
+        tasks: The kinds, each with its weight.
+    """
 
     tasks: list[TaskKind]
 

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 WHOLE = "whole.json"  # the mark of a checkpoint that is
 KEEP = 2  # whole checkpoints that stay: the newest, and one more should the disk have spoiled it
 # What a resumed run may change: nothing here alters a weight.
-FREE_ON_RESUME = ("threads", "save_every", "log_every", "wandb", "wandb_project", "resume")
+FREE_ON_RESUME = (
+    "threads", "data_processes", "save_every", "log_every", "wandb", "wandb_project", "wandb_entity", "resume"
+)  # fmt: skip
 
 
 def last_checkpoint(out: Path) -> Path | None:

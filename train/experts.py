@@ -12,10 +12,11 @@ Dimensions in names: L layers, E experts, T tokens, K experts a token.
 # ruff: noqa: N803, N806 - tensors are named with their dimensions
 
 import random
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock, MixtralTopKRouter
@@ -226,7 +227,8 @@ def profile(recipe_path: Path, overrides: list[str], out: Path | None) -> dict[s
 
         alive = SFTConfig(**trainer_arguments(recipe))  # makes the ZeRO-3 config alive while the base is loaded
     tokenizer = load_tokenizer(recipe.base)
-    rows = _rows(recipe, tokenizer)
+    out = out or recipe.out.with_name(recipe.out.name + "-experts")
+    rows = _rows(recipe, tokenizer, out)
     model: Any = load_base(recipe.base, getattr(torch, recipe.dtype))
     if alive is None and torch.cuda.is_available():
         model = model.to("cuda")
@@ -234,11 +236,11 @@ def profile(recipe_path: Path, overrides: list[str], out: Path | None) -> dict[s
     chosen = choose(load, recipe.lora.expert_share)
     record = describe(recipe, load, chosen, model.config)
     if _rank() == 0:
-        out = out or recipe.out.with_name(recipe.out.name + "-experts")
         _print_table(load, chosen, recipe.lora.expert_share)
         print(summary(load, chosen))
         write_json(out / RECORD, record)
         plot(load, chosen, out / "experts.png")
+        shutil.rmtree(out / "data", ignore_errors=True)
         print(f"{out}: {RECORD}, experts.png")
     return record
 
@@ -296,16 +298,18 @@ def kind_of(recipe_path: Path, overrides: list[str]) -> type[TrainRecipe]:
     return JudgeRecipe if keys & judges or (isinstance(data, dict) and data.get("role") == "judge") else SftRecipe
 
 
-def _rows(recipe: TrainRecipe, tokenizer: Any) -> Sequence[Any]:
-    if isinstance(recipe, JudgeRecipe):
-        from train.judge import pairs_dataset
+def _rows(recipe: TrainRecipe, tokenizer: Any, out: Path) -> Sequence[Any]:
+    """The rows that training would read; chats' tokens are written below `out`."""
+    rows: Any
+    if isinstance(recipe, SftRecipe):
+        from train.data import chat_data
 
-        judged: Sequence[Any] = pairs_dataset(recipe, tokenizer)
-        return judged
-    from train.data import chats_dataset
+        rows = chat_data(recipe.model_copy(update={"out": out}), tokenizer).table
+    else:
+        from train.judge import pairs_datasets
 
-    chats: Sequence[Any] = chats_dataset(recipe.data, tokenizer, recipe.max_length)
-    return chats
+        rows = pairs_datasets(cast(JudgeRecipe, recipe), tokenizer).train
+    return cast(Sequence[Any], rows)
 
 
 @contextmanager

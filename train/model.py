@@ -32,7 +32,7 @@ def load_tokenizer(base: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_base(base: Path, dtype: torch.dtype) -> MixtralForCausalLM:
+def load_base(base: Path, dtype: torch.dtype, *, attention: str = "sdpa") -> MixtralForCausalLM:
     """Loads the base, partitioned where a DeepSpeed config with ZeRO-3 is alive, and checks every weight of it.
 
     Each MoE block is made a ZeRO-3 leaf: it is gathered whole, because the experts a rank touches depend on its data
@@ -54,6 +54,7 @@ def load_base(base: Path, dtype: torch.dtype) -> MixtralForCausalLM:
             output_loading_info=True,
             local_files_only=True,
             use_safetensors=True,
+            attn_implementation=attention,
             experts_implementation=expert_lora.EXPERTS_IMPLEMENTATION,
         )
     except (RuntimeError, SafetensorError) as error:  # e.g. an expert is missing, so the experts cannot be stacked

@@ -7,13 +7,15 @@ that training can keep them in one batch and a preference for a position earns n
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from mixfuse import judge_protocol
 from mixfuse.errors import MixfuseError
 from mixfuse.files import read_jsonl, write_jsonl
+from train.data import rows
+from train.recipe import DataSource
 
 
 def build(pool: Path, out: Path, *, per_prompt: int = 2, dev_share: float = 0.1, seed: int = 0) -> dict[str, int]:
@@ -32,10 +34,10 @@ def build(pool: Path, out: Path, *, per_prompt: int = 2, dev_share: float = 0.1,
     Raises:
         MixfuseError: A row is not of that shape, or no prompt has both a right and a wrong answer.
     """
-    rows = read_pool(pool)
+    prompts = read_pool(pool)
     sides: dict[str, list[dict[str, Any]]] = {"train": [], "dev": []}
     usable = 0
-    for row in rows:
+    for row in prompts:
         pairs = list(_pairs(row, per_prompt, seed))
         usable += bool(pairs)
         share = int(hashlib.sha256(f"dev:{row['prompt']}".encode()).hexdigest()[:8], 16) / 16**8
@@ -47,7 +49,7 @@ def build(pool: Path, out: Path, *, per_prompt: int = 2, dev_share: float = 0.1,
     write_jsonl(out.with_name(f"{out.stem}.dev.jsonl"), sides["dev"])
     write_jsonl(out, sides["train"])
     return {
-        "prompts": len(rows),
+        "prompts": len(prompts),
         "usable_prompts": usable,
         "train_pairs": len(sides["train"]),
         "dev_pairs": len(sides["dev"]),
@@ -60,8 +62,8 @@ def read_pool(path: Path) -> list[dict[str, Any]]:
     Raises:
         MixfuseError: The file is missing, empty, or a row has another shape.
     """
-    rows = read_jsonl(path, required=("id", "prompt", "responses"))
-    for row in rows:
+    read = read_jsonl(path, required=("id", "prompt", "responses"))
+    for row in read:
         responses = row["responses"]
         if not isinstance(row["prompt"], str):
             raise MixfuseError(f"{path}: row {row['id']!r}: prompt must be a string")
@@ -70,27 +72,40 @@ def read_pool(path: Path) -> list[dict[str, Any]]:
             for r in responses
         ):
             raise MixfuseError(f"{path}: row {row['id']!r}: responses must be a list of {{model, text, correct}}")
-    return rows
+    return read
 
 
-def read_pairs(path: Path) -> list[dict[str, Any]]:
+def read_pairs(source: Path | DataSource) -> list[dict[str, Any]]:
     """Reads what `build` wrote: an even number of rows, the two orders of each pair in neighbouring ones.
 
     Raises:
-        MixfuseError: The file is missing or empty, was written with another judge protocol, or an order is missing.
+        MixfuseError: The data set is missing or empty, was written with another judge protocol, or an order is missing.
     """
-    rows = read_jsonl(path, required=("id", "prompt", "chosen", "rejected", "protocol"))
-    other = next((row["protocol"] for row in rows if row["protocol"] != judge_protocol.digest()), None)
+    source = source if isinstance(source, DataSource) else DataSource(path=source)
+    read = [row for _, row in rows(source, required=("id", "prompt", "chosen", "rejected", "protocol"))]
+    other = next((row["protocol"] for row in read if row["protocol"] != judge_protocol.digest()), None)
     if other is not None:
         raise MixfuseError(
-            f"{path}: the pairs were built with another judge protocol ({str(other)[:12]}…, this version has "
+            f"{source.name}: the pairs were built with another judge protocol ({str(other)[:12]}…, this version has "
             f"{judge_protocol.digest()[:12]}…); build them again"
         )
-    for number in range(0, len(rows), 2):
-        orders = rows[number : number + 2]
+    for number in range(0, len(read), 2):
+        orders = read[number : number + 2]
         if len(orders) < 2 or orders[0]["chosen"] != orders[1]["rejected"] or orders[0]["id"] != orders[1]["id"]:
-            raise MixfuseError(f"{path}: row {number + 1} stands without the other order of its pair; build them again")
-    return rows
+            raise MixfuseError(
+                f"{source.name}: row {number + 1} stands without the other order of its pair; build them again"
+            )
+    return read
+
+
+def check_pairs(sources: Sequence[DataSource]) -> None:
+    """Reads every pair once, keeping none.
+
+    Raises:
+        MixfuseError: As `read_pairs`.
+    """
+    for source in sources:
+        read_pairs(source)
 
 
 def _pairs(row: dict[str, Any], per_prompt: int, seed: int) -> Iterator[dict[str, Any]]:

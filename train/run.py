@@ -5,7 +5,6 @@ one of the processes of a launcher (torchrun, deepspeed, Slurm: `WORLD_SIZE` is 
 recipe's number of processes, be it one.
 """
 
-import json
 import os
 import shutil
 import sys
@@ -21,7 +20,7 @@ from mixfuse.recipe import load
 from train import guard, process
 from train.checkpoint import check_resume, checkpoints, last_checkpoint
 from train.heartbeat import heartbeat
-from train.metrics import metrics_log
+from train.metrics import draw, end_wandb, read_rows, start_wandb, watch
 from train.recipe import JudgeRecipe, SftRecipe, TrainRecipe
 
 RECIPES: dict[str, type[TrainRecipe]] = {"sft": SftRecipe, "judge": JudgeRecipe}
@@ -41,14 +40,8 @@ def start(stage: str, recipe_path: Path, overrides: list[str]) -> None:
     """
     recipe = load(recipe_path, RECIPES[stage], overrides)
     check_recipe(recipe)
-    if stage == "sft":
-        from train.data import read_chats
-
-        read_chats(recipe.data)
-    else:
-        from train.pairs import read_pairs
-
-        read_pairs(recipe.data)
+    if not process.launched():  # what a launcher started finds the same mistakes where it prepares the data
+        _check_data(recipe)
     if finished(recipe.out):
         raise MixfuseError(f"{recipe.out} holds a finished run; choose another `out` or remove it")
     check_resume(recipe.out, _described(recipe), resume=recipe.resume)
@@ -90,6 +83,17 @@ def check_recipe(recipe: TrainRecipe) -> None:
         )
 
 
+def _check_data(recipe: TrainRecipe) -> None:
+    """Reads all of the data once, keeping none of it."""
+    from train.data import check_chats
+    from train.pairs import check_pairs
+
+    check = check_chats if isinstance(recipe, SftRecipe) else check_pairs
+    check(recipe.data)
+    if recipe.evaluation and recipe.evaluation.data:
+        check(recipe.evaluation.data)
+
+
 def finished(out: Path) -> bool:
     """Whether `out` holds a finished run."""
     return (out / "run.json").is_file()
@@ -114,20 +118,26 @@ def trainer_arguments(recipe: TrainRecipe) -> dict[str, Any]:
     import torch
 
     world = int(os.environ["WORLD_SIZE"])
-    optimizer = recipe.optimizer
+    optimizer, evaluation = recipe.optimizer, recipe.evaluation
+    cosine_end = {"min_lr": optimizer.min_learning_rate} if optimizer.min_learning_rate else None
     return {
         "output_dir": str(recipe.out / "checkpoints"),
         "max_steps": optimizer.steps,
         "per_device_train_batch_size": optimizer.micro_batch,
         "gradient_accumulation_steps": optimizer.batch_size // (optimizer.micro_batch * world),
         "learning_rate": optimizer.learning_rate,
-        "warmup_steps": optimizer.warmup_steps,
-        "lr_scheduler_type": optimizer.schedule,
+        "warmup_steps": optimizer.warmup,
+        "lr_scheduler_type": "cosine_with_min_lr" if cosine_end else optimizer.schedule,
+        "lr_scheduler_kwargs": cosine_end or {},
+        "optim": "adamw_torch",
+        "adam_beta1": optimizer.betas[0],
+        "adam_beta2": optimizer.betas[1],
+        "adam_epsilon": optimizer.eps,
         "weight_decay": optimizer.weight_decay,
         "max_grad_norm": optimizer.max_grad_norm,
         "max_length": recipe.max_length,
         "seed": recipe.seed,
-        "data_seed": recipe.seed,
+        "data_seed": recipe.order_seed,
         "bf16": recipe.dtype == "bfloat16",
         "use_cpu": not torch.cuda.is_available(),
         "deepspeed": str(recipe.deepspeed),
@@ -135,8 +145,11 @@ def trainer_arguments(recipe: TrainRecipe) -> dict[str, Any]:
         "logging_steps": min(recipe.log_every, optimizer.steps),  # every run logs a loss
         "save_strategy": "steps" if recipe.save_every else "no",
         "save_steps": recipe.save_every or 500,
-        "remove_unused_columns": False,  # the examples' ids; collators take what they need
         "logging_nan_inf_filter": False,  # it would log the average of other steps for a loss that is not a number
+        "eval_strategy": "steps" if evaluation else "no",
+        "eval_steps": evaluation.every if evaluation else None,
+        "per_device_eval_batch_size": (evaluation and evaluation.micro_batch) or optimizer.micro_batch,
+        "remove_unused_columns": False,  # the ids of a batch's examples travel with it
         "report_to": [] if recipe.wandb == "disabled" else ["wandb"],
         "run_name": recipe.out.name,
         "disable_tqdm": False,
@@ -145,15 +158,24 @@ def trainer_arguments(recipe: TrainRecipe) -> dict[str, Any]:
     }
 
 
-def train_and_save(trainer: Any, recipe: TrainRecipe, *, stage: str) -> None:
+def train_and_save(trainer: Any, recipe: TrainRecipe, *, stage: str, examples: int | None = None) -> None:
     """Trains, resuming from the last checkpoint where there is one, and leaves the run folder.
 
     The folder's `run.json` is written last: a run without it is unfinished.
+
+    Args:
+        trainer: TRL's, with what this project adds (`train/trainer.py`).
+        recipe: The run's.
+        stage: "sft" or "judge".
+        examples: How many there are to train on, where they are not one a row.
 
     Raises:
         MixfuseError: A base weight became trainable, the disk is full, or the trained adapter is empty, does nothing or
             is not finite.
     """
+    from safetensors.torch import load_file
+
+    from train.evaluation import BEST, FACTS, KeepBest, best_evaluation
     from train.expert_lora import assert_in_force
     from train.export import check_weights
 
@@ -166,22 +188,34 @@ def train_and_save(trainer: Any, recipe: TrainRecipe, *, stage: str) -> None:
         out.mkdir(parents=True, exist_ok=True)
         if leads and last is None:
             write_json(out / "recipe.json", _described(recipe))
-        if recipe.wandb != "disabled":
-            os.environ["WANDB_PROJECT"] = recipe.wandb_project
-            os.environ.setdefault("WANDB_DIR", str(out))
-        trainer.add_callback(metrics_log(out / "metrics.jsonl", resumed=last is not None))
+        start_wandb(recipe, resumed=last is not None)
+        watch(trainer, out, resumed=last is not None)
         trainer.add_callback(checkpoints())
+        if recipe.evaluation:
+            trainer.add_callback(KeepBest(trainer, recipe.evaluation, out))
+            trainer.args.eval_on_start = last is None
         trainer.add_callback(guard.guard(trainer, out))  # after those that save: it may end the run
         began = time.time()
-        trainer.train(resume_from_checkpoint=str(last) if last else None)
+        try:
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
+        except BaseException:
+            if leads:
+                draw(out)  # for whoever looks for the reason
+            end_wandb(failed=True)
+            raise
+        end_wandb()
     # Under ZeRO-3 every rank takes part in gathering the adapter; rank 0 writes it.
     weights = gather_adapter(trainer.model)
     if leads:
-        check_weights(weights, out)
+        best = best_evaluation(out)
+        check_weights(load_file(out / BEST / "adapter_model.safetensors") if best else weights, out)
         with atomic_directory(out / "adapter", replace=True) as temporary:
-            save_peft(trainer.accelerator.unwrap_model(trainer.model), weights, temporary)
-        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        losses = [row["loss"] for row in rows if "loss" in row]
+            if best:
+                shutil.copytree(out / BEST, temporary, dirs_exist_ok=True, ignore=shutil.ignore_patterns(FACTS))
+            else:
+                save_peft(trainer.accelerator.unwrap_model(trainer.model), weights, temporary)
+        draw(out)
+        losses = [row["loss"] for row in read_rows(out / "metrics.jsonl") if "loss" in row]
         tail = losses[-10:]
         write_json(
             out / "run.json",
@@ -194,16 +228,18 @@ def train_and_save(trainer: Any, recipe: TrainRecipe, *, stage: str) -> None:
                     "first_loss": losses[0],
                     "last_loss": sum(tail) / len(tail),
                     "steps": trainer.state.global_step,
-                    "examples": len(trainer.train_dataset),
+                    "examples": examples or len(trainer.train_dataset),
                     "processes": int(os.environ["WORLD_SIZE"]),
                     "trainable_parameters": sum(tensor.numel() for tensor in weights.values()),
                     "seconds": round(time.time() - began, 1),
+                    **({"best_step": best["step"], "best_eval_loss": best["eval_loss"]} if best else {}),
                 },
                 "libraries": libraries(),
                 "judge_protocol": judge_protocol.describe() if stage == "judge" else None,
             },
         )
-        shutil.rmtree(out / "checkpoints", ignore_errors=True)
+        for folder in ("checkpoints", "data", BEST):
+            shutil.rmtree(out / folder, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
 
 

@@ -4,34 +4,41 @@ from typing import cast
 
 import torch
 from transformers import set_seed
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
-from train import experts
+from train import attention, experts
 from train.checkpoint import last_checkpoint
-from train.data import chats_dataset
+from train.data import Collator, chat_data
 from train.model import load_base, load_tokenizer, lora_config
 from train.recipe import SftRecipe, TrainRecipe
 from train.run import train_and_save, trainer_arguments
+from train.trainer import SftTrainer
 
 
 def train(recipe: TrainRecipe) -> None:
     """Trains the recipe's adapter and leaves its run folder (see `train.run.train_and_save`)."""
     recipe = cast(SftRecipe, recipe)
+    dtype = getattr(torch, recipe.dtype)
     tokenizer = load_tokenizer(recipe.base)
-    data = chats_dataset(recipe.data, tokenizer, recipe.max_length)
+    implementation = attention.choose(recipe.attention, recipe.base, dtype, packing=recipe.packing)
+    resuming = last_checkpoint(recipe.out) is not None
+    data = chat_data(recipe, tokenizer, resuming=resuming)
     arguments = SFTConfig(
         **trainer_arguments(recipe),
-        completion_only_loss=True,
+        dataset_kwargs={"skip_prepare_dataset": True},  # `chat_data` has
+        completion_only_loss=False,  # the labels say where the loss is
         router_aux_loss_coef=recipe.router_aux_loss_coef,
     )
-    model = load_base(recipe.base, getattr(torch, recipe.dtype))
-    chosen = experts.settle(recipe, model, data, tokenizer, resuming=last_checkpoint(recipe.out) is not None)
+    model = load_base(recipe.base, dtype, attention=implementation)
+    chosen = experts.settle(recipe, model, data.table, tokenizer, resuming=resuming)
     set_seed(recipe.seed)  # the adapter's start depends on the seed alone, not on what loading drew before
-    trainer = SFTTrainer(
+    trainer = SftTrainer(
         model=model,
         args=arguments,
-        train_dataset=data,
+        train_dataset=data.train,
+        eval_dataset=data.evaluation,
+        data_collator=Collator(tokenizer.pad_token_id, packed=recipe.packing),
         processing_class=tokenizer,
         peft_config=lora_config(recipe.lora, chosen),
     )
-    train_and_save(trainer, recipe, stage="sft")
+    train_and_save(trainer, recipe, stage="sft", examples=data.chats)

@@ -65,12 +65,22 @@ def judge_recipe(runs: Path, tiny_base: Path) -> Path:
 @pytest.fixture(scope="session")
 def sft_by_one(sft_recipe: Path, runs: Path) -> Run:
     """SFT on one process, with Weights & Biases writing offline."""
-    return harness.train("sft", sft_recipe, f"out={runs / 'sft_by_one'}", "wandb=offline")
+    evaluation = harness.evaluated(sft_recipe, every=3, micro_batch=4)
+    return harness.train("sft", sft_recipe, f"out={runs / 'sft_by_one'}", "wandb=offline", evaluation)
 
 
 @pytest.fixture(scope="session")
 def sft_by_two(sft_recipe: Path, runs: Path) -> Run:
-    return harness.train("sft", sft_recipe, f"out={runs / 'sft_by_two'}", "processes=2")
+    evaluation = harness.evaluated(sft_recipe, every=3)
+    return harness.train("sft", sft_recipe, f"out={runs / 'sft_by_two'}", "processes=2", evaluation)
+
+
+@pytest.fixture(scope="session")
+def stopped_early(sft_recipe: Path, runs: Path) -> Run:
+    """SFT on two processes that learns its own chats by heart and so gets worse on others; the best is kept."""
+    evaluation = harness.evaluated(sft_recipe, every=2, patience=2)
+    wild = "optimizer={steps: 40, batch_size: 4, micro_batch: 2, learning_rate: 0.1, warmup_steps: 4}"
+    return harness.train("sft", sft_recipe, f"out={runs / 'stopped_early'}", "processes=2", wild, evaluation)
 
 
 @pytest.fixture(scope="session")

@@ -178,7 +178,7 @@ def test_the_real_pool_gives_pairs_of_every_usable_prompt(tmp_path: Path) -> Non
 
 def test_training_keeps_both_orders_of_a_pair_in_one_batch(tiny_base: Path, tmp_path: Path) -> None:
     """The data set is shuffled by pair, the same for one seed, and pairs that would lose their verdict are left out."""
-    from train.judge import pairs_dataset
+    from train.judge import pairs_datasets
     from train.model import load_tokenizer
 
     entries = [row(number) for number in range(6)]
@@ -191,7 +191,7 @@ def test_training_keeps_both_orders_of_a_pair_in_one_batch(tiny_base: Path, tmp_
             base=tiny_base, out=tmp_path / "out", data=tmp_path / "pairs.jsonl", deepspeed=harness.ZERO3,
             optimizer={"steps": 1}, max_length=200, **keys,
         )  # fmt: skip
-        return list(pairs_dataset(recipe, tokenizer))
+        return list(pairs_datasets(recipe, tokenizer).train)
 
     rows = dataset()
     assert len(rows) == 10
@@ -203,12 +203,36 @@ def test_training_keeps_both_orders_of_a_pair_in_one_batch(tiny_base: Path, tmp_
 
 
 def test_no_pair_that_fits_is_an_error(tiny_base: Path, judge_recipe: Path) -> None:
-    from train.judge import pairs_dataset
+    from train.judge import pairs_datasets
     from train.model import load_tokenizer
 
     recipe = load(judge_recipe, JudgeRecipe, ["max_length=20"])
     with pytest.raises(MixfuseError, match="no pair fits max_length 20"):
-        pairs_dataset(recipe, load_tokenizer(tiny_base))
+        pairs_datasets(recipe, load_tokenizer(tiny_base))
+
+
+def test_the_judge_mixes_and_holds_out_whole_pairs(tiny_base: Path, judge_recipe: Path, tmp_path: Path) -> None:
+    from train.judge import pairs_datasets
+    from train.model import load_tokenizer
+
+    sources = []
+    for name, count in (("small", 4), ("large", 40)):
+        entries = [{**row(number), "id": f"{name}-{number}"} for number in range(count)]
+        pool = write_jsonl(tmp_path / f"{name}.pool.jsonl", entries)
+        pairs.build(pool, tmp_path / f"{name}.jsonl", per_prompt=1, dev_share=0.0)
+        sources.append({"path": str(tmp_path / f"{name}.jsonl"), "weight": 1 if name == "large" else 3})
+    recipe = load(judge_recipe, JudgeRecipe, [f"data={json.dumps(sources)}", "evaluation={share: 0.3}"])
+    train, evaluation = pairs_datasets(recipe, load_tokenizer(tiny_base))
+    assert evaluation is not None
+    for rows in (list(train), list(evaluation)):
+        for one, other in zip(rows[::2], rows[1::2], strict=True):
+            assert one["id"] == other["id"]
+            assert one["chosen"] == other["rejected"]
+    sides = set(train["id"]), set(evaluation["id"])
+    assert not sides[0] & sides[1]
+    assert len(sides[0] | sides[1]) == 44
+    small = sum(name.startswith("small") for name in train["id"])
+    assert 0.6 < small / len(train) < 0.9, "three of four rows should come from the small set"
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:

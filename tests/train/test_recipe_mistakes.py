@@ -22,6 +22,26 @@ from train.run import start
         ("batch_size=8", "unknown key 'batch_size'"),
         ("wandb=of", "'wandb'"),
         ("role=my judge", "a role's name is letters"),
+        ("optimizer={steps: 1, warmup_steps: 1, warmup_ratio: 0.1}", "set warmup_steps or warmup_ratio, not both"),
+        ("optimizer={steps: 1, schedule: linear, min_learning_rate: 1e-5}", "the schedule is 'linear'"),
+        ("optimizer.min_learning_rate=1", "min_learning_rate 1.0 is above learning_rate 0.01"),
+        ("optimizer.betas=[0.9, 1]", "'optimizer.betas.1'"),
+        ("evaluation={every: 5}", "set exactly one of 'data' (held-out examples) and 'share'"),
+        (
+            "evaluation={share: 0.1, patients: 1}",
+            "unknown key 'evaluation.patients'; did you mean 'evaluation.patience'?",
+        ),
+        ("evaluation.data=nowhere.jsonl", "nowhere.jsonl: no such file"),
+        ("evaluation={data: [{path: a.jsonl, weight: 2}]}", "leave 'weight' out"),
+        ("data=[]", "names no data set"),
+        ("data=[{path: a.jsonl, hub: a/b}]", "name exactly one of 'path'"),
+        ("data=[{path: a.jsonl, split: test}]", "'subset' and 'split' go with 'hub'"),
+        ("data=[{path: a.jsonl, wieght: 2}]", "unknown key 'data.0.wieght'; did you mean 'data.0.weight'?"),
+        ("data=[{path: a.jsonl, weight: 0}]", "'data.0.weight'"),
+        ("data=[{hub: nobody/nothing}]", "nobody/nothing (train): cannot be loaded from the Hugging Face Hub"),
+        ("data=nowhere.parquet", "nowhere.parquet: no such file"),
+        ("truncation=middle", "'truncation'"),
+        ("attention=flex_attention", "'attention'"),
         ("lora={attention: false, experts: none}", "set lora.attention to true or lora.experts to all"),
         ("lora.experts=true", "'lora.experts': is all, none, auto or {layer: [expert, ...]} (got True)"),
         ("lora.experts=most", "is all, none, auto or {layer: [expert, ...]}"),
@@ -61,16 +81,19 @@ def test_another_zero_stage_is_refused(config: object, sft_recipe: Path, tmp_pat
         ("{", r"chats.jsonl:2: malformed JSON"),
         ("[]", r"chats.jsonl:2: expected a JSON object"),
         ('{"id": "1"}', r"chats.jsonl:2: missing key 'messages'"),
-        ('{"messages": []}', "row 2: messages must be a list of at least two"),
+        ('{"messages": []}', "chats.jsonl:2: messages must be a list of at least two"),
         (
             '{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}',
-            "row 2: the last message",
+            "chats.jsonl:2: the last message",
         ),
         (
             '{"messages": [{"role": "bot", "content": "a"}, {"role": "user", "content": "b"}]}',
-            "row 2: a message's role",
+            "chats.jsonl:2: a message's role",
         ),
-        ('{"messages": [{"role": "user", "content": 1}, {"role": "assistant", "content": "b"}]}', "row 2: a message's"),
+        (
+            '{"messages": [{"role": "user", "content": 1}, {"role": "assistant", "content": "b"}]}',
+            "chats.jsonl:2: a message's",
+        ),
     ],
 )
 def test_a_bad_row_is_named_by_file_and_line(line: str, message: str, sft_recipe: Path, tmp_path: Path) -> None:
@@ -92,21 +115,3 @@ def test_the_command_exits_with_2_and_says_only_that(sft_recipe: Path) -> None:
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
     assert line.startswith("mixfuse: error: optimizer.batch_size 5 is no multiple of")
-
-
-def test_chats_that_do_not_fit_are_counted_and_none_is_an_error(
-    tiny_base: Path, sft_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from train.data import chats_dataset
-    from train.model import load_tokenizer
-
-    chats = [
-        {"messages": [{"role": "user", "content": "hi " * count}, {"role": "assistant", "content": "yes"}]}
-        for count in (1, 200)
-    ]
-    path, tokenizer = harness.write_jsonl(tmp_path / "chats.jsonl", chats), load_tokenizer(tiny_base)
-    (row,) = chats_dataset(path, tokenizer, 100)
-    assert row["completion"] == [{"role": "assistant", "content": "yes"}]
-    assert "left out 1 of 2 chats" in capsys.readouterr().out
-    with pytest.raises(MixfuseError, match="no chat fits max_length 5"):
-        chats_dataset(path, tokenizer, 5)

@@ -41,6 +41,11 @@ class Run:
         """`run.json`."""
         return dict(json.loads((self.out / "run.json").read_text()))
 
+    @property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The rows of evaluations."""
+        return [row for row in self.rows if "eval_loss" in row]
+
     def series(self, key: str) -> list[float]:
         return [row[key] for row in self.steps]
 
@@ -62,6 +67,11 @@ def mixfuse(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=ENVIRONMENT, check=False)
 
 
+def evaluated(recipe: Path, **keys: Any) -> str:
+    """The override that evaluates on the held-out chats beside an SFT recipe."""
+    return f"evaluation={json.dumps({'data': str(recipe.with_name('held_out.jsonl')), **keys})}"
+
+
 def train(stage: str, recipe: Path, *overrides: str) -> Run:
     """Trains to the end.
 
@@ -75,13 +85,17 @@ def train(stage: str, recipe: Path, *overrides: str) -> Run:
 
 
 def sft_recipe(folder: Path, base: Path, **keys: Any) -> Path:
-    """A recipe, and chats of different lengths, so that a loss averaged wrongly over tokens shows."""
+    """A recipe, and chats of different lengths, so that a loss averaged wrongly over tokens shows.
+
+    Beside the training chats there are five others to evaluate on, `held_out.jsonl`: no multiple of any batch.
+    """
     chats = []
-    for number in range(16):
+    for number in range(21):
         words = " ".join(WORDS[(number + place) % len(WORDS)] for place in range(1 + number % 5))
         messages = [{"role": "user", "content": f"Repeat: {words}"}, {"role": "assistant", "content": words}]
         chats.append({"id": str(number), "messages": messages})
-    write_jsonl(folder / "chats.jsonl", chats)
+    write_jsonl(folder / "chats.jsonl", chats[:16])
+    write_jsonl(folder / "held_out.jsonl", chats[16:])
     optimizer = {"steps": SFT_STEPS, "batch_size": 4, "micro_batch": 2, "learning_rate": 1e-2, "warmup_steps": 0}
     return _recipe(folder / "sft.yaml", base, data=folder / "chats.jsonl", optimizer=optimizer, **keys)
 
@@ -101,7 +115,9 @@ def judge_recipe(folder: Path, base: Path, **keys: Any) -> Path:
     write_jsonl(folder / "pool.jsonl", pool)
     build(folder / "pool.jsonl", folder / "pairs.jsonl", dev_share=0.0)
     optimizer = {"steps": 4, "batch_size": 4, "micro_batch": 2, "learning_rate": 1e-2, "warmup_steps": 0}
-    return _recipe(folder / "judge.yaml", base, data=folder / "pairs.jsonl", optimizer=optimizer, beta=1.0, **keys)
+    evaluation = {"data": folder / "pairs.jsonl", "every": 2, "limit": 8}
+    keys = {"data": folder / "pairs.jsonl", "evaluation": evaluation, "beta": 1.0, **keys}
+    return _recipe(folder / "judge.yaml", base, optimizer=optimizer, **keys)
 
 
 def _recipe(path: Path, base: Path, **keys: Any) -> Path:
