@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, run it again
@@ -63,4 +64,5 @@ def _tell_launcher(message: str) -> None:
     """Leaves the reason where torchrun looks for it, so that it can be the last thing said, below all tracebacks."""
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         error = {"message": message, "timestamp": str(int(time.time()))}
-        Path(file).write_text(json.dumps(error), encoding="utf-8")
+        with suppress(OSError):  # the disk may be what the message is about
+            Path(file).write_text(json.dumps(error), encoding="utf-8")

@@ -194,7 +194,7 @@ def test_slurm_stops_requeues_and_finishes(sft_recipe: Path, runs: Path, sft_by_
         return shown.partition("JobState=")[2].partition(" ")[0]
 
     def wait_for(happened: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 200
+        deadline = time.monotonic() + 400
         while not happened() and time.monotonic() < deadline:
             time.sleep(0.1)
         assert happened(), log.read_text()[-4000:]
@@ -205,9 +205,7 @@ def test_slurm_stops_requeues_and_finishes(sft_recipe: Path, runs: Path, sft_by_
         wait_for(lambda: state() == "PENDING")
         stopped_at = last_checkpoint(out)
         assert stopped_at is not None
-        # A requeued job waits two minutes by itself.
-        subprocess.run(["scontrol", "update", f"JobId={number}", "StartTime=now"], check=True)
-        wait_for((out / "run.json").is_file)
+        wait_for((out / "run.json").is_file)  # a requeued job waits two minutes, or what scripts/slurm-local sets
         wait_for(lambda: state() == "COMPLETED")
     finally:
         subprocess.run(["scancel", number], capture_output=True, check=False)
