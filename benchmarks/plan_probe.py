@@ -1,0 +1,177 @@
+"""One process of `benchmarks/plan.py`: trains a few steps as `mixfuse train` does, and counts every byte a tensor holds.
+
+Started under torchrun with `STAGE RECIPE FACTS`. Each operator's outputs are seen (`TorchDispatchMode`), each storage is
+counted once, from its birth until the last tensor on it dies. Rank 0 writes what it saw to FACTS as JSON.
+"""
+
+import json
+import sys
+import weakref
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.runtime.zero import partition_parameters
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import TrainerCallback
+
+from mixfuse.recipe import load
+from train import judge, run, sft
+
+STEPS = 3  # DeepSpeed learns the order of modules in the first two; the third is as all that follow
+
+
+class Tracker(TorchDispatchMode):
+    """Counts the bytes of live storages, by what was going on when each was made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[int, tuple[int, str]] = {}
+        self.live: Counter[str] = Counter()
+        self.peaks: Counter[str] = Counter()
+        self.at_peak: dict[str, int] = {}
+        self.total = self.peak = 0
+        self.doing = ["start"]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.see(result)
+        return result
+
+    def see(self, tensors: Any) -> None:
+        """Counts what is new among `tensors`."""
+        for tensor in tree_leaves(tensors):
+            if not isinstance(tensor, torch.Tensor) or tensor.device.type != "cpu":
+                continue
+            storage = tensor.untyped_storage()
+            key, size = storage._cdata, storage.nbytes()
+            if size == 0 or key in self.sizes:
+                continue
+            self.sizes[key] = size, self.doing[-1]
+            weakref.finalize(storage, self.forget, key)
+            self._count(self.doing[-1], size)
+
+    def forget(self, key: int) -> None:
+        size, doing = self.sizes.pop(key)
+        self._count(doing, -size)
+
+    def _count(self, doing: str, size: int) -> None:
+        self.live[doing] += size
+        self.total += size
+        self.peaks[doing] = max(self.peaks[doing], self.live[doing])
+        if self.total > self.peak:
+            self.peak, self.at_peak = self.total, dict(self.live)
+
+    def reset_peaks(self) -> None:
+        self.peak, self.peaks, self.at_peak = self.total, Counter(self.live), dict(self.live)
+
+    @contextmanager
+    def during(self, what: str) -> Iterator[None]:
+        self.doing.append(what)
+        try:
+            yield
+        finally:
+            self.doing.pop()
+
+    def wrap(self, owner: Any, name: str, what: str) -> None:
+        """Counts what `owner.name` makes as `what`."""
+        inner: Callable[..., Any] = getattr(owner, name)
+
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            with self.during(what):
+                return inner(*args, **kwargs)
+
+        setattr(owner, name, wrapped)
+
+
+def storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
+    """Storage → its bytes, each once."""
+    kept = [tensor.untyped_storage() for tensor in tensors]
+    return {storage._cdata: storage.nbytes() for storage in kept}
+
+
+def held(engine: Any) -> dict[str, int]:
+    """What a process holds between steps, by the tensor that holds it."""
+    optimizer = engine.optimizer
+    parameters = list(engine.module.parameters())
+    seen: set[int] = set()
+    facts = {}
+
+    def part(name: str, tensors: Iterable[torch.Tensor]) -> None:
+        found = storages(tensors)
+        facts[name] = sum(size for key, size in found.items() if key not in seen)
+        seen.update(found)
+
+    part("parameters", (parameter.ds_tensor for parameter in parameters if not parameter.requires_grad))
+    part("lora", (parameter.ds_tensor for parameter in parameters if parameter.requires_grad))
+    part("persistent", (parameter.data for parameter in parameters if parameter.data.numel() > 1))
+    part("master", optimizer.fp32_partitioned_groups_flat)
+    state = [value for entry in optimizer.optimizer.state.values() for value in entry.values()]
+    part("optimizer", (value for value in state if isinstance(value, torch.Tensor)))
+    part("gradients", [optimizer.grad_partitions_flat_buffer])
+    part("buckets", [bucket.buffer for bucket in optimizer.ipg_buckets.values() if bucket.buffer is not None])
+    return facts
+
+
+class Watch(TrainerCallback):
+    """Notes what each step takes."""
+
+    def __init__(self, tracker: Tracker, trainer: Any) -> None:
+        self.tracker, self.trainer = tracker, trainer
+        self.facts: dict[str, Any] = defaultdict(dict)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.tracker.reset_peaks()
+        self.facts["before"] = dict(self.tracker.live)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.facts["step"] = {"peaks": dict(self.tracker.peaks), "peak": self.tracker.peak, "at": self.tracker.at_peak}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.facts["whole"] = {"peaks": dict(self.tracker.peaks), "peak": self.tracker.peak, "at": self.tracker.at_peak}
+        self.facts["held"] = held(self.trainer.model_wrapped)
+        self.facts["after"] = dict(self.tracker.live)
+
+
+def measure(tracker: Tracker, trainer: Any, out: Path) -> None:
+    watch = Watch(tracker, trainer)
+    trainer.add_callback(watch)
+    base = trainer.model.get_base_model()
+    body: dict[str, Any] = {}
+
+    def before_forward(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        body["shape"] = list(kwargs["input_ids"].shape)
+        body["before"] = dict(tracker.live)
+
+    def after_body(module: Any, args: Any, output: Any) -> None:
+        body["after"] = dict(tracker.live)
+
+    base.model.register_forward_pre_hook(before_forward, with_kwargs=True)
+    base.model.register_forward_hook(after_body)
+    tracker.live["loaded"] += 0
+    loaded = {"peak": tracker.peak, "at": dict(tracker.at_peak), "live": dict(tracker.live)}
+    with tracker.during("train"):
+        trainer.train()
+    if trainer.is_world_process_zero():
+        out.write_text(json.dumps({**watch.facts, "body": body, "loaded": loaded}))
+
+
+def main() -> None:
+    stage, recipe_path, facts, *overrides = sys.argv[1:]
+    recipe = load(Path(recipe_path), run.RECIPES[stage], overrides)
+    run.prepare_process(recipe)
+    tracker = Tracker()
+    module = {"sft": sft, "judge": judge}[stage]
+    module.train_and_save = lambda trainer, *_, **__: measure(tracker, trainer, Path(facts))
+    tracker.wrap(PartitionedParameterCoordinator, "fetch_sub_module", "gather")
+    tracker.wrap(partition_parameters.GatheredParameters, "__enter__", "gather")
+    with tracker:
+        module.train(recipe)
+
+
+main()
