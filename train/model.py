@@ -83,7 +83,7 @@ def lora_config(lora: Lora) -> LoraConfig:
         lora_dropout=0.0,  # PEFT's target_parameters takes none
         bias="none",
         target_modules=list(ATTENTION_MODULES) if lora.attention else [],
-        target_parameters=list(EXPERT_PARAMETERS) if lora.experts else None,
+        target_parameters=list(EXPERT_PARAMETERS) if lora.experts != "none" else None,
     )
     expert_lora.attach(config)
     return config

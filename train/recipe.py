@@ -1,10 +1,12 @@
 """The training recipes: one YAML a job, every key with its type and default here."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
-from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
+from mixfuse.errors import MixfuseError
 from mixfuse.recipe import Strict
 
 ATTENTION_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -21,25 +23,118 @@ RoleName = Annotated[str, AfterValidator(_role_name)]
 
 
 class Lora(Strict):
-    """What is trained. The router is always frozen: vLLM serves no router adapter.
+    """What is trained. The router stays frozen: vLLM serves no router adapter.
 
     Attributes:
-        r: Rank, of attention and of every expert.
-        alpha: Scaling numerator; the adapter is scaled by alpha / r.
+        r: Rank, of attention and of every adapted expert.
+        alpha: Scaling numerator: the adapter is scaled by alpha / r.
+        rslora: Scale by alpha / sqrt(r) instead (rsLoRA, arXiv 2312.03732).
+        dropout: Share of the adapter's inputs that are zeroed in training, on attention and experts.
         attention: Train q, k, v and o.
-        experts: Train every expert's gate, up and down projection.
+        experts: Whose gate, up and down projections are trained: `all`, `none`, `{layer: [expert, …]}` (a layer that is
+            not named has none), or `auto`: in each layer the fewest that carry `expert_share` of the gate weight over
+            a sample of the data (ESFT, arXiv 2407.01906); see `train/experts.py`.
+        expert_share: For `auto`: the share of a layer's gate weight that its chosen experts carry.
+        expert_sample: For `auto`: how many rows of the data the base is run over, drawn with the recipe's seed.
+        router: Refused when true.
     """
 
     r: PositiveInt = 16
     alpha: PositiveInt = 32
+    rslora: bool = False
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     attention: bool = True
-    experts: bool = True
+    experts: Literal["all", "none", "auto"] | dict[int, tuple[int, ...]] = "all"
+    expert_share: float = Field(default=0.8, gt=0, le=1)
+    expert_sample: PositiveInt = 64
+    router: bool = False
+
+    @field_validator("experts", mode="before")
+    @classmethod
+    def _experts(cls, value: Any) -> Any:
+        """Puts a dict in order; says in one line what else there is to write."""
+        if isinstance(value, str) and value in ("all", "none", "auto"):
+            return value
+        if not isinstance(value, dict):
+            raise ValueError("is all, none, auto or {layer: [expert, ...]}")
+        chosen: dict[int, tuple[int, ...]] = {}
+        for layer, experts in value.items():
+            # A recipe that was written as JSON has text for keys.
+            number = int(layer) if isinstance(layer, str) and layer.isdecimal() else layer
+            if not _is_number(number):
+                raise ValueError(f"a layer is a number from 0 on, not {layer!r}")
+            if not isinstance(experts, (list, tuple)) or not experts or not all(map(_is_number, experts)):
+                raise ValueError(
+                    f"layer {layer} needs a list of expert numbers, not {experts!r}; leave a layer without experts out"
+                )
+            chosen[number] = tuple(sorted(set(experts)))
+        if not chosen:
+            raise ValueError("names no layer; write none to train no experts")
+        return dict(sorted(chosen.items()))
 
     @model_validator(mode="after")
     def _something_trains(self) -> Self:
-        if not (self.attention or self.experts):
-            raise ValueError("set attention or experts (or both) to true, otherwise nothing is trained")
+        if self.router:
+            raise ValueError(
+                "lora.router: the router cannot be trained: vLLM serves no adapter of Mixtral's router, it would "
+                "be dropped in silence; leave it out"
+            )
+        if not self.attention and self.experts == "none":
+            raise ValueError("set lora.attention to true or lora.experts to all, otherwise nothing is trained")
         return self
+
+    def chosen(self, layers: int, experts: int) -> tuple[tuple[int, ...], ...]:
+        """The experts to adapt, layer by layer, on a base of that size; `auto` counts as all of them, its upper bound.
+
+        Raises:
+            MixfuseError: A layer or expert is named that the base does not have.
+        """
+        if not isinstance(self.experts, dict):
+            return ((() if self.experts == "none" else tuple(range(experts))),) * layers
+        for layer, numbers in self.experts.items():
+            if layer >= layers or numbers[-1] >= experts:
+                raise MixfuseError(
+                    f"lora.experts: layer {layer}, experts {list(numbers)}: the base has layers 0 to {layers - 1} with "
+                    f"experts 0 to {experts - 1}"
+                )
+        return tuple(self.experts.get(layer, ()) for layer in range(layers))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+class LoraParameters(NamedTuple):
+    """Trainable parameters of one layer.
+
+    Attributes:
+        attention: In q, k, v and o.
+        experts: In the adapted experts' gate, up and down projections; gate and up share A.
+    """
+
+    attention: int
+    experts: int
+
+
+def lora_parameters(
+    config: Mapping[str, Any], lora: Lora, chosen: Sequence[Sequence[int]] | None = None
+) -> list[LoraParameters]:
+    """Counts a recipe's trainable parameters, layer by layer.
+
+    Args:
+        config: A Mixtral's `config.json`.
+        lora: What is trained.
+        chosen: The experts that are adapted in each layer; by default `lora.chosen`, which takes `auto` for all.
+    """
+    hidden, inner = int(config["hidden_size"]), int(config["intermediate_size"])
+    heads = int(config["num_attention_heads"])
+    head_dim = int(config.get("head_dim") or hidden // heads)
+    queries, keys = heads * head_dim, int(config["num_key_value_heads"]) * head_dim
+    if chosen is None:
+        chosen = lora.chosen(int(config["num_hidden_layers"]), int(config["num_local_experts"]))
+    attention = lora.r * (2 * (hidden + queries) + 2 * (hidden + keys)) if lora.attention else 0
+    expert = lora.r * (hidden + 2 * inner) + lora.r * (inner + hidden)
+    return [LoraParameters(attention, expert * len(experts)) for experts in chosen]
 
 
 class Optimizer(Strict):

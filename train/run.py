@@ -84,6 +84,9 @@ def check_recipe(recipe: TrainRecipe) -> None:
         raise MixfuseError(
             f"base: {recipe.base} is no model folder (no config.json); build one with: mixfuse base build {recipe.base}"
         )
+    model = read_json(recipe.base / "config.json")
+    if model.get("model_type") == "mixtral":  # anything else is refused where it is loaded
+        recipe.lora.chosen(model["num_hidden_layers"], model["num_local_experts"])
     config = read_json(recipe.deepspeed)
     zero = config.get("zero_optimization") if isinstance(config, dict) else None
     stage = zero.get("stage") if isinstance(zero, dict) else None
