@@ -139,21 +139,23 @@ class Watch(TrainerCallback):
 
 
 def measure(tracker: Tracker, trainer: Any, out: Path) -> None:
+    run.checkpoint_without_reentry(trainer)
     watch = Watch(tracker, trainer)
     trainer.add_callback(watch)
     base = trainer.model.get_base_model()
     body: dict[str, Any] = {}
 
     def before_forward(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        body["shape"] = list(kwargs["input_ids"].shape)
-        body["before"] = dict(tracker.live)
+        if torch.is_grad_enabled():  # not DPO's reference
+            body["shape"] = list(kwargs["input_ids"].shape)
+            body["before"] = dict(tracker.live)
 
     def after_body(module: Any, args: Any, output: Any) -> None:
-        body["after"] = dict(tracker.live)
+        if torch.is_grad_enabled():
+            body["after"] = dict(tracker.live)
 
     base.model.register_forward_pre_hook(before_forward, with_kwargs=True)
     base.model.register_forward_hook(after_body)
-    tracker.live["loaded"] += 0
     loaded = {"peak": tracker.peak, "at": dict(tracker.at_peak), "live": dict(tracker.live)}
     with tracker.during("train"):
         trainer.train()
