@@ -44,9 +44,10 @@ class Case(NamedTuple):
 CASES = (
     Case("a", layers=2, hidden=64, inner=224, experts=4, scaled=False),
     Case("b", layers=6, hidden=128, inner=448, experts=8, dtype="bfloat16", checkpointing=True),
-    Case("c", layers=4, hidden=256, inner=896, experts=8, dtype="bfloat16", vocabulary=4096),
-    Case("d", layers=3, hidden=384, inner=1024, experts=4, checkpointing=True, heads=6),
-    Case("judge", layers=4, hidden=192, inner=512, experts=4, stage="judge", dtype="bfloat16", checkpointing=True, heads=6),
+    # Wide experts, as at 8x22B where they outweigh the output layer.
+    Case("c", layers=4, hidden=96, inner=3072, experts=4, dtype="bfloat16", vocabulary=4096),
+    Case("d", layers=3, hidden=128, inner=4096, experts=2, checkpointing=True),
+    Case("judge", layers=4, hidden=96, inner=2560, experts=4, stage="judge", dtype="bfloat16", checkpointing=True),
 )
 
 
@@ -143,7 +144,9 @@ def measure(case: Case, recipe: Path, world: int, facts: Path) -> dict[str, Any]
         SystemExit: Training failed; its output says why.
     """
     command = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-    command += [str(ROOT / "benchmarks" / "plan_probe.py"), case.stage, str(recipe), str(facts)]
+    # One pass a step, so that the batch that made the peak is the batch that was noted.
+    batch = f"optimizer.batch_size={2 * world}"
+    command += [str(ROOT / "benchmarks" / "plan_probe.py"), case.stage, str(recipe), str(facts), batch]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment, check=False)
     if done.returncode:

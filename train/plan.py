@@ -1,73 +1,26 @@
 """Plan before you pay: what one training step of a recipe takes, on each GPU and each host, before anything is loaded.
 
-Every figure is a formula over named symbols, explained with its source in `docs/planning.md`. Parameters are counted on
-a model built on the meta device; the gathers are DeepSpeed's own rules replayed (`zero3_gathers.py`); what is compared
-with real processes is in `benchmarks/plan.py`. Nothing is downloaded, no weight is read.
-
-Symbols: L layers, H hidden, I intermediate, E experts, K experts a token, A query heads, G key heads, D head size, V
-vocabulary, r LoRA rank, N processes, B sequences a pass, S tokens a sequence, T = B·S, w bytes of an element.
+The formulas are in `memory.py`, the gathers are DeepSpeed's own rules replayed (`zero3_gathers.py`), and every figure is
+explained in `docs/planning.md`. Nothing is downloaded and no weight is read: the model exists on the meta device only,
+where its parameters are counted beside the formula's.
 """
 
-import json
+import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from mixfuse.errors import MixfuseError
 from mixfuse.files import read_json
-from train.recipe import JudgeRecipe, Lora, TrainRecipe, lora_parameters
-from train.zero3_gathers import Gathered, Module, Parameter, Thresholds, Visit, replay
+from train import memory
+from train.memory import FP32, Batch, Moment, Shape
+from train.recipe import JudgeRecipe, TrainRecipe, lora_parameters
+from train.zero3_gathers import Gathered, Parameter, Thresholds, replay
 
-FP32 = 4
-INT64 = 8
-# TRL 1.16, `trl/trainer/utils.py` and `trl/kernels/chunked_logprob.py`: the output layer is computed tile by tile.
-HEAD_TOKENS, HEAD_COLUMNS = 4096, 32768
-RNG_STATE = 5056  # bytes of torch.get_rng_state(), which a checkpointed layer keeps
 PAIR = 2  # DPO runs chosen and rejected in one batch
 MODEL_FOLDER = "model"  # beside a recipe: the architecture that stands in for a base that is not on this disk
-
-
-class Shape(NamedTuple):
-    """A Mixtral's sizes, under the names of the symbols."""
-
-    L: int
-    H: int
-    I: int  # noqa: E741 - the symbol in docs/planning.md
-    E: int
-    K: int
-    A: int
-    G: int
-    D: int
-    V: int
-    tied: bool
-
-    @classmethod
-    def of(cls, config: Mapping[str, Any]) -> "Shape":
-        """Reads a `config.json`.
-
-        Raises:
-            MixfuseError: It is no Mixtral's, or a size is missing.
-        """
-        if config.get("model_type") != "mixtral":
-            raise MixfuseError(f"a {config.get('model_type')!r} model; mixfuse plans for Mixtral")
-        try:
-            hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
-            return cls(
-                L=int(config["num_hidden_layers"]),
-                H=hidden,
-                I=int(config["intermediate_size"]),
-                E=int(config["num_local_experts"]),
-                K=int(config.get("num_experts_per_tok", 2)),
-                A=heads,
-                G=int(config["num_key_value_heads"]),
-                D=int(config.get("head_dim") or hidden // heads),
-                V=int(config["vocab_size"]),
-                tied=bool(config.get("tie_word_embeddings", False)),
-            )
-        except KeyError as error:
-            raise MixfuseError(f"config.json names no {error.args[0]!r}") from None
 
 
 class Hardware(NamedTuple):
@@ -94,241 +47,6 @@ class Hardware(NamedTuple):
     def world(self) -> int:
         """N, the number of processes."""
         return self.nodes * self.gpus
-
-
-class Batch(NamedTuple):
-    """One forward pass on one process: B sequences of S tokens."""
-
-    B: int
-    S: int
-
-    @property
-    def T(self) -> int:  # noqa: N802 - the symbol
-        """Tokens."""
-        return self.B * self.S
-
-
-# ---------------------------------------------------------------------------------------------------- parameters
-
-
-def base_parameters(shape: Shape) -> int:
-    """P = L·(2H·(A+G)·D + 3·E·H·I + E·H + 2H) + (1 or 2)·V·H + H."""
-    L, H, I, E, _, A, G, D, V, tied = shape  # noqa: N806, E741
-    return L * (2 * H * (A + G) * D + 3 * E * H * I + E * H + 2 * H) + (1 if tied else 2) * V * H + H
-
-
-def active_parameters(shape: Shape) -> int:
-    """Of P, what one token passes through: K of E experts."""
-    return base_parameters(shape) - shape.L * 3 * (shape.E - shape.K) * shape.H * shape.I
-
-
-def moe_block_parameters(shape: Shape) -> int:
-    """3·E·H·I + E·H: what ZeRO-3 gathers at once, a MoE block being one leaf."""
-    return 3 * shape.E * shape.H * shape.I + shape.E * shape.H
-
-
-def modules(shape: Shape, lora: Lora) -> list[list[Module]]:
-    """Every hooked module with parameters, in the order of a forward pass: top, embedding, each layer, last norm.
-
-    The output layer's weight is used by the whole model, not by the module that owns it (TRL's fused head), so DeepSpeed
-    registers it as external there.
-    """
-    L, H, I, E, _, A, G, D, V, _ = shape  # noqa: N806, E741
-    chosen = lora.chosen(L, E)
-    widths = {"q_proj": (H, A * D), "k_proj": (H, G * D), "v_proj": (H, G * D), "o_proj": (A * D, H)}
-    embedding = Parameter("embed_tokens", V * H, external=shape.tied)
-    head = embedding if shape.tied else Parameter("lm_head", V * H, external=True)
-    groups = [[Module("causal_lm", (head,), beneath=(head,))], [Module("embed_tokens", (embedding,), beneath=(embedding,))]]
-    for layer in range(L):
-        name = f"layers.{layer}"
-        group = [_module(f"{name}.input_layernorm", H)]
-        for projection, (wide_in, wide_out) in widths.items():
-            stem = f"{name}.self_attn.{projection}"
-            group.append(_module(f"{stem}.base", wide_in * wide_out))
-            if lora.attention:
-                group.append(_module(f"{stem}.lora_A", lora.r * wide_in, trainable=True))
-                group.append(_module(f"{stem}.lora_B", lora.r * wide_out, trainable=True))
-        group.append(_module(f"{name}.post_attention_layernorm", H))
-        inside = [
-            Parameter(f"{name}.mlp.gate", E * H),
-            Parameter(f"{name}.mlp.gate_up", E * 2 * I * H),
-            Parameter(f"{name}.mlp.down", E * H * I),
-        ]
-        if ranks := lora.r * len(chosen[layer]):
-            factors = {"gate_up.A": H, "gate_up.B": 2 * I, "down.A": I, "down.B": H}
-            inside += [Parameter(f"{name}.mlp.{key}", ranks * width, True) for key, width in factors.items()]
-        group.append(Module(f"{name}.mlp", tuple(inside), leaf=True, beneath=tuple(inside)))
-        groups.append(group)
-    groups.append([_module("norm", H)])
-    return groups
-
-
-def _module(name: str, numel: int, *, trainable: bool = False) -> Module:
-    parameter = (Parameter(name, numel, trainable),)
-    return Module(name, parameter, beneath=parameter)
-
-
-def all_parameters(groups: Sequence[Sequence[Module]]) -> list[Parameter]:
-    """Every parameter once."""
-    return list(dict.fromkeys(parameter for group in groups for module in group for parameter in module.own))
-
-
-def visits(groups: Sequence[Sequence[Module]], *, checkpointing: bool) -> list[Visit]:
-    """The order in which DeepSpeed's hooks see the modules in one micro step.
-
-    Containers take part: they gather nothing, but each is a step, and how far a MoE block's next use is, is counted over
-    all that lies beneath the modules between.
-    """
-    (causal,), embed, *layers, norm = groups
-    inner = tuple(p for group in groups[1:] for module in group for p in module.beneath)
-    everything = tuple(dict.fromkeys((*inner, *causal.own)))
-    causal = replace(causal, beneath=everything)
-    outermost, peft, body = Module("peft", beneath=everything), Module("lora", beneath=everything), Module("model", beneath=inner)
-    top = [outermost, peft, causal, body]
-
-    def forward(number: int, group: Sequence[Module], phase: str) -> Iterator[Visit]:
-        beneath = tuple(p for module in group for p in module.beneath)
-        attention = tuple(p for module in group[1:-2] for p in module.beneath)
-        yield Visit(Module(f"layers.{number}", beneath=beneath), phase)
-        yield Visit(group[0], phase)
-        yield Visit(Module(f"layers.{number}.self_attn", beneath=attention), phase)
-        for module in group[1:]:
-            if module.name.endswith(".base"):
-                yield Visit(Module(module.name.removesuffix(".base"), beneath=module.beneath), phase)
-            yield Visit(module, phase)
-            if module.name.endswith(".base"):
-                yield Visit(Module(f"{module.name}.dropout"), phase)
-
-    def backward(number: int, group: Sequence[Module]) -> Iterator[Visit]:
-        first = not checkpointing and number == 0  # its inputs need no gradient, so these hooks do not fire
-        beneath = tuple(p for module in group for p in module.beneath)
-        yield Visit(Module(f"layers.{number}", beneath=beneath), "backward")
-        yield Visit(group[-1], "backward")
-        if checkpointing:  # the block's backward pass asks for the first tensor that was not kept
-            yield from forward(number, group, "recompute")
-        yield Visit(group[-2], "backward")
-        attention = [module for module in group[1:-2]]
-        yield Visit(
-            Module(f"layers.{number}.self_attn", beneath=tuple(p for m in attention for p in m.beneath)), "backward"
-        )
-        for projection in ("o_proj", "v_proj", "k_proj", "q_proj"):
-            parts = [module for module in attention if f".{projection}." in module.name]
-            yield Visit(Module(projection, beneath=tuple(p for m in parts for p in m.beneath)), "backward")
-            for module in reversed(parts):
-                if module.name.endswith(".base"):
-                    if first and projection != "o_proj":
-                        continue
-                    yield Visit(Module(f"{module.name}.dropout"), "backward")
-                yield Visit(module, "backward")
-        if not first:
-            yield Visit(group[0], "backward")
-
-    order = [Visit(module, "forward") for module in (*top, *embed, Module("rotary_emb"))]
-    for number, group in enumerate(layers):
-        order += forward(number, group, "forward")
-    order.append(Visit(norm[0], "forward"))
-    down = [*(module for module in top[:3] for _ in range(2)), *[body] * 4]
-    order += [Visit(module, "backward") for module in (*down, *norm)]
-    for number in reversed(range(len(layers))):
-        order += backward(number, layers[number])
-    if checkpointing:
-        order.append(Visit(embed[0], "backward"))
-    return order
-
-
-# --------------------------------------------------------------------------------------------------- activations
-
-
-def attention_saved(shape: Shape, batch: Batch, w: int, lora: Lora) -> int:
-    """What a layer's attention keeps for backward: norm, LoRA's inputs, q, k and v as heads, output, mask.
-
-    w·(T·H + 4·T·r + 4·T·A·D + B·S²) + 4·(T·A + T) + [w = 2] 4·T·H; keys and values are repeated to A heads, and the
-    padding mask becomes one of w bytes in every layer (transformers 5.19 `sdpa_attention_forward`). The norm keeps its
-    input in float32. Dropout keeps, of each projection's input, what it let through and a mask of one byte.
-    """
-    _, H, _, _, _, A, _, D, _, _ = shape  # noqa: N806
-    T = batch.T  # noqa: N806
-    inputs = 0
-    if lora.attention:
-        inputs = w * (T * H + 4 * T * lora.r)  # the normed input; attention's output is kept anyhow
-        if lora.dropout:
-            inputs = w * 4 * T * lora.r + (w + 1) * T * (3 * H + A * D)
-    norm = FP32 * T + (FP32 * T * H if w < FP32 else 0)
-    heads = w * (4 * T * A * D + batch.B * batch.S**2) + FP32 * T * A
-    return inputs + norm + heads
-
-
-def moe_saved(shape: Shape, batch: Batch, w: int, lora: Lora) -> int:
-    """What a MoE block and the norm before it keep: x, the experts' first products, LoRA's, the routing.
-
-    w·(T·H + T·K·(2I + 2r)) + 4·T·H + routing; `train/expert_lora.py` saves the product before the activation function
-    and nothing after.
-    """
-    _, H, I, E, K, *_ = shape  # noqa: N806, E741
-    T = batch.T  # noqa: N806
-    ranks = 2 * lora.r if lora.experts != "none" else 0
-    routing = T * E * FP32 + T * K * (2 * INT64 + 2 * FP32) + T * FP32 + E * FP32
-    return w * (T * H + T * K * (2 * I + ranks)) + FP32 * (T * H + T) + routing
-
-
-def moe_forward_workspace(shape: Shape, batch: Batch, w: int) -> int:
-    """2·T·K·I·w: the activation function's value, and its product with the other half."""
-    return 2 * batch.T * shape.K * shape.I * w
-
-
-def moe_backward_workspace(shape: Shape, batch: Batch, w: int, lora: Lora) -> int:
-    """w·(T·K·(6I + H + 1) + T·H) + 12·T·K, and the gradients of LoRA's second pair.
-
-    Alive at once: the gradient by token and by token-expert pair, the activation and its recomputed parts, the gradients
-    of each, and of both halves together.
-    """
-    _, H, I, E, K, *_ = shape  # noqa: N806, E741
-    pairs = batch.T * K
-    factors = lora.r * E * (I + H) + pairs * lora.r if lora.experts != "none" else 0
-    return w * (pairs * (6 * I + H + 1) + batch.T * H + factors) + pairs * (INT64 + FP32)
-
-
-def layer_saved(shape: Shape, batch: Batch, w: int, lora: Lora) -> int:
-    """Attention's and the MoE block's."""
-    return attention_saved(shape, batch, w, lora) + moe_saved(shape, batch, w, lora)
-
-
-def checkpoint_saved(shape: Shape, batch: Batch, w: int) -> int:
-    """T·H·w + 5056: a checkpointed layer keeps its input and the state of the random generator."""
-    return batch.T * shape.H * w + RNG_STATE
-
-
-def final_saved(shape: Shape, batch: Batch, w: int) -> int:
-    """The last norm's and the output layer's input; cosines and sines of the positions."""
-    T, H, D = batch.T, shape.H, shape.D  # noqa: N806
-    return (FP32 + 2 * w) * T * H + FP32 * T + 2 * w * batch.S * D
-
-
-def final_body(shape: Shape, batch: Batch, w: int) -> int:
-    """Of these, what is there when the last norm has run: its input and output, cosines and sines."""
-    T, H = batch.T, shape.H  # noqa: N806
-    return (FP32 + w) * T * H + FP32 * T + 2 * w * batch.S * shape.D
-
-
-def head_workspace(shape: Shape, batch: Batch, w: int, *, cuda: bool) -> int:
-    """The output layer's backward pass: one tile of logits, and the gradient of its input in float32.
-
-    w·min(T, 4096)·32768 + (4 + w)·T·H. torch's own tile operations on a CPU hold seven and a quarter float32 copies of
-    the tile's used columns beside it.
-    """
-    rows = min(batch.T, HEAD_TOKENS)
-    tile = w * rows * HEAD_COLUMNS
-    if not cuda:
-        tile += int(7.25 * FP32 * rows * min(shape.V, HEAD_COLUMNS))
-    return tile + (FP32 + w) * batch.T * shape.H
-
-
-def router_loss(shape: Shape, batch: Batch) -> int:
-    """L·T·(16·K·E + 8·E): the load-balancing loss holds every layer's choices one-hot, masked and as float."""
-    return shape.L * batch.T * (16 * shape.K * shape.E + 2 * FP32 * shape.E)
-
-
-# -------------------------------------------------------------------------------------------------- DeepSpeed's JSON
 
 
 @dataclass(frozen=True)
@@ -382,86 +100,6 @@ class Zero3:
         )
 
 
-# ---------------------------------------------------------------------------------------------------------- a step
-
-
-class Moment(NamedTuple):
-    """One point of a step, on one process, in bytes beyond what is held throughout.
-
-    Attributes:
-        name: What happens.
-        gathered: Parameters gathered for it.
-        activations: Tensors kept for backward.
-        workspace: Tensors that live for this moment.
-    """
-
-    name: str
-    gathered: int
-    activations: int
-    workspace: int
-
-    @property
-    def total(self) -> int:
-        """All three."""
-        return self.gathered + self.activations + self.workspace
-
-
-def moments(
-    shape: Shape, batch: Batch, w: int, lora: Lora, *, replayed: Sequence[Gathered], checkpointing: bool, cuda: bool,
-    aux_loss: bool,
-) -> Iterator[Moment]:
-    """Every module's turn in one micro step, gathered parameters and activations side by side.
-
-    Args:
-        shape: The base's sizes.
-        batch: One forward pass.
-        w: Bytes of an element.
-        lora: What is trained.
-        replayed: What ZeRO-3 holds, turn by turn.
-        checkpointing: Whether layers keep their input only.
-        cuda: Whose kernels run.
-        aux_loss: Whether the router's load-balancing loss is computed.
-    """
-    attention = attention_saved(shape, batch, w, lora)
-    layer = layer_saved(shape, batch, w, lora)
-    kept = checkpoint_saved(shape, batch, w) if checkpointing else layer
-    gradient = batch.T * shape.H * w
-    attention_workspace = w * batch.T * (4 * shape.A * shape.D + 2 * shape.H)
-    forward_workspace = moe_forward_workspace(shape, batch, w)
-    backward_workspace = moe_backward_workspace(shape, batch, w, lora) + gradient
-    routers = router_loss(shape, batch) if aux_loss else 0
-    before_head = 0
-    for (module, phase), fetching, running, _ in replayed:
-        name = module.name
-        if phase == "forward":
-            before_head = running * w
-        if not name.startswith("layers."):
-            continue
-        done = int(name.split(".")[1]) * kept  # of the layers before this one
-        if phase != "forward" and checkpointing:
-            done += kept
-        if name.endswith(".mlp"):
-            if phase == "forward":
-                inside = 0 if checkpointing else attention
-                yield Moment(f"{name}: gather, forward", fetching * w, done + inside, gradient)
-                yield Moment(f"{name}: forward", running * w, done + (0 if checkpointing else layer), forward_workspace)
-            elif phase == "backward":
-                yield Moment(f"{name}: gather, backward", fetching * w, done + (0 if checkpointing else layer), gradient)
-            if phase == ("recompute" if checkpointing else "backward"):
-                # In float32 the checkpoint is the very tensor that the layer's first norm keeps.
-                again = layer - (gradient if checkpointing and w == FP32 else 0)
-                yield Moment(f"{name}: backward", running * w, done + again, max(backward_workspace, forward_workspace))
-        else:
-            inside = 0 if phase == "forward" and checkpointing else attention
-            yield Moment(f"{name}: {phase}", max(fetching, running) * w, done + inside, attention_workspace)
-    yield Moment(
-        "output layer and loss",
-        before_head,
-        shape.L * kept + final_saved(shape, batch, w) + routers,
-        head_workspace(shape, batch, w, cuda=cuda),
-    )
-
-
 @dataclass(frozen=True)
 class Plan:
     """What one recipe takes on one kind of hardware; bytes unless a name says otherwise.
@@ -510,6 +148,13 @@ class Plan:
         return sum(self.held.values()) + self.peak.total
 
     @property
+    def host_total(self) -> int:
+        """The most one host holds: loading is over when the optimiser is made."""
+        later = self.host.get("optimizer", 0)
+        lasting = sum(self.host.values()) - later - self.host["loading"]
+        return lasting + max(later, self.host["loading"])
+
+    @property
     def fits(self) -> bool:
         """Whether nothing stands against it."""
         return not self.problems
@@ -525,8 +170,15 @@ class Plan:
         return {**parts, "total": sum(parts.values())}
 
 
-def plan(recipe: TrainRecipe, config: Mapping[str, Any], zero3: Mapping[str, Any], hardware: Hardware, *,
-         source: str = "", batch: Batch | None = None) -> Plan:
+def plan(
+    recipe: TrainRecipe,
+    config: Mapping[str, Any],
+    zero3: Mapping[str, Any],
+    hardware: Hardware,
+    *,
+    source: str = "",
+    batch: Batch | None = None,
+) -> Plan:
     """Plans one recipe.
 
     Args:
@@ -547,12 +199,14 @@ def plan(recipe: TrainRecipe, config: Mapping[str, Any], zero3: Mapping[str, Any
     zero = Zero3.of(zero3, shape.H)
     sequences = recipe.optimizer.micro_batch * (PAIR if judge else 1)
     batch = batch or Batch(sequences, recipe.max_length)
-    groups = modules(shape, lora)
-    parameters = all_parameters(groups)
-    order = visits(groups, checkpointing=recipe.gradient_checkpointing)
+    groups = memory.modules(shape, lora)
+    parameters = memory.all_parameters(groups)
+    order = memory.visits(groups, checkpointing=recipe.gradient_checkpointing)
     replayed = replay(order, zero.thresholds, world, recorded=not judge)
     kept = shape.L * (
-        checkpoint_saved(shape, batch, w) if recipe.gradient_checkpointing else layer_saved(shape, batch, w, lora)
+        memory.checkpoint_saved(shape, batch, w)
+        if recipe.gradient_checkpointing
+        else memory.layer_saved(shape, batch, w, lora)
     )
     aux_loss = getattr(recipe, "router_aux_loss_coef", 0) > 0
     frozen = sum(p.per_rank(world) for p in parameters if not p.trainable)
@@ -564,12 +218,12 @@ def plan(recipe: TrainRecipe, config: Mapping[str, Any], zero3: Mapping[str, Any
         "lora": 0 if zero.offload_parameters != "none" else trained * w,
         "secondary": 0 if zero.secondary == 1 else sum(-(-p.numel // zero.secondary) for p in parameters) * w,
     }
-    states = {"master": trained * FP32, "optimizer": trained * 2 * FP32, "gradients": trained * FP32}
+    states = {"master": trained * FP32, "optimizer": trained * 2 * FP32, "gradients": trained * w}
     if zero.offload_optimizer == "none":
         on_gpu |= states
     on_gpu["buckets"] = zero.reduce_bucket * w if zero.contiguous else 0
     step = max(
-        moments(
+        memory.moments(
             shape, batch, w, lora, replayed=replayed, checkpointing=recipe.gradient_checkpointing,
             cuda=hardware.cuda, aux_loss=aux_loss,
         ),
@@ -583,8 +237,8 @@ def plan(recipe: TrainRecipe, config: Mapping[str, Any], zero3: Mapping[str, Any
         stage="judge" if judge else "sft",
         shape=shape,
         hardware=hardware,
-        base_parameters=base_parameters(shape),
-        active_parameters=active_parameters(shape),
+        base_parameters=memory.base_parameters(shape),
+        active_parameters=memory.active_parameters(shape),
         trainable_parameters=sum(sum(layer) for layer in lora_parameters(config, lora)),
         w=w,
         held=on_gpu,
@@ -592,17 +246,19 @@ def plan(recipe: TrainRecipe, config: Mapping[str, Any], zero3: Mapping[str, Any
         largest_gather=max((gathered.fetching for gathered in replayed), default=0) * w,
         host=host,
         disk=disk,
-        gathered_numel=gathered_numel(replayed),
+        # DPO's reference passes forward once more; nothing is kept from one to the other.
+        gathered_numel=gathered_numel(replayed) + (sum(p.numel for p in parameters) if judge and world > 1 else 0),
         batch=batch,
         checkpointing=recipe.gradient_checkpointing,
         saved={
-            "kept": kept + final_body(shape, batch, w),
-            "with_checkpointing": shape.L * checkpoint_saved(shape, batch, w) + layer_saved(shape, batch, w, lora),
-            "without_checkpointing": shape.L * layer_saved(shape, batch, w, lora),
+            "kept": kept + memory.final_body(shape, batch, w),
+            "with_checkpointing": shape.L * memory.checkpoint_saved(shape, batch, w)
+            + memory.layer_saved(shape, batch, w, lora),
+            "without_checkpointing": shape.L * memory.layer_saved(shape, batch, w, lora),
         },
         problems=(),
     )
-    return replace(made, problems=tuple(_problems(made, zero)))
+    return replace(made, problems=tuple(_problems(made, recipe, zero, parameters)))
 
 
 def gathered_numel(replayed: Sequence[Gathered]) -> int:
@@ -614,7 +270,8 @@ def _host(
     shape: Shape, zero: Zero3, hardware: Hardware, partition: int, states: Mapping[str, int], w: int
 ) -> tuple[dict[str, int], int]:
     """What one host's memory and its NVMe hold, for all its processes."""
-    host, disk = {}, 0
+    host: dict[str, int] = {}
+    disk = 0
     if zero.offload_parameters == "cpu":
         host["parameters"] = partition * w * hardware.gpus
     elif zero.offload_parameters == "nvme":
@@ -632,5 +289,317 @@ def _host(
     return host, disk
 
 
-def _problems(made, zero):
-    return []
+def _problems(made: Plan, recipe: TrainRecipe, zero: Zero3, parameters: Sequence[Parameter]) -> Iterator[str]:
+    hardware = made.hardware
+    room = hardware.gpu_bytes - hardware.reserve_bytes
+    if made.gpu_total > room:
+        yield (
+            f"a GPU needs {gib(made.gpu_total)} and has {gib(room)} "
+            f"({gib(hardware.gpu_bytes)} less {gib(hardware.reserve_bytes)} in reserve); the peak is: {made.peak.name}"
+        )
+    if hardware.host_bytes is not None and made.host_total > hardware.host_bytes:
+        what = max(made.host, key=lambda key: made.host[key])
+        yield f"a host needs {gib(made.host_total)} and has {gib(hardware.host_bytes)}; most of it: {what}"
+    if zero.offload_parameters == "nvme":
+        largest = max(p.per_rank(hardware.world) for p in parameters)
+        if largest > zero.nvme_buffer:
+            yield (
+                f"offload_param.buffer_size {zero.nvme_buffer:.1e} is below the largest partition, {largest:.2e} elements"
+            )
+    step = recipe.optimizer.micro_batch * hardware.world
+    if recipe.optimizer.batch_size % step:
+        yield (
+            f"optimizer.batch_size {recipe.optimizer.batch_size} is no multiple of "
+            f"micro_batch * processes = {step}; set it to one"
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------- time
+
+
+class Speed(NamedTuple):
+    """Tokens a second of all GPUs together, under assumptions that are stated with it.
+
+    Attributes:
+        flops_per_token: Of one trained token.
+        compute: If only computing counted.
+        gather: If only gathering parameters counted.
+        tokens_per_second: Neither hidden behind the other.
+    """
+
+    flops_per_token: float
+    compute: float
+    gather: float
+    tokens_per_second: float
+
+
+def speed(made: Plan, *, tflops: float, utilisation: float, bandwidth: float) -> Speed:
+    """Estimates throughput from FLOPs and from the bytes ZeRO-3 moves.
+
+    A token's forward pass takes 2·(active parameters - embedding) + 2·S·A·D·L FLOPs (causal attention sees half of S on
+    average). Backward through frozen weights is the gradient of the inputs only, as much again; checkpointing adds a
+    forward pass, and so does DPO's reference.
+
+    Args:
+        made: The plan.
+        tflops: A GPU's peak, in TFLOP/s.
+        utilisation: The share of it that is assumed to be reached while computing.
+        bandwidth: Bytes a second one GPU receives.
+    """
+    shape, world = made.shape, made.hardware.world
+    matrices = 2 * (made.active_parameters - (0 if shape.tied else shape.V * shape.H))
+    forward = matrices + 2 * made.batch.S * shape.A * shape.D * shape.L
+    passes = 2 + made.checkpointing + (made.stage == "judge")
+    compute = world * utilisation * tflops * 1e12 / (passes * forward)
+    moved = made.gathered_numel * made.w * (world - 1) / world
+    gather = world * made.batch.T * bandwidth / moved if moved else math.inf
+    return Speed(passes * forward, compute, gather, 1 / (1 / compute + 1 / gather))
+
+
+# ------------------------------------------------------------------------------------------------------------ advice
+
+
+class Change(NamedTuple):
+    """A change that was planned for, and what came of it.
+
+    Attributes:
+        change: What to write, or to bring.
+        gpu_bytes: What a GPU would then hold.
+        host_bytes: What a host would.
+        fits: Whether all would fit.
+    """
+
+    change: str
+    gpu_bytes: int
+    host_bytes: int
+    fits: bool
+
+
+class _Setting(NamedTuple):
+    recipe: TrainRecipe
+    zero3: Mapping[str, Any]
+    hardware: Hardware
+
+
+def advise(
+    recipe: TrainRecipe, config: Mapping[str, Any], zero3: Mapping[str, Any], hardware: Hardware
+) -> list[Change]:
+    """The first three changes that make it fit, cheapest first: single ones, then several together.
+
+    Every entry is a plan made anew with the change; where nothing fits, the one change that helps most is named.
+    """
+    start = _Setting(recipe, zero3, hardware)
+
+    def tried(names: Sequence[str], setting: _Setting) -> Change:
+        made = plan(setting.recipe, config, setting.zero3, setting.hardware)
+        return Change(" and ".join(names), made.gpu_total, made.host_total, made.fits)
+
+    found: list[Change] = []
+    helpful: list[tuple[str, _Setting]] = []
+    least = tried([], start)
+    best = least
+    for name, setting in _variants(start):
+        change = tried([name], setting)
+        if change.fits:
+            found.append(change)
+        elif change.gpu_bytes < least.gpu_bytes or change.host_bytes < least.host_bytes:
+            helpful.append((name, setting))
+            best = min(best, change, key=lambda one: one.gpu_bytes)
+        if len(found) == 3:
+            return found
+    names, setting = [], start
+    for name, _ in helpful:
+        step = next((after for offered, after in _variants(setting) if offered == name), None)
+        if step is None:  # what came before has overtaken it
+            continue
+        names.append(name)
+        setting = step
+        if len(names) > 1:
+            change = tried(names, setting)
+            best = min(best, change, key=lambda one: one.gpu_bytes)
+            if change.fits:
+                found.append(change)
+                break
+    return found or ([best] if best.change else [])
+
+
+def _variants(start: _Setting) -> Iterator[tuple[str, _Setting]]:
+    """Every single change that there is, cheapest first: what costs time, then hardware, then what is trained."""
+    recipe, zero3, hardware = start
+    zero = zero3.get("zero_optimization", {})
+
+    def with_recipe(**keys: Any) -> _Setting:
+        return start._replace(recipe=recipe.model_copy(update=keys))
+
+    def with_zero(**keys: Any) -> _Setting:
+        changed = copy.deepcopy(dict(zero3))
+        changed["zero_optimization"] = {**zero, **keys}
+        return start._replace(zero3=changed)
+
+    optimizer, world = recipe.optimizer, hardware.world
+    if optimizer.batch_size % (optimizer.micro_batch * world):
+        size = math.ceil(optimizer.batch_size / (optimizer.micro_batch * world)) * optimizer.micro_batch * world
+        changed = optimizer.model_copy(update={"batch_size": size})
+        yield f"optimizer.batch_size={size}", with_recipe(optimizer=changed)
+    if recipe.dtype == "float32" and hardware.cuda:
+        yield "dtype=bfloat16", with_recipe(dtype="bfloat16")
+    if not recipe.gradient_checkpointing:
+        yield "gradient_checkpointing=true", with_recipe(gradient_checkpointing=True)
+    micro = optimizer.micro_batch
+    while micro > 1:
+        micro //= 2
+        changed = optimizer.model_copy(update={"micro_batch": micro})
+        yield f"optimizer.micro_batch={micro}", with_recipe(optimizer=changed)
+    if zero.get("stage3_max_live_parameters", 1) != 0:
+        keys = {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
+        yield "in deepspeed: " + ", ".join(f"{key} 0" for key in keys), with_zero(**keys)
+    if not zero.get("offload_optimizer"):
+        yield "in deepspeed: offload_optimizer to cpu", with_zero(offload_optimizer={"device": "cpu"})
+    if not zero.get("offload_param"):
+        yield "in deepspeed: offload_param to cpu", with_zero(offload_param={"device": "cpu"})
+    for factor in (2, 4):
+        nodes = hardware.nodes * factor
+        yield f"--nodes {nodes}", start._replace(hardware=hardware._replace(nodes=nodes))
+    if recipe.max_length > 1024:
+        yield f"max_length={recipe.max_length // 2}", with_recipe(max_length=recipe.max_length // 2)
+    if recipe.lora.r > 8:
+        yield f"lora.r={recipe.lora.r // 2}", with_recipe(lora=recipe.lora.model_copy(update={"r": recipe.lora.r // 2}))
+    if recipe.lora.experts != "none" and recipe.lora.attention:
+        yield "lora.experts=none", with_recipe(lora=recipe.lora.model_copy(update={"experts": "none"}))
+
+
+# ------------------------------------------------------------------------------------------------------------ report
+
+
+def find_config(recipe: TrainRecipe, recipe_path: Path, model: Path | None) -> tuple[Mapping[str, Any], str]:
+    """The base's `config.json`: `model`'s, or the base's, or that of the folder `model/` beside the recipe.
+
+    Returns:
+        The config, and where it is.
+
+    Raises:
+        MixfuseError: There is none.
+    """
+    places = [model] if model else [recipe.base, recipe_path.parent / MODEL_FOLDER]
+    for place in places:
+        file = place if place.is_file() else place / "config.json"
+        if file.is_file():
+            config = read_json(file)
+            if not isinstance(config, dict):
+                raise MixfuseError(f"{file} is no model's config.json")
+            return config, str(file)
+    raise MixfuseError(
+        f"no config.json in {' or '.join(map(str, places))}; name a folder that holds one, weights are not needed: "
+        "--model configs/mixtral-8x22b/model"
+    )
+
+
+def count_on_meta(config: Mapping[str, Any]) -> int:
+    """Builds the base on the meta device and counts its parameters.
+
+    Raises:
+        MixfuseError: The count is not the formula's: the planner does not know this model.
+    """
+    import torch
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    with torch.device("meta"):
+        model = MixtralForCausalLM(MixtralConfig.from_dict(dict(config)))
+    counted = sum(parameter.numel() for parameter in model.parameters())
+    expected = memory.base_parameters(Shape.of(config))
+    if counted != expected:
+        raise MixfuseError(
+            f"the model has {counted:,} parameters and the planner's formula says {expected:,}; "
+            "its config has something the planner does not know, so it does not guess"
+        )
+    return counted
+
+
+def gib(count: float) -> str:
+    """Bytes as GiB."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+
+
+def to_json(made: Plan, advice: Sequence[Change], estimate: Speed, assumptions: Mapping[str, float]) -> dict[str, Any]:
+    """The plan as one JSON object."""
+    return {
+        "kind": "training",
+        "recipe": made.recipe,
+        "stage": made.stage,
+        "nodes": made.hardware.nodes,
+        "gpus_per_node": made.hardware.gpus,
+        "gpu_bytes": made.hardware.gpu_bytes,
+        "reserve_bytes": made.hardware.reserve_bytes,
+        "base_parameters": made.base_parameters,
+        "active_parameters": made.active_parameters,
+        "trainable_parameters": made.trainable_parameters,
+        "base_bytes": made.base_parameters * made.w,
+        "adapter_bytes": made.trainable_parameters * made.w,
+        "batch": {"sequences": made.batch.B, "length": made.batch.S, "tokens": made.batch.T},
+        "per_gpu_bytes": made.per_gpu(),
+        "peak_at": made.peak.name,
+        "largest_gather_bytes": made.largest_gather,
+        "moe_block_bytes": memory.moe_block_parameters(made.shape) * made.w,
+        "activation_bytes": {key: made.saved[key] for key in ("with_checkpointing", "without_checkpointing")},
+        "per_host_bytes": {**made.host, "total": made.host_total},
+        "nvme_bytes_per_host": made.disk,
+        "fits": made.fits,
+        "problems": list(made.problems),
+        "advice": [change._asdict() for change in advice],
+        "speed": {
+            **{key: None if math.isinf(value) else value for key, value in estimate._asdict().items()},
+            "assumed": dict(assumptions),
+        },
+    }
+
+
+def header(made: Plan, command: str) -> str:
+    """The line a recipe's header carries; `tests/train/test_plan.py` holds the two together."""
+    hardware = made.hardware
+    unit = "GPU" if hardware.cuda else "process"
+    return (
+        f"Expected memory: {gib(made.gpu_total)} a {unit}, {gib(made.host_total)} a host while loading "
+        f"({hardware.nodes} x {hardware.gpus}): {command}"
+    )
+
+
+def to_text(made: Plan, advice: Sequence[Change], estimate: Speed, assumptions: Mapping[str, float]) -> str:
+    """The plan for people."""
+    hardware, shape = made.hardware, made.shape
+    unit = "GPU" if hardware.cuda else "process"
+    parts = "\n".join(f"  {name:14} {gib(size):>10}" for name, size in made.per_gpu().items() if size)
+    host = "\n".join(f"  {name:14} {gib(size):>10}" for name, size in {**made.host, "total": made.host_total}.items())
+    lines = [
+        f"{made.recipe}: {made.stage} on {hardware.nodes} x {hardware.gpus} {unit}s of {gib(hardware.gpu_bytes)}",
+        f"base {made.base_parameters / 1e9:.2f} B parameters ({made.base_parameters * made.w / 1e9:.1f} GB), "
+        f"{made.active_parameters / 1e9:.2f} B active; trained {made.trainable_parameters / 1e6:.1f} M "
+        f"({made.trainable_parameters * made.w / 1e9:.2f} GB)",
+        f"one pass: {made.batch.B} x {made.batch.S} tokens; activations with checkpointing "
+        f"{gib(made.saved['with_checkpointing'])}, without {gib(made.saved['without_checkpointing'])}",
+        f"one MoE block: {memory.moe_block_parameters(shape) * made.w / 1e9:.2f} GB; the most that is gathered at once: "
+        f"{made.largest_gather / 1e9:.2f} GB",
+        "",
+        f"per {unit}, at its peak ({made.peak.name}):",
+        parts,
+        "per host:",
+        host,
+    ]
+    if made.disk:
+        lines.append(f"  {'on NVMe':14} {gib(made.disk):>10}")
+    if hardware.host_bytes is None:
+        lines.append("  (--host-memory was not given, so a host's is not checked)")
+    assumed = ", ".join(f"{key} {value:g}" for key, value in assumptions.items())
+    lines += [
+        "",
+        f"time: {estimate.tokens_per_second:,.0f} tokens/s together; computing alone {estimate.compute:,.0f}, "
+        f"gathering alone {estimate.gather:,.0f}",
+        f"  assumed, not measured: {assumed}",
+        "",
+        "fits" if made.fits else "does NOT fit: " + "; ".join(made.problems),
+    ]
+    lines += [
+        f"  {'fits' if change.fits else 'still too much'} with {change.change}: {gib(change.gpu_bytes)} a {unit}, "
+        f"{gib(change.host_bytes)} a host"
+        for change in advice
+    ]
+    return "\n".join(lines)
