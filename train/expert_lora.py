@@ -1,4 +1,4 @@
-"""LoRA on Mixtral's experts, applied to activations: for the tokens routed to expert e, `y += (x A_eᵀ) B_eᵀ · scale`.
+"""LoRA on Mixtral's experts, applied to activations: for the tokens routed to e, `y += dropout(x) A_eᵀ B_eᵀ · scale`.
 
 PEFT's `target_parameters` adds `scale · B_e A_e` to the weight of every expert on every forward, and keeps the sum for
 backward: memory and time that grow with the base, not with the adapter. Here neither library is patched, each is used
@@ -7,25 +7,33 @@ where it lets itself be extended:
 - transformers calls the experts implementation that the model's config names (`ALL_EXPERTS_FUNCTIONS`): here
   `experts_forward`.
 - PEFT builds the wrapper class that a `LoraConfig` registers for a module class (`attach`): here a `ParamWrapper` that
-  hands A and B to that implementation. Keys, saving, loading, merging, disabling and the set of adapters stay PEFT's
-  own, so what is saved is a plain PEFT adapter.
+  hands A and B to that implementation. Keys, merging, disabling and the set of adapters stay PEFT's own.
+
+Two things PEFT's `target_parameters` cannot do are added: dropout, and experts without a LoRA. A layer's A and B hold
+its adapted experts alone, so parameters, gradients, optimiser and checkpoints shrink with them; `as_plain_peft` puts
+zeros where an untouched expert's factors would be, and what is saved is a plain PEFT adapter.
 
 Neither registration is saved with a model or an adapter; `assert_in_force` tells whether both hold.
 
-Dimensions in names: T tokens, K experts a token, S = T·K token-expert pairs sorted by expert, E experts, H hidden size,
-I intermediate size, R rank; elsewhere M is the width of a projection's input and N of its output.
+Dimensions in names: T tokens, K experts a token, S = T·K token-expert pairs sorted by expert, E experts, C adapted
+(chosen) experts, H hidden size, I intermediate size, R rank; elsewhere M is the width of a projection's input and N of
+its output, and n the rows of one segment.
 """
 
 # ruff: noqa: N803, N806 - tensors are named with their dimensions
 
-from collections.abc import Callable, Iterator
+import copy
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 from peft import LoraConfig
 from peft.tuners.lora import layer as peft_layer
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
@@ -36,17 +44,22 @@ EXPERTS_IMPLEMENTATION = "mixfuse_lora"
 
 
 class Factors(NamedTuple):
-    """A LoRA of one 3-D expert parameter, as PEFT holds it (peft 0.21, `ParamWrapper.get_delta_weight`).
+    """A LoRA of one 3-D expert parameter, as its wrapper hands it over.
 
     Attributes:
-        a: (E·R, M), expert-major: `a.view(E, R, M)`.
-        b: (N, R·E), rank-major: `b.view(N, R, E)`.
-        scale: alpha / R.
+        a: (C·R, M), expert-major: `a.view(C, R, M)`.
+        b: (N, R·C), rank-major: `b.view(N, R, C)`; both as PEFT lays them out (peft 0.21,
+            `ParamWrapper.get_delta_weight`).
+        scale: alpha / R, or alpha / √R for rsLoRA.
+        experts: The C adapted experts, ascending; all of them where it is None.
+        dropout: Share of the adapter's input that is zeroed now; 0 outside training.
     """
 
     a: Tensor
     b: Tensor
     scale: float
+    experts: tuple[int, ...] | None = None
+    dropout: float = 0.0
 
 
 class ParamWrapper(peft_layer.ParamWrapper):
@@ -55,7 +68,42 @@ class ParamWrapper(peft_layer.ParamWrapper):
     PEFT recognises wrappers by the class's name (peft 0.21, `BaseTuner._inject_parameters`): it must be this one. Two
     wrappers nest where both parameters are adapted; each adds its factors to the keyword argument `lora`, which the
     experts module hands to the implementation. An implementation that takes no `lora` fails with a TypeError.
+
+    Attributes:
+        chosen: The layer's adapted experts, the same for every adapter of the model; None for all.
     """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        parameter_name: str,
+        config: LoraConfig,
+        *,
+        chosen_by_layer: Sequence[Sequence[int]] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.chosen: tuple[int, ...] | None = None
+        if chosen_by_layer is not None:
+            # PEFT passes the parameter's whole name (peft 0.21, `LoraModel._create_and_replace`).
+            layer = re.search(r"\.layers\.(\d+)\.", kwargs["target_name"])
+            if layer is None:
+                raise MixfuseError(f"{kwargs['target_name']} is no expert of a numbered layer")
+            self.chosen = tuple(chosen_by_layer[int(layer[1])])
+        super().__init__(base_layer, adapter_name, parameter_name, _without_dropout(config), **kwargs)
+        self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout)
+
+    def _get_in_out_features(self, module: nn.Module) -> Any:
+        features = super()._get_in_out_features(module)
+        self._all_experts = self.num_experts
+        if self.chosen is not None:
+            self.num_experts = len(self.chosen)  # PEFT sizes A and B by it
+        return features
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
+        """Adds an adapter, of the experts that the first one has."""
+        super().update_layer(adapter_name, r, lora_alpha, config=_without_dropout(config), **kwargs)
+        self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Calls what is wrapped with this parameter's factors added to `lora`.
@@ -69,13 +117,59 @@ class ParamWrapper(peft_layer.ParamWrapper):
             return result
         if len(names) > 1:
             raise MixfuseError(f"adapters {names} are active together; expert LoRA in activation space takes one")
-        factors = Factors(self.lora_A[names[0]].weight, self.lora_B[names[0]].weight, self.scaling[names[0]])
+        (name,) = names
+        dropout = self.lora_dropout[name]
+        factors = Factors(
+            self.lora_A[name].weight,
+            self.lora_B[name].weight,
+            self.scaling[name],
+            self.chosen,
+            dropout.p if dropout.training else 0.0,
+        )
         lora = {**kwargs.pop("lora", {}), self.parameter_name: factors}
         result = self.base_layer(x, *args, lora=lora, **kwargs)
         return result
 
+    def get_delta_weight(self, adapter_name: str, *args: Any, **kwargs: Any) -> Tensor:
+        """What merging adds to the weight: (E, N, M), zero for experts without a LoRA."""
+        a, b = self.spread(self.lora_A[adapter_name].weight, "A"), self.spread(self.lora_B[adapter_name].weight, "B")
+        experts = self._all_experts
+        a_ERM, b_NRE = a.view(experts, -1, a.shape[1]), b.view(b.shape[0], -1, experts)
+        delta = torch.einsum("nre,erm->enm", b_NRE, a_ERM) * self.scaling[adapter_name]
+        return delta.to(self.get_param().dtype)
 
-def attach(config: LoraConfig) -> None:
+    def spread(self, factor: Tensor, side: str) -> Tensor:
+        """A factor as plain PEFT lays it out for all experts: zeros where an expert has no LoRA.
+
+        Args:
+            factor: (C·R, M) where `side` is "A", (N, R·C) where it is "B".
+            side: "A" or "B".
+
+        Returns:
+            (E·R, M) or (N, R·E).
+        """
+        if self.chosen is None:
+            return factor
+        count, all_experts, index = len(self.chosen), self._all_experts, list(self.chosen)
+        if side == "A":
+            factor_CRM = factor.view(count, -1, factor.shape[1])
+            whole = factor.new_zeros(all_experts, *factor_CRM.shape[1:])
+            whole[index] = factor_CRM
+            return whole.flatten(0, 1)
+        factor_NRC = factor.view(factor.shape[0], -1, count)
+        whole = factor.new_zeros(*factor_NRC.shape[:2], all_experts)
+        whole[..., index] = factor_NRC
+        return whole.flatten(1)
+
+
+def _without_dropout(config: LoraConfig) -> LoraConfig:
+    """PEFT's own wrapper refuses dropout: it has no activations to drop."""
+    config = copy.copy(config)
+    config.lora_dropout = 0.0
+    return config
+
+
+def attach(config: LoraConfig, chosen: Sequence[Sequence[int]] | None = None) -> None:
     """Makes PEFT build our wrapper around Mixtral's experts, for a model that is wrapped with `config`.
 
     Call it before `get_peft_model`, and give a config to `PeftModel.from_pretrained(..., config=config)`: the one PEFT
@@ -83,8 +177,29 @@ def attach(config: LoraConfig) -> None:
 
     Args:
         config: Its `target_parameters` name `gate_up_proj`, `down_proj` or both; changed in place.
+        chosen: For each layer the experts that get a LoRA; None for all. A layer without any must not be among the
+            `target_parameters`.
     """
-    config._register_custom_module({MixtralExperts: ParamWrapper})
+    config._register_custom_module({MixtralExperts: partial(ParamWrapper, chosen_by_layer=chosen)})
+
+
+def as_plain_peft(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Spreads a model's expert factors over all experts, as plain PEFT wants to load them.
+
+    Args:
+        model: The PEFT model; its parameters may be partitioned.
+        weights: Whole tensors under PEFT's saved names.
+
+    Returns:
+        The same names; a factor of a layer whose experts are all adapted is passed through.
+    """
+    wrappers = {name: module for name, module in model.named_modules() if isinstance(module, ParamWrapper)}
+    result = {}
+    for name, tensor in weights.items():
+        stem, _, side = name.removesuffix(".weight").rpartition(".lora_")
+        wrapper = wrappers.get(stem)
+        result[name] = tensor if wrapper is None else wrapper.spread(tensor, side)
+    return result
 
 
 def register() -> None:
@@ -134,7 +249,7 @@ def experts_forward(
     """The experts implementation: every token through its K experts, the low-rank terms added on the way.
 
     Args:
-        experts: The `MixtralExperts`: `gate_up_proj` (E, 2·I, H), `down_proj` (E, H, I), `_apply_gate`.
+        experts: The `MixtralExperts`: `gate_up_proj` (E, 2·I, H), `down_proj` (E, H, I), `act_fn`.
         hidden_states: (T, H).
         top_k_index: (T, K) expert numbers.
         top_k_weights: (T, K) gate weights.
@@ -159,40 +274,66 @@ def experts_forward(
             raise MixfuseError("the experts' base weights are trainable; with LoRA they have to be frozen")
         plain: Tensor = grouped_mm_experts_forward(experts, hidden_states, top_k_index, top_k_weights)
         return plain
-    dtype, device = gate_up.dtype, hidden_states.device.type
     with torch.no_grad():
         experts_S, order_S = torch.sort(top_k_index.flatten(), stable=True)
         numbers_E = torch.arange(experts.num_experts, device=order_S.device)
         # The last row of each expert, without the wait for the device that bincount brings.
         ends_E = torch.searchsorted(experts_S, numbers_E, right=True).to(torch.int32)
     tensors: list[Tensor | None] = []
-    scales: list[float] = []
+    settings: list[_Setting] = []
     for name in ("gate_up_proj", "down_proj"):
-        a, b, scale = (lora or {}).get(name, (None, None, 0.0))
-        # PEFT, too, computes in the base's dtype (`get_delta_factors`); its adapters are float32 on a bfloat16 base.
-        tensors += [a if a is None else a.to(dtype), b if b is None else b.to(dtype)]
-        scales.append(scale)
-    constants = _Constants(tuple(scales), experts._apply_gate)
-    with torch.autocast(device_type=device, enabled=False):
+        factors = (lora or {}).get(name)
+        tensors += [None, None] if factors is None else [factors.a, factors.b]
+        settings.append(_setting(factors, experts.num_experts))
+    with torch.autocast(device_type=hidden_states.device.type, enabled=False):
         out_TH: Tensor = _Experts.apply(
-            hidden_states.to(dtype), top_k_weights, order_S, ends_E, gate_up, down, *tensors, constants
+            hidden_states.to(gate_up.dtype),
+            top_k_weights,
+            order_S,
+            ends_E,
+            gate_up,
+            down,
+            *tensors,
+            _Constants(settings[0], settings[1], experts.act_fn),
         )
     return out_TH.to(hidden_states.dtype)
 
 
-class _Constants(NamedTuple):
-    """What `_Experts` needs beside tensors: the scales of gate_up's and down's LoRA, and (S, 2·I) → (S, I)."""
+class _Setting(NamedTuple):
+    """What is needed of a projection's LoRA beside its tensors; `seed` is that of this forward's dropout masks."""
 
-    scales: tuple[float, ...]
-    apply_gate: Callable[[Tensor], Tensor]
+    scale: float
+    experts: tuple[int, ...]
+    dropout: float
+    seed: int
+
+
+class _Constants(NamedTuple):
+    """What `_Experts` needs beside tensors; `activate` is of the gate's half, as in `act_fn(gate) * up`."""
+
+    gate_up: _Setting
+    down: _Setting
+    activate: Callable[[Tensor], Tensor]
+
+
+def _setting(factors: Factors | None, experts: int) -> _Setting:
+    if factors is None:
+        return _Setting(0.0, (), 0.0, 0)
+    chosen = tuple(range(experts)) if factors.experts is None else factors.experts
+    # From the CPU's generator, whose state gradient checkpointing restores before it runs forward again.
+    seed = int(torch.randint(1 << 62, ())) if factors.dropout else 0
+    return _Setting(factors.scale, chosen, factors.dropout, seed)
 
 
 class _Experts(torch.autograd.Function):
-    """Both projections of the experts with their LoRA; saves the input, gate_up's output and two (S, R) tensors.
+    """Both projections of the experts with their LoRA; saves the input, gate_up's output and two (n, R) a segment.
+
+    Everything is done to one segment before the next, so that on a CPU an expert's rows are still in the cache when the
+    low-rank terms read and write them.
 
     The weights are saved as the very parameters they came as: ZeRO-3 empties a parameter after forward and fills it
     again for backward, while a view of it, which F.linear or grouped_mm would save, keeps the gathered weight of every
-    layer alive. Backward computes no gradient for them.
+    layer alive. Backward computes no gradient for them. Dropout masks are drawn again instead of saved.
 
     The gradient of a gate weight needs no saved output: with y = L(h) linear, ⟨g, L(h)⟩ = ⟨Lᵀ(g), h⟩, and Lᵀ(g) is h's
     gradient.
@@ -213,140 +354,272 @@ class _Experts(torch.autograd.Function):
         b2: Tensor | None,
         constants: _Constants,
     ) -> Tensor:
-        k = gates_TK.shape[1]
-        groups = _Groups(ends_E, x_TH)
-        lora1, lora2 = _factors(a1, b1, constants.scales[0]), _factors(a2, b2, constants.scales[1])
-        h_S2I, u_SR = _project(groups, x_TH[order_S // k], gate_up, lora1)
-        y_SH, v_SR = _project(groups, constants.apply_gate(h_S2I), down, lora2)
-        y_SH.mul_(gates_TK.flatten()[order_S, None])
-        ctx.save_for_backward(x_TH, gates_TK, order_S, ends_E, gate_up, down, a1, b1, a2, b2, h_S2I, u_SR, v_SR)
+        segments = _segments(ends_E, x_TH)
+        lora1 = _Lora(a1, b1, constants.gate_up, segments, x_TH)
+        lora2 = _Lora(a2, b2, constants.down, segments, x_TH)
+        tokens_S = order_S // gates_TK.shape[1]
+        gates_S = gates_TK.flatten().index_select(0, order_S)
+        sums = _TokenSums(x_TH, order_S, tokens_S, segments)
+        kept: list[Tensor | None] = []
+        for segment in segments:
+            x = x_TH.index_select(0, tokens_S[segment.rows])
+            h, u = _project(segment, x, gate_up, lora1)
+            gate, up = h.chunk(2, -1)
+            y, v = _project(segment, constants.activate(gate) * up, down, lora2)
+            sums.add(segment, y.mul_(gates_S[segment.rows, None]))
+            kept += [h, u, v]
+        ctx.save_for_backward(x_TH, gates_TK, order_S, ends_E, gate_up, down, a1, b1, a2, b2, *kept)
         ctx.constants = constants
-        return _to_tokens(y_SH, order_S, k)
+        return sums.total()
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad_TH: Tensor) -> Any:
-        x_TH, gates_TK, order_S, ends_E, gate_up, down, a1, b1, a2, b2, h_S2I, u_SR, v_SR = ctx.saved_tensors
+        x_TH, gates_TK, order_S, ends_E, gate_up, down, a1, b1, a2, b2, *kept = ctx.saved_tensors
         constants: _Constants = ctx.constants
-        k = gates_TK.shape[1]
-        tokens_S = order_S // k
-        lora1, lora2 = _factors(a1, b1, constants.scales[0]), _factors(a2, b2, constants.scales[1])
-        grad_x = grad_gates = grad_a1 = grad_b1 = grad_a2 = grad_b2 = None
         with torch.autocast(device_type=grad_TH.device.type, enabled=False):
-            groups = _Groups(ends_E, x_TH)
-            grad_SH = grad_TH[tokens_S]
-            gates_S1 = gates_TK.flatten()[order_S, None].to(grad_SH.dtype)
-            with torch.enable_grad():
-                leaf_S2I = h_S2I.detach().requires_grad_()
-                act_SI = constants.apply_gate(leaf_S2I)
-            # Of the output before the gate weight; the gate weight enters after its own gradient is taken.
-            grad_SI, grad_v_SR = _project_back(groups, grad_SH, down, lora2)
-            if ctx.needs_input_grad[1]:
-                grad_gates_S = torch.linalg.vecdot(grad_SI, act_SI.detach()).to(gates_TK.dtype)
-                grad_gates = torch.empty_like(grad_gates_S).scatter_(0, order_S, grad_gates_S).view_as(gates_TK)
-            if lora2 and v_SR is not None and grad_v_SR is not None:
-                grad_a2 = groups.outer(grad_v_SR * gates_S1, act_SI.detach()).reshape_as(lora2.a)
-                grad_b2 = _b_like(groups.outer(v_SR * (gates_S1 * lora2.scale), grad_SH))
-            grad_SI.mul_(gates_S1)
-            (grad_S2I,) = torch.autograd.grad(act_SI, leaf_S2I, grad_SI)
-            del act_SI, leaf_S2I, grad_SI
-            if ctx.needs_input_grad[0] or lora1:
-                grad_x_SH, grad_u_SR = _project_back(groups, grad_S2I, gate_up, lora1)
-                grad_x = _to_tokens(grad_x_SH, order_S, k)
-                if lora1 and u_SR is not None and grad_u_SR is not None:
-                    grad_a1 = groups.outer(grad_u_SR, x_TH[tokens_S]).reshape_as(lora1.a)
-                    grad_b1 = _b_like(groups.outer(u_SR * lora1.scale, grad_S2I))
-        return grad_x, grad_gates, None, None, None, None, grad_a1, grad_b1, grad_a2, grad_b2, None
-
-
-class _Groups:
-    """Products over rows that are sorted by expert: one grouped product on a GPU that has it, a loop elsewhere."""
-
-    def __init__(self, ends_E: Tensor, like: Tensor) -> None:
-        self._ends = ends_E
-        # torch 2.13's grouped kernels: bfloat16, SM80 and newer; strides in multiples of 16 bytes (checked per call).
-        self._grouped = (
-            like.is_cuda and like.dtype == torch.bfloat16 and torch.cuda.get_device_capability(like.device) >= (8, 0)
+            segments = _segments(ends_E, x_TH)
+            lora1 = _Lora(a1, b1, constants.gate_up, segments, x_TH)
+            lora2 = _Lora(a2, b2, constants.down, segments, x_TH)
+            tokens_S = order_S // gates_TK.shape[1]
+            gates_S = gates_TK.flatten().index_select(0, order_S).to(x_TH.dtype)
+            sums = _TokenSums(x_TH, order_S, tokens_S, segments)
+            grad_gates_S = torch.empty_like(gates_S)
+            for segment, h, u, v in zip(segments, kept[::3], kept[1::3], kept[2::3], strict=True):
+                tokens, gates = tokens_S[segment.rows], gates_S[segment.rows, None]
+                grad_y = grad_TH.index_select(0, tokens)
+                gate, up = h.chunk(2, -1)
+                with torch.enable_grad():
+                    leaf = gate.detach().requires_grad_()
+                    active = constants.activate(leaf.view_as(leaf))  # a module that is hooked wants no leaf
+                act = active.detach() * up
+                # Of the output before the gate weight, which enters after its own gradient is taken.
+                grad_act = _project_back(segment, grad_y, act, v, down, lora2, gates)
+                grad_gates_S[segment.rows] = torch.linalg.vecdot(grad_act, act)
+                grad_act.mul_(gates)
+                grad_h = torch.empty_like(h)
+                torch.mul(grad_act, active.detach(), out=grad_h[:, up.shape[1] :])
+                grad_h[:, : up.shape[1]] = torch.autograd.grad(active, leaf, grad_act.mul_(up))[0]
+                if ctx.needs_input_grad[0] or lora1.adapts(segment):
+                    x = x_TH.index_select(0, tokens)
+                    sums.add(segment, _project_back(segment, grad_h, x, u, gate_up, lora1, None))
+            grad_gates = torch.empty_like(grad_gates_S).scatter_(0, order_S, grad_gates_S).view_as(gates_TK)
+        return (
+            sums.total() if ctx.needs_input_grad[0] else None,
+            grad_gates.to(gates_TK.dtype),
+            *(None,) * 4,
+            *lora1.gradients(),
+            *lora2.gradients(),
+            None,
         )
-        self._list: list[int] | None = None
 
-    def rows(self, x_SM: Tensor, w_EMN: Tensor, *, onto: Tensor | None = None, scale: float = 1.0) -> Tensor:
-        """Every row times its expert's matrix: (S, N); added to `onto` in place, times `scale`, where that is given."""
-        if self._in_one(x_SM.shape[-1], w_EMN.shape[-1]):
-            y_SN = F.grouped_mm(x_SM, w_EMN, offs=self._ends)
-            return y_SN if onto is None else onto.add_(y_SN, alpha=scale)
-        if onto is None:
-            onto = x_SM.new_empty(x_SM.shape[0], w_EMN.shape[-1])
-            for expert, rows in self._slices():
-                torch.mm(x_SM[rows], w_EMN[expert], out=onto[rows])
+
+class _Segment(NamedTuple):
+    """Rows that are multiplied in one call: an expert's own, or all of them, each with its expert's matrix.
+
+    Attributes:
+        rows: Which of the S sorted rows.
+        expert: Whose; None where the rows of all experts are in it.
+        ends: (E,) the last row of each expert.
+    """
+
+    rows: slice
+    expert: int | None
+    ends: Tensor
+
+    def of(self, stack: Tensor) -> Tensor:
+        """The matrix, of a stack of one an expert; or the stack."""
+        return stack if self.expert is None else stack[self.expert]
+
+    def times(self, x: Tensor, w: Tensor) -> Tensor:
+        """Every row times its matrix."""
+        return torch.mm(x, w) if self.expert is not None else F.grouped_mm(x, w, offs=self.ends)
+
+    def add_times(self, y: Tensor, x: Tensor, w: Tensor, scale: float = 1.0) -> None:
+        """Adds that to `y`."""
+        if self.expert is not None:
+            y.addmm_(x, w, alpha=scale)
         else:
-            for expert, rows in self._slices():
-                onto[rows].addmm_(x_SM[rows], w_EMN[expert], alpha=scale)
-        return onto
+            y.add_(self.times(x, w), alpha=scale)
 
-    def outer(self, x_SM: Tensor, y_SN: Tensor) -> Tensor:
-        """The sum over each expert's rows of x's row times y's: (E, M, N), zero for an expert without rows."""
-        if self._in_one(x_SM.shape[-1], y_SN.shape[-1]):
-            product: Tensor = F.grouped_mm(x_SM.t(), y_SN, offs=self._ends)
-            counts_E = torch.diff(self._ends, prepend=self._ends.new_zeros(1))
-            return product.masked_fill_((counts_E == 0)[:, None, None], 0)
-        product = x_SM.new_zeros(len(self._ends), x_SM.shape[1], y_SN.shape[1])
-        for expert, rows in self._slices():
-            torch.mm(x_SM[rows].t(), y_SN[rows], out=product[expert])
-        return product
-
-    def _in_one(self, *widths: int) -> bool:
-        return self._grouped and all(width % 8 == 0 for width in widths)
-
-    def _slices(self) -> Iterator[tuple[int, slice]]:
-        if self._list is None:
-            self._list = self._ends.tolist()
-        start = 0
-        for expert, end in enumerate(self._list):
-            if end > start:
-                yield expert, slice(start, end)
-            start = end
+    def outer(self, x: Tensor, y: Tensor) -> Tensor:
+        """The sum over an expert's rows of x's row times y's: (M, N); or (E, M, N), zero for an expert without rows."""
+        if self.expert is not None:
+            return torch.mm(x.t(), y)
+        product: Tensor = F.grouped_mm(x.t(), y, offs=self.ends)
+        counts_E = torch.diff(self.ends, prepend=self.ends.new_zeros(1))
+        return product.masked_fill_((counts_E == 0)[:, None, None], 0)
 
 
-def _project(groups: _Groups, x_SM: Tensor, weight_ENM: Tensor, lora: Factors | None) -> tuple[Tensor, Tensor | None]:
-    """One projection with its LoRA: the output (S, N), and x Aᵀ (S, R)."""
-    y_SN = groups.rows(x_SM, weight_ENM.transpose(1, 2))
-    if lora is None:
-        return y_SN, None
-    a_ERM, b_ERN = _by_expert(lora, weight_ENM.shape[0])
-    u_SR = groups.rows(x_SM, a_ERM.transpose(1, 2))
-    return groups.rows(u_SR, b_ERN, onto=y_SN, scale=lora.scale), u_SR
+def _segments(ends_E: Tensor, x_TH: Tensor) -> list[_Segment]:
+    """One segment where the device has a grouped product, else one for each expert that has rows."""
+    if _has_grouped_product(x_TH):
+        return [_Segment(slice(None), None, ends_E)]
+    ends = ends_E.tolist()
+    starts = [0, *ends[:-1]]
+    return [
+        _Segment(slice(start, end), expert, ends_E)
+        for expert, (start, end) in enumerate(zip(starts, ends, strict=True))
+        if end > start
+    ]
+
+
+def _has_grouped_product(x_TH: Tensor) -> bool:
+    """torch 2.13's grouped kernels: bfloat16, SM80 and newer, rows of multiples of 16 bytes."""
+    return (
+        x_TH.is_cuda
+        and x_TH.dtype == torch.bfloat16
+        and x_TH.shape[1] % 8 == 0
+        and torch.cuda.get_device_capability(x_TH.device) >= (8, 0)
+    )
+
+
+class _Lora:
+    """A projection's A and B, matrix by matrix, for one pass over the segments; collects their gradients in backward.
+
+    Where one segment holds all experts, an expert without a LoRA gets zeros, and the rank is filled up to a multiple
+    of 8 for the grouped kernels.
+    """
+
+    def __init__(
+        self, a: Tensor | None, b: Tensor | None, setting: _Setting, segments: list[_Segment], like: Tensor
+    ) -> None:
+        self.scale, self._dropout = setting.scale, setting.dropout
+        self._a, self._b = a, b
+        self._places: dict[int | None, int] = {}
+        if a is None or b is None:
+            return
+        count = len(setting.experts)
+        # PEFT, too, computes in the base's dtype (`get_delta_factors`); its adapters are float32 on a bfloat16 base.
+        a_CRM = a.view(count, -1, a.shape[1]).to(like.dtype)
+        b_CNR = b.view(b.shape[0], -1, count).permute(2, 0, 1).to(like.dtype).contiguous()
+        self._rank, self._experts = a_CRM.shape[1], list(setting.experts)
+        if any(segment.expert is None for segment in segments):
+            self._places = {None: 0}
+            experts, rank = len(segments[0].ends), -(-self._rank // 8) * 8
+            whole_ERM = a_CRM.new_zeros(experts, rank, a_CRM.shape[2])
+            whole_ENR = b_CNR.new_zeros(experts, b_CNR.shape[1], rank)
+            whole_ERM[self._experts, : self._rank] = a_CRM
+            whole_ENR[self._experts, :, : self._rank] = b_CNR
+            a_CRM, b_CNR = whole_ERM[None], whole_ENR[None]
+        else:
+            self._places = {expert: place for place, expert in enumerate(self._experts)}
+        self._a_matrices, self._b_matrices = a_CRM.unbind(), b_CNR.unbind()
+        self._grads_a: list[Tensor | None] = [None] * len(self._a_matrices)
+        self._grads_b: list[Tensor | None] = [None] * len(self._b_matrices)
+        self._random = torch.Generator(like.device).manual_seed(setting.seed) if setting.dropout else None
+
+    def adapts(self, segment: _Segment) -> bool:
+        """Whether any of the segment's rows has a LoRA here."""
+        return segment.expert in self._places
+
+    def matrices(self, segment: _Segment) -> tuple[Tensor, Tensor]:
+        """A (R, M) and B (N, R) of a segment's expert; or (E, R, M) and (E, N, R)."""
+        place = self._places[segment.expert]
+        return self._a_matrices[place], self._b_matrices[place]
+
+    def mask(self, x: Tensor) -> Tensor | None:
+        """The next segment's dropout mask, in forward and backward alike: 0 or 1 / (1 - p), like `x`."""
+        if self._random is None:
+            return None
+        keep = 1 - self._dropout
+        return torch.empty_like(x).bernoulli_(keep, generator=self._random).div_(keep)
+
+    def collect(self, segment: _Segment, grad_a: Tensor, grad_b: Tensor) -> None:
+        """Keeps the gradients of what `matrices` gave."""
+        place = self._places[segment.expert]
+        self._grads_a[place], self._grads_b[place] = grad_a, grad_b
+
+    def gradients(self) -> tuple[Tensor | None, Tensor | None]:
+        """In the layout of PEFT's A (C·R, M) and B (N, R·C); zero for an expert without rows."""
+        if self._a is None or self._b is None:
+            return None, None
+        if None in self._places:
+            whole_a, whole_b = self._grads_a[0], self._grads_b[0]
+            assert whole_a is not None  # noqa: S101 - the one segment was collected
+            assert whole_b is not None  # noqa: S101
+            grad_a = whole_a[self._experts, : self._rank]
+            grad_b = whole_b[self._experts, :, : self._rank]
+        else:
+            zipped = zip(self._grads_a, self._a_matrices, strict=True)
+            grad_a = torch.stack([torch.zeros_like(a) if grad is None else grad for grad, a in zipped])
+            zipped = zip(self._grads_b, self._b_matrices, strict=True)
+            grad_b = torch.stack([torch.zeros_like(b) if grad is None else grad for grad, b in zipped])
+        return (
+            grad_a.reshape_as(self._a).to(self._a.dtype),
+            grad_b.permute(1, 2, 0).reshape_as(self._b).to(self._b.dtype),
+        )
+
+
+def _project(segment: _Segment, x: Tensor, weight_ENM: Tensor, lora: _Lora) -> tuple[Tensor, Tensor | None]:
+    """One projection with its LoRA: the output (n, N), and dropout(x) Aᵀ (n, R)."""
+    y = segment.times(x, segment.of(weight_ENM).mT)
+    if not lora.adapts(segment):
+        return y, None
+    a, b = lora.matrices(segment)
+    mask = lora.mask(x)
+    u = segment.times(x if mask is None else x * mask, a.mT)
+    segment.add_times(y, u, b.mT, lora.scale)
+    return y, u
 
 
 def _project_back(
-    groups: _Groups, grad_SN: Tensor, weight_ENM: Tensor, lora: Factors | None
-) -> tuple[Tensor, Tensor | None]:
-    """The gradients of a projection's input (S, M), and of x Aᵀ (S, R)."""
-    grad_SM = groups.rows(grad_SN, weight_ENM)
-    if lora is None:
-        return grad_SM, None
-    a_ERM, b_ERN = _by_expert(lora, weight_ENM.shape[0])
-    grad_SR = groups.rows(grad_SN, b_ERN.transpose(1, 2)).mul_(lora.scale)
-    return groups.rows(grad_SR, a_ERM, onto=grad_SM), grad_SR
+    segment: _Segment,
+    grad: Tensor,
+    x: Tensor,
+    u: Tensor | None,
+    weight_ENM: Tensor,
+    lora: _Lora,
+    gates: Tensor | None,
+) -> Tensor:
+    """The gradient of a projection's input (n, M); those of A and B are left with `lora`.
+
+    Args:
+        segment: The rows.
+        grad: (n, N), of the output; where there are gate weights, of the output that they have weighed.
+        x: (n, M), the input.
+        u: (n, R), dropout(x) Aᵀ.
+        weight_ENM: The base weight.
+        lora: The LoRA.
+        gates: (n, 1) the gate weights of the rows; they enter A's and B's gradients, not the one returned.
+    """
+    grad_x = segment.times(grad, segment.of(weight_ENM))
+    if u is None:
+        return grad_x
+    a, b = lora.matrices(segment)
+    mask = lora.mask(x)
+    grad_u = segment.times(grad, b).mul_(lora.scale)
+    u = u * (lora.scale if gates is None else gates * lora.scale)
+    if mask is None:
+        segment.add_times(grad_x, grad_u, a)
+    else:
+        grad_x.addcmul_(segment.times(grad_u, a), mask)
+        x = x * mask
+    lora.collect(segment, segment.outer(grad_u if gates is None else grad_u * gates, x), segment.outer(grad, u))
+    return grad_x
 
 
-def _factors(a: Tensor | None, b: Tensor | None, scale: float) -> Factors | None:
-    return None if a is None or b is None else Factors(a, b, scale)
+class _TokenSums:
+    """Sums each token's K rows, in a fixed order whichever the device."""
 
+    def __init__(self, x_TH: Tensor, order_S: Tensor, tokens_S: Tensor, segments: list[_Segment]) -> None:
+        self._order, self._tokens = order_S, tokens_S
+        self._by_expert = all(segment.expert is not None for segment in segments)
+        self._total = torch.zeros_like(x_TH) if self._by_expert else None
+        self._k = len(order_S) // max(1, len(x_TH))
 
-def _by_expert(lora: Factors, experts: int) -> tuple[Tensor, Tensor]:
-    """PEFT's flat factors as (E, R, M) and (E, R, N), the second copied so that each expert's matrix is dense."""
-    a, b, _ = lora
-    return a.view(experts, -1, a.shape[1]), b.view(b.shape[0], -1, experts).permute(2, 1, 0).contiguous()
+    def add(self, segment: _Segment, y: Tensor) -> None:
+        """Adds the rows (n, H) of a segment."""
+        if self._by_expert:
+            # No token stands twice among an expert's rows, so nothing depends on the order of additions.
+            assert self._total is not None  # noqa: S101
+            self._total.index_add_(0, self._tokens[segment.rows], y)
+        else:
+            numbers_S = torch.arange(len(self._order), device=y.device)
+            inverse_S = torch.empty_like(self._order).scatter_(0, self._order, numbers_S)
+            self._total = y[inverse_S].view(-1, self._k, y.shape[1]).sum(1)
 
-
-def _b_like(grad_ERN: Tensor) -> Tensor:
-    """(E, R, N) in the layout of PEFT's B, (N, R·E)."""
-    return grad_ERN.permute(2, 1, 0).reshape(grad_ERN.shape[2], -1)
-
-
-def _to_tokens(y_SH: Tensor, order_S: Tensor, k: int) -> Tensor:
-    """Sums each token's K rows, in a fixed order: index_add_ adds in any order on CUDA."""
-    numbers_S = torch.arange(len(order_S), device=order_S.device)
-    inverse_S = torch.empty_like(order_S).scatter_(0, order_S, numbers_S)
-    total: Tensor = y_SH[inverse_S].view(-1, k, y_SH.shape[1]).sum(1)
-    return total
+    def total(self) -> Tensor:
+        """(T, H)."""
+        assert self._total is not None  # noqa: S101
+        return self._total
