@@ -61,13 +61,22 @@ def load_base(base: Path, dtype: torch.dtype) -> MixtralForCausalLM:
         if info[problem]:
             raise MixfuseError(f"{base}: {problem.replace('_', ' ')} on loading, e.g. {sorted(info[problem])[0]!r}")
     check_loaded(model, base)
+    mark_leaves(model)
+    return model
+
+
+def mark_leaves(model: MixtralForCausalLM) -> None:
+    """Makes each MoE block a ZeRO-3 leaf module.
+
+    Raises:
+        MixfuseError: Not every layer has one.
+    """
     set_z3_leaf_modules(model, [MixtralSparseMoeBlock])
     leaves = get_z3_leaf_modules(model)
     if len(leaves) != model.config.num_hidden_layers:
         raise MixfuseError(
             f"{len(leaves)} of {model.config.num_hidden_layers} MoE blocks are ZeRO-3 leaves; training would hang"
         )
-    return model
 
 
 def lora_config(lora: Lora) -> LoraConfig:

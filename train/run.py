@@ -317,7 +317,7 @@ def gather_adapter(model: Any) -> dict[str, Any]:
         if "lora_" not in name:
             continue
         with GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-            state[name.replace(".default.", ".")] = parameter.detach().cpu().float().clone()
+            state[name.replace(".default.", ".")] = parameter.detach().cpu().clone()
     return state
 
 
