@@ -1,92 +1,25 @@
-"""One process of `benchmarks/plan.py`: trains a few steps as `mixfuse train` does, and counts every byte a tensor holds.
+"""One process of `benchmarks/plan.py`: trains some steps as `mixfuse train` does, and counts what tensors hold.
 
-Started under torchrun with `STAGE RECIPE FACTS`. Each operator's outputs are seen (`TorchDispatchMode`), each storage is
-counted once, from its birth until the last tensor on it dies. Rank 0 writes what it saw to FACTS as JSON.
+Started under torchrun with `STAGE RECIPE FACTS [key=value …]`; rank 0 writes what it saw to FACTS as JSON.
 """
 
 import json
 import sys
-import weakref
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from deepspeed.runtime.zero import partition_parameters
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import TrainerCallback
 
 from mixfuse.recipe import load
 from train import judge, run, sft
+from train.tracker import Tracker
 
 STEPS = 3  # DeepSpeed learns the order of modules in the first two; the third is as all that follow
-
-
-class Tracker(TorchDispatchMode):
-    """Counts the bytes of live storages, by what was going on when each was made."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sizes: dict[int, tuple[int, str]] = {}
-        self.live: Counter[str] = Counter()
-        self.peaks: Counter[str] = Counter()
-        self.at_peak: dict[str, int] = {}
-        self.total = self.peak = 0
-        self.doing = ["start"]
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.see(result)
-        return result
-
-    def see(self, tensors: Any) -> None:
-        """Counts what is new among `tensors`."""
-        for tensor in tree_leaves(tensors):
-            if not isinstance(tensor, torch.Tensor) or tensor.device.type != "cpu":
-                continue
-            storage = tensor.untyped_storage()
-            key, size = storage._cdata, storage.nbytes()
-            if size == 0 or key in self.sizes:
-                continue
-            self.sizes[key] = size, self.doing[-1]
-            weakref.finalize(storage, self.forget, key)
-            self._count(self.doing[-1], size)
-
-    def forget(self, key: int) -> None:
-        size, doing = self.sizes.pop(key)
-        self._count(doing, -size)
-
-    def _count(self, doing: str, size: int) -> None:
-        self.live[doing] += size
-        self.total += size
-        self.peaks[doing] = max(self.peaks[doing], self.live[doing])
-        if self.total > self.peak:
-            self.peak, self.at_peak = self.total, dict(self.live)
-
-    def reset_peaks(self) -> None:
-        self.peak, self.peaks, self.at_peak = self.total, Counter(self.live), dict(self.live)
-
-    @contextmanager
-    def during(self, what: str) -> Iterator[None]:
-        self.doing.append(what)
-        try:
-            yield
-        finally:
-            self.doing.pop()
-
-    def wrap(self, owner: Any, name: str, what: str) -> None:
-        """Counts what `owner.name` makes as `what`."""
-        inner: Callable[..., Any] = getattr(owner, name)
-
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            with self.during(what):
-                return inner(*args, **kwargs)
-
-        setattr(owner, name, wrapped)
 
 
 def storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
@@ -126,16 +59,22 @@ class Watch(TrainerCallback):
         self.facts: dict[str, Any] = defaultdict(dict)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """The step's peaks begin."""
         self.tracker.reset_peaks()
         self.facts["before"] = dict(self.tracker.live)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.facts["step"] = {"peaks": dict(self.tracker.peaks), "peak": self.tracker.peak, "at": self.tracker.at_peak}
+        """Forward and backward are over."""
+        self.facts["step"] = self._peaks()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.facts["whole"] = {"peaks": dict(self.tracker.peaks), "peak": self.tracker.peak, "at": self.tracker.at_peak}
+        """So is the update."""
+        self.facts["whole"] = self._peaks()
         self.facts["held"] = held(self.trainer.model_wrapped)
         self.facts["after"] = dict(self.tracker.live)
+
+    def _peaks(self) -> dict[str, Any]:
+        return {"peaks": dict(self.tracker.peaks), "peak": self.tracker.peak, "at": self.tracker.at_peak}
 
 
 def measure(tracker: Tracker, trainer: Any, out: Path) -> None:

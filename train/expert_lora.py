@@ -471,7 +471,7 @@ def _without_autocast(like: Tensor) -> AbstractContextManager[Any]:
 
 
 def _has_grouped_product(x_TH: Tensor) -> bool:
-    """torch 2.13's grouped kernels: bfloat16, SM80 and newer, rows of multiples of 16 bytes.
+    """Torch 2.13's grouped kernels: bfloat16, SM80 and newer, rows of multiples of 16 bytes.
 
     On the meta device, where a plan is checked at full size, there are no rows to count: it does as a GPU does.
     """

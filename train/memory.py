@@ -245,21 +245,28 @@ def moe_saved(shape: Shape, batch: Batch, w: int, lora: Lora) -> int:
     return w * (T * H + T * K * (2 * I + ranks)) + FP32 * (T * H + T) + routing
 
 
-def moe_forward_workspace(shape: Shape, batch: Batch, w: int) -> int:
-    """2·T·K·I·w: the activation function's value, and its product with the other half."""
-    return 2 * batch.T * shape.K * shape.I * w
+def _rows(shape: Shape, batch: Batch, *, cuda: bool) -> int:
+    """Token-expert pairs that are computed at once: all T·K on a GPU, else one expert's, taken as T·K/E."""
+    pairs = batch.T * shape.K
+    return pairs if cuda else -(-pairs // shape.E)
 
 
-def moe_backward_workspace(shape: Shape, batch: Batch, w: int, lora: Lora) -> int:
-    """w·(T·K·(6I + H + 1) + T·H) + 12·T·K, and the gradients of LoRA's second pair.
+def moe_forward_workspace(shape: Shape, batch: Batch, w: int, *, cuda: bool) -> int:
+    """w·n·(2I + H): the activation function's value, its product with the other half, and x by token-expert pair."""
+    return w * _rows(shape, batch, cuda=cuda) * (2 * shape.I + shape.H) + w * batch.T * shape.H
 
-    Alive at once: the gradient by token and by token-expert pair, the activation and its recomputed parts, the gradients
-    of each, and of both halves together.
+
+def moe_backward_workspace(shape: Shape, batch: Batch, w: int, lora: Lora, *, cuda: bool) -> int:
+    """w·(n·max(6I + 2H, 5I + 3H) + 2·T·H) and LoRA's matrices and gradients, 4·r·E·(2H + 3I)·w.
+
+    Of the n pairs that are computed at once: the gradient of their output, the activation and its product, the gradient
+    of that, of both halves together and of the activation's input. For all tokens: the gradient that comes in and the
+    sum that goes out. LoRA's B is copied so that each expert's lies dense, its gradients are collected and stacked.
     """
-    _, H, I, E, K, *_ = shape  # noqa: N806, E741
-    pairs = batch.T * K
-    factors = lora.r * E * (I + H) + pairs * lora.r if lora.experts != "none" else 0
-    return w * (pairs * (6 * I + H + 1) + batch.T * H + factors) + pairs * (INT64 + FP32)
+    _, H, I, E, *_ = shape  # noqa: N806, E741
+    rows = _rows(shape, batch, cuda=cuda)
+    factors = 0 if lora.experts == "none" else lora.r * E * 3 * (2 * H + 3 * I)
+    return w * (rows * max(6 * I + H, 5 * I + 3 * H) + 2 * batch.T * H + factors)
 
 
 def layer_saved(shape: Shape, batch: Batch, w: int, lora: Lora) -> int:
@@ -354,8 +361,8 @@ def moments(
     kept = checkpoint_saved(shape, batch, w) if checkpointing else layer
     gradient = batch.T * shape.H * w
     attention_workspace = w * batch.T * (4 * shape.A * shape.D + 2 * shape.H)
-    forward_workspace = moe_forward_workspace(shape, batch, w)
-    backward_workspace = moe_backward_workspace(shape, batch, w, lora) + gradient
+    forward_workspace = moe_forward_workspace(shape, batch, w, cuda=cuda)
+    backward_workspace = moe_backward_workspace(shape, batch, w, lora, cuda=cuda)
     routers = router_loss(shape, batch) if aux_loss else 0
     before_head = 0
     for (module, phase), fetching, running, _ in replayed:

@@ -293,10 +293,10 @@ def train_and_save(trainer: Any, recipe: TrainRecipe, *, stage: str) -> None:
 def checkpoint_without_reentry(trainer: Any) -> None:
     """Makes gradient checkpointing the kind that is not reentrant.
 
-    TRL 1.16 forces reentrant checkpointing on LoRA under ZeRO-3. With it, DeepSpeed 0.19.8 holds the frozen parameters of
-    each layer that it computes for the second time until the *whole* backward pass ends (it files them under the last
-    module whose backward pass has begun, and that is the model): every process ends up with the whole base gathered,
-    281 GB at 8x22B. Without reentry that module is the layer's own MoE block. `tests/train/test_plan.py` measures it.
+    TRL 1.16 forces reentrant checkpointing on LoRA under ZeRO-3. With it, DeepSpeed 0.19.8 holds the frozen parameters
+    of every layer that it computes for the second time until the whole backward pass ends: it files them under the last
+    module whose backward pass has begun, and that is the model. Each process ends up with all of the base gathered, 281
+    GB at 8x22B. Without reentry that module is the layer's own MoE block. `tests/train/test_plan.py` measures it.
     """
     if trainer.args.gradient_checkpointing:
         trainer.args.gradient_checkpointing_kwargs = {"use_reentrant": False}
