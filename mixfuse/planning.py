@@ -1,4 +1,4 @@
-"""`mixfuse plan`: whose plan a file asks for, and on what hardware. A room makes it; here it is only asked and printed."""
+"""`mixfuse plan`: finds out whose plan a file asks for and on what hardware, asks the room, and prints the plan."""
 
 import json
 import re
@@ -83,7 +83,7 @@ def _training(arguments: Any) -> tuple[dict[str, Any], str, str]:
         "GB/s received a GPU": bandwidth,
     }
     estimate = plan.speed(made, tflops=arguments.tflops, utilisation=arguments.utilisation, bandwidth=bandwidth * 1e9)
-    line = plan.header(made, _command(arguments))
+    line = f"{plan.header(made)}: `{_command(arguments)}`"
     return plan.to_json(made, advice, estimate, assumed), plan.to_text(made, advice, estimate, assumed), line
 
 
@@ -96,4 +96,55 @@ def _command(arguments: Any) -> str:
 
 
 def _serving(arguments: Any) -> tuple[dict[str, Any], str, str]:
-    raise NotImplementedError
+    from mixfuse.files import read_json
+    from mixfuse.server import ServeConfig
+    from serve import plan
+
+    engine = load(arguments.recipe, ServeConfig, arguments.overrides).engine
+    places = [arguments.model] if arguments.model else [engine.base, arguments.recipe.parent / "model"]
+    files = [place if place.is_file() else place / "config.json" for place in places]
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        raise MixfuseError(f"no config.json in {' or '.join(map(str, places))}; name a folder with one: --model DIR")
+    config = read_json(file)
+    cpu = arguments.device == "cpu"
+    hardware = {"gpus": arguments.nodes * arguments.gpus_per_node, "gpu_bytes": size(arguments.gpu_memory)}
+    concurrency = arguments.concurrency or 1
+    made = plan.plan(engine, config, **hardware, concurrency=concurrency, cpu=cpu)
+    advice = [] if made.fits or cpu else plan.advise(engine, config, **hardware, concurrency=concurrency)
+    parts = {**made.parts, "kv_cache": made.kv_needed}
+    result = {
+        "kind": "serving",
+        "recipe": str(arguments.recipe),
+        "base_parameters": made.parameters,
+        "tensor_parallel": made.split.t,
+        "pipeline_parallel": made.split.p,
+        "per_gpu_bytes": {**parts, "total": made.total},
+        "kv_bytes_per_token": made.kv_per_token,
+        "kv_room_bytes": made.kv_room,
+        "concurrency": made.concurrency,
+        "length": made.length,
+        "most_at_once": made.most,
+        "fits": made.fits,
+        "problems": list(made.problems),
+        "advice": [change._asdict() for change in advice],
+    }
+    unit = "process" if cpu else "GPU"
+    lines = [
+        f"{arguments.recipe} ({file}): TP {made.split.t} x PP {made.split.p}, {made.parameters / 1e9:.2f} B parameters",
+        f"per {unit}, with {made.concurrency} x {made.length} tokens in the cache:",
+        *(f"  {name:14} {_gib(count):>10}" for name, count in {**parts, "total": made.total}.items()),
+        f"room for keys and values: {_gib(max(0, made.kv_room))}, {made.kv_per_token:,} bytes a token: "
+        f"{made.most} requests of {made.length} tokens at once",
+        "fits" if made.fits else "does NOT fit: " + "; ".join(made.problems),
+        *(f"  fits with {change.change}: {_gib(change.gpu_bytes)} a {unit}" for change in advice),
+    ]
+    line = (
+        f"{_gib(sum(made.parts.values()))} a {unit}, {_gib(max(0, made.kv_room))} left for keys and values: "
+        f"`{_command(arguments)}`"
+    )
+    return result, "\n".join(lines), line
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB"

@@ -1,17 +1,17 @@
 """What a Mixtral and one training step on it take, as formulas: parameters, activations, the moments of a step.
 
-Pure functions over named symbols; `docs/planning.md` explains each and `benchmarks/plan.py` compares them with what real
-processes hold.
+Pure functions over named symbols; `docs/planning.md` explains each and `benchmarks/plan.py` compares them with what
+real processes hold.
 
 Symbols: L layers, H hidden, I intermediate, E experts, K experts a token, A query heads, G key heads, D head size, V
 vocabulary, r LoRA rank, N processes, B sequences a pass, S tokens a sequence, T = B·S, w bytes of an element.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from mixfuse.errors import MixfuseError
+from mixfuse.mixtral import Shape
 from train.recipe import Lora
 from train.zero3_gathers import Gathered, Module, Parameter, Visit
 
@@ -20,47 +20,6 @@ INT64 = 8
 # TRL 1.16, `trl/trainer/utils.py` and `trl/kernels/chunked_logprob.py`: the output layer is computed tile by tile.
 HEAD_TOKENS, HEAD_COLUMNS = 4096, 32768
 RNG_STATE = 5056  # bytes of torch.get_rng_state(), which a checkpointed layer keeps
-
-
-class Shape(NamedTuple):
-    """A Mixtral's sizes, under the names of the symbols."""
-
-    L: int
-    H: int
-    I: int  # noqa: E741 - the symbol in docs/planning.md
-    E: int
-    K: int
-    A: int
-    G: int
-    D: int
-    V: int
-    tied: bool
-
-    @classmethod
-    def of(cls, config: Mapping[str, Any]) -> "Shape":
-        """Reads a `config.json`.
-
-        Raises:
-            MixfuseError: It is no Mixtral's, or a size is missing.
-        """
-        if config.get("model_type") != "mixtral":
-            raise MixfuseError(f"a {config.get('model_type')!r} model; mixfuse plans for Mixtral")
-        try:
-            hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
-            return cls(
-                L=int(config["num_hidden_layers"]),
-                H=hidden,
-                I=int(config["intermediate_size"]),
-                E=int(config["num_local_experts"]),
-                K=int(config.get("num_experts_per_tok", 2)),
-                A=heads,
-                G=int(config["num_key_value_heads"]),
-                D=int(config.get("head_dim") or hidden // heads),
-                V=int(config["vocab_size"]),
-                tied=bool(config.get("tie_word_embeddings", False)),
-            )
-        except KeyError as error:
-            raise MixfuseError(f"config.json names no {error.args[0]!r}") from None
 
 
 class Batch(NamedTuple):
@@ -78,17 +37,6 @@ class Batch(NamedTuple):
 # ---------------------------------------------------------------------------------------------------- parameters
 
 
-def base_parameters(shape: Shape) -> int:
-    """P = L·(2H·(A+G)·D + 3·E·H·I + E·H + 2H) + (1 or 2)·V·H + H."""
-    L, H, I, E, _, A, G, D, V, tied = shape  # noqa: N806, E741
-    return L * (2 * H * (A + G) * D + 3 * E * H * I + E * H + 2 * H) + (1 if tied else 2) * V * H + H
-
-
-def active_parameters(shape: Shape) -> int:
-    """Of P, what one token passes through: K of E experts."""
-    return base_parameters(shape) - shape.L * 3 * (shape.E - shape.K) * shape.H * shape.I
-
-
 def moe_block_parameters(shape: Shape) -> int:
     """3·E·H·I + E·H: what ZeRO-3 gathers at once, a MoE block being one leaf."""
     return 3 * shape.E * shape.H * shape.I + shape.E * shape.H
@@ -97,8 +45,8 @@ def moe_block_parameters(shape: Shape) -> int:
 def modules(shape: Shape, lora: Lora) -> list[list[Module]]:
     """Every hooked module with parameters, in the order of a forward pass: top, embedding, each layer, last norm.
 
-    The output layer's weight is used by the whole model, not by the module that owns it (TRL's fused head), so DeepSpeed
-    registers it as external there.
+    The output layer's weight is used by the whole model, not by the module that owns it (TRL's fused head), so
+    DeepSpeed registers it as external there.
     """
     L, H, I, E, _, A, G, D, V, _ = shape  # noqa: N806, E741
     chosen = lora.chosen(L, E)
@@ -146,8 +94,8 @@ def all_parameters(groups: Sequence[Sequence[Module]]) -> list[Parameter]:
 def visits(groups: Sequence[Sequence[Module]], *, checkpointing: bool) -> list[Visit]:
     """The order in which DeepSpeed's hooks see the modules in one micro step.
 
-    Containers take part: they gather nothing, but each is a step, and how far a MoE block's next use is, is counted over
-    all that lies beneath the modules between.
+    Containers take part: they gather nothing, but each is a step, and how far a MoE block's next use is, is counted
+    over all that lies beneath the modules between.
     """
     (causal,), embed, *layers, norm = groups
     inner = tuple(p for group in groups[1:] for module in group for p in module.beneath)

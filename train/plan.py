@@ -1,8 +1,8 @@
 """Plan before you pay: what one training step of a recipe takes, on each GPU and each host, before anything is loaded.
 
-The formulas are in `memory.py`, the gathers are DeepSpeed's own rules replayed (`zero3_gathers.py`), and every figure is
-explained in `docs/planning.md`. Nothing is downloaded and no weight is read: the model exists on the meta device only,
-where its parameters are counted beside the formula's.
+The formulas are in `memory.py`, the gathers are DeepSpeed's own rules replayed (`zero3_gathers.py`), and every figure
+is explained in `docs/planning.md`. Nothing is downloaded and no weight is read: the model exists on the meta device
+only, where its parameters are counted beside the formula's.
 """
 
 import copy
@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 
 from mixfuse.errors import MixfuseError
 from mixfuse.files import read_json
+from mixfuse.mixtral import Shape, active_parameters, base_parameters
 from train import memory
-from train.memory import FP32, Batch, Moment, Shape
+from train.memory import FP32, Batch, Moment
 from train.recipe import JudgeRecipe, TrainRecipe, lora_parameters
 from train.zero3_gathers import Gathered, Parameter, Thresholds, replay
 
@@ -231,14 +232,15 @@ def plan(
     )  # fmt: skip
     update = Moment("optimizer step", 0, 0, 2 * trained * FP32)
     peak = max(step, update, key=lambda moment: moment.total)
-    host, disk = _host(shape, zero, hardware, frozen + trained, states, w)
+    experts = 3 * shape.L * shape.E * shape.H * shape.I * w
+    host, disk = _host(zero, hardware.gpus, partition=(frozen + trained) * w, states=states, experts=experts)
     made = Plan(
         recipe=source,
         stage="judge" if judge else "sft",
         shape=shape,
         hardware=hardware,
-        base_parameters=memory.base_parameters(shape),
-        active_parameters=memory.active_parameters(shape),
+        base_parameters=base_parameters(shape),
+        active_parameters=active_parameters(shape),
         trainable_parameters=sum(sum(layer) for layer in lora_parameters(config, lora)),
         w=w,
         held=on_gpu,
@@ -267,25 +269,33 @@ def gathered_numel(replayed: Sequence[Gathered]) -> int:
 
 
 def _host(
-    shape: Shape, zero: Zero3, hardware: Hardware, partition: int, states: Mapping[str, int], w: int
+    zero: Zero3, gpus: int, *, partition: int, states: Mapping[str, int], experts: int
 ) -> tuple[dict[str, int], int]:
-    """What one host's memory and its NVMe hold, for all its processes."""
+    """What one host's memory and its NVMe hold, for all its processes.
+
+    Args:
+        zero: DeepSpeed's settings.
+        gpus: Processes of the host.
+        partition: Bytes of one process's partition of base and LoRA.
+        states: Bytes of its master weights, Adam's state and gradients.
+        experts: Bytes of all experts of the base.
+    """
     host: dict[str, int] = {}
     disk = 0
     if zero.offload_parameters == "cpu":
-        host["parameters"] = partition * w * hardware.gpus
+        host["parameters"] = partition * gpus
     elif zero.offload_parameters == "nvme":
-        disk += partition * w * hardware.gpus
-        host["nvme_buffers"] = zero.nvme_buffers * w * hardware.gpus
+        disk += partition * gpus
+        host["nvme_buffers"] = zero.nvme_buffers * 2 * gpus
     if zero.offload_optimizer == "cpu":
         # The gradients twice: as they come in, and as the optimiser wants them.
-        host["optimizer"] = (sum(states.values()) + states["gradients"]) * hardware.gpus
+        host["optimizer"] = (sum(states.values()) + states["gradients"]) * gpus
     elif zero.offload_optimizer == "nvme":
-        disk += (states["master"] + states["optimizer"] + states["gradients"]) * hardware.gpus
-        host["optimizer"] = states["gradients"] * hardware.gpus
-    # transformers 5.19 (`_apply_weight_conversions_to_state_dict`): under ZeRO-3 every process stacks all experts of the
-    # whole checkpoint before the first goes into the model. The checkpoint's own pages are the system's to drop.
-    host["loading"] = shape.L * 3 * shape.E * shape.H * shape.I * w * hardware.gpus
+        disk += (states["master"] + states["optimizer"] + states["gradients"]) * gpus
+        host["optimizer"] = states["gradients"] * gpus
+    # transformers 5.19 (`_apply_weight_conversions_to_state_dict`): under ZeRO-3 every process stacks all experts of
+    # the whole checkpoint before the first goes into the model. The checkpoint's own pages are the system's to drop.
+    host["loading"] = experts * gpus
     return host, disk
 
 
@@ -304,7 +314,8 @@ def _problems(made: Plan, recipe: TrainRecipe, zero: Zero3, parameters: Sequence
         largest = max(p.per_rank(hardware.world) for p in parameters)
         if largest > zero.nvme_buffer:
             yield (
-                f"offload_param.buffer_size {zero.nvme_buffer:.1e} is below the largest partition, {largest:.2e} elements"
+                f"offload_param.buffer_size {zero.nvme_buffer:.1e} is less than the largest partition's "
+                f"{largest:.2e} elements"
             )
     step = recipe.optimizer.micro_batch * hardware.world
     if recipe.optimizer.batch_size % step:
@@ -506,13 +517,13 @@ def count_on_meta(config: Mapping[str, Any]) -> int:
     with torch.device("meta"):
         model = MixtralForCausalLM(MixtralConfig.from_dict(dict(config)))
     counted = sum(parameter.numel() for parameter in model.parameters())
-    expected = memory.base_parameters(Shape.of(config))
+    expected = base_parameters(Shape.of(config))
     if counted != expected:
         raise MixfuseError(
             f"the model has {counted:,} parameters and the planner's formula says {expected:,}; "
             "its config has something the planner does not know, so it does not guess"
         )
-    return counted
+    return int(counted)
 
 
 def gib(count: float) -> str:
@@ -553,14 +564,12 @@ def to_json(made: Plan, advice: Sequence[Change], estimate: Speed, assumptions: 
     }
 
 
-def header(made: Plan, command: str) -> str:
-    """The line a recipe's header carries; `tests/train/test_plan.py` holds the two together."""
+def header(made: Plan) -> str:
+    """What a recipe's header says of memory; `tests/test_plan.py` holds the two together."""
     hardware = made.hardware
     unit = "GPU" if hardware.cuda else "process"
-    return (
-        f"Expected memory: {gib(made.gpu_total)} a {unit}, {gib(made.host_total)} a host while loading "
-        f"({hardware.nodes} x {hardware.gpus}): {command}"
-    )
+    words = f"{gib(made.gpu_total)} a {unit}, {gib(made.host_total)} a host while loading"
+    return words if made.fits else f"{words}, which does not fit"
 
 
 def to_text(made: Plan, advice: Sequence[Change], estimate: Speed, assumptions: Mapping[str, float]) -> str:
@@ -576,8 +585,8 @@ def to_text(made: Plan, advice: Sequence[Change], estimate: Speed, assumptions: 
         f"({made.trainable_parameters * made.w / 1e9:.2f} GB)",
         f"one pass: {made.batch.B} x {made.batch.S} tokens; activations with checkpointing "
         f"{gib(made.saved['with_checkpointing'])}, without {gib(made.saved['without_checkpointing'])}",
-        f"one MoE block: {memory.moe_block_parameters(shape) * made.w / 1e9:.2f} GB; the most that is gathered at once: "
-        f"{made.largest_gather / 1e9:.2f} GB",
+        f"one MoE block: {memory.moe_block_parameters(shape) * made.w / 1e9:.2f} GB; "
+        f"the most that is gathered at once: {made.largest_gather / 1e9:.2f} GB",
         "",
         f"per {unit}, at its peak ({made.peak.name}):",
         parts,

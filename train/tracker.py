@@ -1,7 +1,7 @@
 """Counts what tensors hold: every operator's outputs are seen, each storage is counted from its birth to its death.
 
-What `benchmarks/plan.py` and the planner's tests hold against the formulas. Storages that no operator makes in sight are
-not counted, nor is what an operator takes and frees within.
+What `benchmarks/plan.py` and the planner's tests hold against the formulas. Storages that no operator makes in sight
+are not counted, nor is what an operator takes and frees within.
 """
 
 import weakref

@@ -1,7 +1,7 @@
 """What ZeRO-3 holds gathered, step by step: DeepSpeed's parameter coordinator, replayed with numbers for tensors.
 
-A parameter is gathered when its module runs, earlier where there is room (prefetch), and let go when its next use is far
-away. Which of these makes the peak depends on the order of modules and on four thresholds, so the order is replayed
+A parameter is gathered when its module runs, earlier where there is room (prefetch), and let go when its next use is
+far away. Which of these makes the peak depends on the order of modules and on four thresholds, so the order is replayed
 rather than summed up. Source: deepspeed 0.19.8, `runtime/zero/partitioned_param_coordinator.py` (`fetch_sub_module`,
 `release_sub_module`) and `partition_parameters.py` (`_all_gather_coalesced`). `benchmarks/plan.py` compares the replay
 with what real processes hold.

@@ -25,6 +25,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from mixfuse import adapter as contract
+from mixfuse.mixtral import Shape, active_parameters, base_parameters
 from train import expert_lora, memory
 from train.export import export
 from train.model import _Checkpoint, lora_config, mark_leaves
@@ -104,9 +105,9 @@ def test_the_sizes_are_those_measured(adapted: Any) -> None:
     assert frozen == 140_630_071_296
     assert trained == 475_267_072
     assert all(parameter.is_meta for parameter in adapted.parameters())
-    shape = memory.Shape.of(CONFIG)
-    assert memory.base_parameters(shape) == frozen
-    assert memory.active_parameters(shape) == pytest.approx(39.16e9, rel=1e-3)
+    shape = Shape.of(CONFIG)
+    assert base_parameters(shape) == frozen
+    assert active_parameters(shape) == pytest.approx(39.16e9, rel=1e-3)
     assert sum(sum(layer) for layer in lora_parameters(CONFIG, LORA)) == trained
     assert sum(p.numel for p in memory.all_parameters(memory.modules(shape, LORA))) == frozen + trained
 
@@ -117,7 +118,7 @@ def test_each_moe_block_is_a_leaf_of_the_size_that_is_gathered(adapted: Any) -> 
     assert all(z3_leaf_module(block) for block in blocks)
     for block in blocks:
         frozen = sum(parameter.numel() for parameter in block.parameters() if not parameter.requires_grad)
-        assert frozen == memory.moe_block_parameters(memory.Shape.of(CONFIG))
+        assert frozen == memory.moe_block_parameters(Shape.of(CONFIG))
         assert 2 * frozen == pytest.approx(4.83e9, rel=1e-3)  # bytes
 
 
