@@ -80,6 +80,14 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", action="store_true", help="one JSON object on the last line")
     plan.set_defaults(command=_plan)
 
+    experts = _group(top, "experts", "the base model's experts")
+    experts_profile = experts.add_parser("profile", help="which experts a recipe's data goes to, as a table and a plot")
+    experts_profile.add_argument("recipe", type=Path, metavar="RECIPE")
+    experts_profile.add_argument("overrides", nargs="*", metavar="key=value")
+    experts_profile.add_argument("--out", type=Path, metavar="DIR", help="default: the recipe's `out` with -experts")
+    experts_profile.add_argument("--json", action="store_true", help="one JSON object on the last line")
+    experts_profile.set_defaults(command=_experts_profile)
+
     tasks = _group(top, "tasks", "tasks with verifiers")
     tasks_make = tasks.add_parser("make", help="chats to train on: each task with its reference answer")
     tasks_make.add_argument("tasks", type=Path, metavar="TASK_FILE")
@@ -191,6 +199,14 @@ def _train(arguments: argparse.Namespace) -> None:
     from train.run import start
 
     start(arguments.stage, arguments.recipe, arguments.overrides)
+
+
+def _experts_profile(arguments: argparse.Namespace) -> None:
+    from train.experts import profile
+
+    record = profile(arguments.recipe, arguments.overrides, arguments.out)
+    if arguments.json:
+        print(json.dumps(record))
 
 
 def _tasks_make(arguments: argparse.Namespace) -> None:

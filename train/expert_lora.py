@@ -24,7 +24,7 @@ its output, and n the rows of one segment.
 
 import copy
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -81,7 +81,7 @@ class ParamWrapper(peft_layer.ParamWrapper):
         parameter_name: str,
         config: LoraConfig,
         *,
-        chosen_by_layer: Sequence[Sequence[int]] | None = None,
+        chosen_by_layer: Mapping[int, Sequence[int]] | None = None,
         **kwargs: Any,
     ) -> None:
         self.chosen: tuple[int, ...] | None = None
@@ -96,7 +96,7 @@ class ParamWrapper(peft_layer.ParamWrapper):
 
     def _get_in_out_features(self, module: nn.Module) -> Any:
         features = super()._get_in_out_features(module)
-        self._all_experts = self.num_experts
+        self._all_experts = int(self.num_experts)  # type: ignore[has-type]
         if self.chosen is not None:
             self.num_experts = len(self.chosen)  # PEFT sizes A and B by it
         return features
@@ -170,7 +170,7 @@ def _without_dropout(config: LoraConfig) -> LoraConfig:
     return config
 
 
-def attach(config: LoraConfig, chosen: Sequence[Sequence[int]] | None = None) -> None:
+def attach(config: LoraConfig, chosen: Mapping[int, Sequence[int]] | None = None) -> None:
     """Makes PEFT build our wrapper around Mixtral's experts, for a model that is wrapped with `config`.
 
     Call it before `get_peft_model`, and give a config to `PeftModel.from_pretrained(..., config=config)`: the one PEFT
@@ -178,8 +178,7 @@ def attach(config: LoraConfig, chosen: Sequence[Sequence[int]] | None = None) ->
 
     Args:
         config: Its `target_parameters` name `gate_up_proj`, `down_proj` or both; changed in place.
-        chosen: For each layer the experts that get a LoRA; None for all. A layer without any must not be among the
-            `target_parameters`.
+        chosen: For each layer among the `target_parameters`, the experts that get a LoRA; None for all of them.
     """
     config._register_custom_module({MixtralExperts: partial(ParamWrapper, chosen_by_layer=chosen)})
 
@@ -355,7 +354,7 @@ class _Experts(torch.autograd.Function):
         b2: Tensor | None,
         constants: _Constants,
     ) -> Tensor:
-        segments = _segments(ends_E, x_TH)
+        segments = _segments(ends_E, x_TH, down.shape[2])
         lora1 = _Lora(a1, b1, constants.gate_up, segments, x_TH)
         lora2 = _Lora(a2, b2, constants.down, segments, x_TH)
         tokens_S = order_S // gates_TK.shape[1]
@@ -374,12 +373,12 @@ class _Experts(torch.autograd.Function):
         return sums.total()
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_TH: Tensor) -> Any:
         x_TH, gates_TK, order_S, ends_E, gate_up, down, a1, b1, a2, b2, *kept = ctx.saved_tensors
         constants: _Constants = ctx.constants
         with _without_autocast(grad_TH):
-            segments = _segments(ends_E, x_TH)
+            segments = _segments(ends_E, x_TH, down.shape[2])
             lora1 = _Lora(a1, b1, constants.gate_up, segments, x_TH)
             lora2 = _Lora(a2, b2, constants.down, segments, x_TH)
             tokens_S = order_S // gates_TK.shape[1]
@@ -452,9 +451,9 @@ class _Segment(NamedTuple):
         return product.masked_fill_((counts_E == 0)[:, None, None], 0)
 
 
-def _segments(ends_E: Tensor, x_TH: Tensor) -> list[_Segment]:
+def _segments(ends_E: Tensor, x_TH: Tensor, inner: int) -> list[_Segment]:
     """One segment where the device has a grouped product, else one for each expert that has rows."""
-    if _has_grouped_product(x_TH):
+    if _has_grouped_product(x_TH, inner):
         return [_Segment(slice(None), None, ends_E)]
     ends = ends_E.tolist()
     starts = [0, *ends[:-1]]
@@ -470,15 +469,16 @@ def _without_autocast(like: Tensor) -> AbstractContextManager[Any]:
     return nullcontext() if like.is_meta else torch.autocast(device_type=like.device.type, enabled=False)
 
 
-def _has_grouped_product(x_TH: Tensor) -> bool:
-    """Torch 2.13's grouped kernels: bfloat16, SM80 and newer, rows of multiples of 16 bytes.
+def _has_grouped_product(x_TH: Tensor, inner: int) -> bool:
+    """Whether torch 2.13 has a grouped kernel for it: bfloat16, SM80 and newer, rows of multiples of 16 bytes.
 
     On the meta device, where a plan is checked at full size, there are no rows to count: it does as a GPU does.
     """
-    return x_TH.is_meta or (
+    return x_TH.is_meta or bool(
         x_TH.is_cuda
         and x_TH.dtype == torch.bfloat16
         and x_TH.shape[1] % 8 == 0
+        and inner % 8 == 0
         and torch.cuda.get_device_capability(x_TH.device) >= (8, 0)
     )
 
@@ -572,7 +572,7 @@ def _project(segment: _Segment, x: Tensor, weight_ENM: Tensor, lora: _Lora) -> t
     return y, u
 
 
-def _project_back(
+def _project_back(  # noqa: PLR0917 - the order of `_project`, then what backward adds
     segment: _Segment,
     grad: Tensor,
     x: Tensor,

@@ -5,6 +5,7 @@ and silently ignores the experts (tests/serve/test_engine.py keeps the proof). W
 Mixtral's checkpoints use, the same adapter is applied by vLLM and loaded by plain PEFT.
 """
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -168,9 +169,16 @@ def per_expert(weights: dict[str, torch.Tensor], config: dict[str, Any], *, expe
 
 
 def per_expert_config(config: dict[str, Any], weights: dict[str, torch.Tensor], base: Path) -> dict[str, Any]:
-    """The PEFT config that goes with `per_expert`'s tensors: every target a module name, no target parameters."""
+    """The PEFT config that goes with `per_expert`'s tensors: every target a module name, no target parameters.
+
+    rsLoRA's scale is written as an ordinary one: loading per-expert factors, PEFT doubles the rank and alpha of gate
+    and up (peft 0.21, `_convert_peft_config_moe`), and alpha / √r would come out √2 times too great.
+    """
     modules = sorted({name.split(".lora_")[0].rsplit(".", 1)[-1] for name in weights})
-    return {**config, "target_modules": modules, "target_parameters": None, "base_model_name_or_path": str(base)}
+    plain = {**config, "target_modules": modules, "target_parameters": None, "base_model_name_or_path": str(base)}
+    if config.get("use_rslora"):
+        plain |= {"use_rslora": False, "lora_alpha": config["lora_alpha"] * math.sqrt(config["r"])}
+    return plain
 
 
 def card(manifest: Manifest) -> str:

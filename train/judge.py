@@ -13,10 +13,11 @@ from transformers import set_seed
 from trl import DPOConfig, DPOTrainer
 
 from mixfuse.errors import MixfuseError
+from train import experts
 from train.model import load_base, load_tokenizer, lora_config
 from train.pairs import read_pairs
 from train.recipe import JudgeRecipe, TrainRecipe
-from train.run import train_and_save, trainer_arguments
+from train.run import last_checkpoint, train_and_save, trainer_arguments
 
 
 def train(recipe: TrainRecipe) -> None:
@@ -39,13 +40,14 @@ def make_trainer(recipe: JudgeRecipe) -> DPOTrainer:
     )
     data = pairs_dataset(recipe, tokenizer)
     model = load_base(recipe.base, getattr(torch, recipe.dtype))
+    chosen = experts.settle(recipe, model, data, tokenizer, resuming=last_checkpoint(recipe.out) is not None)
     set_seed(recipe.seed)
     return DPOTrainer(
         model=model,
         args=arguments,
         train_dataset=data,
         processing_class=tokenizer,
-        peft_config=lora_config(recipe.lora),
+        peft_config=lora_config(recipe.lora, chosen),
     )
 
 

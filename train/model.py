@@ -1,6 +1,7 @@
 """Loading a Mixtral for training under ZeRO-3, and proving that what was loaded is what the checkpoint holds."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,22 +80,42 @@ def mark_leaves(model: MixtralForCausalLM) -> None:
         )
 
 
-def lora_config(lora: Lora) -> LoraConfig:
+def lora_config(lora: Lora, chosen: Sequence[Sequence[int]] | None = None) -> LoraConfig:
     """Turns a recipe's `lora` into PEFT's config.
 
     In transformers 5 the experts are 3-D parameters without modules, reached by `target_parameters`; a wildcard such
     as `all-linear` would miss them or train the router, so every target is named.
+
+    Args:
+        lora: The recipe's.
+        chosen: For each layer the experts to adapt (`experts.settle`); may be left out where the recipe names them.
+
+    Raises:
+        MixfuseError: The recipe leaves the choice to the data and it has not been made.
     """
+    by_layer: dict[int, Sequence[int]] | None = None  # None: all
+    targets: list[str] | None = list(EXPERT_PARAMETERS)
+    if lora.experts == "none":
+        targets = None
+    elif chosen is not None:
+        by_layer = {layer: experts for layer, experts in enumerate(chosen) if experts}
+    elif isinstance(lora.experts, dict):
+        by_layer = dict(lora.experts)
+    elif lora.experts == "auto":
+        raise MixfuseError("lora.experts is auto, and the experts have not been chosen (train.experts.settle)")
+    if by_layer is not None:
+        targets = [f"layers.{layer}.{parameter}" for layer in by_layer for parameter in EXPERT_PARAMETERS]
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.r,
         lora_alpha=lora.alpha,
-        lora_dropout=0.0,  # PEFT's target_parameters takes none
+        lora_dropout=lora.dropout,
+        use_rslora=lora.rslora,
         bias="none",
         target_modules=list(ATTENTION_MODULES) if lora.attention else [],
-        target_parameters=list(EXPERT_PARAMETERS) if lora.experts != "none" else None,
+        target_parameters=targets,
     )
-    expert_lora.attach(config)
+    expert_lora.attach(config, by_layer)
     return config
 
 

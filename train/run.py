@@ -280,6 +280,7 @@ def train_and_save(trainer: Any, recipe: TrainRecipe, *, stage: str) -> None:
                     "steps": trainer.state.global_step,
                     "examples": len(trainer.train_dataset),
                     "processes": int(os.environ["WORLD_SIZE"]),
+                    "trainable_parameters": sum(tensor.numel() for tensor in weights.values()),
                     "seconds": round(time.time() - began, 1),
                 },
                 "libraries": libraries(),
@@ -325,11 +326,15 @@ def save_peft(model: Any, weights: dict[str, Any], out: Path) -> None:
     """Writes a plain PEFT adapter folder: `adapter_config.json` and `adapter_model.safetensors`."""
     from safetensors.torch import save_file
 
+    from train.expert_lora import as_plain_peft
+
     config = model.peft_config["default"].to_dict()
     config["inference_mode"] = True
     config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     write_json(out / "adapter_config.json", config)
-    tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
+    if config.get("target_parameters"):
+        config["lora_dropout"] = 0.0  # matters to training alone, and plain PEFT refuses any on these
+    tensors = {name: tensor.contiguous() for name, tensor in as_plain_peft(model, weights).items()}
     save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
 
 

@@ -15,7 +15,8 @@ FUSED_EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 class Tiny:
     """Folders: the base, the adapters as PEFT saved them, and the adapter directories exported from them.
 
-    "one" is a domain adapter, "two" a judge, "experts" a domain adapter without attention.
+    "one" is a domain adapter, "two" a judge, "experts" a domain adapter without attention, "chosen" one of some experts
+    of the second layer, with rsLoRA, as training saves it.
     """
 
     base: Path
@@ -41,6 +42,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
         "two": _save_adapter(base, root / "two", seed=2, rank=8, modules=ATTENTION, parameters=FUSED_EXPERTS),
         "experts": _save_adapter(base, root / "experts", seed=3, rank=4, modules=[], parameters=FUSED_EXPERTS),
     }
+    fused["chosen"] = _save_chosen(base, root / "chosen")
     served = {name: root / f"{name}-served" for name in fused}
     for name, path in fused.items():
         export(path, served[name], base=base, role="judge" if name == "two" else "domain")
@@ -105,4 +107,26 @@ def _save_adapter(base: Path, path: Path, *, seed: int, rank: int, modules: list
             if "lora_" in name:
                 torch.nn.init.normal_(weight, std=0.1)
     model.save_pretrained(path)
+    return path
+
+
+def _save_chosen(base: Path, path: Path) -> Path:
+    import torch
+    from peft import get_peft_model
+
+    from train.model import load_base, lora_config
+    from train.recipe import Lora
+    from train.run import save_peft
+
+    lora = Lora(r=4, alpha=8, rslora=True, dropout=0.1, experts={1: (0, 2)})
+    model = get_peft_model(load_base(base, torch.float32), lora_config(lora))
+    weights = {}
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        for name, weight in model.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(weight, std=0.1)
+                weights[name.replace(".default.", ".")] = weight.detach().clone()
+    path.mkdir()
+    save_peft(model, weights, path)
     return path

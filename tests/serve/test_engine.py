@@ -71,6 +71,21 @@ async def test_logprobs_are_those_of_transformers_and_peft(engine: Engine, tiny,
 
 @pytest.mark.engine
 @module_loop
+async def test_an_adapter_of_some_experts_of_some_layers(engine: Engine, tiny):
+    """Its untouched experts are zeros, a layer without any is left out, and rsLoRA's scale arrives."""
+    await engine.unload_adapter("two")
+    try:
+        await engine.load_adapter("chosen", tiny.served["chosen"])
+        for text in TEXTS:
+            assert distance(await logprobs(engine, "chosen", text), tiny.logprobs("chosen", text)) < TOLERANCE
+        assert parity.reference(tiny.served["chosen"], tiny.base).expert_effect > 10 * TOLERANCE
+    finally:
+        await engine.unload_adapter("chosen")
+        await engine.load_adapter("two", tiny.served["two"])
+
+
+@pytest.mark.engine
+@module_loop
 async def test_base_and_adapters_share_a_batch(engine: Engine, tiny):
     asked = [(model, text) for text in TEXTS for model in ("base", "one", "two")] * 3
     answers = await asyncio.gather(*(logprobs(engine, model, text) for model, text in asked))
