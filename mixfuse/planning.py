@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +65,13 @@ def _training(arguments: Any) -> tuple[dict[str, Any], str, str]:
     recipe = load(arguments.recipe, model, arguments.overrides)
     config, where = plan.find_config(recipe, arguments.recipe, arguments.model)
     cuda = arguments.device == "cuda"
+    host = size(arguments.host_memory) if arguments.host_memory else None
     hardware = plan.Hardware(
         nodes=arguments.nodes,
         gpus=arguments.gpus_per_node,
-        gpu_bytes=size(arguments.gpu_memory),
-        host_bytes=size(arguments.host_memory) if arguments.host_memory else None,
+        # Without a GPU the processes share the host's memory.
+        gpu_bytes=size(arguments.gpu_memory) if cuda else (host or sys.maxsize) // arguments.gpus_per_node,
+        host_bytes=host,
         reserve_bytes=size(arguments.reserve) if cuda else 0,
         cuda=cuda,
     )
@@ -82,7 +85,11 @@ def _training(arguments: Any) -> tuple[dict[str, Any], str, str]:
         "utilisation": arguments.utilisation,
         "GB/s received a GPU": bandwidth,
     }
-    estimate = plan.speed(made, tflops=arguments.tflops, utilisation=arguments.utilisation, bandwidth=bandwidth * 1e9)
+    estimate = None
+    if cuda:
+        estimate = plan.speed(
+            made, tflops=arguments.tflops, utilisation=arguments.utilisation, bandwidth=bandwidth * 1e9
+        )
     line = f"{plan.header(made)}: `{_command(arguments)}`"
     return plan.to_json(made, advice, estimate, assumed), plan.to_text(made, advice, estimate, assumed), line
 

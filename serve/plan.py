@@ -212,6 +212,11 @@ def advise(
         made = plan(changed, config, gpus=gpus, gpu_bytes=gpu_bytes, concurrency=concurrency)
         if made.fits:
             found.append(Change(name, made.total, made.most, fits=True))
+    for factor in (2, 4):
+        made = plan(engine, config, gpus=gpus * factor, gpu_bytes=gpu_bytes, concurrency=concurrency)
+        if made.fits and made.split.t * made.split.p > gpus:
+            found.append(Change(f"{gpus * factor} GPUs", made.total, made.most, fits=True))
+            break
     fewer = concurrency
     while fewer > 1 and len(found) < 3:
         fewer //= 2

@@ -161,12 +161,13 @@ def visits(groups: Sequence[Sequence[Module]], *, checkpointing: bool) -> list[V
 # --------------------------------------------------------------------------------------------------- activations
 
 
-def attention_saved(shape: Shape, batch: Batch, w: int, lora: Lora) -> int:
+def attention_saved(shape: Shape, batch: Batch, w: int, lora: Lora, *, cuda: bool) -> int:
     """What a layer's attention keeps for backward: norm, LoRA's inputs, q, k and v as heads, output, mask.
 
     w·(T·H + 4·T·r + 4·T·A·D + B·S²) + 4·(T·A + T) + [w = 2] 4·T·H; keys and values are repeated to A heads, and the
     padding mask becomes one of w bytes in every layer (transformers 5.19 `sdpa_attention_forward`). The norm keeps its
-    input in float32. Dropout keeps, of each projection's input, what it let through and a mask of one byte.
+    input in float32. Dropout keeps, of each projection's input, what it let through and a mask of one byte; on a CPU
+    the mask is of w bytes.
     """
     _, H, _, _, _, A, _, D, _, _ = shape  # noqa: N806
     T = batch.T  # noqa: N806
@@ -174,7 +175,7 @@ def attention_saved(shape: Shape, batch: Batch, w: int, lora: Lora) -> int:
     if lora.attention:
         inputs = w * (T * H + 4 * T * lora.r)  # the normed input; attention's output is kept anyhow
         if lora.dropout:
-            inputs = w * 4 * T * lora.r + (w + 1) * T * (3 * H + A * D)
+            inputs = w * 4 * T * lora.r + (w + (1 if cuda else w)) * T * (3 * H + A * D)
     norm = FP32 * T + (FP32 * T * H if w < FP32 else 0)
     heads = w * (4 * T * A * D + batch.B * batch.S**2) + FP32 * T * A
     return inputs + norm + heads
@@ -217,9 +218,9 @@ def moe_backward_workspace(shape: Shape, batch: Batch, w: int, lora: Lora, *, cu
     return w * (rows * max(6 * I + H, 5 * I + 3 * H) + 2 * batch.T * H + factors)
 
 
-def layer_saved(shape: Shape, batch: Batch, w: int, lora: Lora) -> int:
+def layer_saved(shape: Shape, batch: Batch, w: int, lora: Lora, *, cuda: bool) -> int:
     """Attention's and the MoE block's."""
-    return attention_saved(shape, batch, w, lora) + moe_saved(shape, batch, w, lora)
+    return attention_saved(shape, batch, w, lora, cuda=cuda) + moe_saved(shape, batch, w, lora)
 
 
 def checkpoint_saved(shape: Shape, batch: Batch, w: int) -> int:
@@ -304,8 +305,8 @@ def moments(
         cuda: Whose kernels run.
         aux_loss: Whether the router's load-balancing loss is computed.
     """
-    attention = attention_saved(shape, batch, w, lora)
-    layer = layer_saved(shape, batch, w, lora)
+    attention = attention_saved(shape, batch, w, lora, cuda=cuda)
+    layer = layer_saved(shape, batch, w, lora, cuda=cuda)
     kept = checkpoint_saved(shape, batch, w) if checkpointing else layer
     gradient = batch.T * shape.H * w
     attention_workspace = w * batch.T * (4 * shape.A * shape.D + 2 * shape.H)

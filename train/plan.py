@@ -204,11 +204,8 @@ def plan(
     parameters = memory.all_parameters(groups)
     order = memory.visits(groups, checkpointing=recipe.gradient_checkpointing)
     replayed = replay(order, zero.thresholds, world, recorded=not judge)
-    kept = shape.L * (
-        memory.checkpoint_saved(shape, batch, w)
-        if recipe.gradient_checkpointing
-        else memory.layer_saved(shape, batch, w, lora)
-    )
+    layer = memory.layer_saved(shape, batch, w, lora, cuda=hardware.cuda)
+    kept = shape.L * (memory.checkpoint_saved(shape, batch, w) if recipe.gradient_checkpointing else layer)
     aux_loss = getattr(recipe, "router_aux_loss_coef", 0) > 0
     frozen = sum(p.per_rank(world) for p in parameters if not p.trainable)
     trained = sum(p.per_rank(world) for p in parameters if p.trainable)
@@ -254,9 +251,8 @@ def plan(
         checkpointing=recipe.gradient_checkpointing,
         saved={
             "kept": kept + memory.final_body(shape, batch, w),
-            "with_checkpointing": shape.L * memory.checkpoint_saved(shape, batch, w)
-            + memory.layer_saved(shape, batch, w, lora),
-            "without_checkpointing": shape.L * memory.layer_saved(shape, batch, w, lora),
+            "with_checkpointing": shape.L * memory.checkpoint_saved(shape, batch, w) + layer,
+            "without_checkpointing": shape.L * layer,
         },
         problems=(),
     )
@@ -531,7 +527,9 @@ def gib(count: float) -> str:
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
 
 
-def to_json(made: Plan, advice: Sequence[Change], estimate: Speed, assumptions: Mapping[str, float]) -> dict[str, Any]:
+def to_json(
+    made: Plan, advice: Sequence[Change], estimate: Speed | None, assumptions: Mapping[str, float]
+) -> dict[str, Any]:
     """The plan as one JSON object."""
     return {
         "kind": "training",
@@ -557,7 +555,8 @@ def to_json(made: Plan, advice: Sequence[Change], estimate: Speed, assumptions: 
         "fits": made.fits,
         "problems": list(made.problems),
         "advice": [change._asdict() for change in advice],
-        "speed": {
+        "speed": estimate
+        and {
             **{key: None if math.isinf(value) else value for key, value in estimate._asdict().items()},
             "assumed": dict(assumptions),
         },
@@ -572,14 +571,15 @@ def header(made: Plan) -> str:
     return words if made.fits else f"{words}, which does not fit"
 
 
-def to_text(made: Plan, advice: Sequence[Change], estimate: Speed, assumptions: Mapping[str, float]) -> str:
+def to_text(made: Plan, advice: Sequence[Change], estimate: Speed | None, assumptions: Mapping[str, float]) -> str:
     """The plan for people."""
     hardware, shape = made.hardware, made.shape
     unit = "GPU" if hardware.cuda else "process"
     parts = "\n".join(f"  {name:14} {gib(size):>10}" for name, size in made.per_gpu().items() if size)
     host = "\n".join(f"  {name:14} {gib(size):>10}" for name, size in {**made.host, "total": made.host_total}.items())
     lines = [
-        f"{made.recipe}: {made.stage} on {hardware.nodes} x {hardware.gpus} {unit}s of {gib(hardware.gpu_bytes)}",
+        f"{made.recipe}: {made.stage} on {hardware.nodes} x {hardware.gpus}"
+        + (f" GPUs of {gib(hardware.gpu_bytes)}" if hardware.cuda else " processes without a GPU"),
         f"base {made.base_parameters / 1e9:.2f} B parameters ({made.base_parameters * made.w / 1e9:.1f} GB), "
         f"{made.active_parameters / 1e9:.2f} B active; trained {made.trainable_parameters / 1e6:.1f} M "
         f"({made.trainable_parameters * made.w / 1e9:.2f} GB)",
@@ -597,15 +597,15 @@ def to_text(made: Plan, advice: Sequence[Change], estimate: Speed, assumptions: 
         lines.append(f"  {'on NVMe':14} {gib(made.disk):>10}")
     if hardware.host_bytes is None:
         lines.append("  (--host-memory was not given, so a host's is not checked)")
-    assumed = ", ".join(f"{key} {value:g}" for key, value in assumptions.items())
-    lines += [
-        "",
-        f"time: {estimate.tokens_per_second:,.0f} tokens/s together; computing alone {estimate.compute:,.0f}, "
-        f"gathering alone {estimate.gather:,.0f}",
-        f"  assumed, not measured: {assumed}",
-        "",
-        "fits" if made.fits else "does NOT fit: " + "; ".join(made.problems),
-    ]
+    if estimate:
+        assumed = ", ".join(f"{key} {value:g}" for key, value in assumptions.items())
+        lines += [
+            "",
+            f"time: {estimate.tokens_per_second:,.0f} tokens/s together; computing alone {estimate.compute:,.0f}, "
+            f"gathering alone {estimate.gather:,.0f}",
+            f"  assumed, not measured: {assumed}",
+        ]
+    lines += ["", "fits" if made.fits else "does NOT fit: " + "; ".join(made.problems)]
     lines += [
         f"  {'fits' if change.fits else 'still too much'} with {change.change}: {gib(change.gpu_bytes)} a {unit}, "
         f"{gib(change.host_bytes)} a host"
