@@ -206,16 +206,18 @@ def moe_forward_workspace(shape: Shape, batch: Batch, w: int, *, cuda: bool) -> 
 
 
 def moe_backward_workspace(shape: Shape, batch: Batch, w: int, lora: Lora, *, cuda: bool) -> int:
-    """w·(n·max(6I + 2H, 5I + 3H) + 2·T·H) and LoRA's matrices and gradients, 4·r·E·(2H + 3I)·w.
+    """w·(n·max(6I + H, 5I + 3H) + 2·T·H) and LoRA's matrices and gradients, 3·r·E·(2H + 3I)·w.
 
     Of the n pairs that are computed at once: the gradient of their output, the activation and its product, the gradient
     of that, of both halves together and of the activation's input. For all tokens: the gradient that comes in and the
     sum that goes out. LoRA's B is copied so that each expert's lies dense, its gradients are collected and stacked.
+    Expert by expert, on a CPU, one expert's gradient of both halves is still there when the next one's is made: 7I + H.
     """
     _, H, I, E, *_ = shape  # noqa: N806, E741
     rows = _rows(shape, batch, cuda=cuda)
+    each = max(6 * I + H, 5 * I + 3 * H) if cuda else 7 * I + H
     factors = 0 if lora.experts == "none" else lora.r * E * 3 * (2 * H + 3 * I)
-    return w * (rows * max(6 * I + H, 5 * I + 3 * H) + 2 * batch.T * H + factors)
+    return w * (rows * each + 2 * batch.T * H + factors)
 
 
 def layer_saved(shape: Shape, batch: Batch, w: int, lora: Lora, *, cuda: bool) -> int:

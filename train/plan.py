@@ -6,6 +6,7 @@ only, where its parameters are counted beside the formula's.
 """
 
 import copy
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -391,43 +392,39 @@ class _Setting(NamedTuple):
 def advise(
     recipe: TrainRecipe, config: Mapping[str, Any], zero3: Mapping[str, Any], hardware: Hardware
 ) -> list[Change]:
-    """The first three changes that make it fit, cheapest first: single ones, then several together.
+    """The first three changes that make it fit, cheapest first: single ones, then two together, then all that help.
 
     Every entry is a plan made anew with the change; where nothing fits, the one change that helps most is named.
     """
     start = _Setting(recipe, zero3, hardware)
+    now = plan(recipe, config, zero3, hardware)
+    singles = list(_variants(start))
+    tried: list[Change] = []
 
-    def tried(names: Sequence[str], setting: _Setting) -> Change:
+    def fits(*names: str) -> bool:
+        setting = start
+        for name in names:
+            # A change that one before it has made needless is no longer offered.
+            setting = next((after for offered, after in _variants(setting) if offered == name), setting)
         made = plan(setting.recipe, config, setting.zero3, setting.hardware)
-        return Change(" and ".join(names), made.gpu_total, made.host_total, made.fits)
+        tried.append(Change(" and ".join(names), made.gpu_total, made.host_total, made.fits))
+        return made.fits
 
-    found: list[Change] = []
-    helpful: list[tuple[str, _Setting]] = []
-    least = tried([], start)
-    best = least
-    for name, setting in _variants(start):
-        change = tried([name], setting)
-        if change.fits:
-            found.append(change)
-        elif change.gpu_bytes < least.gpu_bytes or change.host_bytes < least.host_bytes:
-            helpful.append((name, setting))
-            best = min(best, change, key=lambda one: one.gpu_bytes)
-        if len(found) == 3:
-            return found
-    names, setting = [], start
-    for name, _ in helpful:
-        step = next((after for offered, after in _variants(setting) if offered == name), None)
-        if step is None:  # what came before has overtaken it
-            continue
-        names.append(name)
-        setting = step
-        if len(names) > 1:
-            change = tried(names, setting)
-            best = min(best, change, key=lambda one: one.gpu_bytes)
-            if change.fits:
-                found.append(change)
-                break
-    return found or ([best] if best.change else [])
+    helpful = []
+    for name, _ in singles:
+        if not fits(name) and (tried[-1].gpu_bytes < now.gpu_total or tried[-1].host_bytes < now.host_total):
+            helpful.append(name)
+    # The pairs of what costs least first; more would take longer than the rest of the plan.
+    pairs = sorted(itertools.combinations(range(len(helpful)), 2), key=sum)[:20]
+    for one, other in pairs:
+        if sum(change.fits for change in tried) >= 3:
+            break
+        fits(helpful[one], helpful[other])
+    found = [change for change in tried if change.fits][:3]
+    if not found and helpful:
+        fits(*helpful)
+        found = [change for change in tried if change.fits]
+    return found or sorted(tried, key=lambda change: change.gpu_bytes)[:1]
 
 
 def _variants(start: _Setting) -> Iterator[tuple[str, _Setting]]:
