@@ -39,6 +39,7 @@ class Case(NamedTuple):
     scaled: bool = True  # DeepSpeed's thresholds in proportion to 8x22B's, not its defaults
     heads: int = 4
     keys: int = 2
+    micro: int = 2  # examples; of the judge four, as the two orders of one pair are equally long and need no padding
 
 
 CASES = (
@@ -47,7 +48,17 @@ CASES = (
     # Wide experts, as at 8x22B where they outweigh the output layer.
     Case("c", layers=4, hidden=96, inner=3072, experts=4, dtype="bfloat16", vocabulary=4096),
     Case("d", layers=3, hidden=128, inner=4096, experts=2, checkpointing=True),
-    Case("judge", layers=4, hidden=96, inner=2560, experts=4, stage="judge", dtype="bfloat16", checkpointing=True),
+    Case(
+        "judge",
+        layers=4,
+        hidden=96,
+        inner=2560,
+        experts=4,
+        stage="judge",
+        dtype="bfloat16",
+        checkpointing=True,
+        micro=4,
+    ),
 )
 
 
@@ -126,7 +137,7 @@ def make_recipe(case: Case, folder: Path) -> Path:
         "data": folder / "data.jsonl",
         "max_length": 2048,
         "lora": {"r": 8, "alpha": 16},
-        "optimizer": {"steps": 3, "batch_size": 8, "micro_batch": 2, "warmup_steps": 0},
+        "optimizer": {"steps": 3, "batch_size": 16, "micro_batch": case.micro, "warmup_steps": 0},
         "deepspeed": folder / "deepspeed.json",
         "threads": 1,
         "dtype": case.dtype,
@@ -145,7 +156,7 @@ def measure(case: Case, recipe: Path, world: int, facts: Path) -> dict[str, Any]
     """
     command = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
     # One pass a step, so that the batch that made the peak is the batch that was noted.
-    batch = f"optimizer.batch_size={2 * world}"
+    batch = f"optimizer.batch_size={case.micro * world}"
     command += [str(ROOT / "benchmarks" / "plan_probe.py"), case.stage, str(recipe), str(facts), batch]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment, check=False)
@@ -192,7 +203,8 @@ def main() -> None:
                 rows = compare(made, seen)
                 errors = {name: plan / real - 1 for name, (plan, real) in rows.items() if real}
                 found.append({"model": case.name, "world": world, "rows": rows, "errors": errors})
-                print(f"{case} on {world}, batch {seen['body']['shape']}, peak at {made.peak.name}", flush=True)
+                settings = ", ".join(f"{name} {value}" for name, value in case._asdict().items())
+                print(f"{settings} on {world}: batch {seen['body']['shape']}, peak at {made.peak.name}", flush=True)
                 for name, (plan_bytes, real) in rows.items():
                     error = f"{errors[name]:+.1%}" if real else ("" if not plan_bytes else "planned, not seen")
                     print(f"  {name:18} plan {plan_bytes:>12,}  measured {real:>12,}  {error}", flush=True)

@@ -1,4 +1,4 @@
-"""The planner: formulas against tensors, the replay of ZeRO-3 against processes, advice against the plan it leads to."""
+"""The planner: formulas against tensors, the replay of ZeRO-3 against processes, advice against its own plans."""
 
 import importlib.util
 import json
