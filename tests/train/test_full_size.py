@@ -141,16 +141,13 @@ def test_the_first_forward_passes_all_layers(adapted: Any) -> None:
 
 def test_every_parameter_is_found_in_the_checkpoint_under_its_saved_names(base: Path) -> None:
     """The model has transformers 5's names, the file w1, w2, w3: each stored tensor has one place, none is left."""
+    parameters = {name: parameter.shape for name, parameter in on_meta().named_parameters()}
     checkpoint = _Checkpoint(base)
-    shapes = saved_tensors()
-    left = {name: math.prod(shape) for name, shape in shapes.items()}
-    for name, parameter in on_meta().named_parameters():
-        places = checkpoint.rows_of(name, parameter.shape)
-        stored = [left.pop(key) for _, key in places]
-        assert sum(stored) == parameter.numel(), name
-        for index, key in places:
-            row = math.prod(shapes[key][1:])
-            assert parameter[index].numel() == row, f"{key} does not fit {name}{list(index)}"
+    checkpoint.check_names(parameters)  # names and shapes, and that none is left over
+    left = saved_tensors()
+    for name, shape in parameters.items():
+        stored = [math.prod(left.pop(key)) for _, key in checkpoint.pieces_of(name, shape)]
+        assert sum(stored) == math.prod(shape), name
     assert not left, "tensors of the checkpoint that no parameter is loaded from"
 
 
@@ -164,7 +161,7 @@ def test_transformers_maps_the_saved_names_to_the_same_parameters(base: Path) ->
         by_parameter.setdefault(name, set()).add(saved)
     checkpoint = _Checkpoint(base)
     ours = {
-        name: {key for _, key in checkpoint.rows_of(name, parameter.shape)}
+        name: {key for _, key in checkpoint.pieces_of(name, parameter.shape)}
         for name, parameter in on_meta().named_parameters()
     }
     assert by_parameter == ours
