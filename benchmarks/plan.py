@@ -179,6 +179,9 @@ def compare(made: Plan, seen: dict[str, Any]) -> dict[str, tuple[int, int]]:
     body = seen["body"]
     saved = made.saved["kept"]
     rows = {name: (made.held[name], held[name]) for name in held}
+    if made.hardware.world > 1:  # one process gathers nothing
+        read = made.host["loading"] if made.shape.I > made.shape.V else 2 * made.shape.I * made.shape.H * made.w
+        rows["loading, peak"] = (made.loading + read, seen["loaded"]["peak"])
     rows["gathered, most"] = (made.largest_gather, seen["whole"]["peaks"].get("gather", 0))
     rows["activations kept"] = (saved, body["after"]["train"] - body["before"]["train"])
     rows["total, peak"] = (made.gpu_total, seen["whole"]["peak"])

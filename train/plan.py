@@ -116,6 +116,7 @@ class Plan:
         trainable_parameters: Of the LoRA.
         held: Per GPU, by part: what is there throughout.
         peak: Per GPU: the largest moment.
+        loading: Per GPU: while the base is loaded, before training begins.
         host: Per host, by part; `loading` is over before training begins.
         disk: Per host, on NVMe.
         gathered_numel: Elements that one process gathers in a micro step.
@@ -135,6 +136,7 @@ class Plan:
     w: int
     held: dict[str, int]
     peak: Moment
+    loading: int
     largest_gather: int
     host: dict[str, int]
     disk: int
@@ -230,8 +232,9 @@ def plan(
     )  # fmt: skip
     update = Moment("optimizer step", 0, 0, 2 * trained * FP32)
     peak = max(step, update, key=lambda moment: moment.total)
-    experts = 3 * shape.L * shape.E * shape.H * shape.I * w
-    host, disk = _host(zero, hardware.gpus, partition=(frozen + trained) * w, states=states, experts=experts)
+    # `train/model.py` reads one tensor and gathers one module at a time.
+    largest = max(shape.I, shape.V) * shape.H * w
+    host, disk = _host(zero, hardware.gpus, partition=(frozen + trained) * w, states=states, loading=2 * largest)
     made = Plan(
         recipe=source,
         stage="judge" if judge else "sft",
@@ -243,6 +246,7 @@ def plan(
         w=w,
         held=on_gpu,
         peak=peak,
+        loading=frozen * w + max(3 * shape.E * shape.I, shape.V) * shape.H * w,
         largest_gather=max((gathered.fetching for gathered in replayed), default=0) * w,
         host=host,
         disk=disk,
@@ -266,7 +270,7 @@ def gathered_numel(replayed: Sequence[Gathered]) -> int:
 
 
 def _host(
-    zero: Zero3, gpus: int, *, partition: int, states: Mapping[str, int], experts: int
+    zero: Zero3, gpus: int, *, partition: int, states: Mapping[str, int], loading: int
 ) -> tuple[dict[str, int], int]:
     """What one host's memory and its NVMe hold, for all its processes.
 
@@ -275,7 +279,7 @@ def _host(
         gpus: Processes of the host.
         partition: Bytes of one process's partition of base and LoRA.
         states: Bytes of its master weights, Adam's state and gradients.
-        experts: Bytes of all experts of the base.
+        loading: Bytes of the tensors of the checkpoint that its first process holds while it loads.
     """
     host: dict[str, int] = {}
     disk = 0
@@ -290,15 +294,15 @@ def _host(
     elif zero.offload_optimizer == "nvme":
         disk += (states["master"] + states["optimizer"] + states["gradients"]) * gpus
         host["optimizer"] = states["gradients"] * gpus
-    # transformers 5.19 (`_apply_weight_conversions_to_state_dict`): under ZeRO-3 every process stacks all experts of
-    # the whole checkpoint before the first goes into the model. The checkpoint's own pages are the system's to drop.
-    host["loading"] = experts * gpus
+    host["loading"] = loading
     return host, disk
 
 
 def _problems(made: Plan, recipe: TrainRecipe, zero: Zero3, parameters: Sequence[Parameter]) -> Iterator[str]:
     hardware = made.hardware
     room = hardware.gpu_bytes - hardware.reserve_bytes
+    if made.loading > room:
+        yield f"loading takes {gib(made.loading)} of a GPU that has {gib(room)}"
     if made.gpu_total > room:
         yield (
             f"a GPU needs {gib(made.gpu_total)} and has {gib(room)} "
@@ -544,6 +548,7 @@ def to_json(
         "batch": {"sequences": made.batch.B, "length": made.batch.S, "tokens": made.batch.T},
         "per_gpu_bytes": made.per_gpu(),
         "peak_at": made.peak.name,
+        "loading_bytes": made.loading,
         "largest_gather_bytes": made.largest_gather,
         "moe_block_bytes": memory.moe_block_parameters(made.shape) * made.w,
         "activation_bytes": {key: made.saved[key] for key in ("with_checkpointing", "without_checkpointing")},
@@ -564,7 +569,7 @@ def header(made: Plan) -> str:
     """What a recipe's header says of memory; `tests/test_plan.py` holds the two together."""
     hardware = made.hardware
     unit = "GPU" if hardware.cuda else "process"
-    words = f"{gib(made.gpu_total)} a {unit}, {gib(made.host_total)} a host while loading"
+    words = f"{gib(made.gpu_total)} a {unit}, {gib(made.host_total)} a host"
     return words if made.fits else f"{words}, which does not fit"
 
 
@@ -587,6 +592,7 @@ def to_text(made: Plan, advice: Sequence[Change], estimate: Speed | None, assump
         "",
         f"per {unit}, at its peak ({made.peak.name}):",
         parts,
+        f"  (while loading   {gib(made.loading):>8})",
         "per host:",
         host,
     ]
