@@ -98,6 +98,7 @@ def _command(arguments: Any) -> str:
     """The command that prints this plan."""
     words = ["mixfuse", "plan", str(arguments.recipe), *arguments.overrides]
     words += ["--nodes", str(arguments.nodes), "--gpus-per-node", str(arguments.gpus_per_node)]
+    words += ["--model", str(arguments.model)] if arguments.model else []
     words += ["--device", "cpu"] if arguments.device == "cpu" else ["--gpu-memory", arguments.gpu_memory]
     return shlex.join(words)
 

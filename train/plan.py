@@ -567,9 +567,9 @@ def to_json(
 
 def header(made: Plan) -> str:
     """What a recipe's header says of memory; `tests/test_plan.py` holds the two together."""
-    hardware = made.hardware
-    unit = "GPU" if hardware.cuda else "process"
-    words = f"{gib(made.gpu_total)} a {unit}, {gib(made.host_total)} a host"
+    words = f"{gib(made.gpu_total)} a GPU, {gib(made.host_total)} a host"
+    if not made.hardware.cuda:
+        words = f"{gib(made.gpu_total)} a process"
     return words if made.fits else f"{words}, which does not fit"
 
 
