@@ -15,6 +15,7 @@ COMMANDS = (
     "train judge",
     "launch",
     "doctor",
+    "plan",
     "tasks make",
     "pool collect",
     "pairs build",
@@ -34,7 +35,9 @@ def imported_by(statement: str) -> set[str]:
     return {name.partition(".")[0] for name in done.stdout.split()}
 
 
-@pytest.mark.parametrize("module", ["mixfuse.cli", "mixfuse.server", "mixfuse.adapter", "fusion.gateway"])
+@pytest.mark.parametrize(
+    "module", ["mixfuse.cli", "mixfuse.server", "mixfuse.adapter", "mixfuse.planning", "fusion.gateway"]
+)
 def test_the_command_and_the_gateway_start_without_the_ml_stack(module: str):
     assert not imported_by(f"import {module}") & set(HEAVY)
 

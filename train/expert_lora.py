@@ -25,6 +25,7 @@ its output, and n the rows of one segment.
 import copy
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -284,7 +285,7 @@ def experts_forward(
         factors = (lora or {}).get(name)
         tensors += [None, None] if factors is None else [factors.a, factors.b]
         settings.append(_setting(factors, experts.num_experts))
-    with torch.autocast(device_type=hidden_states.device.type, enabled=False):
+    with _without_autocast(hidden_states):
         out_TH: Tensor = _Experts.apply(
             hidden_states.to(gate_up.dtype),
             top_k_weights,
@@ -376,7 +377,7 @@ class _Experts(torch.autograd.Function):
     def backward(ctx: Any, grad_TH: Tensor) -> Any:
         x_TH, gates_TK, order_S, ends_E, gate_up, down, a1, b1, a2, b2, *kept = ctx.saved_tensors
         constants: _Constants = ctx.constants
-        with torch.autocast(device_type=grad_TH.device.type, enabled=False):
+        with _without_autocast(grad_TH):
             segments = _segments(ends_E, x_TH, down.shape[2])
             lora1 = _Lora(a1, b1, constants.gate_up, segments, x_TH)
             lora2 = _Lora(a2, b2, constants.down, segments, x_TH)
@@ -463,9 +464,17 @@ def _segments(ends_E: Tensor, x_TH: Tensor, inner: int) -> list[_Segment]:
     ]
 
 
+def _without_autocast(like: Tensor) -> AbstractContextManager[Any]:
+    """Products in the dtype of what is multiplied; the meta device knows no autocast."""
+    return nullcontext() if like.is_meta else torch.autocast(device_type=like.device.type, enabled=False)
+
+
 def _has_grouped_product(x_TH: Tensor, inner: int) -> bool:
-    """Whether torch 2.13 has a grouped kernel for it: bfloat16, SM80 and newer, rows of multiples of 16 bytes."""
-    return bool(
+    """Whether torch 2.13 has a grouped kernel for it: bfloat16, SM80 and newer, rows of multiples of 16 bytes.
+
+    On the meta device, where a plan is checked at full size, there are no rows to count: it does as a GPU does.
+    """
+    return x_TH.is_meta or bool(
         x_TH.is_cuda
         and x_TH.dtype == torch.bfloat16
         and x_TH.shape[1] % 8 == 0

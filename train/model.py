@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.runtime.zero import GatheredParameters
+from deepspeed.runtime.zero import GatheredParameters, Init
 from deepspeed.utils import get_z3_leaf_modules, set_z3_leaf_modules
 from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
-from transformers import AutoTokenizer, MixtralForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerBase
+from transformers.initialization import no_init_weights
+from transformers.integrations.deepspeed import deepspeed_config, is_deepspeed_zero3_enabled
+from transformers.modeling_utils import set_zero3_state
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 from mixfuse.errors import MixfuseError
@@ -47,29 +50,70 @@ def load_base(base: Path, dtype: torch.dtype, *, attention: str = "sdpa") -> Mix
     if kind != "mixtral":
         raise MixfuseError(f"{base} is a {kind!r} model; mixfuse trains Mixtral")
     expert_lora.register()
+    settings = {
+        "dtype": dtype,
+        "attn_implementation": attention,
+        "experts_implementation": expert_lora.EXPERTS_IMPLEMENTATION,
+    }
+    model = _partitioned(base, settings) if is_deepspeed_zero3_enabled() else _whole(base, settings)
+    check_loaded(model, base)
+    mark_leaves(model)
+    return model
+
+
+def _whole(base: Path, settings: dict[str, Any]) -> MixtralForCausalLM:
+    """Loads the base as transformers does, whole in this process."""
     try:
         model, info = MixtralForCausalLM.from_pretrained(
-            base,
-            dtype=dtype,
-            output_loading_info=True,
-            local_files_only=True,
-            use_safetensors=True,
-            attn_implementation=attention,
-            experts_implementation=expert_lora.EXPERTS_IMPLEMENTATION,
+            base, output_loading_info=True, local_files_only=True, use_safetensors=True, **settings
         )
     except (RuntimeError, SafetensorError) as error:  # e.g. an expert is missing, so the experts cannot be stacked
         raise MixfuseError(f"{base}: the checkpoint does not load: {error}") from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[problem]:
             raise MixfuseError(f"{base}: {problem.replace('_', ' ')} on loading, e.g. {sorted(info[problem])[0]!r}")
-    check_loaded(model, base)
+    return model
+
+
+def _partitioned(base: Path, settings: dict[str, Any]) -> MixtralForCausalLM:
+    """Loads the base into ZeRO-3's partitions, module by module: rank 0 reads one, the others receive their parts.
+
+    transformers 5.19 would stack all experts of the checkpoint in every process before the first goes into the model
+    (`_apply_weight_conversions_to_state_dict`): 271 GB a process at 8x22B. Here a host holds one MoE block at a time.
+    All ranks check names and shapes first, so that none waits for another that has found a mistake.
+    """
+    config = MixtralConfig.from_pretrained(base, local_files_only=True)
+    config.name_or_path = str(base)
+    with no_init_weights(), Init(config_dict_or_path=deepspeed_config()), set_zero3_state():
+        model = MixtralForCausalLM._from_config(config, **settings)
+    model.tie_weights()
+    checkpoint = _Checkpoint(base)
+    checkpoint.check_names({name: parameter.ds_shape for name, parameter in model.named_parameters()})
+    leads = torch.distributed.get_rank() == 0
+    loaded: set[int] = set()
+    for prefix, module in model.named_modules():
+        own = {name: p for name, p in module.named_parameters(recurse=False) if p.ds_id not in loaded}
+        loaded.update(parameter.ds_id for parameter in own.values())
+        with GatheredParameters(list(own.values()), modifier_rank=0, enabled=bool(own)):
+            if leads:
+                for name, parameter in own.items():
+                    for index, key in checkpoint.pieces_of(f"{prefix}.{name}", parameter.shape):
+                        parameter.data[index].copy_(checkpoint.tensor(key))
+    return model.eval()
+
+
+def mark_leaves(model: MixtralForCausalLM) -> None:
+    """Makes each MoE block a ZeRO-3 leaf module.
+
+    Raises:
+        MixfuseError: Not every layer has one.
+    """
     set_z3_leaf_modules(model, [MixtralSparseMoeBlock])
     leaves = get_z3_leaf_modules(model)
     if len(leaves) != model.config.num_hidden_layers:
         raise MixfuseError(
             f"{len(leaves)} of {model.config.num_hidden_layers} MoE blocks are ZeRO-3 leaves; training would hang"
         )
-    return model
 
 
 def lora_config(lora: Lora, chosen: Sequence[Sequence[int]] | None = None) -> LoraConfig:
@@ -130,9 +174,9 @@ def check_loaded(model: MixtralForCausalLM, base: Path) -> None:
                 full = f"{prefix}.{name}" if prefix else name
                 if full == "lm_head.weight" and model.config.tie_word_embeddings:
                     continue
-                for index, key in checkpoint.rows_of(full, parameter.shape):
-                    stored = checkpoint.row(key)
-                    if not torch.equal(parameter.data[index].flatten().cpu(), stored.to(parameter.dtype)):
+                for index, key in checkpoint.pieces_of(full, parameter.shape):
+                    stored = checkpoint.first_row(key)
+                    if not torch.equal(parameter.data[index][0].flatten().cpu(), stored.to(parameter.dtype)):
                         wrong.append(full)
                         break
     if wrong:
@@ -143,31 +187,64 @@ def check_loaded(model: MixtralForCausalLM, base: Path) -> None:
 
 
 class _Checkpoint:
-    """The first row of any tensor of a safetensors checkpoint, under transformers 5's or the saved names."""
+    """The tensors of a safetensors checkpoint, under transformers 5's or the saved names; read one at a time.
+
+    Raises:
+        MixfuseError: A file of it is cut off.
+    """
 
     def __init__(self, base: Path) -> None:
+        self._base = base
         self._files: dict[str, Any] = {}
         for path in sorted(base.glob("*.safetensors")):
-            handle = safe_open(path, framework="pt")
+            try:
+                handle = safe_open(path, framework="pt")
+            except (SafetensorError, RuntimeError) as error:
+                raise MixfuseError(f"{path}: the checkpoint does not load: {error}") from error
             self._files.update(dict.fromkeys(handle.keys(), handle))
 
-    def rows_of(self, name: str, shape: torch.Size) -> list[tuple[tuple[int, ...], str]]:
-        """Which row of the parameter stands first in which stored tensor."""
+    def pieces_of(self, name: str, shape: Sequence[int]) -> list[tuple[tuple[int | slice, ...], str]]:
+        """Which part of the parameter is which stored tensor."""
         if name in self._files:
-            return [((0,), name)]
+            return [((), name)]
         block = name.replace(".mlp.", ".block_sparse_moe.")
         if block.endswith(".experts.gate_up_proj"):
             stem, half = block.removesuffix("gate_up_proj"), shape[1] // 2
             experts = range(shape[0])
-            return [((e, 0), f"{stem}{e}.w1.weight") for e in experts] + [
-                ((e, half), f"{stem}{e}.w3.weight") for e in experts
+            return [((e, slice(half)), f"{stem}{e}.w1.weight") for e in experts] + [
+                ((e, slice(half, None)), f"{stem}{e}.w3.weight") for e in experts
             ]
         if block.endswith(".experts.down_proj"):
-            return [((e, 0), f"{block.removesuffix('down_proj')}{e}.w2.weight") for e in range(shape[0])]
-        return [((0,), block)]
+            return [((e,), f"{block.removesuffix('down_proj')}{e}.w2.weight") for e in range(shape[0])]
+        return [((), block)]
 
-    def row(self, key: str) -> torch.Tensor:
-        if key not in self._files:
-            raise MixfuseError(f"the checkpoint has no tensor {key!r}; it is incomplete")
-        row: torch.Tensor = self._files[key].get_slice(key)[0:1]
+    def check_names(self, shapes: dict[str, Sequence[int]]) -> None:
+        """Checks that the parameters of these names and shapes are all that is stored, and nothing else.
+
+        Raises:
+            MixfuseError: A tensor is missing, left over or of another shape.
+        """
+        left = set(self._files)
+        for name, shape in shapes.items():
+            for index, key in self.pieces_of(name, shape):
+                wanted = list(torch.empty(tuple(shape), device="meta")[index].shape)
+                stored = self._slice(key).get_shape()
+                if stored != wanted:
+                    raise MixfuseError(f"{self._base}: {key} has shape {stored}, and {name} needs {wanted}")
+                left.discard(key)
+        if left:
+            raise MixfuseError(f"{self._base}: unexpected keys on loading, e.g. {min(left)!r}")
+
+    def tensor(self, key: str) -> torch.Tensor:
+        """The stored tensor, whole."""
+        return self._slice(key)[:]
+
+    def first_row(self, key: str) -> torch.Tensor:
+        """Its first row, flat."""
+        row: torch.Tensor = self._slice(key)[0:1]
         return row.flatten()
+
+    def _slice(self, key: str) -> Any:
+        if key not in self._files:
+            raise MixfuseError(f"{self._base}: the checkpoint has no tensor {key!r}; it is incomplete")
+        return self._files[key].get_slice(key)

@@ -181,6 +181,7 @@ def train_and_save(trainer: Any, recipe: TrainRecipe, *, stage: str, examples: i
 
     _only_lora_trains(trainer.model)
     assert_in_force(trainer.model)
+    checkpoint_without_reentry(trainer)
     out = recipe.out
     leads = trainer.is_world_process_zero()
     last = process.agree(last_checkpoint(out))
@@ -243,6 +244,18 @@ def train_and_save(trainer: Any, recipe: TrainRecipe, *, stage: str, examples: i
     trainer.accelerator.wait_for_everyone()
 
 
+def checkpoint_without_reentry(trainer: Any) -> None:
+    """Makes gradient checkpointing the kind that is not reentrant.
+
+    TRL 1.16 forces reentrant checkpointing on LoRA under ZeRO-3. With it, DeepSpeed 0.19.8 holds the frozen parameters
+    of every layer that it computes for the second time until the whole backward pass ends: it files them under the last
+    module whose backward pass has begun, and that is the model. Each process ends up with all of the base gathered, 281
+    GB at 8x22B. Without reentry that module is the layer's own MoE block. `tests/train/test_plan.py` measures it.
+    """
+    if trainer.args.gradient_checkpointing:
+        trainer.args.gradient_checkpointing_kwargs = {"use_reentrant": False}
+
+
 def gather_adapter(model: Any) -> dict[str, Any]:
     """Gathers every LoRA tensor, whole, to the CPU of rank 0, under PEFT's saved names. All ranks must call this.
 
@@ -258,7 +271,7 @@ def gather_adapter(model: Any) -> dict[str, Any]:
         if "lora_" not in name:
             continue
         with GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-            state[name.replace(".default.", ".")] = parameter.detach().cpu().float().clone()
+            state[name.replace(".default.", ".")] = parameter.detach().cpu().clone()
     return state
 
 

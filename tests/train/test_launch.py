@@ -145,7 +145,7 @@ def test_deepspeeds_launcher_trains_stops_and_goes_on(sft_recipe: Path, runs: Pa
     family = psutil.Process(first.pid).children(recursive=True)
     first.send_signal(signal.SIGTERM)
     code = first.wait(timeout=100)
-    text = (runs / "by_deepspeed.log").read_text()
+    text = (runs / "by_deepspeed.log").read_text(errors="replace")
     assert code == 75, text[-4000:]
     assert not psutil.wait_procs(family, timeout=5)[1], "DeepSpeed's launcher left processes behind"
     assert last_checkpoint(out) is not None, text[-4000:]
@@ -197,7 +197,7 @@ def test_slurm_stops_requeues_and_finishes(sft_recipe: Path, runs: Path, sft_by_
         deadline = time.monotonic() + 400
         while not happened() and time.monotonic() < deadline:
             time.sleep(0.1)
-        assert happened(), log.read_text()[-4000:]
+        assert happened(), log.read_text(errors="replace")[-4000:]
 
     try:
         wait_for((out / "metrics.jsonl").is_file)
@@ -209,7 +209,7 @@ def test_slurm_stops_requeues_and_finishes(sft_recipe: Path, runs: Path, sft_by_
         wait_for(lambda: state() == "COMPLETED")
     finally:
         subprocess.run(["scancel", number], capture_output=True, check=False)
-    text = log.read_text()
+    text = log.read_text(errors="replace")
     assert f"requeue: job {number} goes on from its last checkpoint" in text
     assert [row["step"] for row in read_jsonl(out / "metrics.jsonl") if "loss" in row] == list(range(1, SFT_STEPS + 1))
     assert Run(out).series("loss") == pytest.approx(sft_by_two.series("loss"), rel=1e-5)

@@ -13,7 +13,7 @@ from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 
 from mixfuse.errors import MixfuseError
-from train.model import check_loaded, load_base, load_tokenizer, lora_config
+from train.model import _Checkpoint, check_loaded, load_base, load_tokenizer, lora_config
 from train.recipe import Lora
 
 
@@ -47,6 +47,30 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused(
     base = changed(lambda tensors: tensors.pop(lost))
     with pytest.raises(MixfuseError):
         load_base(base, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda tensors: tensors.pop("model.layers.1.block_sparse_moe.experts.2.w2.weight"), "experts.2.w2.weight"),
+        (lambda tensors: tensors.update({"model.odd.weight": torch.zeros(1)}), "unexpected keys.*model.odd.weight"),
+        (lambda tensors: tensors.update({"model.norm.weight": torch.zeros(65)}), r"shape \[65\].*needs \[64\]"),
+    ],
+    ids=["missing", "left over", "another shape"],
+)
+def test_a_checkpoint_is_checked_by_name_and_shape_before_any_process_waits_for_another(
+    edit: Callable[[dict[str, Any]], object],
+    message: str,
+    tiny_base: Path,
+    changed: Callable[[Callable[[dict[str, Any]], object]], Path],
+) -> None:
+    """What every process of ZeRO-3 does before the first tensor is sent."""
+    shapes = {
+        name: tuple(parameter.shape) for name, parameter in load_base(tiny_base, torch.float32).named_parameters()
+    }
+    _Checkpoint(tiny_base).check_names(shapes)
+    with pytest.raises(MixfuseError, match=message):
+        _Checkpoint(changed(edit)).check_names(shapes)
 
 
 @pytest.mark.parametrize(

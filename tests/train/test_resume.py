@@ -70,14 +70,14 @@ def cut_off(recipe: Path, out: Path, number: signal.Signals, *, after: int) -> C
     deadline = time.monotonic() + 200
     while (seen := _last_step(out)) < after and parent.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert parent.poll() is None and seen >= after, log.read_text()[-4000:]
+    assert parent.poll() is None and seen >= after, log.read_text(errors="replace")[-4000:]
     processes = [psutil.Process(parent.pid), *psutil.Process(parent.pid).children(recursive=True)]
     assert len(processes) >= 3
     for process in processes if number is signal.SIGKILL else processes[:1]:
         process.send_signal(number)
     code = parent.wait(timeout=100)
     _, survivors = psutil.wait_procs(processes, timeout=5)
-    return CutOff(number, seen, code, survivors, last_checkpoint(out), time.time(), log.read_text())
+    return CutOff(number, seen, code, survivors, last_checkpoint(out), time.time(), log.read_text(errors="replace"))
 
 
 def _last_step(out: Path) -> int:

@@ -1,0 +1,65 @@
+"""What the docs and the recipes' headers say of memory is what the planner says."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from mixfuse import cli
+
+ROOT = Path(__file__).parent.parent
+DOC = ROOT / "docs" / "planning.md"
+CONFIGS = sorted((ROOT / "configs").glob("*/*.yaml"))
+HEADER = re.compile(r"^# Memory: +(.*)$", re.MULTILINE)
+
+
+def commands() -> list[tuple[str, str]]:
+    """Each command of the docs' console blocks, and what it is said to print."""
+    found = []
+    for block in re.findall(r"^```console\n(.*?)^```", DOC.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+        for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
+            joined = part.replace("\\\n", " ")
+            command, _, printed = joined.partition("\n")
+            found.append((command, printed.rstrip()))
+    return found
+
+
+def printed(command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
+    program, *arguments = shlex.split(command)
+    assert program == "mixfuse"
+    monkeypatch.chdir(ROOT)
+    assert cli.main(arguments) == 0, capsys.readouterr().err
+    return capsys.readouterr().out.rstrip()
+
+
+def test_the_docs_show_what_the_commands_print(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = commands()
+    for command, output in shown:
+        assert printed(command, capsys, monkeypatch) == output, command
+    text = "\n".join(output for _, output in shown)
+    assert "base 140.63 B parameters (281.3 GB)" in text
+    assert "trained 475.3 M (0.95 GB)" in text
+    nodes = {re.search(r"--nodes (\d)", command) for command, _ in shown}
+    assert {match[1] for match in nodes if match} == {"1", "2", "4"}
+
+
+def test_the_tiny_recipes_say_what_they_take() -> None:
+    for name in ("domain_sft", "judge_dpo", "serve"):
+        assert HEADER.search((ROOT / "configs" / "tiny" / f"{name}.yaml").read_text(encoding="utf-8")), name
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_a_recipes_header_is_the_planners(
+    path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To renew a header, run its command with --header."""
+    found = HEADER.search(path.read_text(encoding="utf-8"))
+    if not found:
+        pytest.skip("names no memory")
+    command = re.search(r"`(mixfuse plan .*)`", found[1])
+    assert command, f"{path}: the header's memory names no `mixfuse plan` command"
+    assert str(path.relative_to(ROOT)) in command[1]
+    assert printed(f"{command[1]} --header", capsys, monkeypatch) == found[1]
