@@ -25,6 +25,38 @@ class Price(Strict):
         return (self.prompt * prompt_tokens + self.completion * completion_tokens) / 1e6
 
 
+class Retry(Strict):
+    """When a failed call is made again.
+
+    Only failures that may pass are: no connection, a connection that broke, 408, 429 and 5xx; and only before the
+    client has been sent any of the answer. Off by default: in a pool the other members are the second attempt, and
+    OpenAI's clients repeat a failed request by themselves.
+
+    Attributes:
+        attempts: How often at most a call is made; 1 is no repetition.
+        backoff_ms: The wait before the second attempt; doubled for each further one, and drawn at random between
+            half and all of that. An endpoint's `Retry-After` is waited for where it is longer.
+        max_backoff_ms: The longest wait by doubling.
+    """
+
+    attempts: int = Field(default=1, ge=1, le=10)
+    backoff_ms: Positive = 200.0
+    max_backoff_ms: Positive = 5_000.0
+
+
+class Breaker(Strict):
+    """When a model that keeps failing is left alone.
+
+    Attributes:
+        failures: So many failures in a row (time-outs, broken or refused connections, 5xx) open the circuit: calls
+            fail at once, as `circuit_open`.
+        cooldown_ms: After so long one call is let through; if it succeeds the circuit is closed again.
+    """
+
+    failures: int = Field(default=5, ge=1)
+    cooldown_ms: Positive = 10_000.0
+
+
 class ModelConfig(Strict):
     """One model to call: a role of the server beside this gateway, or any OpenAI-compatible endpoint.
 
@@ -38,7 +70,13 @@ class ModelConfig(Strict):
         max_tokens: Sent where the request sets no limit.
         system: Instructions put before the request's own system message.
         price: What its tokens cost.
-        timeout_s: The longest one call may take, in seconds.
+        timeout_s: The longest one attempt at a call may take, in seconds.
+        retry: When a failed call is made again.
+        hedge_after_ms: After so long without a word, the same call is made a second time beside the first; the one
+            that answers first counts, both are paid for. Unset: never.
+        breaker: When a model that keeps failing is left alone; null: never.
+        max_concurrency: The most calls under way at once; unset: no limit.
+        max_queue: The most calls waiting for one of those places; more are refused, as `queue_full`.
     """
 
     role: str | None = Field(default=None, min_length=1)
@@ -50,6 +88,11 @@ class ModelConfig(Strict):
     system: str | None = None
     price: Price = Price()
     timeout_s: Positive = 120.0
+    retry: Retry = Retry()
+    hedge_after_ms: Positive | None = None
+    breaker: Breaker | None = Breaker()
+    max_concurrency: int | None = Field(default=None, ge=1)
+    max_queue: int = Field(default=64, ge=0)
 
     @model_validator(mode="after")
     def _one_way_to_reach_it(self) -> "ModelConfig":

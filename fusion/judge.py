@@ -6,12 +6,10 @@ How a comparison is written and its verdict read is `mixfuse.judge_protocol`'s.
 from collections.abc import Sequence
 from itertools import combinations
 
-import httpx
-
 from fusion.config import ModelConfig
 from fusion.pool import Pool, all_or_raise, fan_out
 from fusion.run import Candidate
-from fusion.upstream import CallError, Endpoint, Ledger, Purpose, call, first_token_logprobs
+from fusion.upstream import CallError, Client, Endpoint, Ledger, Purpose, call, first_token_logprobs
 from mixfuse.judge_protocol import combine, comparison, new_nonce, read_verdict
 from mixfuse.trace import Verdict
 
@@ -24,7 +22,7 @@ class JudgeError(Exception):
 
 
 async def verdict(
-    client: httpx.AsyncClient,
+    client: Client,
     endpoint: Endpoint,
     question: str,
     first: str,

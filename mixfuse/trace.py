@@ -41,9 +41,11 @@ class Call(Strict):
         model: The model name sent upstream; for a role it is revision-qualified.
         revision: The adapter revision that answered, where the member is a role.
         candidate: Which candidate (0-based) the call produced, for answers and revisions.
-        outcome: "ok", or the type of the failure (`timeout`, `upstream_error`, …).
+        attempt: Which attempt at the same call this was, from 1; retries and hedges count on.
+        outcome: "ok", or the type of the failure (`timeout`, `upstream_error`, …); see docs/failures.md.
         text: What came back, whole or as far as it came.
         estimated: The usage was estimated because the upstream sent none.
+        cost: Dollars.
         started_ms: Milliseconds since the request began.
         duration_ms: How long the attempt took, in milliseconds.
     """
@@ -53,6 +55,7 @@ class Call(Strict):
     model: str
     revision: str | None = None
     candidate: int | None = None
+    attempt: int = 1
     outcome: str = "ok"
     error: str | None = None
     text: str | None = None
@@ -79,6 +82,7 @@ class Trace(Strict):
     """One fused request.
 
     Attributes:
+        key: The id of the API key the request came with; never the key itself.
         winner: The candidate whose text was returned, for `best_of`.
         candidates: Member names by candidate index.
         reason: Why the answer is what it is: `judged`, `agreement`, `lone_survivor`, `judge_failed`, `synthesis`, …
@@ -89,6 +93,7 @@ class Trace(Strict):
     created_at: float = Field(default_factory=time.time)
     model: str
     mode: str
+    key: str | None = None
     messages: list[dict[str, Any]]
     parameters: dict[str, Any] = {}
     candidates: list[str] = []
@@ -110,3 +115,8 @@ class Trace(Strict):
         for call in self.calls:
             total = total + call.usage
         return total
+
+    @property
+    def cost(self) -> float:
+        """Dollars of all calls."""
+        return sum(call.cost for call in self.calls)
