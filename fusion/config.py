@@ -1,10 +1,20 @@
 """The fusion config: who forms the pool, who judges, who synthesizes, and how long anyone is waited for."""
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, HttpUrl, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    HttpUrl,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from mixfuse.recipe import Strict
 
@@ -12,6 +22,14 @@ FUSION_PREFIX = "fusion/"
 """Model names that start with this are modes, so no member may be called so."""
 
 Positive = Annotated[float, Field(gt=0)]
+
+
+def _database(where: str) -> str:
+    """Checks a database's place; the database layer is loaded by who opens it."""
+    scheme, separator, _ = where.partition("://")
+    if separator and scheme.partition("+")[0] not in ("sqlite", "postgresql", "postgres"):
+        raise ValueError(f"it is a path, a sqlite:///… or a postgresql://… URL, not {scheme}://…")
+    return where
 
 
 class Price(Strict):
@@ -134,6 +152,7 @@ class Modes(Strict):
         grace_ms: How long after the quorum the other members are still waited for; unset: until the deadline.
         deadline_ms: How long after the request began members are waited for, over all rounds of a debate
             together.
+        max_cost: The most dollars one request may cost, all calls together; unset: no limit.
         max_rounds: How often a debate's members may revise.
         debate_ending: Which mode makes one answer of a debate's last round.
         early_agreement: Whether candidates that all say the same short-cut the judge.
@@ -142,9 +161,57 @@ class Modes(Strict):
     min_responses: int = Field(default=1, ge=1)
     grace_ms: float | None = Field(default=None, ge=0)
     deadline_ms: Positive = 120_000.0
+    max_cost: Positive | None = None
     max_rounds: int = Field(default=2, ge=1, le=10)
     debate_ending: Literal["best_of", "merge"] = "best_of"
     early_agreement: bool = True
+
+
+class TraceConfig(Strict):
+    """What is kept of each request, and for how long.
+
+    Attributes:
+        retention_days: Traces older than this are removed; unset: never.
+        redact: Regular expressions; what they match in prompts, answers, errors and feedback is replaced before
+            anything is stored.
+        store_text: Whether prompts and answers are stored at all. Without them a trace still tells calls, tokens,
+            cost, times and verdicts, but makes no preference data.
+        spool: The folder of traces on their way to the database, on a local disk; unset: beside a SQLite file, or
+            runs/trace-spool.
+    """
+
+    retention_days: Positive | None = None
+    redact: tuple[str, ...] = ()
+    store_text: bool = True
+    spool: Path | None = None
+
+    @field_validator("redact")
+    @classmethod
+    def _patterns(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+        return patterns
+
+
+class OtelConfig(Strict):
+    """Where spans go.
+
+    Attributes:
+        endpoint: An OTLP collector's URL for traces over HTTP, e.g. http://127.0.0.1:4318/v1/traces.
+        service_name: What the gateway is called there.
+    """
+
+    endpoint: str
+    service_name: str = "mixfuse"
+
+    @field_validator("endpoint")
+    @classmethod
+    def _http(cls, endpoint: str) -> str:
+        _check_url(endpoint, "endpoint")
+        return endpoint
 
 
 class FusionConfig(Strict):
@@ -155,14 +222,21 @@ class FusionConfig(Strict):
         judge: Who compares candidates; without one `best_of` is refused.
         synthesizer: Who writes `merge`'s answer; without one `merge` is refused.
         modes: How the modes wait and end.
-        trace_db: The SQLite file traces are kept in.
+        trace_db: The database of traces and API keys: a SQLite file's path, or a URL (postgresql://…; leave the
+            password to PGPASSWORD or ~/.pgpass).
+        traces: What is kept of each request, and for how long.
+        api_keys: Whether `/v1` wants an API key: "auto" as soon as one has been added, "required", or "off".
+        otel: Where OpenTelemetry spans go; unset: nowhere.
     """
 
     members: tuple[Member, ...] = Field(min_length=1)
     judge: ModelConfig | None = None
     synthesizer: ModelConfig | None = None
     modes: Modes = Modes()
-    trace_db: Path = Path("runs/traces.sqlite3")
+    trace_db: Annotated[str, BeforeValidator(str), AfterValidator(_database)] = "runs/traces.sqlite3"
+    traces: TraceConfig = TraceConfig()
+    api_keys: Literal["auto", "required", "off"] = "auto"
+    otel: OtelConfig | None = None
 
     @model_validator(mode="after")
     def _members_fit(self) -> "FusionConfig":
@@ -180,8 +254,8 @@ class FusionConfig(Strict):
         return self
 
 
-def _check_url(url: str) -> None:
+def _check_url(url: str, name: str = "base_url") -> None:
     try:
         TypeAdapter(HttpUrl).validate_python(url)
     except ValidationError:
-        raise ValueError(f"base_url {url!r} is not an http(s) URL") from None
+        raise ValueError(f"{name} {url!r} is not an http(s) URL") from None

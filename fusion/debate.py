@@ -4,7 +4,7 @@ from fusion.best_of import choose
 from fusion.fence import fenced
 from fusion.merge import synthesize
 from fusion.run import Run, distinct, question
-from fusion.upstream import Message
+from fusion.upstream import CallError, Message
 
 TEMPLATE = (
     "Others answered the same question:\n\n{answers}\n\n"
@@ -25,7 +25,10 @@ async def debate(run: Run) -> str:
     for _ in range(run.plan.settings.max_rounds):
         if len(distinct(run.candidates)) == 1 or run.time_left_s() == 0:
             break
-        await run.revise(prompts(run))
+        try:
+            await run.revise(prompts(run))
+        except CallError:  # the budget does not allow another round
+            break
     ending = choose if run.plan.settings.debate_ending == "best_of" else synthesize
     return await ending(run)
 

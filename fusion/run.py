@@ -2,12 +2,14 @@
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from typing import Any, Literal
 
 from fusion.config import Member, ModelConfig, Modes
-from fusion.pool import Pool, fan_out
+from fusion.ledger import NOTHING, Spend
+from fusion.pool import Pool, estimate, fan_out
 from fusion.upstream import CallError, Emit, Ledger, Message, Reply
 from mixfuse import judge_protocol
 from mixfuse.errors import MixfuseError
@@ -80,6 +82,7 @@ class Run:
     Attributes:
         plan: What is asked for.
         pool: How models are reached.
+        key: The id of the API key it came with.
         emit: Takes the answer piece by piece; None where it is sent whole.
         id: Its trace's.
         created_at: When it began, in seconds since 1970.
@@ -95,6 +98,7 @@ class Run:
 
     plan: Plan
     pool: Pool
+    key: str | None = None
     emit: Emit | None = None
     id: str = field(default_factory=lambda: f"trace-{uuid.uuid4().hex}")
     created_at: float = field(default_factory=time.time)
@@ -121,8 +125,11 @@ class Run:
 
         Raises:
             TooFewAnswersError: The quorum was not met.
+            CallError: A budget does not allow asking them all (`budget`).
         """
         asked = [(member, sample) for member in self.plan.members for sample in range(member.samples)]
+        # All or nothing, and before anything is sent: a member left out for want of money would be a worse answer.
+        self._reserve((member, self.plan.messages) for member, _ in asked)
         attempts = [
             self.pool.ask(
                 member,
@@ -156,7 +163,11 @@ class Run:
 
         Args:
             prompts: What each candidate's member is told, in candidate order.
+
+        Raises:
+            CallError: A budget does not allow asking them all (`budget`).
         """
+        self._reserve((candidate.member, prompt) for candidate, prompt in zip(self.candidates, prompts, strict=True))
         attempts = [
             self.pool.ask(
                 candidate.member,
@@ -183,6 +194,16 @@ class Run:
             for candidate, result in zip(self.candidates, results, strict=True)
         ]
 
+    def _reserve(self, calls: Iterable[tuple[Member, Sequence[Message]]]) -> None:
+        """Sets aside what these calls may cost.
+
+        Raises:
+            CallError: A budget does not allow it (`budget`).
+        """
+        if self.ledger.budgets:
+            estimates = (estimate(member, messages, self.plan.parameters) for member, messages in calls)
+            self.ledger.reserve(reduce(Spend.plus, estimates, NOTHING))
+
     async def give(self, candidate: Candidate, reason: str) -> str:
         """Settles on a candidate and emits its text, verbatim, in pieces."""
         self.winner, self.reason, self.finish_reason = candidate.index, reason, candidate.finish_reason
@@ -198,6 +219,7 @@ class Run:
             created_at=self.created_at,
             model=self.plan.model,
             mode=self.plan.mode,
+            key=self.key,
             messages=list(self.plan.messages),
             parameters=self.plan.parameters,
             candidates=self.names,

@@ -16,7 +16,7 @@ import aiohttp
 import orjson
 
 from fusion.config import Price
-from fusion.failures import CallError, FailureKind
+from fusion.failures import KINDS, CallError, FailureKind
 from fusion.ledger import NOTHING, Ledger, Message, Spend, most, prompt_tokens, tokens
 from fusion.limits import Guard
 from mixfuse.trace import Call, Stage, Usage
@@ -260,7 +260,7 @@ class _Asked:
             ledger.enter(self._line(failure.kind, str(failure), answer, number, started_ms), opened)
             raise
         except asyncio.CancelledError as stop:
-            outcome = str(stop.args[0]) if stop.args else "cancelled"
+            outcome = _why(stop)
             if guard is not None and admitted:
                 guard.report(outcome if answer.sent else "cancelled")
             ledger.enter(self._line(outcome, "cancelled before it ended", answer, number, started_ms), opened)
@@ -338,7 +338,7 @@ class _Asked:
 async def _hedged(asked: _Asked, after_s: float) -> Reply:
     """Asks, and asks a second time where no word has come after `after_s`; the first answer counts."""
     running = {asyncio.ensure_future(asked.until_answered())}
-    reason = "cancelled_hedge"
+    reason: FailureKind = "cancelled_hedge"
     failure: CallError | None = None
     try:
         done, _ = await asyncio.wait(running, timeout=after_s)
@@ -356,13 +356,18 @@ async def _hedged(asked: _Asked, after_s: float) -> Reply:
                 break
         raise failure or CallError("upstream_error", "no attempt ended")
     except asyncio.CancelledError as stop:
-        reason = str(stop.args[0]) if stop.args else "cancelled"
+        reason = _why(stop)
         raise
     finally:
         for task in running:
             task.cancel(reason)
         if running:
             await asyncio.wait(running)
+
+
+def _why(stop: asyncio.CancelledError) -> FailureKind:
+    """What a cancellation's message says it is; a message of somebody else's says nothing."""
+    return next((kind for kind in KINDS if stop.args and stop.args[0] == kind), "cancelled")
 
 
 @dataclass

@@ -154,6 +154,7 @@ async def test_a_failed_request_leaves_a_trace(gateway: Gateway, upstream: FakeU
 async def test_traces_outlive_the_gateway(start_gateway: StartGateway) -> None:
     first = await start_gateway()
     fusion = (await first.post(model="alpha", messages=HELLO)).json()["fusion"]
+    await first.trace(fusion)  # it is in the database once it has been read there
     second = await start_gateway()
     assert (await second.trace(fusion))["answer"] == "the answer of alpha"
 
