@@ -11,7 +11,7 @@ from rich.rule import Rule
 from rich.text import Text
 
 from fusion.chat import MODELS
-from fusion.run import Mode
+from fusion.config import FusedMode
 from fusion.upstream import split_events
 from mixfuse.errors import MixfuseError
 
@@ -23,6 +23,7 @@ _REASONS = {
     "agreement": "all members say the same; the judge was not asked",
     "lone_survivor": "it is the only answer there is",
     "judge_failed": "the judge failed, so it is the first member's",
+    "primary": "with tools the first member answers alone",
     "synthesis": "the synthesizer wrote it from the candidates",
     "synthesizer_failed": "the synthesizer failed, so it is the first member's",
 }
@@ -31,7 +32,7 @@ _REASONS = {
 def run(
     prompt: str,
     *,
-    mode: Mode = "best_of",
+    mode: FusedMode = "best_of",
     url: str = "http://127.0.0.1:8080",
     api_key: str | None = None,
     temperature: float | None = None,
@@ -49,6 +50,7 @@ def run(
         "messages": [{"role": "user", "content": prompt}],
         "stream": True,
         "stream_options": {"include_usage": True},
+        "fusion": {"expose": "full"},
         **({} if temperature is None else {"temperature": temperature}),
         **({} if max_tokens is None else {"max_tokens": max_tokens}),
     }

@@ -16,6 +16,7 @@ from pydantic import (
     model_validator,
 )
 
+from mixfuse.judge_protocol import MAX_CHARS
 from mixfuse.recipe import Strict
 
 FUSION_PREFIX = "fusion/"
@@ -87,6 +88,7 @@ class ModelConfig(Strict):
         temperature: Sent where the request sets none.
         max_tokens: Sent where the request sets no limit.
         system: Instructions put before the request's own system message.
+        images: It takes images; a request with images goes only to members that do.
         price: What its tokens cost.
         timeout_s: The longest one attempt at a call may take, in seconds.
         retry: When a failed call is made again.
@@ -104,6 +106,7 @@ class ModelConfig(Strict):
     temperature: float | None = Field(default=None, ge=0)
     max_tokens: int | None = Field(default=None, gt=0)
     system: str | None = None
+    images: bool = False
     price: Price = Price()
     timeout_s: Positive = 120.0
     retry: Retry = Retry()
@@ -144,6 +147,23 @@ class Member(ModelConfig):
     samples: int = Field(default=1, ge=1, le=64)
 
 
+class Judge(ModelConfig):
+    """Who compares candidates.
+
+    Attributes:
+        verdicts: How verdicts are read: `logprobs` of one token, after a prefill only; `parsed` from a written JSON
+            object, for endpoints that give no log-probabilities; `auto`: `logprobs` until the endpoint shows that it
+            has none. A trace says of each verdict how it was read.
+    """
+
+    verdicts: Literal["auto", "logprobs", "parsed"] = "auto"
+
+
+FusedMode = Literal["best_of", "merge", "debate"]
+Expose = Literal["none", "summary", "full"]
+OnJudgeError = Literal["first", "fail"]
+
+
 class Modes(Strict):
     """How the modes wait and end.
 
@@ -155,7 +175,15 @@ class Modes(Strict):
         max_cost: The most dollars one request may cost, all calls together; unset: no limit.
         max_rounds: How often a debate's members may revise.
         debate_ending: Which mode makes one answer of a debate's last round.
-        early_agreement: Whether candidates that all say the same short-cut the judge.
+        agreement: When candidates say the same, which short-cuts the judge and ends a debate: they are equal as text
+            (white space aside), or in the last number, as JSON, or in the option chosen; `never`: not at all.
+        on_judge_error: What a judge that fails leads to: the first candidate in the config's order, or an error.
+        tools: What `merge` and `debate` do with a request that has tools, which no synthesis can call: the first member
+            answers it alone, or it is refused.
+        cite: Whether `merge` says which candidates each paragraph drew on.
+        max_candidate_chars: The most of one answer that the judge and the synthesizer are shown, in characters.
+        expose: How much the answer's `fusion` object tells a client.
+        keep_alive_ms: How long a stream may be silent before a comment is sent to keep it open.
     """
 
     min_responses: int = Field(default=1, ge=1)
@@ -164,7 +192,60 @@ class Modes(Strict):
     max_cost: Positive | None = None
     max_rounds: int = Field(default=2, ge=1, le=10)
     debate_ending: Literal["best_of", "merge"] = "best_of"
-    early_agreement: bool = True
+    agreement: Literal["never", "exact", "number", "json", "choice"] = "exact"
+    on_judge_error: OnJudgeError = "first"
+    tools: Literal["primary", "refuse"] = "primary"
+    cite: bool = False
+    max_candidate_chars: int = Field(default=MAX_CHARS, ge=200, le=MAX_CHARS)
+    expose: Expose = "summary"
+    keep_alive_ms: Positive = 1000.0
+
+
+class FusionOptions(Strict):
+    """What a request may set for itself in its `fusion` object, and a preset for those who ask for it by name.
+
+    Attributes:
+        mode: Instead of the one the model name says.
+        members: Who answers, by name.
+        judge: Who compares, by the name of a member or a role.
+        synthesizer: Who merges, likewise.
+        samples: How many answers each member gives.
+        min_responses: See `Modes`, as for all below.
+        grace_ms: …
+        deadline_ms: …
+        max_cost: …
+        max_rounds: …
+        on_judge_error: …
+        cite: …
+        expose: …
+    """
+
+    mode: FusedMode | None = None
+    members: tuple[str, ...] | None = Field(default=None, min_length=1)
+    judge: str | None = None
+    synthesizer: str | None = None
+    samples: int | None = Field(default=None, ge=1, le=64)
+    min_responses: int | None = Field(default=None, ge=1)
+    grace_ms: float | None = Field(default=None, ge=0)
+    deadline_ms: Positive | None = None
+    max_cost: Positive | None = None
+    max_rounds: int | None = Field(default=None, ge=1, le=10)
+    on_judge_error: OnJudgeError | None = None
+    cite: bool | None = None
+    expose: Expose | None = None
+
+    def over(self, below: "FusionOptions") -> "FusionOptions":
+        """These options, and for what they leave open those below them."""
+        own = {name: getattr(self, name) for name in self.model_fields_set if getattr(self, name) is not None}
+        return below.model_copy(update=own)
+
+    def settings(self, modes: Modes) -> Modes:
+        """`modes`, with what these options set instead."""
+        own = {name: value for name in _IN_BOTH if (value := getattr(self, name)) is not None}
+        return modes.model_copy(update=own) if own else modes
+
+
+_IN_BOTH = frozenset(Modes.model_fields) & frozenset(FusionOptions.model_fields)
 
 
 class TraceConfig(Strict):
@@ -222,6 +303,9 @@ class FusionConfig(Strict):
         judge: Who compares candidates; without one `best_of` is refused.
         synthesizer: Who writes `merge`'s answer; without one `merge` is refused.
         modes: How the modes wait and end.
+        presets: Options under a name that clients ask for as a model.
+        openrouter_alias: Whether requests may be written for OpenRouter's Fusion: the model `openrouter/fusion`, and
+            the plugin `fusion` in `plugins`.
         trace_db: The database of traces and API keys: a SQLite file's path, or a URL (postgresql://…; leave the
             password to PGPASSWORD or ~/.pgpass).
         traces: What is kept of each request, and for how long.
@@ -230,9 +314,11 @@ class FusionConfig(Strict):
     """
 
     members: tuple[Member, ...] = Field(min_length=1)
-    judge: ModelConfig | None = None
+    judge: Judge | None = None
     synthesizer: ModelConfig | None = None
     modes: Modes = Modes()
+    presets: dict[str, FusionOptions] = {}
+    openrouter_alias: bool = False
     trace_db: Annotated[str, BeforeValidator(str), AfterValidator(_database)] = "runs/traces.sqlite3"
     traces: TraceConfig = TraceConfig()
     api_keys: Literal["auto", "required", "off"] = "auto"
@@ -246,6 +332,11 @@ class FusionConfig(Strict):
                 raise ValueError(f"two members are called {name!r}; names must be unique")
             if name.startswith(FUSION_PREFIX):
                 raise ValueError(f"member {name!r}: names that begin with {FUSION_PREFIX!r} are modes")
+        for preset, options in self.presets.items():
+            if preset in names or preset.startswith(FUSION_PREFIX):
+                raise ValueError(f"preset {preset!r}: that name is a member's or begins with {FUSION_PREFIX!r}")
+            if unknown := [name for name in options.members or () if name not in names]:
+                raise ValueError(f"preset {preset!r} names the member {unknown[0]!r}, which there is not")
         candidates = sum(member.samples for member in self.members)
         if self.modes.min_responses > candidates:
             raise ValueError(

@@ -30,6 +30,7 @@ STATUS: dict[str, int] = {
     "queue_full": 429,
     "rate_limited": 429,
     "invalid_response": 502,
+    "judge_failed": 502,
     "unreachable": 502,
     "upstream_error": 502,
     "circuit_open": 503,

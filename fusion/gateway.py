@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from typing import Any, TypeVar
 
 import orjson
@@ -52,20 +52,7 @@ async def pass_through(run: Run) -> str:
     Raises:
         CallError: The model gave no usable answer.
     """
-    member = run.plan.members[0]
-    reply = await run.pool.ask(
-        member,
-        run.plan.messages,
-        run.plan.parameters,
-        stage="answer",
-        name=member.name,
-        ledger=run.ledger,
-        candidate=0,
-        emit=run.emit,
-    )
-    run.winner, run.reason, run.finish_reason = 0, "pass_through", reply.finish_reason
-    run.logprobs = reply.logprobs
-    return reply.text
+    return await run.primary("pass_through")
 
 
 MODES: dict[Mode, Callable[[Run], Awaitable[str]]] = {
@@ -180,7 +167,12 @@ class _Gateway:
 
     async def list_models(self, request: Request) -> Response:
         self.keys.identify(request.headers.get("authorization"))
-        names = [*MODELS, *(member.name for member in self.config.members), *self.pool.role_names()]
+        names = [
+            *MODELS,
+            *self.config.presets,
+            *(member.name for member in self.config.members),
+            *self.pool.role_names(),
+        ]
         data = [
             {"id": name, "object": "model", "created": self._created, "owned_by": "mixfuse"}
             for name in dict.fromkeys(names)
@@ -281,7 +273,8 @@ class _Completion(Response):
         answer = ""
         failure: MixfuseError | None = None
         try:
-            answer = await _unless_disconnected(receive, MODES[run.plan.mode](run))
+            async with stream.kept_alive(run.plan.settings.keep_alive_ms / 1000) if stream else nullcontext():
+                answer = await _unless_disconnected(receive, MODES[run.plan.mode](run))
         except ClientDisconnect:
             await self._store(run.trace(None, outcome="cancelled", error="the client went away"))
             return
@@ -294,11 +287,14 @@ class _Completion(Response):
             logger.exception("a request failed in a way it should not")
             failure = MixfuseError("internal error", kind="internal_error")
         if failure is not None:
-            await self._store(run.trace(None, outcome=failure.kind, error=str(failure)))
+            trace = run.trace(None, outcome=failure.kind, error=str(failure))
+            await self._store(trace)
+            # What was used up is owed, answer or not.
+            body = {**_error_body(failure), "usage": _usage(trace.usage), "trace_id": trace.id}
             if stream and stream.begun:
-                await stream.fail(_error_body(failure))
+                await stream.fail(body)
             else:
-                await _error_response(failure)(scope, receive, send)
+                await JSONResponse(body, _status(failure), _headers(failure))(scope, receive, send)
             return
         trace = run.trace(answer)
         await self._store(trace)
@@ -321,18 +317,42 @@ class _EventStream:
             "model": request.model,
         }
         self.begun = False
+        self._role_sent = False
+        self._events = 0
+
+    @asynccontextmanager
+    async def kept_alive(self, every_s: float) -> AsyncIterator[None]:
+        """While the block runs, fills each silence of that length with a comment; the first begins the response.
+
+        From then on a failure can no longer have an HTTP status: it is the stream's last event.
+        """
+
+        async def comment() -> None:
+            while True:
+                before = self._events
+                await asyncio.sleep(every_s)
+                if self._events == before:
+                    await self._begin()
+                    await self._send({"type": "http.response.body", "body": b": keep-alive\n\n", "more_body": True})
+
+        commenting = asyncio.create_task(comment())
+        try:
+            yield
+        finally:
+            commenting.cancel()
+            await asyncio.wait({commenting})
 
     async def text(self, text: str) -> None:
         """Sends a piece of the answer."""
-        if not self.begun:
-            await self._begin()
+        await self._role()
         await self._chunk({"content": text})
 
     async def end(self, run: Run, trace: Trace) -> None:
-        """Sends why it ended, the `fusion` block, the usage if it was asked for, and the end mark."""
-        if not self.begun:
-            await self._begin()
-        await self._chunk({}, finish_reason=run.finish_reason, fusion=_fusion_block(run, trace))
+        """Sends the tools called, why it ended, the `fusion` block, the usage if it was asked for, and the end mark."""
+        await self._role()
+        if run.tool_calls:
+            await self._chunk({"tool_calls": [{"index": place, **call} for place, call in enumerate(run.tool_calls)]})
+        await self._chunk({}, finish_reason=run.finish_reason, **_fusion_block(run, trace))
         if self._include_usage:
             await self._event({**self._head, "choices": [], "usage": _usage(trace.usage)})
         await self._data("[DONE]", more=False)
@@ -342,10 +362,17 @@ class _EventStream:
         await self._data(json.dumps(error, ensure_ascii=False), more=False)
 
     async def _begin(self) -> None:
-        self.begun = True
-        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
-        await self._send({"type": "http.response.start", "status": 200, "headers": headers})
-        await self._chunk({"role": "assistant", "content": ""})
+        if not self.begun:
+            self.begun = True
+            headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+            await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+
+    async def _role(self) -> None:
+        """Opens the answer, as its first chunk."""
+        await self._begin()
+        if not self._role_sent:
+            self._role_sent = True
+            await self._chunk({"role": "assistant", "content": ""})
 
     async def _chunk(self, delta: dict[str, Any], *, finish_reason: str | None = None, **extra: Any) -> None:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
@@ -356,6 +383,7 @@ class _EventStream:
         await self._data(json.dumps(event, ensure_ascii=False))
 
     async def _data(self, data: str, *, more: bool = True) -> None:
+        self._events += 1
         body = f"data: {data}\n\n".encode()
         await self._send({"type": "http.response.body", "body": body, "more_body": more})
 
@@ -385,6 +413,9 @@ async def _disconnected(receive: Receive) -> None:
 
 
 def _completion(request: ChatRequest, run: Run, trace: Trace, answer: str) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": answer, "refusal": None}
+    if run.tool_calls:
+        message |= {"content": answer or None, "tool_calls": run.tool_calls}
     return {
         "id": _completion_id(trace.id),
         "object": "chat.completion",
@@ -393,28 +424,28 @@ def _completion(request: ChatRequest, run: Run, trace: Trace, answer: str) -> di
         "choices": [
             {
                 "index": 0,
-                "message": {"role": "assistant", "content": answer, "refusal": None},
+                "message": message,
                 "logprobs": run.logprobs,
                 "finish_reason": run.finish_reason,
             }
         ],
         "usage": _usage(trace.usage),
-        "fusion": _fusion_block(run, trace),
+        **_fusion_block(run, trace),
     }
 
 
 def _fusion_block(run: Run, trace: Trace) -> dict[str, Any]:
-    """How the answer came about, for the client."""
-    return {
+    """How the answer came about, for the client: as much of it as is exposed, under the key `fusion`."""
+    expose = run.plan.settings.expose
+    if expose == "none":
+        return {}
+    block: dict[str, Any] = {
         "trace_id": trace.id,
         "mode": trace.mode,
         "reason": trace.reason,
         "error": trace.error,
         "winner": trace.winner,
-        "candidates": [
-            {"candidate": candidate.index, "member": candidate.member.name, "text": candidate.text}
-            for candidate in run.candidates
-        ],
+        "candidates": [{"candidate": one.index, "member": one.member.name} for one in run.candidates],
         "verdicts": [verdict.model_dump() for verdict in trace.verdicts],
         "failed": [
             {
@@ -428,7 +459,19 @@ def _fusion_block(run: Run, trace: Trace) -> dict[str, Any]:
             if call.outcome != "ok"
         ],
         "cost": sum(call.cost for call in trace.calls),
+        "latency_ms": round(trace.duration_ms, 1),
     }
+    if run.plan.skipped:
+        block["skipped"] = [{"member": name, "reason": "no_images"} for name in run.plan.skipped]
+    if trace.debate is not None:
+        block["debate"] = {"rounds": len(trace.debate.rounds) - 1, "stopped": trace.debate.stopped}
+    if trace.citations is not None:
+        block["citations"] = [citation.model_dump() for citation in trace.citations]
+    if expose == "full":
+        for shown, one in zip(block["candidates"], run.candidates, strict=True):
+            shown |= {"text": one.text, **({"tool_calls": one.tool_calls} if one.tool_calls else {})}
+        block["calls"] = [call.model_dump(exclude={"text", "tool_calls"}) for call in trace.calls]
+    return {"fusion": block}
 
 
 def _completion_id(trace_id: str) -> str:

@@ -74,6 +74,7 @@ class Pool:
         self._roles = roles
         self._client: Client | None = None
         self.guards: dict[str, Guard] = {}
+        self.without_logprobs: set[tuple[str, str]] = set()  # (base URL, model) of judges that gave none
 
     async def __aenter__(self) -> Self:
         self._client = http_client()

@@ -256,7 +256,9 @@ class _Asked:
                     guard.leave()
         except CallError as failure:
             if guard is not None and admitted:
-                guard.report(failure.kind if answer.sent else "queue_full")
+                # An endpoint that refuses what it was asked (a 4xx) is in good health.
+                refusal = failure.kind == "upstream_error" and not failure.transient
+                guard.report(failure.kind if answer.sent and not refusal else "queue_full")
             ledger.enter(self._line(failure.kind, str(failure), answer, number, started_ms), opened)
             raise
         except asyncio.CancelledError as stop:

@@ -68,7 +68,11 @@ class Call(Strict):
 
 
 class Verdict(Strict):
-    """What the judge said of one pair of candidates, both orders together (see `mixfuse.judge_protocol.combine`)."""
+    """What the judge said of one pair of candidates, both orders together (see `mixfuse.judge_protocol.combine`).
+
+    Attributes:
+        read: From what: the log-probabilities of its first token, or a written verdict where there are none.
+    """
 
     first: int
     second: int
@@ -76,6 +80,33 @@ class Verdict(Strict):
     score: float
     consistent: bool
     parse_failures: int = 0
+    read: Literal["logprobs", "parsed"] = "logprobs"
+
+
+class Turn(Strict):
+    """What one candidate of a debate said in one round."""
+
+    candidate: int
+    text: str
+
+
+class Debate(Strict):
+    """How a debate went.
+
+    Attributes:
+        rounds: What the candidates said: first their answers, then each round of revisions.
+        stopped: Why there was no further round.
+    """
+
+    rounds: list[list[Turn]]
+    stopped: Literal["agreement", "max_rounds", "budget", "deadline"]
+
+
+class Citation(Strict):
+    """Which candidates the synthesizer says a paragraph of its answer drew on."""
+
+    paragraph: int
+    candidates: list[int]
 
 
 class Trace(Strict):
@@ -85,6 +116,9 @@ class Trace(Strict):
         key: The id of the API key the request came with; never the key itself.
         winner: The candidate whose text was returned, for `best_of`.
         candidates: Member names by candidate index.
+        debate: The transcript, for `debate`.
+        citations: What each paragraph drew on, for a `merge` that was to say so.
+        tool_calls: The answer's, where it calls tools.
         reason: Why the answer is what it is: `judged`, `agreement`, `lone_survivor`, `judge_failed`, `synthesis`, …
         feedback: What users said of the answer later.
     """
@@ -99,9 +133,12 @@ class Trace(Strict):
     candidates: list[str] = []
     calls: list[Call] = []
     verdicts: list[Verdict] = []
+    debate: Debate | None = None
+    citations: list[Citation] | None = None
     winner: int | None = None
     reason: str = ""
     answer: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
     outcome: str = "ok"
     error: str | None = None
     judge_protocol: str | None = None

@@ -42,6 +42,9 @@ class Script:
         break_after: Streaming breaks off after so many pieces, without an end.
         fail_after: It answers so many requests; after them it sends 500.
         hold_from: Only from this request on (the first is 1) it waits for `hold`.
+        tool_calls: (name, arguments) of each tool it calls, if it is offered tools.
+        refuses: A parameter it answers with a 400 that names it.
+        no_logprobs: It ignores that log-probabilities are asked for.
         hold_after: Streaming waits for `hold` after so many pieces instead of before the first.
     """
 
@@ -56,6 +59,9 @@ class Script:
     hold_after: int | None = None
     fail_after: int | None = None
     hold_from: int = 1
+    tool_calls: list[tuple[str, str]] | None = None
+    refuses: str | None = None
+    no_logprobs: bool = False
 
     def next_text(self) -> str:
         if isinstance(self.text, str):
@@ -104,9 +110,12 @@ class FakeUpstream:
             return Response()
         if script.fail_after is not None and times > script.fail_after:
             script = Script(status=500)
+        if script.refuses in payload:
+            script = Script(status=400, body=_error(f"Unsupported parameter: '{script.refuses}'"))
         if script.body is not None or script.status != 200:
-            default = json.dumps({"error": {"message": f"status {script.status}", "code": None}}).encode()
-            return Response(script.body or default, script.status, media_type="application/json")
+            return Response(
+                script.body or _error(f"status {script.status}"), script.status, media_type="application/json"
+            )
         if payload.get("stream"):
             return _EventStream(self._stream(request, payload, script))
         return JSONResponse(self._completion(payload, script))
@@ -126,7 +135,10 @@ class FakeUpstream:
 
     def _completion(self, payload: dict[str, Any], script: Script) -> dict[str, Any]:
         text, logprobs = script.next_text(), None
-        if payload.get("logprobs"):
+        calls = script.tool_calls if payload.get("tools") else None
+        if (payload.get("response_format") or {}).get("json_schema", {}).get("name") == "verdict" and script.verdict:
+            text = json.dumps({"verdict": next(iter(_verdict(payload, script)))})
+        if payload.get("logprobs") and not script.no_logprobs:
             alternatives = script.logprobs if script.logprobs is not None else _verdict(payload, script)
             top = [{"token": token, "logprob": logprob, "bytes": None} for token, logprob in alternatives.items()]
             if top:
@@ -141,9 +153,12 @@ class FakeUpstream:
             "choices": [
                 {
                     "index": 0,
-                    "message": {"role": "assistant", "content": text},
+                    "message": {
+                        "role": "assistant",
+                        **({"content": None, "tool_calls": _tool_calls(calls)} if calls else {"content": text}),
+                    },
                     "logprobs": logprobs,
-                    "finish_reason": "stop",
+                    "finish_reason": "tool_calls" if calls else "stop",
                 }
             ],
             **({"usage": {**usage, "total_tokens": sum(script.usage or ())}} if usage else {}),
@@ -158,16 +173,34 @@ class FakeUpstream:
             return f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n".encode()
 
         yield event({"role": "assistant", "content": ""})
-        for count, piece in enumerate(re.findall(r"\S+\s*|\s+", whole["choices"][0]["message"]["content"])):
+        message = whole["choices"][0]["message"]
+        for place, tool in enumerate(message.get("tool_calls", ())):
+            arguments = tool["function"]["arguments"]
+            begun = {**tool, "index": place, "function": {"name": tool["function"]["name"], "arguments": ""}}
+            yield event({"tool_calls": [begun]})
+            for piece in (arguments[:3], arguments[3:]):
+                yield event({"tool_calls": [{"index": place, "function": {"arguments": piece}}]})
+        for count, piece in enumerate(re.findall(r"\S+\s*|\s+", message["content"] or "")):
             if count == script.break_after:
                 return
             if count == script.hold_after and script.hold and await self._left(request, payload["model"], script.hold):
                 return
             yield event({"content": piece})
-        yield event({}, "stop")
+        yield event({}, whole["choices"][0]["finish_reason"])
         if payload.get("stream_options", {}).get("include_usage") and "usage" in whole:
             yield f"data: {json.dumps({**head, 'choices': [], 'usage': whole['usage']})}\n\n".encode()
         yield b"data: [DONE]\n\n"
+
+
+def _error(message: str) -> bytes:
+    return json.dumps({"error": {"message": message, "code": None}}).encode()
+
+
+def _tool_calls(calls: list[tuple[str, str]]) -> list[dict[str, Any]]:
+    return [
+        {"id": f"call_{place}", "type": "function", "function": {"name": name, "arguments": arguments}}
+        for place, (name, arguments) in enumerate(calls)
+    ]
 
 
 def _verdict(payload: dict[str, Any], script: Script) -> dict[str, float]:

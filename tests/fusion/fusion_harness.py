@@ -19,6 +19,13 @@ def prefers(word: str) -> Callable[[str, str], float]:
     return lambda first, second: 0.5 + 0.4 * ((word in first) - (word in second))
 
 
+def summed(trace: dict[str, Any]) -> dict[str, int]:
+    """A trace's usage: the sum over its calls."""
+    prompt = sum(call["usage"]["prompt_tokens"] for call in trace["calls"])
+    completion = sum(call["usage"]["completion_tokens"] for call in trace["calls"])
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
 class FakeRoles:
     """A role table over the fake upstream; counts its leases."""
 
