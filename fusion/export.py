@@ -149,7 +149,7 @@ def _by_judge(trace: Trace) -> dict[int, bool]:
     """The winner of a judged trace, and those that lost to it in both orders."""
     if trace.winner is None or trace.reason != "judged":
         return {}
-    known = {}
+    known: dict[int, bool] = {}
     for verdict in trace.verdicts:
         if verdict.winner == "tie" or not verdict.consistent:
             continue

@@ -1,6 +1,8 @@
 """`mixfuse serve`: the engine, its role table, and the gateway in front, composed and ended together.
 
-And `mixfuse gateway`, the gateway by itself. The only place where the rooms `serve` and `fusion` meet: the gateway asks for a role, the role table leases it the
+And `mixfuse gateway`, the gateway by itself.
+
+The only place where the rooms `serve` and `fusion` meet: the gateway asks for a role, the role table leases it the
 engine's model of that moment.
 """
 
@@ -185,8 +187,8 @@ def _listen(gateway: GatewayConfig, fusion: FusionConfig) -> socket.socket:
         )
     if not _loopback(gateway.host) and fusion.api_keys == "auto" and not has_keys(fusion.trace_db):
         raise MixfuseError(
-            f"gateway.host {gateway.host} is reachable from outside, and there is no API key: add one (mixfuse keys add "
-            f"NAME --db {fusion.trace_db}), or let everybody ask with api_keys: off"
+            f"gateway.host {gateway.host} is reachable from outside, and there is no API key: add one "
+            "(mixfuse keys add), or let everybody ask with `api_keys: off` in the fusion config"
         )
     listener = socket.socket(socket.AF_INET6 if ":" in gateway.host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -46,6 +46,11 @@ class Script:
         refuses: A parameter it answers with a 400 that names it.
         no_logprobs: It ignores that log-probabilities are asked for.
         hold_after: Streaming waits for `hold` after so many pieces instead of before the first.
+        headers: Sent with a status other than 200.
+        refusal: The model refuses, in these words, instead of answering.
+        finish: Why it ended, as it says.
+        cut: The connection breaks in the middle of the response.
+        faults: How its next requests go, one by one; None, and when they are used up: as the script itself says.
     """
 
     text: str | list[str] = "an answer"
@@ -62,6 +67,11 @@ class Script:
     tool_calls: list[tuple[str, str]] | None = None
     refuses: str | None = None
     no_logprobs: bool = False
+    headers: dict[str, str] = field(default_factory=dict)
+    refusal: str | None = None
+    finish: str = "stop"
+    cut: bool = False
+    faults: "list[Script | None]" = field(default_factory=list)
 
     def next_text(self) -> str:
         if isinstance(self.text, str):
@@ -104,6 +114,8 @@ class FakeUpstream:
         model = payload["model"]
         await self._note(lambda: (self.requests.append(payload), self.headers.append(dict(request.headers))))
         script = self.models[model]
+        if script.faults:
+            script = script.faults.pop(0) or script
         times = len(self.asked(model))
         holding = script.hold if script.hold_after is None and times >= script.hold_from else None
         if holding is not None and await self._left(request, model, holding):
@@ -228,6 +240,15 @@ class _EventStream(Response):
         async for event in self._events:
             await send({"type": "http.response.body", "body": event, "more_body": True})
         await send({"type": "http.response.body", "body": b""})
+
+
+class _Cut(Response):
+    """Promises more than it sends; uvicorn then closes the connection."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"1000")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b'{"choices": ['})
 
 
 class _Server(uvicorn.Server):

@@ -78,6 +78,17 @@ class Gateway:
                     return found
                 await asyncio.sleep(0.01)
 
+    async def metrics(self) -> dict[str, float]:
+        """The metrics, by name and labels as Prometheus writes them."""
+        lines = (await self.http.get("/metrics")).text.splitlines()
+        return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[0] != "#")}
+
+    async def until_metric(self, name: str, value: float) -> None:
+        """Waits until a metric has that value."""
+        async with asyncio.timeout(30):
+            while (await self.metrics()).get(name) != value:  # noqa: ASYNC110 - it is another process's
+                await asyncio.sleep(0.01)
+
     async def close(self) -> None:
         await self.http.aclose()
         if "client" in vars(self):
