@@ -35,6 +35,7 @@ STATUS: dict[str, int] = {
     "upstream_error": 502,
     "circuit_open": 503,
     "too_few_answers": 503,
+    "trace_db": 503,
     "timeout": 504,
 }
 """The HTTP status of a failed request, by the failure's kind; 500 for any other.

@@ -49,6 +49,7 @@ class Spool:
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
+        self._open_segments: set[Segment] = set()
         self._segment = self._open()
 
     def append(self, line: bytes) -> Segment:
@@ -89,6 +90,7 @@ class Spool:
                 continue
             lines = path.read_bytes().split(b"\n")[:-1]  # a killed process may have left half a line
             segment = Segment(path, handle, waiting=len(lines), full=True)
+            self._open_segments.add(segment)
             if lines:
                 yield segment, lines
             else:
@@ -98,12 +100,17 @@ class Spool:
         """Ends writing; a file that the database has all of is removed, any other waits for the next start."""
         self._segment.full = True
         self._release(self._segment)
+        for segment in self._open_segments:
+            os.close(segment.handle)
+        self._open_segments.clear()
 
     def _open(self) -> Segment:
         path = self._folder / f"{uuid.uuid4().hex}.jsonl"
         handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o600)
         _lock(handle)
-        return Segment(path, handle)
+        segment = Segment(path, handle)
+        self._open_segments.add(segment)
+        return segment
 
     def _release(self, segment: Segment) -> None:
         if segment.waiting > 0:
@@ -111,6 +118,7 @@ class Spool:
         if segment.full:
             segment.path.unlink(missing_ok=True)
             os.close(segment.handle)
+            self._open_segments.discard(segment)
         elif segment.size:
             os.ftruncate(segment.handle, 0)
             segment.size = 0

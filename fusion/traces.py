@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from sqlalchemy import Connection, bindparam, text
 from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
@@ -25,6 +25,8 @@ from mixfuse.errors import MixfuseError
 from mixfuse.trace import Trace
 
 logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 REDACTED = "[redacted]"
 
@@ -128,7 +130,7 @@ class TraceStore:
     async def get(self, trace_id: str, *, key_id: str | None = None) -> Trace | None:
         """Returns the trace of that id, or None; with `key_id` only if it is that key's."""
         await self.written()
-        record = await self._database.run(lambda connection: _record(connection, trace_id, key_id))
+        record = await self._read(lambda connection: _record(connection, trace_id, key_id))
         return None if record is None else Trace.model_validate_json(record)
 
     async def newest(self, *, limit: int = 100, mode: str | None = None, key_id: str | None = None) -> list[Trace]:
@@ -142,7 +144,7 @@ class TraceStore:
         )
         values = {"limit": limit, "mode": mode, "key_id": key_id}
         bound = {name: values[name] for name in ("limit", *conditions)}
-        records = await self._database.run(lambda connection: connection.execute(query, bound).scalars().all())
+        records = await self._read(lambda connection: connection.execute(query, bound).scalars().all())
         return [Trace.model_validate_json(record) for record in records]
 
     async def add_feedback(self, trace_id: str, feedback: dict[str, Any], *, key_id: str | None = None) -> Trace | None:
@@ -162,7 +164,14 @@ class TraceStore:
             )
             return trace
 
-        return await self._database.run(append)
+        return await self._read(append)
+
+    async def _read(self, work: Callable[[Connection], Result]) -> Result:
+        try:
+            return await self._database.run(work)
+        except SQLAlchemyError as error:
+            logger.warning("traces cannot be read", exc_info=True)
+            raise MixfuseError("the trace database cannot be read now; try again later", kind="trace_db") from error
 
     async def written(self) -> None:
         """Waits until what has been added is in the database, or until the database refuses it."""

@@ -117,6 +117,9 @@ def _parser() -> argparse.ArgumentParser:
     gateway.add_argument("overrides", nargs="*", metavar="key=value")
     gateway.add_argument("--host", default="127.0.0.1")
     gateway.add_argument("--port", type=int, default=8080, help="0 takes any free one (default 8080)")
+    gateway.add_argument(
+        "--drain-s", type=int, default=10, help="seconds that requests under way may take after SIGTERM (default 10)"
+    )
     gateway.set_defaults(command=_gateway)
 
     roles = _group(top, "roles", "the roles of a running server")
@@ -308,7 +311,11 @@ def _gateway(arguments: argparse.Namespace) -> None:
     from mixfuse.recipe import validate
     from mixfuse.server import GatewayConfig, run_gateway
 
-    address = validate({"host": arguments.host, "port": arguments.port}, GatewayConfig, source="mixfuse gateway")
+    address = validate(
+        {"host": arguments.host, "port": arguments.port, "drain_s": arguments.drain_s},
+        GatewayConfig,
+        source="mixfuse gateway",
+    )
     run_gateway(arguments.config, arguments.overrides, address)
 
 
@@ -349,10 +356,11 @@ def _keys_revoke(arguments: argparse.Namespace) -> None:
 def _traces_export(arguments: argparse.Namespace) -> None:
     from fusion.export import export
     from mixfuse.database import opened
-    from mixfuse.tasks import make
 
     tasks = None
     if arguments.tasks is not None:
+        from mixfuse.tasks import make
+
         tasks = make(arguments.tasks, arguments.split, arguments.count, seed=arguments.seed)
     with opened(arguments.db, create=False) as database:
         counts = export(database, arguments.out, label=arguments.label, tasks=tasks, days=arguments.days)

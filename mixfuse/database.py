@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -92,8 +93,11 @@ class Database:
             if path is not None:
                 path.parent.mkdir(parents=True, exist_ok=True)
             self._engine = _engine(url)
-            with self._engine.connect() as connection, connection.begin():
-                _migrate(connection, self.name)
+            try:
+                self.run_now(partial(_migrate, name=self.name))
+            except BaseException:
+                self._engine.dispose()
+                raise
         except ImportError as error:
             raise MixfuseError(
                 f"{self.name} needs a driver that is not installed ({error.name}): pip install 'mixfuse[postgres]'",

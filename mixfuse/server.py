@@ -45,10 +45,12 @@ class GatewayConfig(Strict):
     Attributes:
         host: An address; beyond loopback the roles can be changed only with the admin key.
         port: 0 takes any free one.
+        drain_s: How long requests under way may go on after SIGTERM, in seconds; then they are cancelled.
     """
 
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8080
+    drain_s: Annotated[int, Field(ge=0)] = 10
 
 
 class ServeConfig(Strict):
@@ -129,7 +131,7 @@ async def _serve(config: ServeConfig, fusion: FusionConfig) -> None:
             app = create_app(
                 fusion, LeasedRoles(table, engine), extra_routes=routes, checks={"engine": lambda: engine.running}
             )
-            server = uvicorn.Server(_uvicorn(app))
+            server = uvicorn.Server(_uvicorn(app, config.gateway))
             roles = ", ".join(f"{role}={r.revision or BASE}" for role, r in table.serving().items())
             _say_ready(console, listener, roles)
             gateway = asyncio.create_task(server.serve(sockets=[listener]))
@@ -153,7 +155,7 @@ def run_gateway(config_path: Path, overrides: list[str], address: GatewayConfig)
     """
     config = load(config_path, FusionConfig, overrides)
     with _listen(address, config) as listener:
-        server = uvicorn.Server(_uvicorn(create_app(config, None)))
+        server = uvicorn.Server(_uvicorn(create_app(config, None), address))
         names = ", ".join(member.name for member in config.members)
         _say_ready(Console(stderr=True), listener, names)
         try:
@@ -168,9 +170,9 @@ def _run(main: Coroutine[Any, Any, None]) -> None:
         runner.run(main)
 
 
-def _uvicorn(app: Starlette) -> uvicorn.Config:
+def _uvicorn(app: Starlette, gateway: GatewayConfig) -> uvicorn.Config:
     return uvicorn.Config(
-        app, log_level="warning", access_log=False, ws="none", timeout_graceful_shutdown=10, lifespan="on"
+        app, log_level="warning", access_log=False, ws="none", timeout_graceful_shutdown=gateway.drain_s, lifespan="on"
     )
 
 
@@ -194,6 +196,7 @@ def _listen(gateway: GatewayConfig, fusion: FusionConfig) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((gateway.host, gateway.port))
+        listener.listen(2048)  # so that who reads "ready" can connect
     except OSError as error:
         listener.close()
         raise MixfuseError(
