@@ -226,7 +226,7 @@ async def test_traces_become_preference_pairs(start: Start, upstream: FakeUpstre
     judged = await asyncio.to_thread(
         mixfuse, tmp_path, "traces", "export", "--label", "judge", "--out", tmp_path / "judged.jsonl"
     )
-    assert "traces 7, rows 6, right 6, wrong 12" in judged
+    assert "traces 7, rows 7, right 7, wrong 14" in judged
 
 
 def test_commands_on_a_database_that_is_not_there_say_so(tmp_path: Path) -> None:
