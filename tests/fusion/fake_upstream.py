@@ -125,9 +125,10 @@ class FakeUpstream:
         if script.refuses in payload:
             script = Script(status=400, body=_error(f"Unsupported parameter: '{script.refuses}'"))
         if script.body is not None or script.status != 200:
-            return Response(
-                script.body or _error(f"status {script.status}"), script.status, media_type="application/json"
-            )
+            body = _error(f"status {script.status}") if script.body is None else script.body
+            return Response(body, script.status, script.headers, media_type="application/json")
+        if script.cut:
+            return _Cut()
         if payload.get("stream"):
             return _EventStream(self._stream(request, payload, script))
         return JSONResponse(self._completion(payload, script))
@@ -156,6 +157,9 @@ class FakeUpstream:
             if top:
                 text = top[0]["token"]
                 logprobs = {"content": [{**top[0], "top_logprobs": top}]}
+        message: dict[str, Any] = {"content": None, "tool_calls": _tool_calls(calls)} if calls else {"content": text}
+        if script.refusal is not None:
+            message = {"content": None, "refusal": script.refusal}
         usage = script.usage and dict(zip(("prompt_tokens", "completion_tokens"), script.usage, strict=True))
         return {
             "id": "fake",
@@ -165,12 +169,9 @@ class FakeUpstream:
             "choices": [
                 {
                     "index": 0,
-                    "message": {
-                        "role": "assistant",
-                        **({"content": None, "tool_calls": _tool_calls(calls)} if calls else {"content": text}),
-                    },
+                    "message": {"role": "assistant", **message},
                     "logprobs": logprobs,
-                    "finish_reason": "tool_calls" if calls else "stop",
+                    "finish_reason": "tool_calls" if calls else script.finish,
                 }
             ],
             **({"usage": {**usage, "total_tokens": sum(script.usage or ())}} if usage else {}),
@@ -186,6 +187,8 @@ class FakeUpstream:
 
         yield event({"role": "assistant", "content": ""})
         message = whole["choices"][0]["message"]
+        if script.refusal is not None:
+            yield event({"refusal": script.refusal})
         for place, tool in enumerate(message.get("tool_calls", ())):
             arguments = tool["function"]["arguments"]
             begun = {**tool, "index": place, "function": {"name": tool["function"]["name"], "arguments": ""}}
