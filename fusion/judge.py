@@ -16,7 +16,7 @@ from fusion.pool import all_or_raise, fan_out
 from fusion.run import Candidate, Run, question
 from fusion.upstream import CallError, Client, Endpoint, Ledger, Purpose, call, first_token_logprobs
 from mixfuse.errors import MixfuseError
-from mixfuse.judge_protocol import MAX_CHARS, VERDICTS, combine, comparison, new_nonce, read_verdict
+from mixfuse.judge_protocol import MAX_CHARS, VERDICTS, combine, comparison, new_nonce, read_verdict, shown
 from mixfuse.trace import Verdict
 
 FINALISTS = 4
@@ -200,11 +200,12 @@ async def _compare(
     """Has pairs judged in both orders, all at once."""
     asked = question(run.plan.messages)
     most = run.plan.settings.max_candidate_chars
+    written = {one.index: shown(_as_text(one), most) for pair in pairs for one in pair}
     how = model.verdicts if isinstance(model, Judge) else "auto"
 
     async def view(one: Candidate, other: Candidate) -> View:
         """One order of one pair, read as the judge's endpoint allows."""
-        texts = (asked, _as_text(one), _as_text(other))
+        texts = (asked, written[one.index], written[other.index])
         known = (endpoint.base_url, endpoint.model)
         client, ledger = run.pool.client, run.ledger
         if how == "logprobs" or (how == "auto" and known not in run.pool.without_logprobs):

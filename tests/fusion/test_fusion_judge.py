@@ -159,6 +159,6 @@ async def test_long_answers_are_cut_for_the_judge_with_a_mark(
     for request in upstream.asked("judge"):
         content = request["messages"][-1]["content"]
         assert len(content) < 700
-        assert "characters left out" in content
+        assert "was left out" in content
         assert "start xxx" in content
         assert "xxx end" in content
