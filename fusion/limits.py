@@ -84,11 +84,15 @@ class Guard:
         if self._opened_at is not None:
             self._trying = True  # the one that finds out whether it is well again
 
-    async def enter(self) -> None:
-        """Takes a place, waiting for one in order of arrival; `leave` gives it back."""
-        if self._most is None or self.under_way < self._most:
-            self.under_way += 1
-            return
+    def enter(self) -> bool:
+        """Takes a place if one is free; `leave` gives it back. Otherwise one is to be waited for."""
+        if self._most is not None and self.under_way >= self._most:
+            return False
+        self.under_way += 1
+        return True
+
+    async def wait(self) -> None:
+        """Waits for a place, in order of arrival, and takes it."""
         place = asyncio.get_running_loop().create_future()
         self._queue.append(place)
         try:

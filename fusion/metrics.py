@@ -1,7 +1,7 @@
 """What a gateway counts, for Prometheus: counters from each finished trace, gauges read when they are asked for."""
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -28,6 +28,7 @@ class Metrics:
 
     def __init__(self, guards: Mapping[str, "Guard"], traces: "TraceStore") -> None:
         self._registry = registry = CollectorRegistry()
+        self._children: dict[tuple[Any, ...], Any] = {}
         registry.register(_Gauges(guards, traces))
         self._requests = Counter(
             "mixfuse_requests", "Requests that reached a mode", ["mode", "outcome"], registry=registry
@@ -49,18 +50,27 @@ class Metrics:
 
     def observe(self, trace: Trace) -> None:
         """Counts a finished request."""
-        self._requests.labels(trace.mode, trace.outcome).inc()
-        self._request_seconds.labels(trace.mode).observe(trace.duration_ms / 1000)
+        self._child(self._requests, trace.mode, trace.outcome).inc()
+        self._child(self._request_seconds, trace.mode).observe(trace.duration_ms / 1000)
         for call in trace.calls:
-            self._calls.labels(call.member, call.stage, call.outcome).inc()
-            self._call_seconds.labels(call.member).observe(call.duration_ms / 1000)
+            member, usage = call.member, call.usage
+            self._child(self._calls, member, call.stage, call.outcome).inc()
+            self._child(self._call_seconds, member).observe(call.duration_ms / 1000)
             estimated = "true" if call.estimated else "false"
-            if call.usage.prompt_tokens:
-                self._tokens.labels(call.member, "prompt", estimated).inc(call.usage.prompt_tokens)
-            if call.usage.completion_tokens:
-                self._tokens.labels(call.member, "completion", estimated).inc(call.usage.completion_tokens)
+            if usage.prompt_tokens:
+                self._child(self._tokens, member, "prompt", estimated).inc(usage.prompt_tokens)
+            if usage.completion_tokens:
+                self._child(self._tokens, member, "completion", estimated).inc(usage.completion_tokens)
             if call.cost:
-                self._cost.labels(call.member).inc(call.cost)
+                self._child(self._cost, member).inc(call.cost)
+
+    def _child(self, metric: Any, *labels: str) -> Any:
+        """`metric.labels(*labels)`, remembered: the library's own look-up checks the labels and takes a lock."""
+        key = (id(metric), *labels)
+        found = self._children.get(key)
+        if found is None:
+            found = self._children[key] = metric.labels(*labels)
+        return found
 
     def refused(self, kind: str) -> None:
         """Counts a request that was refused before any model was asked."""

@@ -3,8 +3,7 @@
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from functools import lru_cache
@@ -14,6 +13,8 @@ from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 import orjson
+from multidict import CIMultiDict
+from yarl import URL
 
 from fusion.config import Price
 from fusion.failures import KINDS, CallError, FailureKind
@@ -247,9 +248,12 @@ class _Asked:
             else:
                 guard.admit()
                 admitted = True
-                with _typed_failures(answer, self._purpose.timeout_s):
-                    async with asyncio.timeout(self._purpose.timeout_s):
-                        await guard.enter()
+                if not guard.enter():
+                    try:
+                        async with asyncio.timeout(self._purpose.timeout_s):
+                            await guard.wait()
+                    except TimeoutError as error:
+                        raise _typed(error, answer, self._purpose.timeout_s) from error
                 try:
                     await self._send(answer)
                 finally:
@@ -275,10 +279,14 @@ class _Asked:
 
     async def _send(self, answer: "_Partial") -> None:
         answer.sent = True
-        with _typed_failures(answer, self._purpose.timeout_s):
+        url, headers, proxy = _address(self._endpoint.base_url, self._endpoint.api_key)
+        try:
             async with (
                 asyncio.timeout(self._purpose.timeout_s),
-                _posted(self._client, self._endpoint, self._body) as response,
+                # A redirect could carry the key and the prompt to somewhere else.
+                self._client.post(
+                    url, data=self._body, headers=headers, proxy=proxy, allow_redirects=False
+                ) as response,
             ):
                 if response.status != 200:
                     answer.free = True
@@ -287,6 +295,8 @@ class _Asked:
                     _read_whole(await _read(response), answer)
                 else:
                     await self._read_stream(response, answer)
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise _typed(error, answer, self._purpose.timeout_s) from error
 
     async def _read_stream(self, response: aiohttp.ClientResponse, answer: "_Partial") -> None:
         async for event in _events(response):
@@ -391,40 +401,29 @@ class _Partial:
     free: bool = False
 
 
-@contextmanager
-def _typed_failures(answer: _Partial, timeout_s: float) -> Iterator[None]:
-    """Turns what goes wrong inside into `CallError`."""
-    try:
-        yield
-    except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError, aiohttp.InvalidURL) as error:
+def _typed(error: Exception, answer: _Partial, timeout_s: float) -> CallError:
+    """What the HTTP client's error means."""
+    text = str(error) or type(error).__name__
+    if isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError | aiohttp.InvalidURL):
         answer.free = True
-        raise CallError(
-            "unreachable",
-            f"cannot connect: {str(error) or type(error).__name__}",
-            transient=not isinstance(error, aiohttp.InvalidURL),
-        ) from error
-    except TimeoutError as error:
-        raise CallError("timeout", f"no whole answer within {timeout_s:g} s") from error
-    except aiohttp.ClientError as error:
-        if "content-encoding" in str(error).lower():
-            raise CallError("invalid_response", f"undecodable body: {error}") from error
-        raise CallError(
-            "upstream_error", f"the connection broke: {str(error) or type(error).__name__}", transient=True
-        ) from error
+        passing = not isinstance(error, aiohttp.InvalidURL)
+        return CallError("unreachable", f"cannot connect: {text}", transient=passing)
+    if isinstance(error, TimeoutError):
+        return CallError("timeout", f"no whole answer within {timeout_s:g} s")
+    if "content-encoding" in text.lower():
+        return CallError("invalid_response", f"undecodable body: {text}")
+    return CallError("upstream_error", f"the connection broke: {text}", transient=True)
 
 
-def _posted(
-    client: Client, endpoint: Endpoint, body: bytes
-) -> "aiohttp.client._BaseRequestContextManager[aiohttp.ClientResponse]":
-    headers = {"content-type": "application/json"}
-    if endpoint.api_key:
-        headers["authorization"] = f"Bearer {endpoint.api_key}"
-    url = f"{endpoint.base_url.rstrip('/')}/chat/completions"
-    # A redirect could carry the key and the prompt to somewhere else.
-    return client.post(url, data=body, headers=headers, proxy=_proxy(endpoint.base_url), allow_redirects=False)
+@lru_cache(maxsize=1024)
+def _address(base_url: str, api_key: str | None) -> tuple[URL, CIMultiDict[str], str | None]:
+    """Where an endpoint's completions lie, the headers to send and the proxy to go through; worked out once."""
+    headers = CIMultiDict({"content-type": "application/json"})
+    if api_key:
+        headers["authorization"] = f"Bearer {api_key}"
+    return URL(f"{base_url.rstrip('/')}/chat/completions"), headers, _proxy(base_url)
 
 
-@lru_cache(maxsize=256)
 def _proxy(url: str) -> str | None:
     """The proxy the environment names for a URL; loopback is always reached directly."""
     parts = urlsplit(url)

@@ -267,8 +267,9 @@ async def test_calls_beyond_the_limit_wait_and_beyond_the_queue_are_429(
 
 async def test_a_place_in_the_queue_is_given_up_by_who_leaves() -> None:
     places, _ = guard(max_concurrency=1)
-    await places.enter()
-    leaving, staying = (asyncio.create_task(places.enter()) for _ in range(2))
+    assert places.enter()
+    assert not places.enter()
+    leaving, staying = (asyncio.create_task(places.wait()) for _ in range(2))
     await asyncio.sleep(0)
     assert places.queued == 2
     leaving.cancel()
@@ -276,7 +277,7 @@ async def test_a_place_in_the_queue_is_given_up_by_who_leaves() -> None:
     places.leave()
     await staying
     assert (places.queued, places.under_way) == (0, 1)
-    last = asyncio.create_task(places.enter())
+    last = asyncio.create_task(places.wait())
     await asyncio.sleep(0)
     places.leave()  # hands the place on in the same moment in which its taker is cancelled
     last.cancel()
