@@ -7,6 +7,7 @@ engine's model of that moment.
 """
 
 import asyncio
+import gc
 import ipaddress
 import os
 import signal
@@ -165,7 +166,11 @@ def run_gateway(config_path: Path, overrides: list[str], address: GatewayConfig)
 
 
 def _run(main: Coroutine[Any, Any, None]) -> None:
-    """As `asyncio.run`, on uvloop's event loop."""
+    """As `asyncio.run`, on uvloop's event loop, and with a garbage collector that knows it is in a server."""
+    # What is loaded now stays until the end: not looked through again, a best_of takes a tenth less CPU time.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(main)
 
