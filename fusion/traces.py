@@ -269,7 +269,9 @@ class TraceStore:
                     "messages": [],
                     "parameters": {k: v for k, v in trace.parameters.items() if isinstance(v, int | float)},
                     "calls": [call.model_copy(update=silent) for call in trace.calls],
+                    "debate": trace.debate and trace.debate.model_copy(update={"rounds": []}),
                     "answer": None,
+                    "tool_calls": None,
                     "error": None,
                 }
             )
@@ -277,8 +279,16 @@ class TraceStore:
             call.model_copy(update={name: self._scrub(getattr(call, name)) for name in ("text", "tool_calls", "error")})
             for call in trace.calls
         ]
-        fields = ("messages", "parameters", "answer", "error", "feedback")
-        return trace.model_copy(update={"calls": calls, **{name: self._scrub(getattr(trace, name)) for name in fields}})
+        debate = trace.debate
+        if debate is not None:
+            rounds = [
+                [turn.model_copy(update={"text": self._scrub(turn.text)}) for turn in one] for one in debate.rounds
+            ]
+            debate = debate.model_copy(update={"rounds": rounds})
+        fields = ("messages", "parameters", "answer", "tool_calls", "error", "feedback")
+        return trace.model_copy(
+            update={"calls": calls, "debate": debate, **{name: self._scrub(getattr(trace, name)) for name in fields}}
+        )
 
     def _scrub(self, value: Any) -> Any:
         """The value with every match of a redaction pattern taken out of its texts."""

@@ -306,3 +306,26 @@ def test_a_url_of_something_else_and_a_bad_pattern_are_refused() -> None:
         validate({"members": members, "trace_db": "mysql://localhost/x"}, FusionConfig, source="c")
     with pytest.raises(MixfuseError, match=r"'traces.redact': '\[' is no regular expression"):
         validate({"members": members, "traces": {"redact": ["["]}}, FusionConfig, source="c")
+
+
+@pytest.mark.parametrize("kept", [{"redact": ["hush[0-9]*"]}, {"store_text": False}])
+async def test_no_part_of_a_trace_keeps_what_shall_not_be_kept(
+    start_gateway: StartGateway, upstream: FakeUpstream, kept: dict[str, Any]
+) -> None:
+    gateway = await start_gateway(traces=kept, modes={"max_rounds": 1})
+    for number, name in enumerate(("alpha", "beta", "gamma")):
+        upstream.models[name].text = f"hush{number}"
+        upstream.models[name].tool_calls = [("hush", '{"hush": 1}')]
+    upstream.models["synth"].text = "hush [from 1]"
+    tools = [{"type": "function", "function": {"name": "hush"}}]
+    asked = {"messages": [{"role": "user", "content": "hush?"}], "stop": ["hush"]}
+    for body in (
+        {"model": "fusion/debate"},
+        {"model": "fusion/best-of", "tools": tools},
+        {"model": "fusion/merge", "fusion": {"cite": True}},
+    ):
+        response = await gateway.post(**asked, **body)
+        assert "hush" in response.text
+        trace = await gateway.trace(response.json()["fusion"])
+        assert trace["calls"]
+        assert "hush" not in json.dumps(trace)
