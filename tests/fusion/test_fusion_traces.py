@@ -38,7 +38,11 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """An empty database of each kind."""
     if request.param == "sqlite":
         return str(tmp_path / "traces.sqlite3")
-    url: str = request.getfixturevalue("server").url
+    return _emptied(request.getfixturevalue("server"))
+
+
+def _emptied(server: Postgres) -> str:
+    url = server.url
     engine = sqlalchemy.create_engine(url.replace("postgresql://", "postgresql+psycopg://"))
     with engine.begin() as connection:
         connection.execute(sqlalchemy.text("DROP SCHEMA public CASCADE"))
@@ -145,7 +149,7 @@ async def test_a_database_that_is_away_is_waited_for(
     server: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fusion.traces._RETRY_S", 0.01)
-    async with store(server.url, tmp_path) as traces:
+    async with store(_emptied(server), tmp_path) as traces:
         one = trace()
         await asyncio.to_thread(server.stop)
         try:
