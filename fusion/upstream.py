@@ -299,7 +299,9 @@ class _Asked:
             raise _typed(error, answer, self._purpose.timeout_s) from error
 
     async def _read_stream(self, response: aiohttp.ClientResponse, answer: "_Partial") -> None:
+        any_event = False
         async for event in _events(response):
+            any_event = True
             text = _read_chunk(event, answer, self._endpoint)
             if not text:
                 continue
@@ -309,6 +311,8 @@ class _Asked:
                 raise CallError("cancelled_hedge", "another attempt at the same call answered first")
             answer.text += text
             await self._emit(text)  # type: ignore[misc] # called with an `_emit` only
+        if not any_event:
+            raise CallError("invalid_response", "the answer is no event stream")
         if answer.finish_reason is None:
             raise CallError("upstream_error", "the stream broke off before its end", transient=True)
         if not answer.text and answer.tool_calls is None:
