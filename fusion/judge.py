@@ -84,7 +84,7 @@ async def judge(run: Run, candidates: Sequence[Candidate]) -> Candidate:
     try:
         async with run.pool.lease(model, purpose, run.ledger) as endpoint:
             while len(rivals) > FINALISTS:
-                rivals = survivors(rivals, await _compare(run, model, endpoint, purpose, first_round(rivals)))
+                rivals = survivors(rivals, await _compare(run, model, endpoint, purpose, knock_out_pairs(rivals)))
             final = await _compare(run, model, endpoint, purpose, list(combinations(rivals, 2)))
     except CallError as failure:
         raise JudgeError(str(failure)) from failure
@@ -94,7 +94,7 @@ async def judge(run: Run, candidates: Sequence[Candidate]) -> Candidate:
     return ranking(final, rivals)[0]
 
 
-def first_round(rivals: Sequence[Candidate]) -> list[tuple[Candidate, Candidate]]:
+def knock_out_pairs(rivals: Sequence[Candidate]) -> list[tuple[Candidate, Candidate]]:
     """Who meets whom in a knock-out round: so many pairs that half, or `FINALISTS`, are left.
 
     Where not all meet, the first in candidate order go through: it is the order that settles ties, too.
