@@ -534,7 +534,9 @@ _LATER = frozenset({"rate_limited", "queue_full"})
 
 
 def _headers(error: MixfuseError) -> dict[str, str]:
-    """When to come again, where that is known; whole seconds, as RFC 9110 has it."""
+    """When to come again, where that is known (whole seconds); and how to identify oneself (RFC 9110)."""
+    if error.kind == "unauthorized":
+        return {"www-authenticate": "Bearer"}
     seconds = getattr(error, "retry_after_s", None)
     return {} if seconds is None else {"retry-after": str(max(1, math.ceil(seconds)))}
 

@@ -56,6 +56,7 @@ async def test_a_gateway_with_keys_wants_one_everywhere(start_gateway: StartGate
             await gateway.http.post("/v1/traces/trace-1/feedback", json={}),
         ):
             assert (response.status_code, response.json()["error"]["type"]) == (401, "unauthorized")
+            assert response.headers["www-authenticate"] == "Bearer"
     use(gateway, secret)
     assert (await gateway.post(**BEST)).status_code == 200
     assert (await gateway.http.get("/healthz")).status_code == 200

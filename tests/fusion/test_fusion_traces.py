@@ -172,18 +172,20 @@ async def test_a_database_that_stays_away_leaves_the_traces_in_the_spool(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fusion.traces._CLOSE_S", 0.05)
+    monkeypatch.setattr("fusion.traces._MOST_WAITING", 2)
     place = str(tmp_path / "traces.sqlite3")
-    one = trace()
+    left = [trace(number) for number in range(4)]  # more than are kept in memory
     with opened(place) as other:
         other.run_now(lambda c: c.execute(sqlalchemy.text("ALTER TABLE traces RENAME TO elsewhere")))
         async with store(place, tmp_path) as traces:
-            traces.add(one)
+            for one in left:
+                traces.add(one)
             await traces.written()
-            assert traces.failure
+            assert (bool(traces.failure), traces.backlog) == (True, 4)
         assert len(list((tmp_path / "spool").iterdir())) == 1
         other.run_now(lambda c: c.execute(sqlalchemy.text("ALTER TABLE elsewhere RENAME TO traces")))
     async with store(place, tmp_path) as traces:
-        assert await traces.get(one.id) == one
+        assert await traces.newest() == left[::-1]
 
 
 async def test_a_trace_that_cannot_be_written_holds_up_no_other(tmp_path: Path) -> None:
