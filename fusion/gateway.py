@@ -249,7 +249,11 @@ class _Gateway:
         if not self._under_way:
             self._idle.set()
         ledger.settle()
-        self.traces.add(trace)
+        try:
+            self.traces.add(trace)
+        except Exception:
+            # An answer that is paid for is not lost for its trace.
+            logger.exception("trace %s could not be kept", trace.id)
         # Once the answer has been handed to the server: nobody waits for the counting.
         loop = asyncio.get_running_loop()
         loop.call_soon(self.metrics.observe, trace)
