@@ -76,19 +76,27 @@ def mock_upstream(folder: Path, port: int = 0) -> Iterator[str]:
 
 
 @contextmanager
-def gateway(folder: Path, name: str, upstream: str, **modes: Any) -> Iterator[tuple[str, psutil.Process]]:
+def gateway(
+    folder: Path, name: str, upstream: str, *, models: dict[str, dict[str, Any]] | None = None, **modes: Any
+) -> Iterator[tuple[str, psutil.Process]]:
     """Runs the real gateway over the mock's members, judge and synthesizer; yields its base URL and process.
 
     Args:
         folder: Takes its config, log and traces.
         name: What its files are called.
         upstream: The mock's base URL.
+        models: More settings of a model by its name; "*" is for all.
         modes: The config's `modes`.
     """
+    models = models or {}
+
+    def at(model: str) -> dict[str, Any]:
+        return {"base_url": upstream, "model": model, **models.get("*", {}), **models.get(model, {})}
+
     config = {
-        "members": [{"name": member, "base_url": upstream, "model": member} for member in MEMBERS],
-        "judge": {"base_url": upstream, "model": "judge"},
-        "synthesizer": {"base_url": upstream, "model": "synth"},
+        "members": [{"name": member, **at(member)} for member in MEMBERS],
+        "judge": at("judge"),
+        "synthesizer": at("synth"),
         "modes": modes,
         "trace_db": str(folder / f"{name}.sqlite3"),
     }

@@ -9,6 +9,7 @@ Prints its port as the first line and runs until it is ended.
 
 import argparse
 import asyncio
+import itertools
 import json
 import math
 import random
@@ -22,6 +23,7 @@ import uvloop
 from aiohttp import web
 
 ANSWER = "The capital of France is Paris; it has been so, with a few interruptions, for about a thousand years."
+POOL = ("m0", "m1", "m2")
 COMPARISON = re.compile(r"\[A (?P<n>\w+)\]\n(?P<first>.*)\n\[B (?P=n)\]\n(?P<second>.*)\n\[end (?P=n)\]", re.DOTALL)
 TAG = re.compile(r"request-\d+")
 """A word in a prompt that says which request a call belongs to: members, judge and synthesizer all see it."""
@@ -79,6 +81,7 @@ class Mock:
         self.calls: list[Seen] = []
         self._chance = random.Random(0)
         self._log = False
+        self._turns = itertools.cycle(POOL)
 
     async def set(self, request: web.Request) -> web.Response:
         """`POST /control`: replaces the behaviour and forgets what was seen; `log` keeps tags for `GET /calls`."""
@@ -103,7 +106,7 @@ class Mock:
         body = await request.json()
         text = "\n".join(_text(message.get("content")) for message in body["messages"])
         tag = TAG.search(text) if self._log else None
-        seen = Seen(tag.group() if tag else "", _model(body, text), self.fault())
+        seen = Seen(tag.group() if tag else "", self._model(body, text), self.fault())
         self.calls.append(seen)
         try:
             answer = await self._answer(request, body, text, seen)
@@ -123,6 +126,16 @@ class Mock:
             if left < 0:
                 return kind
         return None
+
+    def _model(self, body: dict[str, Any], text: str) -> str:
+        """Whom a call is for. Peers that know one model only ask `pool`: the members in turn, or their judge."""
+        if body["model"] != "pool":
+            return str(body["model"])
+        if any(sign in text for sign in ("Rate the above response", "optimized response", "critique each response")):
+            return "judge"
+        if int(body.get("n") or 1) > 1:  # several answers at once are as slow as the slowest
+            return max(POOL, key=lambda member: self.control.latency.get(member, self.control.latency.get("*", 0.0)))
+        return next(self._turns)
 
     async def _answer(self, request: web.Request, body: dict[str, Any], text: str, seen: Seen) -> web.StreamResponse:
         control, model = self.control, seen.model
@@ -206,17 +219,9 @@ class Mock:
         yield -1, b"[DONE]"
 
 
-def _model(body: dict[str, Any], text: str) -> str:
-    """The model asked, by its role: a peer's judge is known by its prompt, not by its name."""
-    model = str(body["model"])
-    if model == "pool" and any(sign in text for sign in ("Rate the above response", "optimized response")):
-        return "judge"
-    return model
-
-
 def _reply(body: dict[str, Any], text: str, model: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """(message, logprobs) of a model that is well."""
-    content: str = f"[{model}] {ANSWER}"
+    content = ANSWER if "all agree" in text else f"[{model}] {ANSWER}"
     if model == "judge" and body.get("logprobs"):
         found = COMPARISON.search(text)
         # Prefers one answer to the other wherever they stand, so that verdicts are consistent.
