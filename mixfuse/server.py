@@ -153,6 +153,7 @@ def _listen(gateway: GatewayConfig) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((gateway.host, gateway.port))
+        listener.listen(2048)  # from here on a client waits for us instead of being turned away
     except OSError as error:
         listener.close()
         raise MixfuseError(
