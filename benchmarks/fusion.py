@@ -72,7 +72,7 @@ class Sizes:
     patience_s: float = 8.0
 
 
-SMOKE = Sizes(rounds=2, block=3, burst=32, slow_burst=32, once=1, streams=20, many=60, member_s=0.05, patience_s=1.0)
+SMOKE = Sizes(rounds=2, block=3, burst=32, slow_burst=32, once=1, streams=20, many=60, member_s=0.05, patience_s=0.5)
 
 
 @dataclass
@@ -116,9 +116,13 @@ async def latency(bench: Bench) -> None:
     await bench.control.set()
     p50: dict[str, list[float]] = {target.name: [] for target in bench.targets}
     p95: dict[str, list[float]] = {target.name: [] for target in bench.targets}
+    cpu: dict[str, list[float]] = {target.name: [] for target in bench.targets if target.process}
     for turn in range(bench.sizes.rounds):
         for target in rotated(bench.targets, turn):
+            used = target.cpu_s()
             times = sorted([(await target.ask()).total_s * 1000 for _ in range(bench.sizes.block)])
+            if target.process:
+                cpu[target.name].append((target.cpu_s() - used) * 1000 / bench.sizes.block)
             p50[target.name].append(statistics.median(times))
             p95[target.name].append(times[int(0.95 * (len(times) - 1))])
     rows, added = [], {}
@@ -132,11 +136,12 @@ async def latency(bench: Bench) -> None:
                 spread(ratios(own, base)),
                 spread(added[target.name]),
                 spread(ratios(p95[target.name], bench.base(p95, target))),
+                f"{statistics.mean(cpu[target.name]):.2f}" if target.process else "",
             ]
         )
-    head = ["target", "p50, ms", "p50 / direct", "added p50, ms", "p95 / direct"]
+    head = ["target", "p50, ms", "p50 / direct", "added p50, ms", "p95 / direct", "CPU a request, ms"]
     table("Latency: concurrency 1, 0 ms models", head, rows)
-    bench.figures["latency"] = {"p50_ms": p50, "p95_ms": p95, "added_ms": added}
+    bench.figures["latency"] = {"p50_ms": p50, "p95_ms": p95, "added_ms": added, "cpu_ms": cpu}
     for shape in ("merge", "best_of"):
         ours, floors = (statistics.median(added[f"{who} {shape}"]) for who in ("mixfuse", "floor"))
         value = f"{ours:.2f} ms / {floors:.2f} ms = {ours / floors:.2f}"
@@ -203,24 +208,29 @@ async def hang(bench: Bench) -> None:
     """One of three members never answers: the answer comes at quorum + grace, and the hung call is aborted."""
     member_s = bench.sizes.member_s
     rows, seen = [], {}
-    for target in [*bench.quorum, *_others(bench)]:
-        await bench.control.set(latency={"*": member_s, "judge": 0, "synth": 0}, hang=["m1"])
-        told, took = await _patiently(target, bench.sizes.patience_s)
-        await asyncio.sleep(0.1)
-        stats = await bench.control.stats()
-        aborted = stats.get("aborted", {}).get("m1", 0)
-        seen[target.name] = {"result": told, "s": took, "calls": stats["calls"], "aborted": aborted}
-        rows.append([target.name, told, f"{took:.3f}", f"{took / (member_s + GRACE_S):.2f}", aborted])
-        await bench.control.set()
+    ours_too = [(target, max(2, bench.sizes.rounds // 3)) for target in bench.quorum]
+    for target, times in [*ours_too, *((target, 1) for target in _others(bench))]:
+        results, took, aborted = set(), [], 0
+        for _ in range(times):
+            await bench.control.set(latency={"*": member_s, "judge": 0, "synth": 0}, hang=["m1"])
+            result, seconds = await _patiently(target, bench.sizes.patience_s)
+            results.add(result)
+            took.append(seconds)
+            await asyncio.sleep(0.1)
+            aborted += (await bench.control.stats()).get("aborted", {}).get("m1", 0)
+        result = "; ".join(sorted(results))
+        seen[target.name] = {"result": result, "s": took, "aborted": aborted, "asked": times}
+        over = spread([seconds / (member_s + GRACE_S) for seconds in took])
+        rows.append([target.name, result, spread(took, 3), over, f"{aborted} of {times}"])
     head = ["target", "result", "s", "/ (member + grace)", "hung calls aborted"]
     table(f"One of three members hangs (the others {member_s:g} s, quorum 2, grace {GRACE_S:g} s)", head, rows)
     bench.figures["hang"] = seen
     for target in bench.quorum:
         ours = seen[target.name]
-        over = ours["s"] / (member_s + GRACE_S)
-        met = ours["result"] == "answered" and ours["aborted"] == 1 and over <= 1.15
-        value = f"{over:.2f} of it, {ours['aborted']} aborted"
-        bench.goal(f"a member hangs, {target.shape}: answer at quorum + grace, call aborted", "≈ 1, 1", value, met)
+        over = statistics.median(ours["s"]) / (member_s + GRACE_S)
+        met = ours["result"] == "answered" and ours["aborted"] == ours["asked"] and over <= 1.1
+        value = f"{over:.2f} of it, {ours['aborted']} of {ours['asked']} aborted"
+        bench.goal(f"a member hangs, {target.shape}: answer at quorum + grace, call aborted", "≈ 1, all", value, met)
 
 
 async def failure(bench: Bench) -> None:
@@ -417,17 +427,17 @@ async def main(arguments: argparse.Namespace) -> dict[str, Any]:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mixfuse-bench-")))
         upstream = stack.enter_context(mock_upstream(folder, arguments.mock_port))
-        floor_url = stack.enter_context(floor(folder, upstream))
+        floor_url, floor_running = stack.enter_context(floor(folder, upstream))
         url, running = stack.enter_context(gateway(folder, "all", upstream, min_responses=3))
         patient = {"min_responses": 2, "grace_ms": GRACE_S * 1000}
         quorum_url, _ = stack.enter_context(gateway(folder, "quorum", upstream, **patient))
         targets = [
             Target("direct merge", upstream, "", "merge"),
             Target("direct best_of", upstream, "", "best_of"),
-            Target("floor merge", floor_url, "merge", "merge"),
-            Target("floor best_of", floor_url, "best_of", "best_of"),
-            Target("mixfuse merge", url, "fusion/merge", "merge"),
-            Target("mixfuse best_of", url, "fusion/best-of", "best_of"),
+            Target("floor merge", floor_url, "merge", "merge", process=floor_running),
+            Target("floor best_of", floor_url, "best_of", "best_of", process=floor_running),
+            Target("mixfuse merge", url, "fusion/merge", "merge", process=running),
+            Target("mixfuse best_of", url, "fusion/best-of", "best_of", process=running),
         ]
         specs = list(arguments.target)
         if arguments.peers:
@@ -464,9 +474,7 @@ async def _warm_up(bench: Bench) -> None:
         try:
             await target.ask()
             calls = (await bench.control.stats())["calls"]
-            for _ in range(5):
-                await target.ask()
-            await asyncio.gather(*(target.ask() for _ in range(32)))
+            await asyncio.gather(*(target.ask() for _ in range(bench.sizes.block)))
         except BenchmarkError as error:
             if target.name.startswith(("direct", "floor", "mixfuse")):
                 raise

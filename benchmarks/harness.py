@@ -111,10 +111,10 @@ def gateway(
 
 
 @contextmanager
-def floor(folder: Path, upstream: str) -> Iterator[str]:
-    """Runs the floor; yields its base URL."""
-    with process([sys.executable, str(HERE / "floor.py"), upstream], folder / "floor.log") as (port, _):
-        yield f"http://127.0.0.1:{port}/v1"
+def floor(folder: Path, upstream: str) -> Iterator[tuple[str, psutil.Process]]:
+    """Runs the floor; yields its base URL and process."""
+    with process([sys.executable, str(HERE / "floor.py"), upstream], folder / "floor.log") as (port, running):
+        yield f"http://127.0.0.1:{port}/v1", running
 
 
 class Control:
@@ -218,6 +218,7 @@ class Target:
         shape: Which calls it makes, and so whose ratio to `direct` it is.
         headers: Sent with each request.
         session: Its own.
+        process: What answers, where it is ours; its CPU time is measured.
     """
 
     name: str
@@ -226,6 +227,14 @@ class Target:
     shape: Shape
     headers: dict[str, str] = field(default_factory=dict)
     session: ClientSession = field(default_factory=open_session)
+    process: psutil.Process | None = None
+
+    def cpu_s(self) -> float:
+        """CPU seconds its process has used so far: what other work on the machine disturbs least."""
+        if self.process is None:
+            return 0.0
+        times = self.process.cpu_times()
+        return times.user + times.system
 
     @classmethod
     def parse(cls, spec: str) -> "Target":

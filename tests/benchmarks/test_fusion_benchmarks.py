@@ -27,7 +27,7 @@ def test_the_benchmark_measures_gateway_and_floor_and_states_its_goals():
     assert all(count == 0 for count in report["throughput 0 ms"]["errors"].values())
     for target in ("mixfuse merge, quorum 2", "mixfuse best_of, quorum 2"):
         assert report["hang"][target]["result"] == "answered"
-        assert report["hang"][target]["aborted"] == 1
+        assert report["hang"][target]["aborted"] == report["hang"][target]["asked"]
         assert report["failure"]["result"][target] == "answered"
     assert report["hang"]["floor merge"]["result"].startswith("no answer")  # the mock does hang
     assert min(report["streaming"]["pieces"][f"mixfuse {shape}"] for shape in ("merge", "best_of")) > 1
