@@ -48,7 +48,6 @@ def process(command: Sequence[str], log: Path, **environment: str) -> Iterator[t
             stderr=errors,
             cwd=ROOT,
             env={**os.environ, **environment},
-            start_new_session=True,
         )
         assert running.stdout is not None
         try:
@@ -62,7 +61,7 @@ def process(command: Sequence[str], log: Path, **environment: str) -> Iterator[t
             try:
                 running.wait(15)
             except subprocess.TimeoutExpired:
-                os.killpg(running.pid, signal.SIGKILL)
+                running.kill()
                 running.wait()
             running.stdout.close()
 

@@ -88,9 +88,7 @@ def _serving(command: Sequence[str], log: Path, **environment: str) -> Iterator[
     url = f"http://127.0.0.1:{port}"
     named = f"--port={port}"  # optillm and Portkey both read this form
     with log.open("wb") as out:
-        running = subprocess.Popen(
-            [*command, named], stdout=out, stderr=out, env={**os.environ, **environment}, start_new_session=True
-        )
+        running = subprocess.Popen([*command, named], stdout=out, stderr=out, env={**os.environ, **environment})
         try:
             end = time.monotonic() + 60
             while not _answers(url):
