@@ -2,7 +2,7 @@
 
 No quorum, no deadline, no ledger, no trace, no checks: what it adds to the calls themselves is one HTTP hop. The
 calls are the benchmark's own (`harness.fuse`), so floor and `direct` ask for exactly the same.
-Prints its port as the first line and runs until it is ended.
+Says where it listens and runs until it is ended.
 """
 
 import asyncio
@@ -40,7 +40,7 @@ async def serve(upstream: str) -> None:
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0, backlog=4096).start()
-    print(runner.addresses[0][1], flush=True)
+    print(f"ready: http://127.0.0.1:{runner.addresses[0][1]}/v1", file=sys.stderr, flush=True)
     await asyncio.Event().wait()
 
 

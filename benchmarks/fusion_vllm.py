@@ -11,7 +11,6 @@ last verdict. `--smoke` takes a random two-layer base.
 import argparse
 import asyncio
 import json
-import re
 import statistics
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from typing import Any
 
 import uvloop
 from aiohttp import ClientSession
-from harness import ROOT, BenchmarkError, note, open_session, spread, table
+from harness import ROOT, BenchmarkError, note, open_session, process, spread, table
 
 MEMBERS = ("calm", "lively", "wild")
 QUESTIONS = (
@@ -65,20 +64,8 @@ def serving(base: Path, judge: Path | None, folder: Path, max_tokens: int) -> It
     }
     path = folder / "serve.yaml"
     path.write_text(json.dumps(config), encoding="utf-8")  # JSON is YAML
-    command = [sys.executable, "-P", "-m", "mixfuse", "serve", str(path)]
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as running:
-        assert running.stderr is not None
-        said = ""
-        try:
-            for line in running.stderr:
-                said += line
-                if ready := re.search(r"ready: (http://\S+)", line):
-                    yield ready.group(1)
-                    return
-            raise BenchmarkError(f"mixfuse serve did not start: {said[-2000:]}")
-        finally:
-            running.terminate()
-            running.communicate(timeout=60)
+    with process([sys.executable, "-m", "mixfuse", "serve", str(path)], folder / "serve.log") as (url, _):
+        yield url
 
 
 async def ask(session: ClientSession, url: str, model: str, question: str) -> tuple[dict[str, Any], float]:
@@ -172,7 +159,7 @@ def main(arguments: argparse.Namespace) -> dict[str, Any]:
         base: Path | None = arguments.base
         if base is None:
             base = folder / "base"
-            command = [sys.executable, "-P", "-m", "mixfuse", "base", "build", str(base)]
+            command = [sys.executable, "-m", "mixfuse", "base", "build", str(base)]
             subprocess.run([*command, *(["--tiny"] if arguments.smoke else [])], cwd=ROOT, check=True)
         with serving(base, arguments.judge, folder, 8 if arguments.smoke else arguments.max_tokens) as url:
             return uvloop.run(measure(url, 2 if arguments.smoke else arguments.requests))

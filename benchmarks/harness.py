@@ -3,7 +3,7 @@
 import asyncio
 import json
 import os
-import signal
+import re
 import statistics
 import subprocess
 import sys
@@ -34,44 +34,38 @@ class BenchmarkError(Exception):
 
 
 @contextmanager
-def process(command: Sequence[str], log: Path, **environment: str) -> Iterator[tuple[int, psutil.Process]]:
-    """Runs a server that prints its port as its first line; yields the port and the process, and ends it.
+def process(command: Sequence[str], log: Path, **environment: str) -> Iterator[tuple[str, psutil.Process]]:
+    """Runs a server that says `ready: URL` on standard error; yields that URL and the process, and ends it.
 
     Raises:
-        BenchmarkError: It did not start; the message ends with its log.
+        BenchmarkError: It did not start within two minutes; the message ends with its log.
     """
-    log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as errors:
-        running = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            cwd=ROOT,
-            env={**os.environ, **environment},
-        )
-        assert running.stdout is not None
+        running = subprocess.Popen(command, stdout=errors, stderr=errors, cwd=ROOT, env={**os.environ, **environment})
         try:
-            line = running.stdout.readline().decode().strip()
-            if not line.isdecimal():
-                raise BenchmarkError(f"{' '.join(command)} did not start: {log.read_text(errors='replace')[-2000:]}")
-            yield int(line), psutil.Process(running.pid)
+            end = time.monotonic() + 120
+            while not (ready := re.search(r"ready: (http://\S+)", log.read_text(errors="replace"))):
+                if running.poll() is not None or time.monotonic() > end:
+                    raise BenchmarkError(
+                        f"{' '.join(command)} did not start: {log.read_text(errors='replace')[-2000:]}"
+                    )
+                time.sleep(0.05)
+            yield ready.group(1), psutil.Process(running.pid)
         finally:
-            if running.poll() is None:
-                running.send_signal(signal.SIGTERM)
+            running.terminate()
             try:
-                running.wait(15)
+                running.wait(30)
             except subprocess.TimeoutExpired:
                 running.kill()
                 running.wait()
-            running.stdout.close()
 
 
 @contextmanager
 def mock_upstream(folder: Path, port: int = 0) -> Iterator[str]:
     """Runs the mock; yields its base URL, which ends in `/v1`."""
     command = [sys.executable, str(HERE / "mock_upstream.py"), "--port", str(port)]
-    with process(command, folder / "mock.log") as (bound, _):
-        yield f"http://127.0.0.1:{bound}/v1"
+    with process(command, folder / "mock.log") as (url, _):
+        yield url
 
 
 @contextmanager
@@ -112,8 +106,8 @@ def gateway(
 @contextmanager
 def floor(folder: Path, upstream: str) -> Iterator[tuple[str, psutil.Process]]:
     """Runs the floor; yields its base URL and process."""
-    with process([sys.executable, str(HERE / "floor.py"), upstream], folder / "floor.log") as (port, running):
-        yield f"http://127.0.0.1:{port}/v1", running
+    with process([sys.executable, str(HERE / "floor.py"), upstream], folder / "floor.log") as started:
+        yield started
 
 
 class Control:

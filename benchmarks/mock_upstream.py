@@ -2,7 +2,7 @@
 
 It does as `POST /control` says: latency, failures and hangs by model, chunks of a stream, random faults at given
 rates. `GET /stats` says what was called and which calls were aborted, `GET /calls` lists them one by one.
-Prints its port as the first line and runs until it is ended.
+Says where it listens and runs until it is ended.
 
     python benchmarks/mock_upstream.py [--port N]
 """
@@ -14,6 +14,7 @@ import json
 import math
 import random
 import re
+import sys
 from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass, field
@@ -290,7 +291,7 @@ async def serve(port: int) -> None:
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", port, backlog=4096)
     await site.start()
-    print(runner.addresses[0][1], flush=True)
+    print(f"ready: http://127.0.0.1:{runner.addresses[0][1]}/v1", file=sys.stderr, flush=True)
     await asyncio.Event().wait()
 
 

@@ -28,8 +28,7 @@ _TENSORZERO_SERVER = """
 import sys, threading, types, tensorzero
 client = types.SimpleNamespace(base_url=None, api_key="unused")
 tensorzero.patch_openai_client(client, config_file=sys.argv[1], async_setup=False)
-print(str(client.base_url).split("/")[2].rpartition(":")[2], flush=True)
-print(client.base_url, file=sys.stderr, flush=True)
+print("ready:", str(client.base_url).rstrip("/"), file=sys.stderr, flush=True)
 threading.Event().wait()
 """
 
@@ -43,8 +42,8 @@ def peers(folder: Path, upstream: str) -> Iterator[list[str]]:
         config = folder / "tensorzero.toml"
         config.write_text(_tensorzero(upstream), encoding="utf-8")
         command = [str(python), "-c", _TENSORZERO_SERVER, str(config)]
-        port, _ = stack.enter_context(process(command, folder / "tensorzero.log", MOCK_KEY="unused"))
-        tensorzero = f"http://127.0.0.1:{port}/openai/v1;model=tensorzero::function_name::"
+        url, _ = stack.enter_context(process(command, folder / "tensorzero.log", MOCK_KEY="unused"))
+        tensorzero = f"{url};model=tensorzero::function_name::"
         specs = [
             f"TensorZero best_of_n={tensorzero}best",
             f"TensorZero mixture_of_n={tensorzero}mixture",
