@@ -95,12 +95,9 @@ def gateway(
     }
     path = folder / f"{name}.yaml"
     path.write_text(json.dumps(config), encoding="utf-8")  # JSON is YAML
-    # -P: this folder's fusion.py must not stand in for the package.
-    with process([sys.executable, "-P", str(HERE / "gateway.py"), str(path)], folder / f"{name}.log") as (
-        port,
-        running,
-    ):
-        yield f"http://127.0.0.1:{port}/v1", running
+    command = [sys.executable, "-m", "mixfuse", "gateway", str(path), "--port", "0"]
+    with process(command, folder / f"{name}.log") as started:
+        yield started
 
 
 @contextmanager
