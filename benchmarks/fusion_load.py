@@ -58,6 +58,7 @@ OF_THE_MODEL = {"circuit_open", "queue_full"}
 GIVEN_UP = {"cancelled_straggler", "cancelled_hedge", "cancelled"}
 STATUS = {
     "context_length": 400,
+    "refused": 400,
     "rate_limited": 429,
     "queue_full": 429,
     "upstream_error": 502,
@@ -240,7 +241,7 @@ def _errors(request: Request, seen: list[dict[str, Any]], unwell: set[str]) -> I
     kind = request.error.get("type")
     if kind not in STATUS:
         yield f"an error of no named type: {request.error}"
-    elif request.status not in (200, STATUS[kind]):  # 200: it came after the stream had begun
+    elif request.status not in (200, _status(request.error)):  # 200: it came after the stream had begun
         yield f"{kind} with HTTP {request.status}"
     if kind == "too_few_answers":
         for failed in request.error["failed"]:
@@ -249,6 +250,15 @@ def _errors(request: Request, seen: list[dict[str, Any]], unwell: set[str]) -> I
                 yield f"{failed} is unexplained"
     elif not any(_explained(str(kind), call["model"], [call], unwell) for call in seen) and kind not in OF_THE_MODEL:
         yield f"{request.error} is unexplained"
+
+
+def _status(error: dict[str, Any]) -> int:
+    """The HTTP status of an error, as docs/failures.md says."""
+    if error["type"] == "too_few_answers" and all(
+        failed["type"] in ("rate_limited", "queue_full") for failed in error["failed"]
+    ):
+        return 429
+    return STATUS[error["type"]]
 
 
 def _ledger(request: Request, trace: dict[str, Any], seen: list[dict[str, Any]], unwell: set[str]) -> Iterator[str]:
@@ -297,7 +307,12 @@ def stored(path: Path) -> list[dict[str, Any]]:
 async def main(arguments: argparse.Namespace) -> dict[str, Any]:
     """Runs the load and the audit; prints tables; returns all figures."""
     seconds = 6.0 if arguments.smoke else arguments.minutes * 60
-    models = {"*": {"timeout_s": 2.0, "price": {"prompt": 1.0, "completion": 3.0}}}
+    models = {
+        "*": {"timeout_s": 2.0, "price": {"prompt": 1.0, "completion": 3.0}},
+        "m0": {"max_concurrency": 8, "max_queue": 8},
+        "m1": {"retry": {"attempts": 2, "backoff_ms": 20}},
+        "m2": {"hedge_after_ms": 150},
+    }
     modes = {"min_responses": 2, "grace_ms": 100, "deadline_ms": 5000, "max_rounds": 1}
     with tempfile.TemporaryDirectory(prefix="mixfuse-load-") as name:
         folder = Path(name)
