@@ -11,27 +11,30 @@ from rich.rule import Rule
 from rich.text import Text
 
 from fusion.chat import MODELS
-from fusion.run import Mode
+from fusion.config import FusedMode
 from fusion.upstream import split_events
 from mixfuse.errors import MixfuseError
 
 # Answers are untrusted: what steers a terminal is taken out, tabs and newlines aside.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
-_REASONS = {
+REASONS = {
     "judged": "the judge preferred it",
     "agreement": "all members say the same; the judge was not asked",
     "lone_survivor": "it is the only answer there is",
     "judge_failed": "the judge failed, so it is the first member's",
+    "primary": "with tools the first member answers alone",
+    "pass_through": "it is the model that was asked for",
     "synthesis": "the synthesizer wrote it from the candidates",
     "synthesizer_failed": "the synthesizer failed, so it is the first member's",
 }
+"""Why an answer is what it is, in words."""
 
 
 def run(
     prompt: str,
     *,
-    mode: Mode = "best_of",
+    mode: FusedMode = "best_of",
     url: str = "http://127.0.0.1:8080",
     api_key: str | None = None,
     temperature: float | None = None,
@@ -49,6 +52,7 @@ def run(
         "messages": [{"role": "user", "content": prompt}],
         "stream": True,
         "stream_options": {"include_usage": True},
+        "fusion": {"expose": "full"},
         **({} if temperature is None else {"temperature": temperature}),
         **({} if max_tokens is None else {"max_tokens": max_tokens}),
     }
@@ -91,7 +95,7 @@ def show(fusion: dict[str, Any], usage: dict[str, int], console: Console) -> Non
     winner = fusion.get("winner")
     who = f"{names[winner]}'s answer: " if winner in names else ""
     reason = str(fusion.get("reason"))
-    console.print(Text(f"{who}{_REASONS.get(reason, reason)}."))
+    console.print(Text(f"{who}{REASONS.get(reason, reason)}."))
     tokens = f"{usage.get('prompt_tokens', 0)} + {usage.get('completion_tokens', 0)} tokens"
     console.print(Text(f"{tokens}, ${fusion.get('cost', 0):.6f}, trace {fusion.get('trace_id')}", style="dim"))
 

@@ -1,7 +1,11 @@
-"""best_of: members answer in parallel, the judge compares, the winner's text is returned verbatim."""
+"""best_of: members answer in parallel, the judge compares, the winner's answer is returned verbatim.
 
-from fusion.judge import JudgeError, judge, ranking
-from fusion.run import Run, distinct, question
+An answer may be a call of tools: the judge compares what would be called.
+"""
+
+from fusion.agreement import distinct
+from fusion.judge import JudgeError, judge
+from fusion.run import Run
 
 
 async def best_of(run: Run) -> str:
@@ -9,6 +13,7 @@ async def best_of(run: Run) -> str:
 
     Raises:
         TooFewAnswersError: The quorum was not met.
+        JudgeError: The judge failed, and `on_judge_error` is `fail`.
     """
     await run.answers()
     return await choose(run)
@@ -18,18 +23,22 @@ async def choose(run: Run) -> str:
     """Returns the best of the candidates in hand.
 
     A lone one is returned as it is; where all say the same the judge is not asked; where the judge fails it
-    is the first in the config's order.
+    is the first in the config's order, unless that shall be an error.
+
+    Raises:
+        JudgeError: The judge failed, and `on_judge_error` is `fail`.
     """
     first = run.candidates[0]
     if len(run.candidates) == 1:
         return await run.give(first, "lone_survivor")
-    rivals = distinct(run.candidates) if run.plan.settings.early_agreement else run.candidates
+    rivals = distinct(run.candidates, run.agreement)
     if len(rivals) == 1:
         return await run.give(first, "agreement")
-    asked = question(run.plan.messages)
     try:
-        run.verdicts = await judge(run.pool, run.plan.judge, asked, rivals, run.ledger)
+        best = await judge(run, rivals)
     except JudgeError as error:
+        if run.plan.settings.on_judge_error == "fail":
+            raise
         run.error = str(error)
         return await run.give(first, "judge_failed")
-    return await run.give(ranking(run.verdicts, rivals)[0], "judged")
+    return await run.give(best, "judged")

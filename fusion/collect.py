@@ -167,6 +167,8 @@ async def collect(
     members = [member.model_dump(mode="json", exclude_defaults=True) for member in config.members]
     settings = {"members": members, "samples": samples, **parameters}
     report = CollectReport()
+    # A job that asks thousands of questions would rather try each than skip those after a bad spell.
+    asked = [member.model_copy(update={"breaker": None}) for member in config.members]
     unanswered: list[dict[str, Any]] = []
     free = asyncio.Semaphore(concurrency)
     source = HttpRoles(roles) if isinstance(roles, str) else roles
@@ -175,9 +177,7 @@ async def collect(
         shown = bar.add_task("pool answers", total=len(tasks), completed=report.resumed)
 
         async def work(pool: Pool, task: AnyTask) -> None:
-            row = await _row(
-                pool, config.members, task, free=free, samples=samples, parameters=parameters, verify=verify
-            )
+            row = await _row(pool, asked, task, free=free, samples=samples, parameters=parameters, verify=verify)
             if row["responses"]:
                 finished[task.id] = row
                 stream.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -1,17 +1,36 @@
 """The fusion config: who forms the pool, who judges, who synthesizes, and how long anyone is waited for."""
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, HttpUrl, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    HttpUrl,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
+from mixfuse.judge_protocol import MAX_CHARS
 from mixfuse.recipe import Strict
 
 FUSION_PREFIX = "fusion/"
 """Model names that start with this are modes, so no member may be called so."""
 
 Positive = Annotated[float, Field(gt=0)]
+
+
+def _database(where: str) -> str:
+    """Checks a database's place; the database layer is loaded by who opens it."""
+    scheme, separator, _ = where.partition("://")
+    if separator and scheme.partition("+")[0] not in ("sqlite", "postgresql", "postgres"):
+        raise ValueError(f"it is a path, a sqlite:///… or a postgresql://… URL, not {scheme}://…")
+    return where
 
 
 class Price(Strict):
@@ -23,6 +42,38 @@ class Price(Strict):
     def cost(self, prompt_tokens: int, completion_tokens: int) -> float:
         """Dollars for so many tokens."""
         return (self.prompt * prompt_tokens + self.completion * completion_tokens) / 1e6
+
+
+class Retry(Strict):
+    """When a failed call is made again.
+
+    Only failures that may pass are: no connection, a connection that broke, 408, 429 and 5xx; and only before the
+    client has been sent any of the answer. Off by default: in a pool the other members are the second attempt, and
+    OpenAI's clients repeat a failed request by themselves.
+
+    Attributes:
+        attempts: How often at most a call is made; 1 is no repetition.
+        backoff_ms: The wait before the second attempt; doubled for each further one, and drawn at random between
+            half and all of that. An endpoint's `Retry-After` is waited for where it is longer.
+        max_backoff_ms: The longest wait by doubling.
+    """
+
+    attempts: int = Field(default=1, ge=1, le=10)
+    backoff_ms: Positive = 200.0
+    max_backoff_ms: Positive = 5_000.0
+
+
+class Breaker(Strict):
+    """When a model that keeps failing is left alone.
+
+    Attributes:
+        failures: So many failures in a row (time-outs, broken or refused connections, 5xx) open the circuit: calls
+            fail at once, as `circuit_open`.
+        cooldown_ms: After so long one call is let through; if it succeeds the circuit is closed again.
+    """
+
+    failures: int = Field(default=5, ge=1)
+    cooldown_ms: Positive = 10_000.0
 
 
 class ModelConfig(Strict):
@@ -37,8 +88,15 @@ class ModelConfig(Strict):
         temperature: Sent where the request sets none.
         max_tokens: Sent where the request sets no limit.
         system: Instructions put before the request's own system message.
+        images: It takes images; a request with images goes only to members that do.
         price: What its tokens cost.
-        timeout_s: The longest one call may take, in seconds.
+        timeout_s: The longest one attempt at a call may take, in seconds.
+        retry: When a failed call is made again.
+        hedge_after_ms: After so long without a word, the same call is made a second time beside the first; the one
+            that answers first counts, both are paid for. Unset: never.
+        breaker: When a model that keeps failing is left alone; null: never.
+        max_concurrency: The most calls under way at once; unset: no limit.
+        max_queue: The most calls waiting for one of those places; more are refused, as `queue_full`.
     """
 
     role: str | None = Field(default=None, min_length=1)
@@ -48,8 +106,14 @@ class ModelConfig(Strict):
     temperature: float | None = Field(default=None, ge=0)
     max_tokens: int | None = Field(default=None, gt=0)
     system: str | None = None
+    images: bool = False
     price: Price = Price()
     timeout_s: Positive = 120.0
+    retry: Retry = Retry()
+    hedge_after_ms: Positive | None = None
+    breaker: Breaker | None = Breaker()
+    max_concurrency: int | None = Field(default=None, ge=1)
+    max_queue: int = Field(default=64, ge=0)
 
     @model_validator(mode="after")
     def _one_way_to_reach_it(self) -> "ModelConfig":
@@ -83,6 +147,23 @@ class Member(ModelConfig):
     samples: int = Field(default=1, ge=1, le=64)
 
 
+class Judge(ModelConfig):
+    """Who compares candidates.
+
+    Attributes:
+        verdicts: How verdicts are read: `logprobs` of one token, after a prefill only; `parsed` from a written JSON
+            object, for endpoints that give no log-probabilities; `auto`: `logprobs` until the endpoint shows that it
+            has none. A trace says of each verdict how it was read.
+    """
+
+    verdicts: Literal["auto", "logprobs", "parsed"] = "auto"
+
+
+FusedMode = Literal["best_of", "merge", "debate"]
+Expose = Literal["none", "summary", "full"]
+OnJudgeError = Literal["first", "fail"]
+
+
 class Modes(Strict):
     """How the modes wait and end.
 
@@ -91,17 +172,127 @@ class Modes(Strict):
         grace_ms: How long after the quorum the other members are still waited for; unset: until the deadline.
         deadline_ms: How long after the request began members are waited for, over all rounds of a debate
             together.
+        max_cost: The most dollars one request may cost, all calls together; unset: no limit.
         max_rounds: How often a debate's members may revise.
         debate_ending: Which mode makes one answer of a debate's last round.
-        early_agreement: Whether candidates that all say the same short-cut the judge.
+        agreement: When candidates say the same, which short-cuts the judge and ends a debate: they are equal as text
+            (white space aside), or in the last number, as JSON, or in the option chosen; `never`: not at all.
+        on_judge_error: What a judge that fails leads to: the first candidate in the config's order, or an error.
+        tools: What `merge` and `debate` do with a request that has tools, which no synthesis can call: the first member
+            answers it alone, or it is refused.
+        cite: Whether `merge` says which candidates each paragraph drew on.
+        max_candidate_chars: The most of one answer that the judge and the synthesizer are shown, in characters.
+        expose: How much the answer's `fusion` object tells a client.
+        keep_alive_ms: How long a stream may be silent before a comment is sent to keep it open.
     """
 
     min_responses: int = Field(default=1, ge=1)
     grace_ms: float | None = Field(default=None, ge=0)
     deadline_ms: Positive = 120_000.0
+    max_cost: Positive | None = None
     max_rounds: int = Field(default=2, ge=1, le=10)
     debate_ending: Literal["best_of", "merge"] = "best_of"
-    early_agreement: bool = True
+    agreement: Literal["never", "exact", "number", "json", "choice"] = "exact"
+    on_judge_error: OnJudgeError = "first"
+    tools: Literal["primary", "refuse"] = "primary"
+    cite: bool = False
+    max_candidate_chars: int = Field(default=MAX_CHARS, ge=200, le=MAX_CHARS)
+    expose: Expose = "summary"
+    keep_alive_ms: Positive = 1000.0
+
+
+class FusionOptions(Strict):
+    """What a request may set for itself in its `fusion` object, and a preset for those who ask for it by name.
+
+    Attributes:
+        mode: Instead of the one the model name says.
+        members: Who answers, by name.
+        judge: Who compares, by the name of a member or a role.
+        synthesizer: Who merges, likewise.
+        samples: How many answers each member gives.
+        min_responses: See `Modes`, as for all below.
+        grace_ms: …
+        deadline_ms: …
+        max_cost: …
+        max_rounds: …
+        on_judge_error: …
+        cite: …
+        expose: …
+    """
+
+    mode: FusedMode | None = None
+    members: tuple[str, ...] | None = Field(default=None, min_length=1)
+    judge: str | None = None
+    synthesizer: str | None = None
+    samples: int | None = Field(default=None, ge=1, le=64)
+    min_responses: int | None = Field(default=None, ge=1)
+    grace_ms: float | None = Field(default=None, ge=0)
+    deadline_ms: Positive | None = None
+    max_cost: Positive | None = None
+    max_rounds: int | None = Field(default=None, ge=1, le=10)
+    on_judge_error: OnJudgeError | None = None
+    cite: bool | None = None
+    expose: Expose | None = None
+
+    def over(self, below: "FusionOptions") -> "FusionOptions":
+        """These options, and for what they leave open those below them."""
+        own = {name: getattr(self, name) for name in self.model_fields_set if getattr(self, name) is not None}
+        return below.model_copy(update=own)
+
+    def settings(self, modes: Modes) -> Modes:
+        """`modes`, with what these options set instead."""
+        own = {name: value for name in _IN_BOTH if (value := getattr(self, name)) is not None}
+        return modes.model_copy(update=own) if own else modes
+
+
+_IN_BOTH = frozenset(Modes.model_fields) & frozenset(FusionOptions.model_fields)
+
+
+class TraceConfig(Strict):
+    """What is kept of each request, and for how long.
+
+    Attributes:
+        retention_days: Traces older than this are removed; unset: never.
+        redact: Regular expressions; what they match in prompts, answers, errors and feedback is replaced before
+            anything is stored.
+        store_text: Whether prompts and answers are stored at all. Without them a trace still tells calls, tokens,
+            cost, times and verdicts, but makes no preference data.
+        spool: The folder of traces on their way to the database, on a local disk; unset: beside a SQLite file, or
+            runs/trace-spool.
+    """
+
+    retention_days: Positive | None = None
+    redact: tuple[str, ...] = ()
+    store_text: bool = True
+    spool: Path | None = None
+
+    @field_validator("redact")
+    @classmethod
+    def _patterns(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+        return patterns
+
+
+class OtelConfig(Strict):
+    """Where spans go.
+
+    Attributes:
+        endpoint: An OTLP collector's URL for traces over HTTP, e.g. http://127.0.0.1:4318/v1/traces.
+        service_name: What the gateway is called there.
+    """
+
+    endpoint: str
+    service_name: str = "mixfuse"
+
+    @field_validator("endpoint")
+    @classmethod
+    def _http(cls, endpoint: str) -> str:
+        _check_url(endpoint, "endpoint")
+        return endpoint
 
 
 class FusionConfig(Strict):
@@ -112,14 +303,26 @@ class FusionConfig(Strict):
         judge: Who compares candidates; without one `best_of` is refused.
         synthesizer: Who writes `merge`'s answer; without one `merge` is refused.
         modes: How the modes wait and end.
-        trace_db: The SQLite file traces are kept in.
+        presets: Options under a name that clients ask for as a model.
+        openrouter_alias: Whether requests may be written for OpenRouter's Fusion: the model `openrouter/fusion`, and
+            the plugin `fusion` in `plugins`.
+        trace_db: The database of traces and API keys: a SQLite file's path, or a URL (postgresql://…; leave the
+            password to PGPASSWORD or ~/.pgpass).
+        traces: What is kept of each request, and for how long.
+        api_keys: Whether `/v1` wants an API key: "auto" as soon as one has been added, "required", or "off".
+        otel: Where OpenTelemetry spans go; unset: nowhere.
     """
 
     members: tuple[Member, ...] = Field(min_length=1)
-    judge: ModelConfig | None = None
+    judge: Judge | None = None
     synthesizer: ModelConfig | None = None
     modes: Modes = Modes()
-    trace_db: Path = Path("runs/traces.sqlite3")
+    presets: dict[str, FusionOptions] = {}
+    openrouter_alias: bool = False
+    trace_db: Annotated[str, BeforeValidator(str), AfterValidator(_database)] = "runs/traces.sqlite3"
+    traces: TraceConfig = TraceConfig()
+    api_keys: Literal["auto", "required", "off"] = "auto"
+    otel: OtelConfig | None = None
 
     @model_validator(mode="after")
     def _members_fit(self) -> "FusionConfig":
@@ -129,6 +332,11 @@ class FusionConfig(Strict):
                 raise ValueError(f"two members are called {name!r}; names must be unique")
             if name.startswith(FUSION_PREFIX):
                 raise ValueError(f"member {name!r}: names that begin with {FUSION_PREFIX!r} are modes")
+        for preset, options in self.presets.items():
+            if preset in names or preset.startswith(FUSION_PREFIX):
+                raise ValueError(f"preset {preset!r}: that name is a member's or begins with {FUSION_PREFIX!r}")
+            if unknown := [name for name in options.members or () if name not in names]:
+                raise ValueError(f"preset {preset!r} names the member {unknown[0]!r}, which there is not")
         candidates = sum(member.samples for member in self.members)
         if self.modes.min_responses > candidates:
             raise ValueError(
@@ -137,8 +345,8 @@ class FusionConfig(Strict):
         return self
 
 
-def _check_url(url: str) -> None:
+def _check_url(url: str, name: str = "base_url") -> None:
     try:
         TypeAdapter(HttpUrl).validate_python(url)
     except ValidationError:
-        raise ValueError(f"base_url {url!r} is not an http(s) URL") from None
+        raise ValueError(f"{name} {url!r} is not an http(s) URL") from None

@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import httpx
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -20,7 +19,7 @@ from rich.table import Table
 from fusion.comparisons import Comparison, load
 from fusion.judge import verdict
 from fusion.pool import all_or_raise, fan_out, http_client
-from fusion.upstream import CallError, Endpoint, Ledger, Purpose
+from fusion.upstream import CallError, Client, Endpoint, Ledger, Purpose
 from mixfuse.errors import MixfuseError
 from mixfuse.judge_protocol import combine
 
@@ -141,7 +140,7 @@ async def evaluate(
     failures: list[CallError] = []
     purpose = Purpose("verdict", "judge")
 
-    async def one(client: httpx.AsyncClient, prompt: str, first: str, second: str) -> float | None:
+    async def one(client: Client, prompt: str, first: str, second: str) -> float | None:
         async with free:
             try:
                 return await verdict(client, judge_endpoint, prompt, first, second, purpose=purpose, ledger=Ledger())

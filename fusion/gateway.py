@@ -3,11 +3,16 @@
 import asyncio
 import json
 import logging
+import math
+import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, nullcontext
 from typing import Any, TypeVar
 
+import orjson
+from prometheus_client import CONTENT_TYPE_LATEST as METRICS_TYPE
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -20,27 +25,25 @@ from fusion.best_of import best_of
 from fusion.chat import MODELS, ChatRequest, RequestError
 from fusion.config import FusionConfig
 from fusion.debate import debate
+from fusion.failures import STATUS
+from fusion.keys import ADMIN_KEY, KeyRing, UnauthorizedError, is_admin
+from fusion.ledger import Budget, Ledger
+from fusion.limits import Circuit
 from fusion.merge import merge
+from fusion.metrics import Metrics
 from fusion.pool import Pool, RoleSource
 from fusion.run import Mode, Run, TooFewAnswersError
+from fusion.spans import Spans
 from fusion.traces import TraceStore
+from mixfuse.database import Database, probe
 from mixfuse.errors import MixfuseError
 from mixfuse.trace import Trace, Usage
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
-# What a failure means to the client. OpenAI's own clients retry 429 and 5xx.
-_STATUS = {
-    "invalid_request_error": 400,
-    "context_length": 400,
-    "rate_limited": 429,
-    "upstream_error": 502,
-    "invalid_response": 502,
-    "unreachable": 502,
-    "too_few_answers": 503,
-    "timeout": 504,
-}
+# How long the end of a gateway waits for requests that are being cancelled to leave their traces.
+_LEAVE_S = 5.0
 
 
 async def pass_through(run: Run) -> str:
@@ -49,20 +52,7 @@ async def pass_through(run: Run) -> str:
     Raises:
         CallError: The model gave no usable answer.
     """
-    member = run.plan.members[0]
-    reply = await run.pool.ask(
-        member,
-        run.plan.messages,
-        run.plan.parameters,
-        stage="answer",
-        name=member.name,
-        ledger=run.ledger,
-        candidate=0,
-        emit=run.emit,
-    )
-    run.winner, run.reason, run.finish_reason = 0, "pass_through", reply.finish_reason
-    run.logprobs = reply.logprobs
-    return reply.text
+    return await run.primary("pass_through")
 
 
 MODES: dict[Mode, Callable[[Run], Awaitable[str]]] = {
@@ -73,13 +63,24 @@ MODES: dict[Mode, Callable[[Run], Awaitable[str]]] = {
 }
 
 
-def create_app(config: FusionConfig, roles: RoleSource | None, *, extra_routes: Sequence[BaseRoute] = ()) -> Starlette:
+Check = Callable[[], bool]
+"""Whether something the gateway needs is well; `/readyz` asks."""
+
+
+def create_app(
+    config: FusionConfig,
+    roles: RoleSource | None,
+    *,
+    extra_routes: Sequence[BaseRoute] = (),
+    checks: Mapping[str, Check] | None = None,
+) -> Starlette:
     """Builds the gateway.
 
     Args:
         config: Pool, judge, synthesizer and modes.
         roles: Where roles are served; None for a gateway without a server beside it.
         extra_routes: More routes, served before the gateway's own.
+        checks: What else has to be well for `/readyz`, by name.
 
     Raises:
         MixfuseError: The config names a role, but there is no server beside this gateway; or the trace
@@ -89,15 +90,12 @@ def create_app(config: FusionConfig, roles: RoleSource | None, *, extra_routes: 
     role = next((model.role for model in models if model.role), None)
     if roles is None and role is not None:
         raise MixfuseError(f"role {role!r}: this gateway has no server beside it; name a base_url and model")
-    gateway = _Gateway(config, Pool(roles), TraceStore(config.trace_db))
+    gateway = _Gateway(config, Pool(roles), Database(config.trace_db), checks or {})
 
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
-        try:
-            async with gateway.pool:
-                yield
-        finally:
-            gateway.traces.close()
+        async with gateway.running():
+            yield
 
     return Starlette(
         routes=[
@@ -108,8 +106,10 @@ def create_app(config: FusionConfig, roles: RoleSource | None, *, extra_routes: 
             Route("/v1/traces/{id}", gateway.get_trace),
             Route("/v1/traces/{id}/feedback", gateway.add_feedback, methods=["POST"]),
             Route("/healthz", gateway.health),
+            Route("/readyz", gateway.ready),
+            Route("/metrics", gateway.show_metrics),
         ],
-        exception_handlers={MixfuseError: _on_mixfuse_error, HTTPException: _on_http_error, 500: _on_bug},
+        exception_handlers={MixfuseError: gateway.refuse, HTTPException: _on_http_error, 500: _on_bug},
         lifespan=lifespan,
     )
 
@@ -117,17 +117,62 @@ def create_app(config: FusionConfig, roles: RoleSource | None, *, extra_routes: 
 class _Gateway:
     """The handlers, and what they share for as long as the gateway runs."""
 
-    def __init__(self, config: FusionConfig, pool: Pool, traces: TraceStore) -> None:
-        self.config, self.pool, self.traces = config, pool, traces
+    def __init__(self, config: FusionConfig, pool: Pool, database: Database, checks: Mapping[str, Check]) -> None:
+        self.config, self.pool, self.database, self.checks = config, pool, database, checks
+        self.keys = KeyRing(database, config.api_keys)
+        self.traces = TraceStore(database, config.traces, committed=self.keys.committed)
+        self.metrics = Metrics(pool.guards, self.traces)
+        self.spans = Spans(config.otel) if config.otel is not None else None
+        self._under_way = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
         self._created = int(time.time())
 
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Everything that works beside the requests; at the end all traces are stored."""
+        try:
+            async with self.pool:
+                await self.traces.start()
+                self.keys.start()
+                yield
+                # Requests that the server's end cancels leave a trace too.
+                async with asyncio.timeout(_LEAVE_S):
+                    await self._idle.wait()
+        except TimeoutError:
+            logger.error("%d requests did not end in time; they leave no trace", self._under_way)
+        finally:
+            await self.keys.close()
+            await self.traces.close()
+            await asyncio.to_thread(self.database.close)
+            if self.spans is not None:
+                await asyncio.to_thread(self.spans.close)
+
     async def chat_completions(self, request: Request) -> Response:
+        key = self.keys.identify(request.headers.get("authorization"))
         chat_request = chat.parse(await _json(request))
         plan = chat.plan(chat_request, self.config, self.pool.role_names())
-        return _Completion(chat_request, Run(plan, self.pool), self._store)
+        budgets = [self.keys.admit(key)] if key else []
+        if plan.settings.max_cost is not None:
+            budgets.append(Budget("max_cost", max_cost=plan.settings.max_cost))
+        ledger = Ledger(deadline_ms=plan.settings.deadline_ms, budgets=budgets)
+        run = Run(plan, self.pool, key=key.id if key else None, ledger=ledger)
+        self._under_way += 1
+        self._idle.clear()
 
-    async def list_models(self, _request: Request) -> Response:
-        names = [*MODELS, *(member.name for member in self.config.members), *self.pool.role_names()]
+        async def store(trace: Trace) -> None:
+            self._finish(trace, ledger, request.headers)
+
+        return _Completion(chat_request, run, store)
+
+    async def list_models(self, request: Request) -> Response:
+        self.keys.identify(request.headers.get("authorization"))
+        names = [
+            *MODELS,
+            *self.config.presets,
+            *(member.name for member in self.config.members),
+            *self.pool.role_names(),
+        ]
         data = [
             {"id": name, "object": "model", "created": self._created, "owned_by": "mixfuse"}
             for name in dict.fromkeys(names)
@@ -139,27 +184,80 @@ class _Gateway:
             limit = int(request.query_params.get("limit", "20"))
         except ValueError:
             raise RequestError("'limit' must be a number", code="invalid_value", param="limit") from None
-        traces = await self.traces.newest(limit=max(1, min(limit, 1000)))
+        traces = await self.traces.newest(limit=max(1, min(limit, 1000)), key_id=self._whose(request))
         return JSONResponse({"object": "list", "data": [trace.model_dump(mode="json") for trace in traces]})
 
     async def get_trace(self, request: Request) -> Response:
-        return _trace_or_404(await self.traces.get(request.path_params["id"]), request)
+        trace = await self.traces.get(request.path_params["id"], key_id=self._whose(request))
+        return _trace_or_404(trace, request)
 
     async def add_feedback(self, request: Request) -> Response:
+        key_id = self._whose(request)
         feedback = await _json(request)
         if not isinstance(feedback, dict):
             raise RequestError("feedback must be a JSON object", code="invalid_json")
-        return _trace_or_404(await self.traces.add_feedback(request.path_params["id"], feedback), request)
+        trace = await self.traces.add_feedback(request.path_params["id"], feedback, key_id=key_id)
+        return _trace_or_404(trace, request)
 
     async def health(self, _request: Request) -> Response:
         return JSONResponse({"status": "ok"})
 
-    async def _store(self, trace: Trace) -> None:
+    async def ready(self, _request: Request) -> Response:
+        """Whether requests would be served well: a load balancer sends none otherwise."""
+        problems = [f"{name} is not well" for name, well in self.checks.items() if not well()]
+        able = sum(
+            member.samples
+            for member in self.config.members
+            if self.pool.guard(member, member.name).circuit is not Circuit.OPEN
+        )
+        if able < self.config.modes.min_responses:
+            problems.append(
+                f"the members whose circuit is not open give {able} answers; "
+                f"modes.min_responses is {self.config.modes.min_responses}"
+            )
         try:
-            await self.traces.add(trace)
-        except Exception:
-            # A full disk must not cost the client an answer that is already paid for.
-            logger.exception("trace %s could not be stored", trace.id)
+            async with asyncio.timeout(_LEAVE_S):
+                await self.database.run(probe)
+        except (SQLAlchemyError, TimeoutError) as error:
+            problems.append(f"the trace database cannot be written: {str(error) or 'it does not answer'}")
+        return JSONResponse(
+            {"status": "not ready" if problems else "ok", "problems": problems}, 503 if problems else 200
+        )
+
+    async def show_metrics(self, request: Request) -> Response:
+        if not is_admin(request.headers.get("authorization")):
+            raise UnauthorizedError(f"send the admin key as a bearer token ({ADMIN_KEY})")
+        return Response(self.metrics.exposition(), media_type=METRICS_TYPE)
+
+    async def refuse(self, _request: Request, error: Any) -> Response:
+        """Answers a request that was refused before any model was asked."""
+        self.metrics.refused(error.kind)
+        return _error_response(error)
+
+    def _whose(self, request: Request) -> str | None:
+        """Whose traces a request may see: its key's; None for all of them.
+
+        Raises:
+            UnauthorizedError: A key is needed and there is none.
+        """
+        authorization = request.headers.get("authorization")
+        if not self.keys.needed or (os.environ.get(ADMIN_KEY) and is_admin(authorization)):
+            return None
+        key = self.keys.identify(authorization)
+        return key.id if key else None
+
+    def _finish(self, trace: Trace, ledger: Ledger, headers: Mapping[str, str]) -> None:
+        """Ends a request: its trace is safe and its budgets are settled when this returns."""
+        self._under_way -= 1
+        if not self._under_way:
+            self._idle.set()
+        ledger.settle()
+        self.traces.add(trace)
+        # Once the answer has been handed to the server: nobody waits for the counting.
+        loop = asyncio.get_running_loop()
+        loop.call_soon(self.metrics.observe, trace)
+        if self.spans is not None:
+            loop.call_soon(self.spans.send, trace, headers)
 
 
 class _Completion(Response):
@@ -175,21 +273,28 @@ class _Completion(Response):
         answer = ""
         failure: MixfuseError | None = None
         try:
-            answer = await _unless_disconnected(receive, MODES[run.plan.mode](run))
+            async with stream.kept_alive(run.plan.settings.keep_alive_ms / 1000) if stream else nullcontext():
+                answer = await _unless_disconnected(receive, MODES[run.plan.mode](run))
         except ClientDisconnect:
             await self._store(run.trace(None, outcome="cancelled", error="the client went away"))
             return
+        except asyncio.CancelledError:
+            await self._store(run.trace(None, outcome="cancelled", error="the gateway was stopped"))
+            raise
         except MixfuseError as error:
             failure = error
         except Exception:
             logger.exception("a request failed in a way it should not")
             failure = MixfuseError("internal error", kind="internal_error")
         if failure is not None:
-            await self._store(run.trace(None, outcome=failure.kind, error=str(failure)))
+            trace = run.trace(None, outcome=failure.kind, error=str(failure))
+            await self._store(trace)
+            # What was used up is owed, answer or not.
+            body = {**_error_body(failure), "usage": _usage(trace.usage), "trace_id": trace.id}
             if stream and stream.begun:
-                await stream.fail(_error_body(failure))
+                await stream.fail(body)
             else:
-                await _error_response(failure)(scope, receive, send)
+                await JSONResponse(body, _status(failure), _headers(failure))(scope, receive, send)
             return
         trace = run.trace(answer)
         await self._store(trace)
@@ -212,18 +317,42 @@ class _EventStream:
             "model": request.model,
         }
         self.begun = False
+        self._role_sent = False
+        self._events = 0
+
+    @asynccontextmanager
+    async def kept_alive(self, every_s: float) -> AsyncIterator[None]:
+        """While the block runs, fills each silence of that length with a comment; the first begins the response.
+
+        From then on a failure can no longer have an HTTP status: it is the stream's last event.
+        """
+
+        async def comment() -> None:
+            while True:
+                before = self._events
+                await asyncio.sleep(every_s)
+                if self._events == before:
+                    await self._begin()
+                    await self._send({"type": "http.response.body", "body": b": keep-alive\n\n", "more_body": True})
+
+        commenting = asyncio.create_task(comment())
+        try:
+            yield
+        finally:
+            commenting.cancel()
+            await asyncio.wait({commenting})
 
     async def text(self, text: str) -> None:
         """Sends a piece of the answer."""
-        if not self.begun:
-            await self._begin()
+        await self._role()
         await self._chunk({"content": text})
 
     async def end(self, run: Run, trace: Trace) -> None:
-        """Sends why it ended, the `fusion` block, the usage if it was asked for, and the end mark."""
-        if not self.begun:
-            await self._begin()
-        await self._chunk({}, finish_reason=run.finish_reason, fusion=_fusion_block(run, trace))
+        """Sends the tools called, why it ended, the `fusion` block, the usage if it was asked for, and the end mark."""
+        await self._role()
+        if run.tool_calls:
+            await self._chunk({"tool_calls": [{"index": place, **call} for place, call in enumerate(run.tool_calls)]})
+        await self._chunk({}, finish_reason=run.finish_reason, **_fusion_block(run, trace))
         if self._include_usage:
             await self._event({**self._head, "choices": [], "usage": _usage(trace.usage)})
         await self._data("[DONE]", more=False)
@@ -233,10 +362,17 @@ class _EventStream:
         await self._data(json.dumps(error, ensure_ascii=False), more=False)
 
     async def _begin(self) -> None:
-        self.begun = True
-        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
-        await self._send({"type": "http.response.start", "status": 200, "headers": headers})
-        await self._chunk({"role": "assistant", "content": ""})
+        if not self.begun:
+            self.begun = True
+            headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+            await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+
+    async def _role(self) -> None:
+        """Opens the answer, as its first chunk."""
+        await self._begin()
+        if not self._role_sent:
+            self._role_sent = True
+            await self._chunk({"role": "assistant", "content": ""})
 
     async def _chunk(self, delta: dict[str, Any], *, finish_reason: str | None = None, **extra: Any) -> None:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
@@ -247,6 +383,7 @@ class _EventStream:
         await self._data(json.dumps(event, ensure_ascii=False))
 
     async def _data(self, data: str, *, more: bool = True) -> None:
+        self._events += 1
         body = f"data: {data}\n\n".encode()
         await self._send({"type": "http.response.body", "body": body, "more_body": more})
 
@@ -276,6 +413,9 @@ async def _disconnected(receive: Receive) -> None:
 
 
 def _completion(request: ChatRequest, run: Run, trace: Trace, answer: str) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": answer, "refusal": None}
+    if run.tool_calls:
+        message |= {"content": answer or None, "tool_calls": run.tool_calls}
     return {
         "id": _completion_id(trace.id),
         "object": "chat.completion",
@@ -284,28 +424,28 @@ def _completion(request: ChatRequest, run: Run, trace: Trace, answer: str) -> di
         "choices": [
             {
                 "index": 0,
-                "message": {"role": "assistant", "content": answer, "refusal": None},
+                "message": message,
                 "logprobs": run.logprobs,
                 "finish_reason": run.finish_reason,
             }
         ],
         "usage": _usage(trace.usage),
-        "fusion": _fusion_block(run, trace),
+        **_fusion_block(run, trace),
     }
 
 
 def _fusion_block(run: Run, trace: Trace) -> dict[str, Any]:
-    """How the answer came about, for the client."""
-    return {
+    """How the answer came about, for the client: as much of it as is exposed, under the key `fusion`."""
+    expose = run.plan.settings.expose
+    if expose == "none":
+        return {}
+    block: dict[str, Any] = {
         "trace_id": trace.id,
         "mode": trace.mode,
         "reason": trace.reason,
         "error": trace.error,
         "winner": trace.winner,
-        "candidates": [
-            {"candidate": candidate.index, "member": candidate.member.name, "text": candidate.text}
-            for candidate in run.candidates
-        ],
+        "candidates": [{"candidate": one.index, "member": one.member.name} for one in run.candidates],
         "verdicts": [verdict.model_dump() for verdict in trace.verdicts],
         "failed": [
             {
@@ -319,7 +459,19 @@ def _fusion_block(run: Run, trace: Trace) -> dict[str, Any]:
             if call.outcome != "ok"
         ],
         "cost": sum(call.cost for call in trace.calls),
+        "latency_ms": round(trace.duration_ms, 1),
     }
+    if run.plan.skipped:
+        block["skipped"] = [{"member": name, "reason": "no_images"} for name in run.plan.skipped]
+    if trace.debate is not None:
+        block["debate"] = {"rounds": len(trace.debate.rounds) - 1, "stopped": trace.debate.stopped}
+    if trace.citations is not None:
+        block["citations"] = [citation.model_dump() for citation in trace.citations]
+    if expose == "full":
+        for shown, one in zip(block["candidates"], run.candidates, strict=True):
+            shown |= {"text": one.text, **({"tool_calls": one.tool_calls} if one.tool_calls else {})}
+        block["calls"] = [call.model_dump(exclude={"text", "tool_calls"}) for call in trace.calls]
+    return {"fusion": block}
 
 
 def _completion_id(trace_id: str) -> str:
@@ -336,7 +488,7 @@ def _usage(usage: Usage) -> dict[str, int]:
 
 async def _json(request: Request) -> Any:
     try:
-        return json.loads(await request.body())
+        return orjson.loads(await request.body())
     except ValueError:
         raise RequestError("the request body is not valid JSON", code="invalid_json") from None
 
@@ -362,12 +514,24 @@ def _error_body(error: MixfuseError) -> dict[str, Any]:
 
 
 def _error_response(error: MixfuseError) -> Response:
-    status = error.status if isinstance(error, RequestError) else _STATUS.get(error.kind, 500)
-    return JSONResponse(_error_body(error), status_code=status)
+    return JSONResponse(_error_body(error), _status(error), _headers(error))
 
 
-async def _on_mixfuse_error(_request: Request, error: Any) -> Response:
-    return _error_response(error)
+def _status(error: MixfuseError) -> int:
+    if isinstance(error, RequestError):
+        return error.status
+    if isinstance(error, TooFewAnswersError) and all(failure.type in _LATER for failure in error.failures):
+        return 429  # nothing is broken, there is too much to do
+    return STATUS.get(error.kind, 500)
+
+
+_LATER = frozenset({"rate_limited", "queue_full"})
+
+
+def _headers(error: MixfuseError) -> dict[str, str]:
+    """When to come again, where that is known; whole seconds, as RFC 9110 has it."""
+    seconds = getattr(error, "retry_after_s", None)
+    return {} if seconds is None else {"retry-after": str(max(1, math.ceil(seconds)))}
 
 
 async def _on_http_error(request: Request, error: Any) -> Response:

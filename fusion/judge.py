@@ -1,56 +1,74 @@
-"""The judge: every pair of candidates in both orders, each verdict one prefill-only call, all at once.
+"""The judge: pairs of candidates, each in both orders, each verdict one prefill-only call, all of a round at once.
 
-How a comparison is written and its verdict read is `mixfuse.judge_protocol`'s.
+Up to four candidates all meet. Of more, knock-out rounds leave four, who then all meet: n candidates make n + 2 pairs,
+and one that the judge prefers to every other still comes out first. How a comparison is written and its verdict read
+is `mixfuse.judge_protocol`'s.
 """
 
+import re
 from collections.abc import Sequence
 from itertools import combinations
+from typing import Any, Literal, NamedTuple
 
-import httpx
-
-from fusion.config import ModelConfig
-from fusion.pool import Pool, all_or_raise, fan_out
-from fusion.run import Candidate
-from fusion.upstream import CallError, Endpoint, Ledger, Purpose, call, first_token_logprobs
-from mixfuse.judge_protocol import combine, comparison, new_nonce, read_verdict
+from fusion.agreement import described
+from fusion.config import Judge, ModelConfig
+from fusion.pool import all_or_raise, fan_out
+from fusion.run import Candidate, Run, question
+from fusion.upstream import CallError, Client, Endpoint, Ledger, Purpose, call, first_token_logprobs
+from mixfuse.errors import MixfuseError
+from mixfuse.judge_protocol import MAX_CHARS, VERDICTS, combine, comparison, new_nonce, read_verdict
 from mixfuse.trace import Verdict
+
+FINALISTS = 4
 
 # One token is enough: the verdict is read from its alternatives; 20 is the most OpenAI and vLLM give.
 VERDICT_PARAMETERS = {"max_tokens": 1, "temperature": 0, "logprobs": True, "top_logprobs": 20}
 
+WRITTEN = 'Reply with a JSON object: {"verdict": "A"} or {"verdict": "B"}.'
+# Room for a little more than the object: some models put it behind a fence or a word.
+WRITTEN_PARAMETERS: dict[str, Any] = {
+    "max_tokens": 64,
+    "temperature": 0,
+    "response_format": {
+        "type": "json_schema",
+        "json_schema": {
+            "name": "verdict",
+            "strict": True,
+            "schema": {
+                "type": "object",
+                "properties": {"verdict": {"type": "string", "enum": list(VERDICTS)}},
+                "required": ["verdict"],
+                "additionalProperties": False,
+            },
+        },
+    },
+}
+_WRITTEN = re.compile(r'\{\s*"verdict"\s*:\s*"([AB])"\s*\}')
 
-class JudgeError(Exception):
+
+class JudgeError(MixfuseError):
     """The judge could not be asked, or none of its verdicts could be read."""
 
-
-async def verdict(
-    client: httpx.AsyncClient,
-    endpoint: Endpoint,
-    question: str,
-    first: str,
-    second: str,
-    *,
-    purpose: Purpose,
-    ledger: Ledger,
-) -> float | None:
-    """Judges one pair in one order.
-
-    Returns:
-        The probability that the answer shown first is the better one; None where no verdict could be read.
-
-    Raises:
-        CallError: The call failed.
-    """
-    nonce = new_nonce(question, first, second)
-    messages = comparison(question, first, second, nonce=nonce)
-    reply = await call(client, endpoint, messages, VERDICT_PARAMETERS, purpose=purpose, ledger=ledger)
-    return read_verdict(first_token_logprobs(reply.logprobs))
+    def __init__(self, message: str) -> None:
+        super().__init__(message, kind="judge_failed")
 
 
-async def judge(
-    pool: Pool, model: ModelConfig | None, question: str, candidates: Sequence[Candidate], ledger: Ledger
-) -> list[Verdict]:
-    """Compares every pair of candidates in both orders.
+class NoLogprobsError(CallError):
+    """The judge's endpoint answers, but without log-probabilities."""
+
+    def __init__(self) -> None:
+        super().__init__("invalid_response", "the judge's endpoint gives no log-probabilities")
+
+
+class View(NamedTuple):
+    """One order of one pair: P(the answer shown first is better), None if unreadable; and what it was read from."""
+
+    p: float | None
+    read: Literal["logprobs", "parsed"]
+
+
+async def judge(run: Run, candidates: Sequence[Candidate]) -> Candidate:
+    """Finds the best candidate; the verdicts go into the run.
 
     One lease holds for all verdicts of a request, so one adapter revision gives them all.
 
@@ -58,27 +76,43 @@ async def judge(
         JudgeError: There is no judge, a call failed (the others are cancelled then), or none of the verdicts
             could be read.
     """
+    model = run.plan.judge
     if model is None:
         raise JudgeError("no judge is configured")
-    pairs = list(combinations(candidates, 2))
     purpose = Purpose("verdict", "judge", price=model.price, timeout_s=model.timeout_s)
+    rivals = list(candidates)
     try:
-        async with pool.lease(model, purpose, ledger) as endpoint:
-            orders = [
-                verdict(pool.client, endpoint, question, one.text, other.text, purpose=purpose, ledger=ledger)
-                for first, second in pairs
-                for one, other in ((first, second), (second, first))
-            ]
-            read = all_or_raise(await fan_out(orders, quorum=len(orders)))
+        async with run.pool.lease(model, purpose, run.ledger) as endpoint:
+            while len(rivals) > FINALISTS:
+                rivals = survivors(rivals, await _compare(run, model, endpoint, purpose, first_round(rivals)))
+            final = await _compare(run, model, endpoint, purpose, list(combinations(rivals, 2)))
     except CallError as failure:
         raise JudgeError(str(failure)) from failure
-    if all(view is None for view in read):
+    if all(verdict_.parse_failures == len(VERDICTS) for verdict_ in run.verdicts):
+        run.verdicts.clear()
         raise JudgeError("none of the judge's replies names a verdict")
-    verdicts: list[Verdict] = []
-    for (first, second), forward, backward in zip(pairs, read[::2], read[1::2], strict=True):
-        outcome = combine(forward, backward)
-        verdicts.append(Verdict(first=first.index, second=second.index, **outcome._asdict()))
-    return verdicts
+    return ranking(final, rivals)[0]
+
+
+def first_round(rivals: Sequence[Candidate]) -> list[tuple[Candidate, Candidate]]:
+    """Who meets whom in a knock-out round: so many pairs that half, or `FINALISTS`, are left.
+
+    Where not all meet, the first in candidate order go through: it is the order that settles ties, too.
+    """
+    pairs = len(rivals) - max(FINALISTS, (len(rivals) + 1) // 2)
+    meeting = rivals[len(rivals) - 2 * pairs :]
+    return list(zip(meeting[::2], meeting[1::2], strict=True))
+
+
+def survivors(rivals: Sequence[Candidate], verdicts: Sequence[Verdict]) -> list[Candidate]:
+    """Who is left after a knock-out round; a tie goes to the higher mean probability, then to the earlier one."""
+
+    def loser(verdict_: Verdict) -> int:
+        second_won = verdict_.winner == "second" or (verdict_.winner == "tie" and verdict_.score < 0.5)
+        return verdict_.first if second_won else verdict_.second
+
+    lost = {loser(verdict_) for verdict_ in verdicts}
+    return [rival for rival in rivals if rival.index not in lost]
 
 
 def ranking(verdicts: Sequence[Verdict], candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -96,3 +130,106 @@ def ranking(verdicts: Sequence[Verdict], candidates: Sequence[Candidate]) -> lis
         return -wins[candidate.index], -(sum(own) / len(own) if own else 0.0), candidate.index
 
     return sorted(candidates, key=place)
+
+
+async def verdict(
+    client: Client,
+    endpoint: Endpoint,
+    question: str,
+    first: str,
+    second: str,
+    *,
+    purpose: Purpose,
+    ledger: Ledger,
+    max_chars: int = MAX_CHARS,
+) -> float | None:
+    """Judges one pair in one order, by log-probabilities.
+
+    Returns:
+        The probability that the answer shown first is the better one; None where no verdict could be read.
+
+    Raises:
+        NoLogprobsError: The endpoint gives none.
+        CallError: The call failed.
+    """
+    nonce = new_nonce(question, first, second)
+    messages = comparison(question, first, second, nonce=nonce, max_chars=max_chars)
+    try:
+        reply = await call(client, endpoint, messages, VERDICT_PARAMETERS, purpose=purpose, ledger=ledger)
+    except CallError as failure:
+        # Some endpoints refuse the parameter by name instead of ignoring it.
+        if failure.kind == "upstream_error" and "HTTP 4" in str(failure) and "logprobs" in str(failure):
+            raise NoLogprobsError from failure
+        raise
+    if not reply.logprobs:
+        raise NoLogprobsError
+    return read_verdict(first_token_logprobs(reply.logprobs))
+
+
+async def written_verdict(
+    client: Client,
+    endpoint: Endpoint,
+    question: str,
+    first: str,
+    second: str,
+    *,
+    purpose: Purpose,
+    ledger: Ledger,
+    max_chars: int = MAX_CHARS,
+) -> float | None:
+    """Judges one pair in one order, by a JSON object that the judge writes.
+
+    Returns:
+        1 or 0, for the answer shown first or second; None where no verdict could be read.
+
+    Raises:
+        CallError: The call failed.
+    """
+    nonce = new_nonce(question, first, second)
+    messages = comparison(question, first, second, nonce=nonce, max_chars=max_chars)
+    messages[-1]["content"] += f"\n{WRITTEN}"
+    reply = await call(client, endpoint, messages, WRITTEN_PARAMETERS, purpose=purpose, ledger=ledger)
+    said = _WRITTEN.findall(reply.text)
+    # Both verdicts in one reply are none.
+    return float(said[0] == VERDICTS[0]) if len(set(said)) == 1 else None
+
+
+async def _compare(
+    run: Run, model: ModelConfig, endpoint: Endpoint, purpose: Purpose, pairs: Sequence[tuple[Candidate, Candidate]]
+) -> list[Verdict]:
+    """Has pairs judged in both orders, all at once."""
+    asked = question(run.plan.messages)
+    most = run.plan.settings.max_candidate_chars
+    how = model.verdicts if isinstance(model, Judge) else "auto"
+
+    async def view(one: Candidate, other: Candidate) -> View:
+        """One order of one pair, read as the judge's endpoint allows."""
+        texts = (asked, _as_text(one), _as_text(other))
+        known = (endpoint.base_url, endpoint.model)
+        client, ledger = run.pool.client, run.ledger
+        if how == "logprobs" or (how == "auto" and known not in run.pool.without_logprobs):
+            try:
+                p = await verdict(client, endpoint, *texts, purpose=purpose, ledger=ledger, max_chars=most)
+                return View(p, "logprobs")
+            except NoLogprobsError:
+                if how == "logprobs":
+                    raise
+                run.pool.without_logprobs.add(known)
+        p = await written_verdict(client, endpoint, *texts, purpose=purpose, ledger=ledger, max_chars=most)
+        return View(p, "parsed")
+
+    orders = [view(one, other) for pair in pairs for one, other in (pair, pair[::-1])]
+    views = all_or_raise(await fan_out(orders, quorum=len(orders)))
+    verdicts: list[Verdict] = []
+    for (first, second), forward, backward in zip(pairs, views[::2], views[1::2], strict=True):
+        outcome = combine(forward.p, backward.p)
+        read: Literal["logprobs", "parsed"] = "parsed" if "parsed" in (forward.read, backward.read) else "logprobs"
+        verdicts.append(Verdict(first=first.index, second=second.index, read=read, **outcome._asdict()))
+    run.verdicts.extend(verdicts)
+    return verdicts
+
+
+def _as_text(candidate: Candidate) -> str:
+    """A candidate as the judge reads it: its text, and what it would call."""
+    calls = [f"calls the tool {described(call)}" for call in candidate.tool_calls or ()]
+    return "\n".join([candidate.text, *calls] if candidate.text else calls)

@@ -3,17 +3,29 @@
 import asyncio
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
 
-import httpx
-
-from fusion.config import ModelConfig
-from fusion.upstream import CallError, Emit, Endpoint, FailureKind, Ledger, Message, Purpose, Reply, call
+from fusion.config import Member, ModelConfig
+from fusion.failures import CallError, FailureKind
+from fusion.ledger import Ledger, Message, Spend, most
+from fusion.limits import Guard
+from fusion.upstream import Client, Emit, Endpoint, Purpose, Reply, call, http_client
 from mixfuse.errors import MixfuseError
 from mixfuse.trace import Call, Stage
 
-__all__ = ["CallError", "Endpoint", "HttpRoles", "Pool", "RoleSource", "all_or_raise", "fan_out", "http_client"]
+__all__ = [
+    "CallError",
+    "Endpoint",
+    "HttpRoles",
+    "Pool",
+    "RoleSource",
+    "all_or_raise",
+    "estimate",
+    "fan_out",
+    "http_client",
+]
 
 Result = TypeVar("Result")
 
@@ -51,13 +63,6 @@ class HttpRoles:
         return []
 
 
-def http_client() -> httpx.AsyncClient:
-    """A client for many calls at once; time limits are `Purpose.timeout_s`, not httpx's."""
-    direct = {f"all://{host}": None for host in ("127.0.0.1", "localhost", "[::1]")}  # never through a proxy
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=256)
-    return httpx.AsyncClient(limits=limits, timeout=httpx.Timeout(None, connect=10.0), mounts=direct)
-
-
 class Pool:
     """Reaches every configured model over one shared HTTP client; an async context manager.
 
@@ -67,15 +72,25 @@ class Pool:
 
     def __init__(self, roles: RoleSource | None) -> None:
         self._roles = roles
-        self.client = http_client()
+        self._client: Client | None = None
+        self.guards: dict[str, Guard] = {}
+        self.without_logprobs: set[tuple[str, str]] = set()  # (base URL, model) of judges that gave none
 
     async def __aenter__(self) -> Self:
+        self._client = http_client()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        await self.client.aclose()
+        await self.client.close()
+
+    @property
+    def client(self) -> Client:
+        """The HTTP client; there for as long as the pool is entered."""
+        if self._client is None:
+            raise RuntimeError("the pool has not been entered")
+        return self._client
 
     def role_names(self) -> list[str]:
         """The roles that can be asked for by name."""
@@ -83,13 +98,14 @@ class Pool:
 
     @asynccontextmanager
     async def lease(self, model: ModelConfig, purpose: Purpose, ledger: Ledger) -> AsyncIterator[Endpoint]:
-        """Yields where `model` is to be reached, with a role's revision pinned.
+        """Yields where `model` is to be reached and within which limits, with a role's revision pinned.
 
         Raises:
             CallError: The role is not being served (`unreachable`); the ledger says so too.
         """
+        guard = self.guard(model, purpose.member)
         if model.base_url is not None and model.model is not None:
-            yield Endpoint(model.base_url, model.model, model.api_key)
+            yield Endpoint(model.base_url, model.model, model.api_key, guard=guard)
             return
         role = model.role or ""
         async with AsyncExitStack() as held:
@@ -98,7 +114,7 @@ class Pool:
                     raise MixfuseError(f"role {role!r}: there is no server beside this gateway")
                 endpoint = await held.enter_async_context(self._roles.lease(role))
             except MixfuseError as error:
-                ledger.calls.append(
+                ledger.enter(
                     Call(
                         stage=purpose.stage,
                         member=purpose.member,
@@ -110,7 +126,15 @@ class Pool:
                     )
                 )
                 raise CallError("unreachable", str(error)) from error
-            yield endpoint
+            yield replace(endpoint, guard=guard)
+
+    def guard(self, model: ModelConfig, name: str) -> Guard:
+        """The limits of a model, shared by all calls to it: a member's by its name, any other's by its job."""
+        name = model.name if isinstance(model, Member) else name
+        found = self.guards.get(name)
+        if found is None:
+            found = self.guards[name] = Guard(name, model)
+        return found
 
     async def ask(
         self,
@@ -124,7 +148,7 @@ class Pool:
         candidate: int | None = None,
         emit: Emit | None = None,
     ) -> Reply:
-        """Asks one configured model once, with its own system message and defaults; see `upstream.call`.
+        """Asks one configured model, with its own system message and defaults; see `upstream.call`.
 
         Raises:
             CallError: No usable answer came back.
@@ -140,6 +164,11 @@ class Pool:
                 ledger=ledger,
                 emit=emit,
             )
+
+
+def estimate(model: ModelConfig, messages: Sequence[Message], parameters: Mapping[str, Any]) -> Spend:
+    """The most that asking a model is expected to cost; see `ledger.most`."""
+    return most(_with_system(model.system, messages), _with_defaults(model, parameters), model.price)
 
 
 async def fan_out(

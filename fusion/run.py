@@ -1,17 +1,21 @@
 """One request under way: what the modes share while they work, and what becomes its trace."""
 
+import hashlib
 import time
 import uuid
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any, Literal
 
 from fusion.config import Member, ModelConfig, Modes
-from fusion.pool import Pool, fan_out
+from fusion.ledger import NOTHING, Spend
+from fusion.output import OutputFormat
+from fusion.pool import Pool, estimate, fan_out
 from fusion.upstream import CallError, Emit, Ledger, Message, Reply
 from mixfuse import judge_protocol
 from mixfuse.errors import MixfuseError
-from mixfuse.trace import Trace, Verdict
+from mixfuse.trace import Citation, Debate, Trace, Verdict
 
 Mode = Literal["best_of", "merge", "debate", "pass_through"]
 
@@ -26,12 +30,15 @@ class Plan:
     Attributes:
         model: The model name the client sent.
         mode: How the answer is made.
-        messages: The conversation, each content a plain string.
-        parameters: Sampling parameters for the calls that write text.
+        messages: The conversation; a content is a string, or OpenAI's list of parts where there are images.
+        parameters: Sampling parameters, tools and output format for the calls that write text.
         members: Who answers, in the config's order; for `pass_through` the one model asked for.
         settings: How the modes wait and end.
         judge: Who compares, where there is one.
         synthesizer: Who merges, where there is one.
+        tools: Whether an answer may call tools.
+        output: What the answer must be, if not just text.
+        skipped: Members that are not asked because they take no images.
     """
 
     model: str
@@ -42,6 +49,9 @@ class Plan:
     settings: Modes = field(default_factory=Modes)
     judge: ModelConfig | None = None
     synthesizer: ModelConfig | None = None
+    tools: bool = False
+    output: OutputFormat | None = None
+    skipped: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -52,6 +62,7 @@ class Candidate:
     member: Member
     text: str
     finish_reason: str
+    tool_calls: list[dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -80,6 +91,7 @@ class Run:
     Attributes:
         plan: What is asked for.
         pool: How models are reached.
+        key: The id of the API key it came with.
         emit: Takes the answer piece by piece; None where it is sent whole.
         id: Its trace's.
         created_at: When it began, in seconds since 1970.
@@ -90,11 +102,15 @@ class Run:
         reason: Why the answer is what it is; see `mixfuse.trace.Trace`.
         finish_reason: Of the text returned.
         error: Why the judge or the synthesizer was done without.
+        tool_calls: What the answer calls, if it calls tools.
+        debate: The transcript of a debate so far.
+        citations: What each paragraph of a merged answer drew on, where it was to say so.
         logprobs: Of the text returned, in a pass-through that asked for them.
     """
 
     plan: Plan
     pool: Pool
+    key: str | None = None
     emit: Emit | None = None
     id: str = field(default_factory=lambda: f"trace-{uuid.uuid4().hex}")
     created_at: float = field(default_factory=time.time)
@@ -105,12 +121,21 @@ class Run:
     reason: str = ""
     finish_reason: str = "stop"
     error: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    debate: Debate | None = None
+    citations: list[Citation] | None = None
     logprobs: dict[str, Any] | None = None
 
     @property
     def names(self) -> list[str]:
         """Member names by candidate index."""
         return [member.name for member in self.plan.members for _ in range(member.samples)]
+
+    @property
+    def agreement(self) -> Literal["never", "exact", "number", "json", "choice"]:
+        """When candidates say the same: JSON that must fit a schema is compared as JSON, not as text."""
+        how = self.plan.settings.agreement
+        return "json" if how == "exact" and self.plan.output is not None else how
 
     def time_left_s(self) -> float:
         """Seconds until members are no longer waited for; never negative."""
@@ -121,17 +146,18 @@ class Run:
 
         Raises:
             TooFewAnswersError: The quorum was not met.
+            CallError: A budget does not allow asking them all (`budget`).
         """
         asked = [(member, sample) for member in self.plan.members for sample in range(member.samples)]
+        # All or nothing, and before anything is sent: a member left out for want of money would be a worse answer.
+        self._reserve((member, self.plan.messages) for member, _ in asked)
         attempts = [
-            self.pool.ask(
+            self._ask(
                 member,
                 self.plan.messages,
                 _sample_parameters(self.plan.parameters, sample),
                 stage="answer",
-                name=member.name,
-                ledger=self.ledger,
-                candidate=index,
+                index=index,
             )
             for index, (member, sample) in enumerate(asked)
         ]
@@ -147,7 +173,7 @@ class Run:
             if isinstance(result, CallError):
                 failures.append(Failure(member.name, index, result.kind, str(result)))
             else:
-                self.candidates.append(Candidate(index, member, result.text, result.finish_reason))
+                self.candidates.append(_candidate(index, member, result))
         if len(self.candidates) < settings.min_responses:
             raise TooFewAnswersError(len(self.candidates), settings.min_responses, failures)
 
@@ -156,17 +182,13 @@ class Run:
 
         Args:
             prompts: What each candidate's member is told, in candidate order.
+
+        Raises:
+            CallError: A budget does not allow asking them all (`budget`).
         """
+        self._reserve((candidate.member, prompt) for candidate, prompt in zip(self.candidates, prompts, strict=True))
         attempts = [
-            self.pool.ask(
-                candidate.member,
-                prompt,
-                self.plan.parameters,
-                stage="revision",
-                name=candidate.member.name,
-                ledger=self.ledger,
-                candidate=candidate.index,
-            )
+            self._ask(candidate.member, prompt, self.plan.parameters, stage="revision", index=candidate.index)
             for candidate, prompt in zip(self.candidates, prompts, strict=True)
         ]
         settings = self.plan.settings
@@ -177,19 +199,107 @@ class Run:
             deadline_s=self.time_left_s(),
         )
         self.candidates = [
-            replace(candidate, text=result.text, finish_reason=result.finish_reason)
-            if isinstance(result, Reply)
-            else candidate
+            _candidate(candidate.index, candidate.member, result) if isinstance(result, Reply) else candidate
             for candidate, result in zip(self.candidates, results, strict=True)
         ]
 
-    async def give(self, candidate: Candidate, reason: str) -> str:
-        """Settles on a candidate and emits its text, verbatim, in pieces."""
+    def _reserve(self, calls: Iterable[tuple[Member, Sequence[Message]]]) -> None:
+        """Sets aside what these calls may cost.
+
+        Raises:
+            CallError: A budget does not allow it (`budget`).
+        """
+        if self.ledger.budgets:
+            estimates = (estimate(member, messages, self.plan.parameters) for member, messages in calls)
+            self.ledger.reserve(reduce(Spend.plus, estimates, NOTHING))
+
+    async def primary(self, reason: str = "primary") -> str:
+        """Has the first member answer alone, streamed as it comes; where it fails, the next, in the config's order.
+
+        For a model asked for by name, and for requests with tools in a mode that writes a new text: no two members'
+        calls can be made into one.
+
+        Raises:
+            CallError: A member failed after its first piece of text, or the last one failed.
+        """
+        begun = False
+
+        async def emit(text: str) -> None:
+            nonlocal begun
+            begun = True
+            if self.emit is not None:
+                await self.emit(text)
+
+        stream = None if self.emit is None or self.plan.output is not None else emit
+        index = 0
+        for member in self.plan.members:
+            try:
+                reply = await self._ask(
+                    member, self.plan.messages, self.plan.parameters, stage="answer", index=index, emit=stream
+                )
+                break
+            except CallError:
+                if begun or member is self.plan.members[-1]:
+                    raise
+            index += member.samples
+        chosen = _candidate(index, member, reply)
+        self.candidates = [chosen]
+        self.logprobs = reply.logprobs
+        return await self.give(chosen, reason, sent=stream is not None)
+
+    async def _ask(
+        self,
+        member: Member,
+        messages: Sequence[Message],
+        parameters: dict[str, Any],
+        *,
+        stage: Literal["answer", "revision"],
+        index: int,
+        emit: Emit | None = None,
+    ) -> Reply:
+        """Asks a member for a candidate, which must have the form that the request wants.
+
+        Raises:
+            CallError: No usable answer came back.
+        """
+        reply = await self.pool.ask(
+            member, messages, parameters, stage=stage, name=member.name, ledger=self.ledger, candidate=index, emit=emit
+        )
+        self.check(reply)
+        return reply
+
+    def check(self, reply: Reply) -> None:
+        """Sees to it that an answer has the form the request wants; the ledger's line says so if it has not.
+
+        Raises:
+            CallError: It has not (`invalid_response`).
+        """
+        if reply.tool_calls:
+            fault = _tool_call_fault(reply.tool_calls)
+        else:
+            fault = self.plan.output.fault(reply.text) if self.plan.output else None
+        if fault is None:
+            return
+        if reply.finish_reason == "length":
+            fault = f"{fault} (it was cut off by max_tokens)"
+        calls = self.ledger.calls
+        place = next(place for place, entry in enumerate(calls) if entry is reply.call)
+        calls[place] = reply.call.model_copy(update={"outcome": "invalid_response", "error": fault})
+        raise CallError("invalid_response", fault)
+
+    async def give(self, candidate: Candidate, reason: str, *, sent: bool = False) -> str:
+        """Settles on a candidate and emits its text, verbatim, in pieces, unless it was sent as it came."""
         self.winner, self.reason, self.finish_reason = candidate.index, reason, candidate.finish_reason
-        if self.emit is not None:
-            for start in range(0, len(candidate.text), _PIECE):
-                await self.emit(candidate.text[start : start + _PIECE])
+        self.tool_calls = candidate.tool_calls
+        if not sent:
+            await self.emit_whole(candidate.text)
         return candidate.text
+
+    async def emit_whole(self, text: str) -> None:
+        """Emits a text that is there already, in pieces."""
+        if self.emit is not None:
+            for start in range(0, len(text), _PIECE):
+                await self.emit(text[start : start + _PIECE])
 
     def trace(self, answer: str | None, *, outcome: str = "ok", error: str | None = None) -> Trace:
         """What happened, as the record that is stored."""
@@ -198,14 +308,18 @@ class Run:
             created_at=self.created_at,
             model=self.plan.model,
             mode=self.plan.mode,
-            messages=list(self.plan.messages),
+            key=self.key,
+            messages=[_without_image_data(message) for message in self.plan.messages],
             parameters=self.plan.parameters,
             candidates=self.names,
             calls=list(self.ledger.calls),
             verdicts=list(self.verdicts),
+            debate=self.debate,
+            citations=self.citations,
             winner=self.winner,
             reason=self.reason,
             answer=answer,
+            tool_calls=None if answer is None else self.tool_calls,
             outcome=outcome,
             error=error or self.error,
             judge_protocol=judge_protocol.digest() if self.verdicts else None,
@@ -213,19 +327,63 @@ class Run:
         )
 
 
-def distinct(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """The candidates without those that repeat an earlier one; runs of white space count as one space."""
-    by_text: dict[str, Candidate] = {}
-    for candidate in candidates:
-        by_text.setdefault(" ".join(candidate.text.split()), candidate)
-    return list(by_text.values())
+def text_of(content: Any) -> str:
+    """A message's content as text: its text parts, and a mark where an image stands."""
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] if part["type"] == "text" else "[image]" for part in content or ())
 
 
 def question(messages: Sequence[Message]) -> str:
-    """The conversation as a judge is shown it: a lone message as it is, several as a transcript."""
+    """The conversation as a judge is shown it: a lone message as it is, several as a transcript; `[image]` for each."""
     if len(messages) == 1:
-        return str(messages[0]["content"])
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
+        return text_of(messages[0]["content"])
+    return "\n\n".join(f"{message['role']}: {_said(message)}" for message in messages)
+
+
+def images(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """The image parts of a conversation, in order."""
+    contents = [message.get("content") for message in messages]
+    return [part for parts in contents if isinstance(parts, list) for part in parts if part["type"] == "image_url"]
+
+
+def _said(message: Message) -> str:
+    calls = [
+        f"calls {call['function']['name']}({call['function']['arguments']})" for call in message.get("tool_calls", ())
+    ]
+    return "\n".join(filter(None, [text_of(message.get("content")), *calls]))
+
+
+def _tool_call_fault(calls: list[dict[str, Any]]) -> str | None:
+    """What is wrong with the form of tool calls, if something is."""
+    try:
+        whole = all(
+            isinstance(text, str)
+            for call in calls
+            for text in (call["id"], call["function"]["name"], call["function"]["arguments"])
+        )
+    except (KeyError, TypeError):
+        whole = False
+    return None if whole else "a tool call has no id, name or arguments"
+
+
+def _candidate(index: int, member: Member, reply: Reply) -> Candidate:
+    return Candidate(index, member, reply.text, reply.finish_reason, reply.tool_calls)
+
+
+def _without_image_data(message: Message) -> Message:
+    """A message for the trace: an image sent along gives way to its hash, or traces would be mostly images."""
+    if not isinstance(message.get("content"), list):
+        return message
+
+    def shortened(part: dict[str, Any]) -> dict[str, Any]:
+        url = part["image_url"]["url"] if part["type"] == "image_url" else ""
+        if not url.startswith("data:"):
+            return part
+        mark = f"{url.partition(',')[0]},sha256:{hashlib.sha256(url.encode()).hexdigest()}"
+        return {**part, "image_url": {**part["image_url"], "url": mark}}
+
+    return {**message, "content": [shortened(part) for part in message["content"]]}
 
 
 def _sample_parameters(parameters: dict[str, Any], sample: int) -> dict[str, Any]:

@@ -1,41 +1,55 @@
-"""One chat completion from one endpoint: typed result, typed failure, and always a line in the ledger."""
+"""One chat completion from one endpoint: typed result, typed failure, and a line in the ledger for every attempt."""
 
 import asyncio
-import json
 import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, NoReturn
+from email.utils import parsedate_to_datetime
+from functools import lru_cache
+from typing import Any, NoReturn
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
-import httpx
+import aiohttp
+import orjson
 
 from fusion.config import Price
-from mixfuse.errors import MixfuseError
+from fusion.failures import KINDS, CallError, FailureKind
+from fusion.ledger import NOTHING, Ledger, Message, Spend, most, prompt_tokens, tokens
+from fusion.limits import Guard
 from mixfuse.trace import Call, Stage, Usage
 
-Message = dict[str, Any]
+__all__ = [
+    "CallError",
+    "Client",
+    "Emit",
+    "Endpoint",
+    "FailureKind",
+    "Ledger",
+    "Message",
+    "Purpose",
+    "Reply",
+    "call",
+    "first_token_logprobs",
+    "http_client",
+    "split_events",
+]
+
+Client = aiohttp.ClientSession
+"""Shared by all calls. aiohttp and not httpx: a call costs a third of the CPU time (`benchmarks/`)."""
 Emit = Callable[[str], Awaitable[None]]
 """Takes the next piece of an answer's text."""
 
-FailureKind = Literal[
-    "timeout",  # the call's own limit or the members' deadline
-    "rate_limited",
-    "upstream_error",
-    "invalid_response",
-    "context_length",
-    "unreachable",
-    "cancelled_straggler",  # enough others had answered
-    "cancelled",  # the client went away
-]
+LONGEST_RESPONSE = 64 << 20
+"""Bytes; an endpoint that sends more is cut off, so that it cannot fill the gateway's memory."""
 
-
-class CallError(MixfuseError):
-    """One call gave no usable answer; `kind` is one of `FailureKind`."""
-
-    def __init__(self, kind: FailureKind, message: str) -> None:
-        super().__init__(message, kind=kind)
+# Shorter than the 5 s after which uvicorn, and with it vLLM, closes an idle connection: a request must not be sent
+# into one that is being closed at the other end.
+_KEEP_ALIVE_S = 4.0
+_CONNECT_S = 10.0
+_TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504, 529})
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +61,14 @@ class Endpoint:
         model: The model's name there; for a role it is revision-qualified.
         api_key: Sent as bearer token where set.
         revision: The adapter revision that answers, where the endpoint is a role.
+        guard: The model's limits; None for a call that is made once and at once.
     """
 
     base_url: str
     model: str
     api_key: str | None = field(default=None, repr=False)
     revision: str | None = None
+    guard: Guard | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +80,7 @@ class Purpose:
         member: The member's name, or "judge" or "synthesizer".
         candidate: The candidate the call produces, if any.
         price: What its tokens cost.
-        timeout_s: The longest it may take, in seconds.
+        timeout_s: The longest one attempt may take, in seconds.
     """
 
     stage: Stage
@@ -74,37 +90,39 @@ class Purpose:
     timeout_s: float = 120.0
 
 
-class Ledger:
-    """Every attempt of one request, failed and cancelled ones too, in the order in which they ended."""
-
-    def __init__(self) -> None:
-        self.calls: list[Call] = []
-        self._began = time.monotonic()
-
-    def elapsed_ms(self) -> float:
-        """Milliseconds since the request began."""
-        return (time.monotonic() - self._began) * 1000
-
-
 @dataclass(frozen=True, slots=True)
 class Reply:
     """A whole answer.
 
     Attributes:
-        text: The message's content.
+        text: The message's content; empty where it only calls tools.
         finish_reason: As the endpoint sent it (`stop`, `length`, …).
         logprobs: The choice's `logprobs` object as the endpoint sent it, where asked for.
         call: Its line in the ledger.
+        tool_calls: The message's tool calls, in OpenAI's form.
     """
 
     text: str
     finish_reason: str
     logprobs: dict[str, Any] | None
     call: Call
+    tool_calls: list[dict[str, Any]] | None = None
+
+
+def http_client() -> Client:
+    """A client for many calls at once; to be made where an event loop runs, and closed.
+
+    Time limits are `Purpose.timeout_s`, places under way are the guards': the client sets none of its own.
+    """
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S),
+        cookie_jar=aiohttp.DummyCookieJar(),
+    )
 
 
 async def call(
-    client: httpx.AsyncClient,
+    client: Client,
     endpoint: Endpoint,
     messages: Sequence[Message],
     parameters: Mapping[str, Any],
@@ -113,9 +131,9 @@ async def call(
     ledger: Ledger,
     emit: Emit | None = None,
 ) -> Reply:
-    """Makes one attempt at one chat completion and writes it into the ledger, however it ends.
+    """Has one chat completion made, within the limits of `endpoint.guard`; every attempt at it is in the ledger.
 
-    Cancelling it closes the connection, so the endpoint stops working. `Task.cancel`'s message names the
+    Cancelling it closes the connections, so the endpoint stops working. `Task.cancel`'s message names the
     outcome (`cancelled_straggler`, `timeout`); without one it is `cancelled`.
 
     Args:
@@ -124,52 +142,16 @@ async def call(
         messages: The conversation.
         parameters: Sampling parameters, as in OpenAI's request.
         purpose: What the call is for.
-        ledger: Takes the call's line.
+        ledger: Takes the attempts; its deadline and its budgets bound them.
         emit: Where given, the answer is streamed and each piece of text handed over as it arrives.
 
     Raises:
         CallError: No usable answer came back.
     """
-    body = {"model": endpoint.model, "messages": list(messages), **parameters}
-    answer = _Partial()
-    started_ms = ledger.elapsed_ms()
-
-    def enter(outcome: str, error: str | None = None) -> Call:
-        usage, estimated = answer.usage, False
-        if usage is None:
-            usage, estimated = _estimate(outcome, messages, answer.text)
-        entry = Call(
-            stage=purpose.stage,
-            member=purpose.member,
-            model=endpoint.model,
-            revision=endpoint.revision,
-            candidate=purpose.candidate,
-            outcome=outcome,
-            error=error,
-            text=answer.text or (None if error else ""),
-            usage=usage,
-            estimated=estimated,
-            cost=purpose.price.cost(usage.prompt_tokens, usage.completion_tokens),
-            started_ms=started_ms,
-            duration_ms=ledger.elapsed_ms() - started_ms,
-        )
-        ledger.calls.append(entry)
-        return entry
-
-    try:
-        with _typed_failures(purpose.timeout_s):
-            async with asyncio.timeout(purpose.timeout_s):
-                if emit is None:
-                    await _whole(client, endpoint, body, answer)
-                else:
-                    await _streamed(client, endpoint, body, answer, emit)
-    except CallError as failure:
-        enter(failure.kind, str(failure))
-        raise
-    except asyncio.CancelledError as stop:
-        enter(str(stop.args[0]) if stop.args else "cancelled", "cancelled before it ended")
-        raise
-    return Reply(answer.text, answer.finish_reason or "stop", answer.logprobs, enter("ok"))
+    asked = _Asked(client, endpoint, messages, parameters, purpose=purpose, ledger=ledger, emit=emit)
+    if endpoint.guard is None or endpoint.guard.hedge_after_s is None:
+        return await asked.until_answered()
+    return await _hedged(asked, endpoint.guard.hedge_after_s)
 
 
 def first_token_logprobs(logprobs: Mapping[str, Any] | None) -> dict[str, float]:
@@ -201,97 +183,356 @@ def split_events(received: bytes) -> tuple[list[bytes], bytes]:
     return [line.removeprefix(b"data:").strip() for line in lines if line.startswith(b"data:")], rest
 
 
+class _Asked:
+    """One call under way, over all attempts at it.
+
+    Attributes:
+        begun: Some of the answer has been handed on, so nothing may be asked anew.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        endpoint: Endpoint,
+        messages: Sequence[Message],
+        parameters: Mapping[str, Any],
+        *,
+        purpose: Purpose,
+        ledger: Ledger,
+        emit: Emit | None,
+    ) -> None:
+        self._client, self._endpoint, self._messages = client, endpoint, messages
+        self._purpose, self.ledger, self._emit = purpose, ledger, emit
+        body = {"model": endpoint.model, "messages": list(messages), **parameters}
+        if emit is not None:
+            body |= {"stream": True, "stream_options": {"include_usage": True}}
+        self._body = orjson.dumps(body)
+        # Guessed only where somebody counts: it reads the whole prompt.
+        self.estimate: Spend = most(messages, parameters, purpose.price) if ledger.budgets else NOTHING
+        self._attempts = 0
+        self._speaker: _Partial | None = None
+
+    @property
+    def begun(self) -> bool:
+        return self._speaker is not None
+
+    async def until_answered(self) -> Reply:
+        """Makes attempts for as long as their failures may pass, and the guard and the deadline allow it."""
+        guard = self._endpoint.guard
+        attempts = 0
+        while True:
+            try:
+                return await self.attempt()
+            except CallError as failure:
+                attempts += 1
+                wait_s = guard.wait_before_retry_s(failure, attempts) if guard else None
+                if wait_s is None or self.begun or wait_s >= self.ledger.time_left_s():
+                    raise
+            await asyncio.sleep(wait_s)
+
+    async def attempt(self) -> Reply:
+        """Makes one attempt and enters it, however it ends."""
+        guard, ledger, answer = self._endpoint.guard, self.ledger, _Partial()
+        self._attempts += 1
+        number = self._attempts
+        started_ms = ledger.elapsed_ms()
+        opened = NOTHING
+        admitted = False
+        try:
+            if ledger.budgets:
+                ledger.open(self.estimate)
+                opened = self.estimate
+            if guard is None:
+                await self._send(answer)
+            else:
+                guard.admit()
+                admitted = True
+                with _typed_failures(answer, self._purpose.timeout_s):
+                    async with asyncio.timeout(self._purpose.timeout_s):
+                        await guard.enter()
+                try:
+                    await self._send(answer)
+                finally:
+                    guard.leave()
+        except CallError as failure:
+            if guard is not None and admitted:
+                # An endpoint that refuses what it was asked (a 4xx) is in good health.
+                refusal = failure.kind == "upstream_error" and not failure.transient
+                guard.report(failure.kind if answer.sent and not refusal else "queue_full")
+            ledger.enter(self._line(failure.kind, str(failure), answer, number, started_ms), opened)
+            raise
+        except asyncio.CancelledError as stop:
+            outcome = _why(stop)
+            if guard is not None and admitted:
+                guard.report(outcome if answer.sent else "cancelled")
+            ledger.enter(self._line(outcome, "cancelled before it ended", answer, number, started_ms), opened)
+            raise
+        if guard is not None:
+            guard.report(None)
+        line = self._line("ok", None, answer, number, started_ms)
+        ledger.enter(line, opened)
+        return Reply(answer.text, answer.finish_reason or "stop", answer.logprobs, line, answer.tool_calls)
+
+    async def _send(self, answer: "_Partial") -> None:
+        answer.sent = True
+        with _typed_failures(answer, self._purpose.timeout_s):
+            async with (
+                asyncio.timeout(self._purpose.timeout_s),
+                _posted(self._client, self._endpoint, self._body) as response,
+            ):
+                if response.status != 200:
+                    answer.free = True
+                    _refuse(response, await _read(response), self._endpoint)
+                if self._emit is None:
+                    _read_whole(await _read(response), answer)
+                else:
+                    await self._read_stream(response, answer)
+
+    async def _read_stream(self, response: aiohttp.ClientResponse, answer: "_Partial") -> None:
+        async for event in _events(response):
+            text = _read_chunk(event, answer, self._endpoint)
+            if not text:
+                continue
+            if self._speaker is None:
+                self._speaker = answer
+            elif self._speaker is not answer:
+                raise CallError("cancelled_hedge", "another attempt at the same call answered first")
+            answer.text += text
+            await self._emit(text)  # type: ignore[misc] # called with an `_emit` only
+        if answer.finish_reason is None:
+            raise CallError("upstream_error", "the stream broke off before its end", transient=True)
+        if not answer.text and answer.tool_calls is None:
+            _check_refusal(answer)
+
+    def _line(self, outcome: str, error: str | None, answer: "_Partial", number: int, started_ms: float) -> Call:
+        """The attempt's line in the ledger."""
+        purpose, usage, estimated = self._purpose, answer.usage, False
+        if usage is None:
+            usage, estimated = self._estimate(answer)
+        return Call(
+            stage=purpose.stage,
+            member=purpose.member,
+            model=self._endpoint.model,
+            revision=self._endpoint.revision,
+            candidate=purpose.candidate,
+            attempt=number,
+            outcome=outcome,
+            error=error,
+            text=answer.text or (None if error else ""),
+            tool_calls=answer.tool_calls,
+            usage=usage,
+            estimated=estimated,
+            cost=purpose.price.cost(usage.prompt_tokens, usage.completion_tokens),
+            started_ms=started_ms,
+            duration_ms=self.ledger.elapsed_ms() - started_ms,
+        )
+
+    def _estimate(self, answer: "_Partial") -> tuple[Usage, bool]:
+        """Tokens of an attempt whose endpoint reported none, and whether that is a guess.
+
+        An endpoint that was never reached or that refused by its status has used none; any other has read the prompt.
+        """
+        if not answer.sent or (answer.free and not answer.text):
+            return Usage(), False
+        return Usage(prompt_tokens=prompt_tokens(self._messages), completion_tokens=tokens(answer.text)), True
+
+
+async def _hedged(asked: _Asked, after_s: float) -> Reply:
+    """Asks, and asks a second time where no word has come after `after_s`; the first answer counts."""
+    running = {asyncio.ensure_future(asked.until_answered())}
+    reason: FailureKind = "cancelled_hedge"
+    failure: CallError | None = None
+    try:
+        done, _ = await asyncio.wait(running, timeout=after_s)
+        if not done and not asked.begun and asked.ledger.affords(asked.estimate):
+            running.add(asyncio.ensure_future(asked.attempt()))
+        while running:
+            done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                try:
+                    return task.result()
+                except CallError as error:
+                    # The failure told is the one of the attempt that spoke, or else of the last to fail.
+                    failure = error if failure is None or error.kind != "cancelled_hedge" else failure
+            if asked.begun and failure is not None and failure.kind != "cancelled_hedge":
+                break
+        raise failure or CallError("upstream_error", "no attempt ended")
+    except asyncio.CancelledError as stop:
+        reason = _why(stop)
+        raise
+    finally:
+        for task in running:
+            task.cancel(reason)
+        if running:
+            await asyncio.wait(running)
+
+
+def _why(stop: asyncio.CancelledError) -> FailureKind:
+    """What a cancellation's message says it is; a message of somebody else's says nothing."""
+    return next((kind for kind in KINDS if stop.args and stop.args[0] == kind), "cancelled")
+
+
 @dataclass
 class _Partial:
-    """An answer as far as it has come."""
+    """An answer as far as it has come.
+
+    Attributes:
+        sent: The request may have reached the endpoint.
+        free: The endpoint was not reached, or refused by its status.
+    """
 
     text: str = ""
+    tool_calls: list[dict[str, Any]] | None = None
+    refusal: str = ""
     usage: Usage | None = None
     finish_reason: str | None = None
     logprobs: dict[str, Any] | None = None
+    sent: bool = False
+    free: bool = False
 
 
 @contextmanager
-def _typed_failures(timeout_s: float) -> Iterator[None]:
+def _typed_failures(answer: _Partial, timeout_s: float) -> Iterator[None]:
     """Turns what goes wrong inside into `CallError`."""
     try:
         yield
+    except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError, aiohttp.InvalidURL) as error:
+        answer.free = True
+        raise CallError(
+            "unreachable",
+            f"cannot connect: {str(error) or type(error).__name__}",
+            transient=not isinstance(error, aiohttp.InvalidURL),
+        ) from error
     except TimeoutError as error:
         raise CallError("timeout", f"no whole answer within {timeout_s:g} s") from error
-    except (httpx.ConnectError, httpx.ConnectTimeout, httpx.UnsupportedProtocol) as error:
-        raise CallError("unreachable", f"cannot connect: {str(error) or type(error).__name__}") from error
-    except httpx.DecodingError as error:
-        raise CallError("invalid_response", f"undecodable body: {error}") from error
-    except httpx.HTTPError as error:
-        raise CallError("upstream_error", f"the connection broke: {str(error) or type(error).__name__}") from error
+    except aiohttp.ClientError as error:
+        if "content-encoding" in str(error).lower():
+            raise CallError("invalid_response", f"undecodable body: {error}") from error
+        raise CallError(
+            "upstream_error", f"the connection broke: {str(error) or type(error).__name__}", transient=True
+        ) from error
 
 
-async def _whole(client: httpx.AsyncClient, endpoint: Endpoint, body: dict[str, Any], answer: _Partial) -> None:
-    response = await client.post(_url(endpoint), json=body, headers=_headers(endpoint))
-    if response.status_code != httpx.codes.OK:
-        _refuse(response.status_code, response.content)
-    data = _json_object(response.content)
+def _posted(
+    client: Client, endpoint: Endpoint, body: bytes
+) -> "aiohttp.client._BaseRequestContextManager[aiohttp.ClientResponse]":
+    headers = {"content-type": "application/json"}
+    if endpoint.api_key:
+        headers["authorization"] = f"Bearer {endpoint.api_key}"
+    url = f"{endpoint.base_url.rstrip('/')}/chat/completions"
+    # A redirect could carry the key and the prompt to somewhere else.
+    return client.post(url, data=body, headers=headers, proxy=_proxy(endpoint.base_url), allow_redirects=False)
+
+
+@lru_cache(maxsize=256)
+def _proxy(url: str) -> str | None:
+    """The proxy the environment names for a URL; loopback is always reached directly."""
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    if host in ("127.0.0.1", "localhost", "::1") or proxy_bypass(host):
+        return None
+    proxies = getproxies()
+    return proxies.get(parts.scheme) or proxies.get("all")
+
+
+async def _read(response: aiohttp.ClientResponse) -> bytes:
+    """The whole body.
+
+    Raises:
+        CallError: It is longer than `LONGEST_RESPONSE`.
+    """
+    parts: list[bytes] = []
+    size = 0
+    async for part in response.content.iter_any():
+        size += len(part)
+        if size > LONGEST_RESPONSE:
+            raise CallError("invalid_response", f"the response is longer than {LONGEST_RESPONSE >> 20} MiB")
+        parts.append(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _read_whole(content: bytes, answer: _Partial) -> None:
+    """Reads a whole completion into `answer`."""
+    data = _json_object(content)
     answer.usage = _usage(data)
     try:
         choice = data["choices"][0]
-        content = choice["message"].get("content")
+        message = choice["message"]
+        text, tool_calls, refusal = message.get("content"), message.get("tool_calls"), message.get("refusal")
     except (KeyError, IndexError, TypeError, AttributeError):
         raise CallError("invalid_response", "the answer has no choices[0].message") from None
-    if not isinstance(content, str):
-        raise CallError("invalid_response", "the answer's message has no text content")
-    answer.text = content
-    answer.finish_reason = choice.get("finish_reason")
-    answer.logprobs = choice.get("logprobs")
+    answer.finish_reason, answer.logprobs = choice.get("finish_reason"), choice.get("logprobs")
+    if isinstance(tool_calls, list) and tool_calls:
+        answer.tool_calls = tool_calls
+    answer.refusal = refusal if isinstance(refusal, str) else ""
+    if isinstance(text, str):
+        answer.text = text
+    if not answer.text and answer.tool_calls is None:
+        _check_refusal(answer)
+        if not isinstance(text, str):
+            raise CallError("invalid_response", "the answer's message has no text content")
 
 
-async def _streamed(
-    client: httpx.AsyncClient, endpoint: Endpoint, body: dict[str, Any], answer: _Partial, emit: Emit
-) -> None:
-    body = {**body, "stream": True, "stream_options": {"include_usage": True}}
-    async with client.stream("POST", _url(endpoint), json=body, headers=_headers(endpoint)) as response:
-        if response.status_code != httpx.codes.OK:
-            _refuse(response.status_code, await response.aread())
-        async for event in _events(response):
-            if event.get("error"):
-                raise CallError("upstream_error", f"the stream ended with: {_error_message(event)}")
-            answer.usage = _usage(event) or answer.usage
-            try:
-                choices = event["choices"]
-                if not choices:
-                    continue
-                delta = choices[0]["delta"].get("content")
-            except (KeyError, IndexError, TypeError, AttributeError):
-                raise CallError("invalid_response", "a chunk has no choices[0].delta") from None
-            answer.finish_reason = choices[0].get("finish_reason") or answer.finish_reason
-            if delta:
-                answer.text += delta
-                await emit(delta)
-    if answer.finish_reason is None:
-        raise CallError("upstream_error", "the stream broke off before its end")
+def _read_chunk(event: dict[str, Any], answer: _Partial, endpoint: Endpoint) -> str:
+    """Reads a chunk of a stream into `answer`, all but its text, which is returned."""
+    if event.get("error"):
+        raise CallError("upstream_error", f"the stream ended with: {_error_message(event, endpoint)}", transient=True)
+    if "usage" in event:
+        answer.usage = _usage(event) or answer.usage
+    try:
+        choices = event["choices"]
+        if not choices:
+            return ""
+        choice = choices[0]
+        delta = choice["delta"]
+        text, tool_calls, refusal = delta.get("content"), delta.get("tool_calls"), delta.get("refusal")
+    except (KeyError, IndexError, TypeError, AttributeError):
+        raise CallError("invalid_response", "a chunk has no choices[0].delta") from None
+    answer.finish_reason = choice.get("finish_reason") or answer.finish_reason
+    if refusal:
+        answer.refusal += str(refusal)
+    for piece in tool_calls or ():
+        _add_tool_call(piece, answer)
+    return text if isinstance(text, str) else ""
 
 
-async def _events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
+def _add_tool_call(piece: Any, answer: _Partial) -> None:
+    """Adds a piece of a streamed tool call: the first of an index names the function, all bring arguments."""
+    try:
+        index, function = piece["index"], piece.get("function") or {}
+        found = answer.tool_calls = answer.tool_calls or []
+        if index == len(found):
+            found.append({"id": piece.get("id"), "type": "function", "function": {"name": "", "arguments": ""}})
+        for key in ("name", "arguments"):
+            found[index]["function"][key] += function.get(key) or ""
+    except (KeyError, IndexError, TypeError, AttributeError):
+        raise CallError("invalid_response", "a chunk has a malformed tool call") from None
+
+
+def _check_refusal(answer: _Partial) -> None:
+    """Raises `refused` where an answer without text says why there is none."""
+    if answer.refusal:
+        raise CallError("refused", f"the model refused: {answer.refusal[:300]}")
+    if answer.finish_reason == "content_filter":
+        raise CallError("refused", "the endpoint's content filter took the answer")
+
+
+async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any]]:
     """The JSON objects of a stream, up to its end mark."""
     rest = b""
-    async for part in response.aiter_bytes():
+    async for part in response.content.iter_any():
         events, rest = split_events(rest + part)
+        if len(rest) > LONGEST_RESPONSE:
+            raise CallError("invalid_response", f"a line of the stream is longer than {LONGEST_RESPONSE >> 20} MiB")
         for data in events:
             if data == b"[DONE]":
                 return
             yield _json_object(data)
 
 
-def _url(endpoint: Endpoint) -> str:
-    return f"{endpoint.base_url.rstrip('/')}/chat/completions"
-
-
-def _headers(endpoint: Endpoint) -> dict[str, str]:
-    return {"authorization": f"Bearer {endpoint.api_key}"} if endpoint.api_key else {}
-
-
 def _json_object(content: bytes) -> dict[str, Any]:
     try:
-        data = json.loads(content)
+        data = orjson.loads(content)
     except ValueError:
         raise CallError("invalid_response", f"not JSON: {content[:100]!r}") from None
     if not isinstance(data, dict):
@@ -299,29 +540,49 @@ def _json_object(content: bytes) -> dict[str, Any]:
     return data
 
 
-def _refuse(status: int, content: bytes) -> NoReturn:
+def _refuse(response: aiohttp.ClientResponse, content: bytes, endpoint: Endpoint) -> NoReturn:
     """Raises what an HTTP status other than 200 means."""
+    status = response.status
     try:
-        data = json.loads(content)
+        data = orjson.loads(content)
     except ValueError:
         data = {}
-    message = _error_message(data) if isinstance(data, dict) else ""
+    message = _error_message(data, endpoint) if isinstance(data, dict) else ""
     detail = f"HTTP {status}" + (f": {message}" if message else "")
+    retry_after_s = _retry_after_s(response.headers.get("retry-after"))
+    if status == 429:
+        raise CallError("rate_limited", detail, transient=True, retry_after_s=retry_after_s)
     lowered = f"{message} {data.get('error') if isinstance(data, dict) else ''}".lower()
-    if status == httpx.codes.TOO_MANY_REQUESTS:
-        raise CallError("rate_limited", detail)
-    # OpenAI's code is `context_length_exceeded`; vLLM and Mistral say it in words only.
-    if status in (400, 413, 422) and any(
-        sign in lowered for sign in ("context_length", "context length", "maximum context", "max_model_len")
-    ):
-        raise CallError("context_length", detail)
-    raise CallError("upstream_error", detail)
+    if status in (400, 413, 422):
+        # OpenAI's code is `context_length_exceeded`; vLLM and Mistral say it in words only.
+        if any(sign in lowered for sign in ("context_length", "context length", "maximum context", "max_model_len")):
+            raise CallError("context_length", detail)
+        # OpenAI's and Azure's codes.
+        if any(sign in lowered for sign in ("content_filter", "content_policy", "responsibleaipolicy")):
+            raise CallError("refused", detail)
+    raise CallError("upstream_error", detail, transient=status in _TRANSIENT_STATUS, retry_after_s=retry_after_s)
 
 
-def _error_message(data: dict[str, Any]) -> str:
+def _retry_after_s(value: str | None) -> float | None:
+    """Seconds of a `Retry-After` header, which may be a number or a date (RFC 9110, 10.2.3)."""
+    if value is None:
+        return None
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+    except ValueError:
+        return None
+
+
+def _error_message(data: dict[str, Any], endpoint: Endpoint) -> str:
     error = data.get("error", data)
     message = error.get("message") if isinstance(error, dict) else error
-    return str(message)[:300] if message else ""
+    text = str(message)[:300] if message else ""
+    # Some endpoints repeat the key they did not like.
+    return text.replace(endpoint.api_key, "[key]") if endpoint.api_key else text
 
 
 def _usage(data: dict[str, Any]) -> Usage | None:
@@ -329,18 +590,6 @@ def _usage(data: dict[str, Any]) -> Usage | None:
     if not isinstance(usage, dict):
         return None
     prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens", 0)
-    if not isinstance(prompt, int) or not isinstance(completion, int):
+    if not isinstance(prompt, int) or not isinstance(completion, int) or min(prompt, completion) < 0:
         return None
     return Usage(prompt_tokens=prompt, completion_tokens=completion)
-
-
-# An endpoint that refused or was never reached has used no tokens; any other has read the prompt.
-_FREE = frozenset({"unreachable", "rate_limited", "context_length", "upstream_error"})
-
-
-def _estimate(outcome: str, messages: Sequence[Message], text: str) -> tuple[Usage, bool]:
-    """Tokens of a call whose endpoint reported none, at four characters each; and whether that is a guess."""
-    if outcome in _FREE and not text:
-        return Usage(), False
-    prompt = sum(len(str(message.get("content", ""))) for message in messages)
-    return Usage(prompt_tokens=math.ceil(prompt / 4), completion_tokens=math.ceil(len(text) / 4)), True

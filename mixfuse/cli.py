@@ -112,6 +112,16 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("overrides", nargs="*", metavar="key=value")
     serve.set_defaults(command=_serve)
 
+    gateway = top.add_parser("gateway", help="the gateway by itself, for a pool that is served elsewhere")
+    gateway.add_argument("config", type=Path, metavar="CONFIG", help="a fusion config")
+    gateway.add_argument("overrides", nargs="*", metavar="key=value")
+    gateway.add_argument("--host", default="127.0.0.1")
+    gateway.add_argument("--port", type=int, default=8080, help="0 takes any free one (default 8080)")
+    gateway.add_argument(
+        "--drain-s", type=int, default=10, help="seconds that requests under way may take after SIGTERM (default 10)"
+    )
+    gateway.set_defaults(command=_gateway)
+
     roles = _group(top, "roles", "the roles of a running server")
     roles_list = roles.add_parser("list", help="which adapter revision serves each role")
     _server(roles_list)
@@ -121,6 +131,40 @@ def _parser() -> argparse.ArgumentParser:
     swap.add_argument("dir", type=Path, metavar="DIR")
     _server(swap)
     swap.set_defaults(command=_roles_swap)
+
+    keys = _group(top, "keys", "the gateway's API keys")
+    keys_add = keys.add_parser("add", help="make a key; it is shown this once")
+    keys_add.add_argument("name", metavar="NAME", help="whose it is")
+    keys_add.add_argument("--budget", type=float, metavar="DOLLARS", help="the most it may spend in a period")
+    keys_add.add_argument("--tokens", type=int, metavar="N", help="the most tokens it may use in a period")
+    keys_add.add_argument("--period", choices=("day", "month", "total"), default="month")
+    keys_add.add_argument("--rate", type=int, metavar="N", help="requests a minute")
+    _database(keys_add)
+    keys_add.set_defaults(command=_keys_add)
+    keys_list = keys.add_parser("list", help="keys, their limits and what they used")
+    _database(keys_list)
+    keys_list.set_defaults(command=_keys_list)
+    keys_revoke = keys.add_parser("revoke", help="end a key")
+    keys_revoke.add_argument("name", metavar="NAME", help="its name or id")
+    _database(keys_revoke)
+    keys_revoke.set_defaults(command=_keys_revoke)
+
+    traces = _group(top, "traces", "what the gateway did")
+    traces_export = traces.add_parser("export", help="traces as pool responses, for mixfuse pairs build")
+    traces_export.add_argument("--out", type=Path, required=True, metavar="FILE")
+    traces_export.add_argument(
+        "--label",
+        choices=("feedback", "judge"),
+        default="feedback",
+        help="whose word says which answers are right: users' (default), or the judge's own",
+    )
+    traces_export.add_argument("--tasks", type=Path, help="a task file: its verifiers say which answers are right")
+    traces_export.add_argument("--split", choices=("train", "pool", "heldout"), default="pool")
+    traces_export.add_argument("--count", type=int, default=100, help="how many tasks of the file (default 100)")
+    traces_export.add_argument("--seed", type=int, default=0, help="of the tasks")
+    traces_export.add_argument("--days", type=float, help="only traces of the last so many days")
+    _database(traces_export)
+    traces_export.set_defaults(command=_traces_export)
 
     ask = top.add_parser("ask", help="one fused answer, with who said what and why it won")
     ask.add_argument("prompt", metavar="PROMPT")
@@ -156,6 +200,15 @@ def _server(parser: argparse.ArgumentParser) -> None:
         "--url",
         default=os.environ.get("MIXFUSE_URL", "http://127.0.0.1:8080"),
         help="the running server (default $MIXFUSE_URL or http://127.0.0.1:8080)",
+    )
+
+
+def _database(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--db",
+        default=os.environ.get("MIXFUSE_TRACE_DB", "runs/traces.sqlite3"),
+        metavar="PATH_OR_URL",
+        help="the gateway's trace_db (default $MIXFUSE_TRACE_DB or runs/traces.sqlite3)",
     )
 
 
@@ -252,6 +305,66 @@ def _serve(arguments: argparse.Namespace) -> None:
     from mixfuse.server import run
 
     run(arguments.config, arguments.overrides)
+
+
+def _gateway(arguments: argparse.Namespace) -> None:
+    from mixfuse.recipe import validate
+    from mixfuse.server import GatewayConfig, run_gateway
+
+    address = validate(
+        {"host": arguments.host, "port": arguments.port, "drain_s": arguments.drain_s},
+        GatewayConfig,
+        source="mixfuse gateway",
+    )
+    run_gateway(arguments.config, arguments.overrides, address)
+
+
+def _keys_add(arguments: argparse.Namespace) -> None:
+    from fusion.keys import create
+    from mixfuse.database import opened
+
+    with opened(arguments.db) as database:
+        key, secret = create(
+            database,
+            arguments.name,
+            max_cost=arguments.budget,
+            max_tokens=arguments.tokens,
+            period=arguments.period,
+            per_minute=arguments.rate,
+        )
+    print(f"{key.name} ({key.id}); the key is shown this once:", file=sys.stderr)
+    print(secret)
+
+
+def _keys_list(arguments: argparse.Namespace) -> None:
+    from fusion.keys import show
+    from mixfuse.database import opened
+
+    with opened(arguments.db, create=False) as database:
+        show(database)
+
+
+def _keys_revoke(arguments: argparse.Namespace) -> None:
+    from fusion.keys import revoke
+    from mixfuse.database import opened
+
+    with opened(arguments.db, create=False) as database:
+        key = revoke(database, arguments.name)
+    print(f"{key.name} ({key.id}) is revoked")
+
+
+def _traces_export(arguments: argparse.Namespace) -> None:
+    from fusion.export import export
+    from mixfuse.database import opened
+
+    tasks = None
+    if arguments.tasks is not None:
+        from mixfuse.tasks import make
+
+        tasks = make(arguments.tasks, arguments.split, arguments.count, seed=arguments.seed)
+    with opened(arguments.db, create=False) as database:
+        counts = export(database, arguments.out, label=arguments.label, tasks=tasks, days=arguments.days)
+    print(f"{arguments.out}: " + ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in counts.items()))
 
 
 def _roles_list(arguments: argparse.Namespace) -> None:

@@ -1,40 +1,42 @@
 """`mixfuse serve`: the engine, its role table, and the gateway in front, composed and ended together.
 
+And `mixfuse gateway`, the gateway by itself.
+
 The only place where the rooms `serve` and `fusion` meet: the gateway asks for a role, the role table leases it the
 engine's model of that moment.
 """
 
 import asyncio
-import hmac
 import ipaddress
 import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import httpx
 import uvicorn
+import uvloop
 from pydantic import Field
 from rich.console import Console
 from rich.table import Table
+from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from fusion.config import FusionConfig
 from fusion.gateway import create_app
+from fusion.keys import ADMIN_KEY, has_keys, is_admin
 from fusion.pool import Endpoint
 from mixfuse.adapter import fingerprint
 from mixfuse.errors import MixfuseError
 from mixfuse.recipe import Strict, load
 from serve.engine import Engine, EngineConfig
 from serve.roles import BASE, RoleTable
-
-ADMIN_KEY = "MIXFUSE_ADMIN_KEY"
 
 
 class GatewayConfig(Strict):
@@ -43,10 +45,12 @@ class GatewayConfig(Strict):
     Attributes:
         host: An address; beyond loopback the roles can be changed only with the admin key.
         port: 0 takes any free one.
+        drain_s: How long requests under way may go on after SIGTERM, in seconds; then they are cancelled.
     """
 
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8080
+    drain_s: Annotated[int, Field(ge=0)] = 10
 
 
 class ServeConfig(Strict):
@@ -98,7 +102,7 @@ def run(config_path: Path, overrides: list[str]) -> None:
     if missing := [role for role in named if role not in (BASE, *config.roles)]:
         raise MixfuseError(f"{config_path}: the fusion config names the role {missing[0]!r}; add it to `roles`")
     try:
-        asyncio.run(_serve(config, fusion))
+        _run(_serve(config, fusion))
     except (KeyboardInterrupt, asyncio.CancelledError):  # Ctrl-C, SIGTERM: how a server ends
         print("stopped", file=sys.stderr)
 
@@ -108,7 +112,7 @@ async def _serve(config: ServeConfig, fusion: FusionConfig) -> None:
     assert this is not None  # noqa: S101 - we are a coroutine of asyncio.run
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, this.cancel)
     console = Console(stderr=True)
-    listener = _listen(config.gateway)
+    listener = _listen(config.gateway, fusion)
     with listener:
         base = await asyncio.to_thread(fingerprint, config.engine.base)
         log = config.logs / "engine.log"
@@ -124,12 +128,12 @@ async def _serve(config: ServeConfig, fusion: FusionConfig) -> None:
                 Route("/admin/roles", _list_roles(table)),
                 Route("/admin/roles/{role}", _swap_role(table), methods=["PUT"]),
             ]
-            app = create_app(fusion, LeasedRoles(table, engine), extra_routes=routes)
-            settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=10, lifespan="on")
-            server = uvicorn.Server(settings)
-            host, port = listener.getsockname()[:2]
+            app = create_app(
+                fusion, LeasedRoles(table, engine), extra_routes=routes, checks={"engine": lambda: engine.running}
+            )
+            server = uvicorn.Server(_uvicorn(app, config.gateway))
             roles = ", ".join(f"{role}={r.revision or BASE}" for role, r in table.serving().items())
-            console.print(f"ready: http://{host}:{port}/v1 ({roles})", markup=False, highlight=False, soft_wrap=True)
+            _say_ready(console, listener, roles)
             gateway = asyncio.create_task(server.serve(sockets=[listener]))
             died = asyncio.create_task(engine.wait())
             await asyncio.wait({gateway, died}, return_when=asyncio.FIRST_COMPLETED)
@@ -143,17 +147,56 @@ async def _serve(config: ServeConfig, fusion: FusionConfig) -> None:
             await engine.stop()
 
 
-def _listen(gateway: GatewayConfig) -> socket.socket:
+def run_gateway(config_path: Path, overrides: list[str], address: GatewayConfig) -> None:
+    """`mixfuse gateway`: the fusion gateway by itself, for a pool that is served elsewhere; until Ctrl-C or SIGTERM.
+
+    Raises:
+        MixfuseError: The config is bad, or the port is in use.
+    """
+    config = load(config_path, FusionConfig, overrides)
+    with _listen(address, config) as listener:
+        server = uvicorn.Server(_uvicorn(create_app(config, None), address))
+        names = ", ".join(member.name for member in config.members)
+        _say_ready(Console(stderr=True), listener, names)
+        try:
+            _run(server.serve(sockets=[listener]))
+        except KeyboardInterrupt:
+            print("stopped", file=sys.stderr)
+
+
+def _run(main: Coroutine[Any, Any, None]) -> None:
+    """As `asyncio.run`, on uvloop's event loop."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(main)
+
+
+def _uvicorn(app: Starlette, gateway: GatewayConfig) -> uvicorn.Config:
+    return uvicorn.Config(
+        app, log_level="warning", access_log=False, ws="none", timeout_graceful_shutdown=gateway.drain_s, lifespan="on"
+    )
+
+
+def _say_ready(console: Console, listener: socket.socket, what: str) -> None:
+    host, port = listener.getsockname()[:2]
+    console.print(f"ready: http://{host}:{port}/v1 ({what})", markup=False, highlight=False, soft_wrap=True)
+
+
+def _listen(gateway: GatewayConfig, fusion: FusionConfig) -> socket.socket:
     if not _loopback(gateway.host) and not os.environ.get(ADMIN_KEY):
         raise MixfuseError(
             f"gateway.host {gateway.host} is reachable from outside: set {ADMIN_KEY} first, so that not everybody can "
             "swap adapters"
         )
+    if not _loopback(gateway.host) and fusion.api_keys == "auto" and not has_keys(fusion.trace_db):
+        raise MixfuseError(
+            f"gateway.host {gateway.host} is reachable from outside, and there is no API key: add one "
+            "(mixfuse keys add), or let everybody ask with `api_keys: off` in the fusion config"
+        )
     listener = socket.socket(socket.AF_INET6 if ":" in gateway.host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((gateway.host, gateway.port))
-        listener.listen(2048)  # from here on a client waits for us instead of being turned away
+        listener.listen(2048)  # so that who reads "ready" can connect
     except OSError as error:
         listener.close()
         raise MixfuseError(
@@ -190,9 +233,7 @@ def _list_roles(table: RoleTable) -> Callable[[Request], Response]:
 
 def _swap_role(table: RoleTable) -> Callable[[Request], Awaitable[Response]]:
     async def handler(request: Request) -> Response:
-        key = os.environ.get(ADMIN_KEY)
-        sent = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if key and not hmac.compare_digest(key.encode(), sent.encode()):
+        if not is_admin(request.headers.get("authorization")):
             return _error(401, "unauthorized", f"send the admin key as a bearer token ({ADMIN_KEY})")
         try:
             directory = Path((await request.json())["directory"])

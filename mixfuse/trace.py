@@ -41,9 +41,11 @@ class Call(Strict):
         model: The model name sent upstream; for a role it is revision-qualified.
         revision: The adapter revision that answered, where the member is a role.
         candidate: Which candidate (0-based) the call produced, for answers and revisions.
-        outcome: "ok", or the type of the failure (`timeout`, `upstream_error`, …).
+        attempt: Which attempt at the same call this was, from 1; retries and hedges count on.
+        outcome: "ok", or the type of the failure (`timeout`, `upstream_error`, …); see docs/failures.md.
         text: What came back, whole or as far as it came.
         estimated: The usage was estimated because the upstream sent none.
+        cost: Dollars.
         started_ms: Milliseconds since the request began.
         duration_ms: How long the attempt took, in milliseconds.
     """
@@ -53,6 +55,7 @@ class Call(Strict):
     model: str
     revision: str | None = None
     candidate: int | None = None
+    attempt: int = 1
     outcome: str = "ok"
     error: str | None = None
     text: str | None = None
@@ -65,7 +68,11 @@ class Call(Strict):
 
 
 class Verdict(Strict):
-    """What the judge said of one pair of candidates, both orders together (see `mixfuse.judge_protocol.combine`)."""
+    """What the judge said of one pair of candidates, both orders together (see `mixfuse.judge_protocol.combine`).
+
+    Attributes:
+        read: From what: the log-probabilities of its first token, or a written verdict where there are none.
+    """
 
     first: int
     second: int
@@ -73,14 +80,45 @@ class Verdict(Strict):
     score: float
     consistent: bool
     parse_failures: int = 0
+    read: Literal["logprobs", "parsed"] = "logprobs"
+
+
+class Turn(Strict):
+    """What one candidate of a debate said in one round."""
+
+    candidate: int
+    text: str
+
+
+class Debate(Strict):
+    """How a debate went.
+
+    Attributes:
+        rounds: What the candidates said: first their answers, then each round of revisions.
+        stopped: Why there was no further round.
+    """
+
+    rounds: list[list[Turn]]
+    stopped: Literal["agreement", "max_rounds", "budget", "deadline"]
+
+
+class Citation(Strict):
+    """Which candidates the synthesizer says a paragraph of its answer drew on."""
+
+    paragraph: int
+    candidates: list[int]
 
 
 class Trace(Strict):
     """One fused request.
 
     Attributes:
+        key: The id of the API key the request came with; never the key itself.
         winner: The candidate whose text was returned, for `best_of`.
         candidates: Member names by candidate index.
+        debate: The transcript, for `debate`.
+        citations: What each paragraph drew on, for a `merge` that was to say so.
+        tool_calls: The answer's, where it calls tools.
         reason: Why the answer is what it is: `judged`, `agreement`, `lone_survivor`, `judge_failed`, `synthesis`, …
         feedback: What users said of the answer later.
     """
@@ -89,14 +127,18 @@ class Trace(Strict):
     created_at: float = Field(default_factory=time.time)
     model: str
     mode: str
+    key: str | None = None
     messages: list[dict[str, Any]]
     parameters: dict[str, Any] = {}
     candidates: list[str] = []
     calls: list[Call] = []
     verdicts: list[Verdict] = []
+    debate: Debate | None = None
+    citations: list[Citation] | None = None
     winner: int | None = None
     reason: str = ""
     answer: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
     outcome: str = "ok"
     error: str | None = None
     judge_protocol: str | None = None
@@ -110,3 +152,8 @@ class Trace(Strict):
         for call in self.calls:
             total = total + call.usage
         return total
+
+    @property
+    def cost(self) -> float:
+        """Dollars of all calls."""
+        return sum(call.cost for call in self.calls)

@@ -291,7 +291,9 @@ class Demo:
         async def one(task: Task) -> None:
             async with limit:
                 answer = await client.chat.completions.create(
-                    model="fusion/best-of", messages=[{"role": "user", "content": task.prompt}]
+                    model="fusion/best-of",
+                    messages=[{"role": "user", "content": task.prompt}],
+                    extra_body={"fusion": {"expose": "full"}},
                 )
             fusion = (answer.model_extra or {})["fusion"]
             candidates: dict[str, list[bool]] = {}

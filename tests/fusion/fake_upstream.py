@@ -42,7 +42,15 @@ class Script:
         break_after: Streaming breaks off after so many pieces, without an end.
         fail_after: It answers so many requests; after them it sends 500.
         hold_from: Only from this request on (the first is 1) it waits for `hold`.
+        tool_calls: (name, arguments) of each tool it calls, if it is offered tools.
+        refuses: A parameter it answers with a 400 that names it.
+        no_logprobs: It ignores that log-probabilities are asked for.
         hold_after: Streaming waits for `hold` after so many pieces instead of before the first.
+        headers: Sent with a status other than 200.
+        refusal: The model refuses, in these words, instead of answering.
+        finish: Why it ended, as it says.
+        cut: The connection breaks in the middle of the response.
+        faults: How its next requests go, one by one; None, and when they are used up: as the script itself says.
     """
 
     text: str | list[str] = "an answer"
@@ -56,6 +64,14 @@ class Script:
     hold_after: int | None = None
     fail_after: int | None = None
     hold_from: int = 1
+    tool_calls: list[tuple[str, str]] | None = None
+    refuses: str | None = None
+    no_logprobs: bool = False
+    headers: dict[str, str] = field(default_factory=dict)
+    refusal: str | None = None
+    finish: str = "stop"
+    cut: bool = False
+    faults: "list[Script | None]" = field(default_factory=list)
 
     def next_text(self) -> str:
         if isinstance(self.text, str):
@@ -98,15 +114,21 @@ class FakeUpstream:
         model = payload["model"]
         await self._note(lambda: (self.requests.append(payload), self.headers.append(dict(request.headers))))
         script = self.models[model]
+        if script.faults:
+            script = script.faults.pop(0) or script
         times = len(self.asked(model))
         holding = script.hold if script.hold_after is None and times >= script.hold_from else None
         if holding is not None and await self._left(request, model, holding):
             return Response()
         if script.fail_after is not None and times > script.fail_after:
             script = Script(status=500)
+        if script.refuses in payload:
+            script = Script(status=400, body=_error(f"Unsupported parameter: '{script.refuses}'"))
         if script.body is not None or script.status != 200:
-            default = json.dumps({"error": {"message": f"status {script.status}", "code": None}}).encode()
-            return Response(script.body or default, script.status, media_type="application/json")
+            body = _error(f"status {script.status}") if script.body is None else script.body
+            return Response(body, script.status, script.headers, media_type="application/json")
+        if script.cut:
+            return _Cut()
         if payload.get("stream"):
             return _EventStream(self._stream(request, payload, script))
         return JSONResponse(self._completion(payload, script))
@@ -126,12 +148,18 @@ class FakeUpstream:
 
     def _completion(self, payload: dict[str, Any], script: Script) -> dict[str, Any]:
         text, logprobs = script.next_text(), None
-        if payload.get("logprobs"):
+        calls = script.tool_calls if payload.get("tools") else None
+        if (payload.get("response_format") or {}).get("json_schema", {}).get("name") == "verdict" and script.verdict:
+            text = json.dumps({"verdict": next(iter(_verdict(payload, script)))})
+        if payload.get("logprobs") and not script.no_logprobs:
             alternatives = script.logprobs if script.logprobs is not None else _verdict(payload, script)
             top = [{"token": token, "logprob": logprob, "bytes": None} for token, logprob in alternatives.items()]
             if top:
                 text = top[0]["token"]
                 logprobs = {"content": [{**top[0], "top_logprobs": top}]}
+        message: dict[str, Any] = {"content": None, "tool_calls": _tool_calls(calls)} if calls else {"content": text}
+        if script.refusal is not None:
+            message = {"content": None, "refusal": script.refusal}
         usage = script.usage and dict(zip(("prompt_tokens", "completion_tokens"), script.usage, strict=True))
         return {
             "id": "fake",
@@ -141,9 +169,9 @@ class FakeUpstream:
             "choices": [
                 {
                     "index": 0,
-                    "message": {"role": "assistant", "content": text},
+                    "message": {"role": "assistant", **message},
                     "logprobs": logprobs,
-                    "finish_reason": "stop",
+                    "finish_reason": "tool_calls" if calls else script.finish,
                 }
             ],
             **({"usage": {**usage, "total_tokens": sum(script.usage or ())}} if usage else {}),
@@ -158,16 +186,36 @@ class FakeUpstream:
             return f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n".encode()
 
         yield event({"role": "assistant", "content": ""})
-        for count, piece in enumerate(re.findall(r"\S+\s*|\s+", whole["choices"][0]["message"]["content"])):
+        message = whole["choices"][0]["message"]
+        if script.refusal is not None:
+            yield event({"refusal": script.refusal})
+        for place, tool in enumerate(message.get("tool_calls", ())):
+            arguments = tool["function"]["arguments"]
+            begun = {**tool, "index": place, "function": {"name": tool["function"]["name"], "arguments": ""}}
+            yield event({"tool_calls": [begun]})
+            for piece in (arguments[:3], arguments[3:]):
+                yield event({"tool_calls": [{"index": place, "function": {"arguments": piece}}]})
+        for count, piece in enumerate(re.findall(r"\S+\s*|\s+", message["content"] or "")):
             if count == script.break_after:
                 return
             if count == script.hold_after and script.hold and await self._left(request, payload["model"], script.hold):
                 return
             yield event({"content": piece})
-        yield event({}, "stop")
+        yield event({}, whole["choices"][0]["finish_reason"])
         if payload.get("stream_options", {}).get("include_usage") and "usage" in whole:
             yield f"data: {json.dumps({**head, 'choices': [], 'usage': whole['usage']})}\n\n".encode()
         yield b"data: [DONE]\n\n"
+
+
+def _error(message: str) -> bytes:
+    return json.dumps({"error": {"message": message, "code": None}}).encode()
+
+
+def _tool_calls(calls: list[tuple[str, str]]) -> list[dict[str, Any]]:
+    return [
+        {"id": f"call_{place}", "type": "function", "function": {"name": name, "arguments": arguments}}
+        for place, (name, arguments) in enumerate(calls)
+    ]
 
 
 def _verdict(payload: dict[str, Any], script: Script) -> dict[str, float]:
@@ -195,6 +243,15 @@ class _EventStream(Response):
         async for event in self._events:
             await send({"type": "http.response.body", "body": event, "more_body": True})
         await send({"type": "http.response.body", "body": b""})
+
+
+class _Cut(Response):
+    """Promises more than it sends; uvicorn then closes the connection."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"1000")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b'{"choices": ['})
 
 
 class _Server(uvicorn.Server):

@@ -19,6 +19,13 @@ def prefers(word: str) -> Callable[[str, str], float]:
     return lambda first, second: 0.5 + 0.4 * ((word in first) - (word in second))
 
 
+def summed(trace: dict[str, Any]) -> dict[str, int]:
+    """A trace's usage: the sum over its calls."""
+    prompt = sum(call["usage"]["prompt_tokens"] for call in trace["calls"])
+    completion = sum(call["usage"]["completion_tokens"] for call in trace["calls"])
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
 class FakeRoles:
     """A role table over the fake upstream; counts its leases."""
 
@@ -69,6 +76,17 @@ class Gateway:
             while True:
                 if found := (await self.http.get("/v1/traces")).json()["data"]:
                     return found
+                await asyncio.sleep(0.01)
+
+    async def metrics(self) -> dict[str, float]:
+        """The metrics, by name and labels as Prometheus writes them."""
+        lines = (await self.http.get("/metrics")).text.splitlines()
+        return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[0] != "#")}
+
+    async def until_metric(self, name: str, value: float) -> None:
+        """Waits until a metric has that value."""
+        async with asyncio.timeout(30):
+            while (await self.metrics()).get(name) != value:  # noqa: ASYNC110 - it is another process's
                 await asyncio.sleep(0.01)
 
     async def close(self) -> None:

@@ -6,6 +6,8 @@ from typing import Any
 from fake_upstream import COMPARISON, FakeUpstream, Script
 from fusion_harness import FakeRoles, Gateway, StartGateway, prefers
 
+from mixfuse import judge_protocol
+
 ASK: dict[str, Any] = {"model": "fusion/best-of", "messages": [{"role": "user", "content": "why?"}]}
 
 
@@ -56,7 +58,7 @@ async def test_agreement_short_cuts_the_judge(start_gateway: StartGateway, upstr
     assert body["choices"][0]["message"]["content"] == "42 is\nit"
     assert upstream.asked("judge") == []
 
-    asking = await start_gateway(modes={"early_agreement": False})
+    asking = await start_gateway(modes={"agreement": "never"})
     assert (await asking.post(**ASK)).json()["fusion"]["reason"] == "judged"
     assert len(upstream.asked("judge")) == 6
 
@@ -120,19 +122,19 @@ async def test_a_candidate_cannot_close_its_fence(gateway: Gateway, upstream: Fa
     )
     upstream.models["alpha"].text = forged
     for mode in ("best-of", "merge", "debate"):
-        await gateway.post(**{**ASK, "model": f"fusion/{mode}"})
+        body = (await gateway.post(**{**ASK, "model": f"fusion/{mode}"}, fusion={"expose": "full"})).json()
+        assert body["fusion"]["candidates"][0]["text"] == forged  # the answer itself is never touched
     contents = [request["messages"][-1]["content"] for request in upstream.requests]
-    fenced = [content for content in contents if forged in content]
+    fenced = [content for content in contents if judge_protocol.neutral(forged) in content]
     assert len(fenced) > 7
     for content in fenced:
-        nonces = set(re.findall(r"^(?:<answer \d+|\[question) (\w+)[>\]]$", content, re.MULTILINE))
-        (nonce,) = nonces
-        fences = re.findall(rf"^(?:</?answer \d+|\[\w+) {nonce}[>\]]$", content, re.MULTILINE)
-        # Each answer is opened and closed once: nothing a candidate wrote counts as a fence.
+        fences = re.findall(r"^(?:<(/?)answer \d+|\[(question|A|B|end)) (\w+)[>\]]$", content, re.MULTILINE)
+        # One nonce, and each answer is opened and closed once: nothing a candidate wrote even looks like a fence.
+        assert len({nonce for _, _, nonce in fences}) == 1
         if "[question" in content:
-            assert fences == [f"[{part} {nonce}]" for part in ("question", "A", "B", "end")]
+            assert [part for _, part, _ in fences] == ["question", "A", "B", "end"]
         else:
-            assert [fence.startswith("</") for fence in fences] == [False, True] * (len(fences) // 2)
+            assert [closing for closing, _, _ in fences] == ["", "/"] * (len(fences) // 2)
 
 
 async def test_samples_of_a_member_are_candidates_of_their_own(

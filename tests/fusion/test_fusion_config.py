@@ -15,7 +15,7 @@ members:
      price: {prompt: 2, completion: 6}}
 judge: {role: judge}
 synthesizer: {role: base}
-modes: {min_responses: 2, grace_ms: 50, deadline_ms: 1000, early_agreement: off, debate_ending: merge}
+modes: {min_responses: 2, grace_ms: 50, deadline_ms: 1000, agreement: never, debate_ending: merge}
 trace_db: traces.sqlite3
 """
 
@@ -33,7 +33,7 @@ def test_a_whole_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert config.members[1].api_key == "hush"
     assert "hush" not in repr(config)
     assert "hush" not in config.model_dump_json()
-    assert config.modes.early_agreement is False
+    assert config.modes.agreement == "never"
     assert config.modes.debate_ending == "merge"
     assert config.members[1].price.cost(1_000_000, 500_000) == 5.0
     assert Price().cost(10, 10) == 0

@@ -7,18 +7,12 @@ from typing import Any
 import openai
 import pytest
 from fake_upstream import FakeUpstream, Script
-from fusion_harness import FakeRoles, Gateway, StartGateway
+from fusion_harness import FakeRoles, Gateway, StartGateway, summed
 
 from fusion.gateway import create_app
 from mixfuse.errors import MixfuseError
 
 HELLO: list[Any] = [{"role": "user", "content": "why?"}]
-
-
-def summed(trace: dict[str, Any]) -> dict[str, int]:
-    prompt = sum(call["usage"]["prompt_tokens"] for call in trace["calls"])
-    completion = sum(call["usage"]["completion_tokens"] for call in trace["calls"])
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
 async def events(gateway: Gateway, **body: Any) -> list[Any]:
@@ -154,6 +148,7 @@ async def test_a_failed_request_leaves_a_trace(gateway: Gateway, upstream: FakeU
 async def test_traces_outlive_the_gateway(start_gateway: StartGateway) -> None:
     first = await start_gateway()
     fusion = (await first.post(model="alpha", messages=HELLO)).json()["fusion"]
+    await first.trace(fusion)  # it is in the database once it has been read there
     second = await start_gateway()
     assert (await second.trace(fusion))["answer"] == "the answer of alpha"
 
@@ -262,8 +257,9 @@ REFUSED: list[tuple[dict[str, Any], int, str, str | None]] = [
     ({**BEST, "model": "fusion/best_of"}, 404, "model_not_found", "model"),
     ({**BEST, "model": "nobody"}, 404, "model_not_found", "model"),
     ({**BEST, "n": 2}, 400, "unsupported_parameter", "n"),
-    ({**BEST, "tools": [{"type": "function"}]}, 400, "unsupported_parameter", "tools"),
-    ({**BEST, "response_format": {"type": "json_object"}}, 400, "unsupported_parameter", "response_format"),
+    ({**BEST, "tools": [{"type": "function"}]}, 400, "missing_parameter", "tools.0.function"),
+    ({**BEST, "tool_choice": "required"}, 400, "invalid_value", "tool_choice"),
+    ({**BEST, "response_format": {"type": "xml"}}, 400, "invalid_value", "response_format"),
     ({**BEST, "logprobs": True}, 400, "unsupported_parameter", "logprobs"),
     ({**BEST, "model": "alpha", "logprobs": True, "stream": True}, 400, "unsupported_parameter", "logprobs"),
     ({**BEST, "tempreature": 1}, 400, "unknown_parameter", "tempreature"),

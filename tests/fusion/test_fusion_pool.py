@@ -5,14 +5,13 @@ import json
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-import httpx
 import pytest
 from fake_upstream import FakeUpstream, Script
 from fusion_harness import Gateway, StartGateway
 
 from fusion.config import FusionConfig, Price
 from fusion.pool import HttpRoles, Pool, fan_out, http_client
-from fusion.upstream import CallError, Endpoint, Ledger, Purpose, Reply, call, first_token_logprobs
+from fusion.upstream import CallError, Client, Endpoint, Ledger, Purpose, Reply, call, first_token_logprobs
 from mixfuse.trace import Usage
 
 HELLO = [{"role": "user", "content": "hello you"}]
@@ -20,14 +19,12 @@ BEST_OF: dict[str, Any] = {"model": "fusion/best-of", "messages": HELLO}
 
 
 @pytest.fixture
-async def client() -> AsyncIterator[httpx.AsyncClient]:
+async def client() -> AsyncIterator[Client]:
     async with http_client() as client:
         yield client
 
 
-async def ask(
-    client: httpx.AsyncClient, upstream: FakeUpstream, *, ledger: Ledger, stream: bool = False, **purpose: Any
-) -> Reply:
+async def ask(client: Client, upstream: FakeUpstream, *, ledger: Ledger, stream: bool = False, **purpose: Any) -> Reply:
     async def swallow(_text: str) -> None: ...
 
     return await call(
@@ -43,7 +40,7 @@ async def ask(
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_call_is_entered_with_tokens_cost_and_revision(
-    client: httpx.AsyncClient, upstream: FakeUpstream, stream: bool
+    client: Client, upstream: FakeUpstream, stream: bool
 ) -> None:
     ledger = Ledger()
     price = Price(prompt=1, completion=2)
@@ -60,9 +57,7 @@ async def test_a_call_is_entered_with_tokens_cost_and_revision(
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_missing_usage_is_estimated_and_marked(
-    client: httpx.AsyncClient, upstream: FakeUpstream, stream: bool
-) -> None:
+async def test_missing_usage_is_estimated_and_marked(client: Client, upstream: FakeUpstream, stream: bool) -> None:
     upstream.models["alpha"].usage = None
     ledger = Ledger()
     await ask(client, upstream, ledger=ledger, stream=stream)
@@ -84,7 +79,7 @@ FAILURES = [
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(("script", "kind"), FAILURES)
 async def test_a_failure_has_a_type_and_an_entry(
-    client: httpx.AsyncClient, upstream: FakeUpstream, script: Script, kind: str, stream: bool
+    client: Client, upstream: FakeUpstream, script: Script, kind: str, stream: bool
 ) -> None:
     upstream.models["alpha"] = script
     ledger = Ledger()
@@ -98,16 +93,14 @@ async def test_a_failure_has_a_type_and_an_entry(
 @pytest.mark.parametrize(
     "body", [b"not json", b"[]", b"{}", b'{"choices": []}', b'{"choices": [{"message": {"content": null}}]}']
 )
-async def test_a_malformed_answer_is_invalid(client: httpx.AsyncClient, upstream: FakeUpstream, body: bytes) -> None:
+async def test_a_malformed_answer_is_invalid(client: Client, upstream: FakeUpstream, body: bytes) -> None:
     upstream.models["alpha"].body = body
     with pytest.raises(CallError) as caught:
         await ask(client, upstream, ledger=Ledger())
     assert caught.value.kind == "invalid_response"
 
 
-async def test_a_stream_that_breaks_off_is_an_error_with_what_came(
-    client: httpx.AsyncClient, upstream: FakeUpstream
-) -> None:
+async def test_a_stream_that_breaks_off_is_an_error_with_what_came(client: Client, upstream: FakeUpstream) -> None:
     upstream.models["alpha"].break_after = 2
     ledger = Ledger()
     with pytest.raises(CallError) as caught:
@@ -117,13 +110,13 @@ async def test_a_stream_that_breaks_off_is_an_error_with_what_came(
     assert ledger.calls[0].estimated
 
 
-async def test_line_separators_in_streamed_text_stay_text(client: httpx.AsyncClient, upstream: FakeUpstream) -> None:
+async def test_line_separators_in_streamed_text_stay_text(client: Client, upstream: FakeUpstream) -> None:
     upstream.models["alpha"].text = "one\u2028two\x85three\u2029four"
     reply = await ask(client, upstream, ledger=Ledger(), stream=True)
     assert reply.text == "one\u2028two\x85three\u2029four"
 
 
-async def test_nobody_listening_is_unreachable(client: httpx.AsyncClient, upstream: FakeUpstream) -> None:
+async def test_nobody_listening_is_unreachable(client: Client, upstream: FakeUpstream) -> None:
     upstream.base_url = "http://127.0.0.1:9/v1"
     ledger = Ledger()
     with pytest.raises(CallError) as caught:
@@ -132,7 +125,7 @@ async def test_nobody_listening_is_unreachable(client: httpx.AsyncClient, upstre
     assert ledger.calls[0].outcome == "unreachable"
 
 
-async def test_a_call_past_its_limit_is_cancelled_upstream(client: httpx.AsyncClient, upstream: FakeUpstream) -> None:
+async def test_a_call_past_its_limit_is_cancelled_upstream(client: Client, upstream: FakeUpstream) -> None:
     upstream.models["alpha"].hold = asyncio.Event()
     ledger = Ledger()
     with pytest.raises(CallError) as caught:

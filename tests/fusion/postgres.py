@@ -1,0 +1,75 @@
+"""A throwaway PostgreSQL server for tests, where its programs are installed (`apt-get install postgresql`)."""
+
+import os
+import pwd
+import shutil
+import socket
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@dataclass(frozen=True)
+class Postgres:
+    """A running server, which can be stopped and started again."""
+
+    url: str
+    stop: Callable[[], None]
+    start: Callable[[], None]
+
+
+@contextmanager
+def postgres() -> Iterator[Postgres]:
+    """Runs a server of its own on a free loopback port. Skips the test where there is none."""
+    programs = _programs()
+    if programs is None:
+        pytest.skip("PostgreSQL is not installed here: apt-get install postgresql")
+    # Not pytest's folder: the server does not run as root, and must be able to get there.
+    folder = Path(tempfile.mkdtemp(prefix="mixfuse-postgres-"))
+    as_whom: dict[str, Any] = {}
+    if os.geteuid() == 0:  # as which PostgreSQL refuses to run
+        user = next(name for name in ("postgres", "nobody") if name in {entry.pw_name for entry in pwd.getpwall()})
+        as_whom = {"user": user, "group": pwd.getpwnam(user).pw_gid, "extra_groups": []}
+        shutil.chown(folder, user)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+
+    def run(program: str, *arguments: str) -> None:
+        subprocess.run(
+            [programs / program, "-D", folder / "data", *arguments],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            timeout=120,
+            cwd=folder,
+            **as_whom,
+        )
+
+    def start() -> None:
+        options = f"-c listen_addresses=127.0.0.1 -c port={port} -c unix_socket_directories='' -c fsync=off"
+        run("pg_ctl", "start", "-w", "-s", "-l", str(folder / "log"), "-o", options)
+
+    def stop() -> None:
+        run("pg_ctl", "stop", "-m", "immediate", "-s")
+
+    try:
+        run("initdb", "-A", "trust", "-U", "mixfuse", "-E", "UTF8", "--no-sync")
+        start()
+        try:
+            yield Postgres(f"postgresql://mixfuse@127.0.0.1:{port}/postgres", stop, start)
+        finally:
+            stop()
+    finally:
+        shutil.rmtree(folder)
+
+
+def _programs() -> Path | None:
+    found = shutil.which("initdb")
+    candidates = [Path(found).resolve().parent] if found else []
+    candidates += sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
+    return next((path for path in candidates if (path / "initdb").exists() and (path / "pg_ctl").exists()), None)
