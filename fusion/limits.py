@@ -84,10 +84,16 @@ class Guard:
         if self._opened_at is not None:
             self._trying = True  # the one that finds out whether it is well again
 
+    def enter_at_once(self) -> bool:
+        """Takes a place if one is free; `leave` gives it back."""
+        if self._most is not None and self.under_way >= self._most:
+            return False
+        self.under_way += 1
+        return True
+
     async def enter(self) -> None:
-        """Takes a place, waiting for one in order of arrival; `leave` gives it back."""
-        if self._most is None or self.under_way < self._most:
-            self.under_way += 1
+        """Waits for a place in order of arrival, and takes it; `leave` gives it back."""
+        if self.enter_at_once():
             return
         place = asyncio.get_running_loop().create_future()
         self._queue.append(place)

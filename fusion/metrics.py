@@ -1,10 +1,11 @@
 """What a gateway counts, for Prometheus: counters from each finished trace, gauges read when they are asked for."""
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.registry import Collector
 
 from mixfuse.trace import Trace
@@ -12,6 +13,8 @@ from mixfuse.trace import Trace
 if TYPE_CHECKING:
     from fusion.limits import Guard
     from fusion.traces import TraceStore
+
+Labelled = TypeVar("Labelled", Counter, Histogram)
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
@@ -46,21 +49,29 @@ class Metrics:
             "mixfuse_tokens", "Tokens of all attempts", ["member", "kind", "estimated"], registry=registry
         )
         self._cost = Counter("mixfuse_cost_dollars", "Dollars of all attempts", ["member"], registry=registry)
+        self._children: dict[tuple[MetricWrapperBase, tuple[str, ...]], MetricWrapperBase] = {}
 
     def observe(self, trace: Trace) -> None:
         """Counts a finished request."""
-        self._requests.labels(trace.mode, trace.outcome).inc()
-        self._request_seconds.labels(trace.mode).observe(trace.duration_ms / 1000)
+        self._of(self._requests, trace.mode, trace.outcome).inc()
+        self._of(self._request_seconds, trace.mode).observe(trace.duration_ms / 1000)
         for call in trace.calls:
-            self._calls.labels(call.member, call.stage, call.outcome).inc()
-            self._call_seconds.labels(call.member).observe(call.duration_ms / 1000)
+            self._of(self._calls, call.member, call.stage, call.outcome).inc()
+            self._of(self._call_seconds, call.member).observe(call.duration_ms / 1000)
             estimated = "true" if call.estimated else "false"
             if call.usage.prompt_tokens:
-                self._tokens.labels(call.member, "prompt", estimated).inc(call.usage.prompt_tokens)
+                self._of(self._tokens, call.member, "prompt", estimated).inc(call.usage.prompt_tokens)
             if call.usage.completion_tokens:
-                self._tokens.labels(call.member, "completion", estimated).inc(call.usage.completion_tokens)
+                self._of(self._tokens, call.member, "completion", estimated).inc(call.usage.completion_tokens)
             if call.cost:
-                self._cost.labels(call.member).inc(call.cost)
+                self._of(self._cost, call.member).inc(call.cost)
+
+    def _of(self, metric: Labelled, *labels: str) -> Labelled:
+        """The child of those labels: `labels` itself checks and locks every time, forty times a request."""
+        child = self._children.get((metric, labels))
+        if child is None:
+            child = self._children[metric, labels] = metric.labels(*labels)
+        return cast("Labelled", child)
 
     def refused(self, kind: str) -> None:
         """Counts a request that was refused before any model was asked."""

@@ -203,7 +203,14 @@ async def fan_out(
     try:
         while pending:
             wait_s = None if end is None else max(0.0, end - clock())
-            done, pending = await asyncio.wait(pending, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
+            # Woken only by what could change something.
+            if successes + len(pending) == quorum:
+                until = asyncio.FIRST_EXCEPTION
+            elif successes >= quorum and (in_grace or grace_s is None):
+                until = asyncio.ALL_COMPLETED
+            else:
+                until = asyncio.FIRST_COMPLETED
+            done, pending = await asyncio.wait(pending, timeout=wait_s, return_when=until)
             if not done:
                 break
             successes += sum(task.exception() is None for task in done)

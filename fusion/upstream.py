@@ -247,9 +247,10 @@ class _Asked:
             else:
                 guard.admit()
                 admitted = True
-                with _typed_failures(answer, self._purpose.timeout_s):
-                    async with asyncio.timeout(self._purpose.timeout_s):
-                        await guard.enter()
+                if not guard.enter_at_once():
+                    with _typed_failures(answer, self._purpose.timeout_s):
+                        async with asyncio.timeout(self._purpose.timeout_s):
+                            await guard.enter()
                 try:
                     await self._send(answer)
                 finally:

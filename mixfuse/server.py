@@ -172,7 +172,13 @@ def _run(main: Coroutine[Any, Any, None]) -> None:
 
 def _uvicorn(app: Starlette, gateway: GatewayConfig) -> uvicorn.Config:
     return uvicorn.Config(
-        app, log_level="warning", access_log=False, ws="none", timeout_graceful_shutdown=gateway.drain_s, lifespan="on"
+        app,
+        log_level="warning",
+        access_log=False,
+        proxy_headers=False,  # nobody here asks where a client is
+        ws="none",
+        timeout_graceful_shutdown=gateway.drain_s,
+        lifespan="on",
     )
 
 
