@@ -1,7 +1,6 @@
 """The gateway: the fusion runtime behind OpenAI's HTTP API."""
 
 import asyncio
-import json
 import logging
 import math
 import os
@@ -16,7 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
@@ -177,7 +176,7 @@ class _Gateway:
             {"id": name, "object": "model", "created": self._created, "owned_by": "mixfuse"}
             for name in dict.fromkeys(names)
         ]
-        return JSONResponse({"object": "list", "data": data})
+        return _Json({"object": "list", "data": data})
 
     async def list_traces(self, request: Request) -> Response:
         try:
@@ -185,7 +184,7 @@ class _Gateway:
         except ValueError:
             raise RequestError("'limit' must be a number", code="invalid_value", param="limit") from None
         traces = await self.traces.newest(limit=max(1, min(limit, 1000)), key_id=self._whose(request))
-        return JSONResponse({"object": "list", "data": [trace.model_dump(mode="json") for trace in traces]})
+        return _Json({"object": "list", "data": [trace.model_dump(mode="json") for trace in traces]})
 
     async def get_trace(self, request: Request) -> Response:
         trace = await self.traces.get(request.path_params["id"], key_id=self._whose(request))
@@ -200,7 +199,7 @@ class _Gateway:
         return _trace_or_404(trace, request)
 
     async def health(self, _request: Request) -> Response:
-        return JSONResponse({"status": "ok"})
+        return _Json({"status": "ok"})
 
     async def ready(self, _request: Request) -> Response:
         """Whether requests would be served well: a load balancer sends none otherwise."""
@@ -220,9 +219,7 @@ class _Gateway:
                 await self.database.run(probe)
         except (SQLAlchemyError, TimeoutError) as error:
             problems.append(f"the trace database cannot be written: {str(error) or 'it does not answer'}")
-        return JSONResponse(
-            {"status": "not ready" if problems else "ok", "problems": problems}, 503 if problems else 200
-        )
+        return _Json({"status": "not ready" if problems else "ok", "problems": problems}, 503 if problems else 200)
 
     async def show_metrics(self, request: Request) -> Response:
         if not is_admin(request.headers.get("authorization")):
@@ -260,6 +257,15 @@ class _Gateway:
             loop.call_soon(self.spans.send, trace, headers)
 
 
+class _Json(Response):
+    """A JSON response."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return orjson.dumps(content)
+
+
 class _Completion(Response):
     """One completion under way: runs the mode, watches for the client leaving, stores the trace, answers."""
 
@@ -294,14 +300,14 @@ class _Completion(Response):
             if stream and stream.begun:
                 await stream.fail(body)
             else:
-                await JSONResponse(body, _status(failure), _headers(failure))(scope, receive, send)
+                await _Json(body, _status(failure), _headers(failure))(scope, receive, send)
             return
         trace = run.trace(answer)
         await self._store(trace)
         if stream:
             await stream.end(run, trace)
         else:
-            await JSONResponse(_completion(self._request, run, trace, answer))(scope, receive, send)
+            await _Json(_completion(self._request, run, trace, answer))(scope, receive, send)
 
 
 class _EventStream:
@@ -355,11 +361,11 @@ class _EventStream:
         await self._chunk({}, finish_reason=run.finish_reason, **_fusion_block(run, trace))
         if self._include_usage:
             await self._event({**self._head, "choices": [], "usage": _usage(trace.usage)})
-        await self._data("[DONE]", more=False)
+        await self._data(b"[DONE]", more=False)
 
     async def fail(self, error: dict[str, Any]) -> None:
         """Ends the stream with an error event."""
-        await self._data(json.dumps(error, ensure_ascii=False), more=False)
+        await self._data(orjson.dumps(error), more=False)
 
     async def _begin(self) -> None:
         if not self.begun:
@@ -380,11 +386,11 @@ class _EventStream:
         await self._event({**self._head, "choices": [choice], **usage, **extra})
 
     async def _event(self, event: dict[str, Any]) -> None:
-        await self._data(json.dumps(event, ensure_ascii=False))
+        await self._data(orjson.dumps(event))
 
-    async def _data(self, data: str, *, more: bool = True) -> None:
+    async def _data(self, data: bytes, *, more: bool = True) -> None:
         self._events += 1
-        body = f"data: {data}\n\n".encode()
+        body = b"data: %b\n\n" % data
         await self._send({"type": "http.response.body", "body": body, "more_body": more})
 
 
@@ -497,7 +503,7 @@ def _trace_or_404(trace: Trace | None, request: Request) -> Response:
     if trace is None:
         message = f"there is no trace {request.path_params['id']!r}"
         raise RequestError(message, code="trace_not_found", param="id", status=404)
-    return JSONResponse(trace.model_dump(mode="json"))
+    return _Json(trace.model_dump(mode="json"))
 
 
 def _error_body(error: MixfuseError) -> dict[str, Any]:
@@ -514,7 +520,7 @@ def _error_body(error: MixfuseError) -> dict[str, Any]:
 
 
 def _error_response(error: MixfuseError) -> Response:
-    return JSONResponse(_error_body(error), _status(error), _headers(error))
+    return _Json(_error_body(error), _status(error), _headers(error))
 
 
 def _status(error: MixfuseError) -> int:

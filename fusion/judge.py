@@ -141,9 +141,21 @@ async def verdict(
     *,
     purpose: Purpose,
     ledger: Ledger,
+    nonce: str | None = None,
     max_chars: int = MAX_CHARS,
 ) -> float | None:
     """Judges one pair in one order, by log-probabilities.
+
+    Args:
+        client: Shared by all calls.
+        endpoint: The judge's.
+        question: What was asked.
+        first: The answer shown as A.
+        second: The answer shown as B.
+        purpose: For the ledger.
+        ledger: Takes the call.
+        nonce: Of the fences, where several comparisons share one; unset: a fresh one.
+        max_chars: The most of each answer to show.
 
     Returns:
         The probability that the answer shown first is the better one; None where no verdict could be read.
@@ -152,7 +164,7 @@ async def verdict(
         NoLogprobsError: The endpoint gives none.
         CallError: The call failed.
     """
-    nonce = new_nonce(question, first, second)
+    nonce = nonce or new_nonce(question, first, second)
     messages = comparison(question, first, second, nonce=nonce, max_chars=max_chars)
     try:
         reply = await call(client, endpoint, messages, VERDICT_PARAMETERS, purpose=purpose, ledger=ledger)
@@ -175,9 +187,10 @@ async def written_verdict(
     *,
     purpose: Purpose,
     ledger: Ledger,
+    nonce: str,
     max_chars: int = MAX_CHARS,
 ) -> float | None:
-    """Judges one pair in one order, by a JSON object that the judge writes.
+    """Judges one pair in one order, by a JSON object that the judge writes; arguments as for `verdict`.
 
     Returns:
         1 or 0, for the answer shown first or second; None where no verdict could be read.
@@ -185,7 +198,6 @@ async def written_verdict(
     Raises:
         CallError: The call failed.
     """
-    nonce = new_nonce(question, first, second)
     messages = comparison(question, first, second, nonce=nonce, max_chars=max_chars)
     messages[-1]["content"] += f"\n{WRITTEN}"
     reply = await call(client, endpoint, messages, WRITTEN_PARAMETERS, purpose=purpose, ledger=ledger)
@@ -202,20 +214,24 @@ async def _compare(
     most = run.plan.settings.max_candidate_chars
     how = model.verdicts if isinstance(model, Judge) else "auto"
 
+    known = (endpoint.base_url, endpoint.model)
+    client, ledger = run.pool.client, run.ledger
+    texts = {one.index: _as_text(one) for pair in pairs for one in pair}
+    # One for all: the judge's engine then finds the question, and each answer shown first, in its prefix cache.
+    nonce = new_nonce(asked, *texts.values())
+
     async def view(one: Candidate, other: Candidate) -> View:
         """One order of one pair, read as the judge's endpoint allows."""
-        texts = (asked, _as_text(one), _as_text(other))
-        known = (endpoint.base_url, endpoint.model)
-        client, ledger = run.pool.client, run.ledger
+        shown = (asked, texts[one.index], texts[other.index])
         if how == "logprobs" or (how == "auto" and known not in run.pool.without_logprobs):
             try:
-                p = await verdict(client, endpoint, *texts, purpose=purpose, ledger=ledger, max_chars=most)
+                p = await verdict(client, endpoint, *shown, purpose=purpose, ledger=ledger, nonce=nonce, max_chars=most)
                 return View(p, "logprobs")
             except NoLogprobsError:
                 if how == "logprobs":
                     raise
                 run.pool.without_logprobs.add(known)
-        p = await written_verdict(client, endpoint, *texts, purpose=purpose, ledger=ledger, max_chars=most)
+        p = await written_verdict(client, endpoint, *shown, purpose=purpose, ledger=ledger, nonce=nonce, max_chars=most)
         return View(p, "parsed")
 
     orders = [view(one, other) for pair in pairs for one, other in (pair, pair[::-1])]

@@ -301,6 +301,8 @@ class _Asked:
             answer.text += text
             await self._emit(text)  # type: ignore[misc] # called with an `_emit` only
         if answer.finish_reason is None:
+            if "text/event-stream" not in response.headers.get("content-type", ""):
+                raise CallError("invalid_response", "the answer is no stream of events")
             raise CallError("upstream_error", "the stream broke off before its end", transient=True)
         if not answer.text and answer.tool_calls is None:
             _check_refusal(answer)
