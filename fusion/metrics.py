@@ -1,5 +1,6 @@
 """What a gateway counts, for Prometheus: counters from each finished trace, gauges read when they are asked for."""
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, TypeVar, cast
 
@@ -55,19 +56,20 @@ class Metrics:
         """Counts a finished request."""
         self._of(self._requests, trace.mode, trace.outcome).inc()
         self._of(self._request_seconds, trace.mode).observe(trace.duration_ms / 1000)
+        counts: dict[tuple[Counter, tuple[str, ...]], float] = defaultdict(float)
         for call in trace.calls:
-            self._of(self._calls, call.member, call.stage, call.outcome).inc()
             self._of(self._call_seconds, call.member).observe(call.duration_ms / 1000)
+            counts[self._calls, (call.member, call.stage, call.outcome)] += 1
             estimated = "true" if call.estimated else "false"
-            if call.usage.prompt_tokens:
-                self._of(self._tokens, call.member, "prompt", estimated).inc(call.usage.prompt_tokens)
-            if call.usage.completion_tokens:
-                self._of(self._tokens, call.member, "completion", estimated).inc(call.usage.completion_tokens)
-            if call.cost:
-                self._of(self._cost, call.member).inc(call.cost)
+            counts[self._tokens, (call.member, "prompt", estimated)] += call.usage.prompt_tokens
+            counts[self._tokens, (call.member, "completion", estimated)] += call.usage.completion_tokens
+            counts[self._cost, (call.member,)] += call.cost
+        for (metric, labels), count in counts.items():
+            if count:
+                self._of(metric, *labels).inc(count)
 
     def _of(self, metric: Labelled, *labels: str) -> Labelled:
-        """The child of those labels: `labels` itself checks and locks every time, forty times a request."""
+        """The child of those labels; `labels` itself checks them and locks each time."""
         child = self._children.get((metric, labels))
         if child is None:
             child = self._children[metric, labels] = metric.labels(*labels)

@@ -446,7 +446,7 @@ async def _read(response: aiohttp.ClientResponse) -> bytes:
     """
     parts: list[bytes] = []
     size = 0
-    async for part in response.content.iter_any():
+    while part := await response.content.readany():
         size += len(part)
         if size > LONGEST_RESPONSE:
             raise CallError("invalid_response", f"the response is longer than {LONGEST_RESPONSE >> 20} MiB")
@@ -523,7 +523,7 @@ def _check_refusal(answer: _Partial) -> None:
 async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any]]:
     """The JSON objects of a stream, up to its end mark."""
     rest = b""
-    async for part in response.content.iter_any():
+    while part := await response.content.readany():
         events, rest = split_events(rest + part)
         if len(rest) > LONGEST_RESPONSE:
             raise CallError("invalid_response", f"a line of the stream is longer than {LONGEST_RESPONSE >> 20} MiB")

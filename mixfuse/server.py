@@ -7,6 +7,7 @@ engine's model of that moment.
 """
 
 import asyncio
+import gc
 import ipaddress
 import os
 import signal
@@ -166,6 +167,9 @@ def run_gateway(config_path: Path, overrides: list[str], address: GatewayConfig)
 
 def _run(main: Coroutine[Any, Any, None]) -> None:
     """As `asyncio.run`, on uvloop's event loop."""
+    # What is there by now stays: the collector need not look through it again while requests are served.
+    gc.collect()
+    gc.freeze()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(main)
 

@@ -25,12 +25,6 @@ class Usage(Strict):
         """Prompt and completion together."""
         return self.prompt_tokens + self.completion_tokens
 
-    def __add__(self, other: "Usage") -> "Usage":
-        return Usage(
-            prompt_tokens=self.prompt_tokens + other.prompt_tokens,
-            completion_tokens=self.completion_tokens + other.completion_tokens,
-        )
-
 
 class Call(Strict):
     """One attempt at one model, failed and cancelled ones too.
@@ -148,10 +142,10 @@ class Trace(Strict):
     @property
     def usage(self) -> Usage:
         """The sum over all calls: what the client is shown."""
-        total = Usage()
-        for call in self.calls:
-            total = total + call.usage
-        return total
+        return Usage(
+            prompt_tokens=sum(call.usage.prompt_tokens for call in self.calls),
+            completion_tokens=sum(call.usage.completion_tokens for call in self.calls),
+        )
 
     @property
     def cost(self) -> float:
