@@ -3,7 +3,7 @@
 import hashlib
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any, Literal
@@ -141,8 +141,11 @@ class Run:
         """Seconds until members are no longer waited for; never negative."""
         return max(0.0, self.plan.settings.deadline_ms - self.ledger.elapsed_ms()) / 1000
 
-    async def answers(self) -> None:
+    async def answers(self, heard: Callable[[list[Candidate]], None] | None = None) -> None:
         """Has every member answer and fills `candidates`.
+
+        Args:
+            heard: Told the answers so far once there are enough and others are still waited for; see `fan_out`.
 
         Raises:
             TooFewAnswersError: The quorum was not met.
@@ -162,11 +165,18 @@ class Run:
             for index, (member, sample) in enumerate(asked)
         ]
         settings = self.plan.settings
+
+        def so_far(results: list[Reply | None]) -> None:
+            found = zip(asked, results, strict=True)
+            if heard is not None:
+                heard([_candidate(index, member, reply) for index, ((member, _), reply) in enumerate(found) if reply])
+
         results = await fan_out(
             attempts,
             quorum=settings.min_responses,
             grace_s=None if settings.grace_ms is None else settings.grace_ms / 1000,
             deadline_s=self.time_left_s(),
+            heard=so_far if heard else None,
         )
         failures: list[Failure] = []
         for index, ((member, _), result) in enumerate(zip(asked, results, strict=True)):

@@ -32,6 +32,7 @@ __all__ = [
     "Purpose",
     "Reply",
     "call",
+    "cancelled_as",
     "first_token_logprobs",
     "http_client",
     "split_events",
@@ -263,7 +264,7 @@ class _Asked:
             ledger.enter(self._line(failure.kind, str(failure), answer, number, started_ms), opened)
             raise
         except asyncio.CancelledError as stop:
-            outcome = _why(stop)
+            outcome = cancelled_as(stop)
             if guard is not None and admitted:
                 guard.report(outcome if answer.sent else "cancelled")
             ledger.enter(self._line(outcome, "cancelled before it ended", answer, number, started_ms), opened)
@@ -361,7 +362,7 @@ async def _hedged(asked: _Asked, after_s: float) -> Reply:
                 break
         raise failure or CallError("upstream_error", "no attempt ended")
     except asyncio.CancelledError as stop:
-        reason = _why(stop)
+        reason = cancelled_as(stop)
         raise
     finally:
         for task in running:
@@ -370,7 +371,7 @@ async def _hedged(asked: _Asked, after_s: float) -> Reply:
             await asyncio.wait(running)
 
 
-def _why(stop: asyncio.CancelledError) -> FailureKind:
+def cancelled_as(stop: asyncio.CancelledError) -> FailureKind:
     """What a cancellation's message says it is; a message of somebody else's says nothing."""
     return next((kind for kind in KINDS if stop.args and stop.args[0] == kind), "cancelled")
 
