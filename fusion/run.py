@@ -21,6 +21,7 @@ Mode = Literal["best_of", "merge", "debate", "pass_through"]
 
 # Long enough that a chunk is worth its frame, short enough that a reader sees text move.
 _PIECE = 48
+_PROTOCOL = judge_protocol.digest()
 
 
 @dataclass(frozen=True)
@@ -332,7 +333,7 @@ class Run:
             tool_calls=None if answer is None else self.tool_calls,
             outcome=outcome,
             error=error or self.error,
-            judge_protocol=judge_protocol.digest() if self.verdicts else None,
+            judge_protocol=_PROTOCOL if self.verdicts else None,
             duration_ms=self.ledger.elapsed_ms(),
         )
 

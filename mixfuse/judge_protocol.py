@@ -85,7 +85,6 @@ def describe() -> dict[str, object]:
     }
 
 
-@functools.cache
 def digest() -> str:
     """The hex SHA-256 of `describe()`; equal digests mean equal protocols."""
     return sha256_json(describe())
