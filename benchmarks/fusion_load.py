@@ -347,7 +347,7 @@ async def main(arguments: argparse.Namespace) -> dict[str, Any]:
     )
     print(f"\nfeedback by HTTP status: {dict(load.feedback)}")
     bad = sum(count for status, count in load.feedback.items() if status != 200)
-    for complaint in complaints[:20]:
+    for complaint in complaints[:40]:
         note(f"unexplained: {complaint}")
     verdict = "balanced, no unexplained error" if not complaints and not bad else f"{len(complaints) + bad} unexplained"
     print(f"\n{seconds / 60:g} minutes: {verdict}")
@@ -357,6 +357,7 @@ async def main(arguments: argparse.Namespace) -> dict[str, Any]:
         "errors": kinds,
         "feedback": load.feedback,
         "memory_mib": memory,
+        "complaints": complaints,
         "ok": not complaints and not bad,
     }
 
