@@ -1,7 +1,7 @@
 """best_of: members answer in parallel, the judge compares, the winner's answer is returned verbatim.
 
-An answer may be a call of tools: the judge compares what would be called. While slow members are still waited for, the
-answers in hand are compared already, so that the judge's time is not added to theirs.
+An answer may be a call of tools: the judge compares what would be called. While the grace for
+slow members lasts, the answers in hand are compared already, so that the judge's time is not added to it.
 """
 
 from fusion.agreement import distinct

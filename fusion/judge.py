@@ -83,13 +83,14 @@ class Court:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(self, *_error: object) -> None:
+    async def __aexit__(self, kind: type[BaseException] | None, *_error: object) -> None:
+        left = kind is not None and issubclass(kind, asyncio.CancelledError)
         for hearing in self._hearings:
-            hearing.cancel("cancelled_straggler")
+            hearing.cancel("cancelled" if left else "cancelled_straggler")
         await asyncio.gather(*self._hearings, return_exceptions=True)
 
     def hear(self, candidates: Sequence[Candidate]) -> None:
-        """Has these compared while other answers are still waited for, if they will meet in any case."""
+        """Has these compared while the grace for others lasts, if they will meet in any case."""
         run = self._run
         if run.plan.judge is None or len(run.names) > FINALISTS:
             return

@@ -190,8 +190,8 @@ async def fan_out(
         quorum: How many successes are enough.
         grace_s: Seconds to wait for the others once the quorum is met; None: until the deadline.
         deadline_s: Seconds from now after which nothing is waited for; None: no limit.
-        heard: Told the results so far (None where there is none yet) when the quorum is met and others still run, and
-            again with each further success while they do.
+        heard: Told the results so far (None where there is none yet) when the grace begins, and again with each further
+            success while others still run.
 
     Returns:
         For each attempt, in order, its result or how it failed; `cancelled_straggler` or `timeout` (the
@@ -209,7 +209,7 @@ async def fan_out(
             # Woken only by what could change something.
             if successes + len(pending) == quorum:
                 until = asyncio.FIRST_EXCEPTION
-            elif heard is None and successes >= quorum and (in_grace or grace_s is None):
+            elif successes >= quorum and (grace_s is None or (in_grace and heard is None)):
                 until = asyncio.ALL_COMPLETED
             else:
                 until = asyncio.FIRST_COMPLETED
@@ -224,7 +224,7 @@ async def fan_out(
                 in_grace = True
                 if end is None or clock() + grace_s < end:
                     end, at_the_end = clock() + grace_s, "cancelled_straggler"
-            if heard is not None and successes >= quorum and pending:
+            if heard is not None and in_grace and pending:
                 heard([_success(task) for task in tasks])
     except asyncio.CancelledError as stop:
         at_the_end = cancelled_as(stop)

@@ -146,7 +146,7 @@ class Run:
         """Has every member answer and fills `candidates`.
 
         Args:
-            heard: Told the answers so far once there are enough and others are still waited for; see `fan_out`.
+            heard: Told the answers so far while the grace lasts; see `fan_out`.
 
         Raises:
             TooFewAnswersError: The quorum was not met.
