@@ -308,12 +308,12 @@ async def main(arguments: argparse.Namespace) -> dict[str, Any]:
     """Runs the load and the audit; prints tables; returns all figures."""
     seconds = 6.0 if arguments.smoke else arguments.minutes * 60
     models = {
-        "*": {"timeout_s": 2.0, "price": {"prompt": 1.0, "completion": 3.0}},
+        "*": {"timeout_s": 5.0, "price": {"prompt": 1.0, "completion": 3.0}},
         "m0": {"max_concurrency": 8, "max_queue": 8},
         "m1": {"retry": {"attempts": 2, "backoff_ms": 20}},
         "m2": {"hedge_after_ms": 150},
     }
-    modes = {"min_responses": 2, "grace_ms": 100, "deadline_ms": 5000, "max_rounds": 1}
+    modes = {"min_responses": 2, "grace_ms": 100, "deadline_ms": 15_000, "max_rounds": 1}
     with tempfile.TemporaryDirectory(prefix="mixfuse-load-") as name:
         folder = Path(name)
         with ExitStack() as stack:
