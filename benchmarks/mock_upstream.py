@@ -134,8 +134,14 @@ class Mock:
             return str(body["model"])
         if any(sign in text for sign in ("Rate the above response", "optimized response", "critique each response")):
             return "judge"
-        if int(body.get("n") or 1) > 1:  # several answers at once are as slow as the slowest
-            return max(POOL, key=lambda member: self.control.latency.get(member, self.control.latency.get("*", 0.0)))
+        if int(body.get("n") or 1) > 1:  # several answers in one call: it fares as the worst of the members
+            control = self.control
+
+            def badness(member: str) -> tuple[bool, bool, float]:
+                late = control.latency.get(member, control.latency.get("*", 0.0))
+                return member in control.hang, member in control.fail, late
+
+            return max(POOL, key=badness)
         return next(self._turns)
 
     async def _answer(self, request: web.Request, body: dict[str, Any], text: str, seen: Seen) -> web.StreamResponse:
