@@ -64,7 +64,8 @@ def serving(base: Path, judge: Path | None, folder: Path, max_tokens: int) -> It
     }
     path = folder / "serve.yaml"
     path.write_text(json.dumps(config), encoding="utf-8")  # JSON is YAML
-    with process([sys.executable, "-m", "mixfuse", "serve", str(path)], folder / "serve.log") as (url, _):
+    command = [sys.executable, "-m", "mixfuse", "serve", str(path)]
+    with process(command, folder / "serve.log", wait_s=600) as (url, _):  # the engine loads and compiles
         yield url
 
 

@@ -34,16 +34,18 @@ class BenchmarkError(Exception):
 
 
 @contextmanager
-def process(command: Sequence[str], log: Path, **environment: str) -> Iterator[tuple[str, psutil.Process]]:
+def process(
+    command: Sequence[str], log: Path, *, wait_s: float = 120.0, **environment: str
+) -> Iterator[tuple[str, psutil.Process]]:
     """Runs a server that says `ready: URL` on standard error; yields that URL and the process, and ends it.
 
     Raises:
-        BenchmarkError: It did not start within two minutes; the message ends with its log.
+        BenchmarkError: It did not start within `wait_s` seconds; the message ends with its log.
     """
     with log.open("wb") as errors:
         running = subprocess.Popen(command, stdout=errors, stderr=errors, cwd=ROOT, env={**os.environ, **environment})
         try:
-            end = time.monotonic() + 120
+            end = time.monotonic() + wait_s
             while not (ready := re.search(r"ready: (http://\S+)", log.read_text(errors="replace"))):
                 if running.poll() is not None or time.monotonic() > end:
                     raise BenchmarkError(
