@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -42,6 +43,7 @@ def process(
     Raises:
         BenchmarkError: It did not start within `wait_s` seconds; the message ends with its log.
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends what was started, as Ctrl-C does
     with log.open("wb") as errors:
         running = subprocess.Popen(command, stdout=errors, stderr=errors, cwd=ROOT, env={**os.environ, **environment})
         try:
