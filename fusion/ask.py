@@ -88,6 +88,9 @@ def show(fusion: dict[str, Any], usage: dict[str, int], console: Console) -> Non
         console.print(Rule("verdicts, both orders", align="left"))
     for verdict in fusion.get("verdicts", []):
         console.print(Text(_verdict_line(verdict, names)))
+    if debate := fusion.get("debate"):
+        ended = debate["stopped"].replace("_", " ")
+        console.print(Text(f"debated for {debate['rounds']} rounds; what ended it: {ended}"))
     for failure in fusion.get("failed", []):
         line = f"{failure['member']} ({failure['stage']}): {failure['type']}: {failure['message']}"
         console.print(Text(_safe(line), style="yellow"))
@@ -108,7 +111,8 @@ def _verdict_line(verdict: dict[str, Any], names: dict[int, str]) -> str:
         outcome = f"tie ({why})"
     else:
         outcome = f"[{verdict[verdict['winner']]}] wins"
-    return f"{pair}: {outcome}, P(first) {verdict['score']:.2f}"
+    written = ", written" if verdict.get("read") == "parsed" else ""
+    return f"{pair}: {outcome}, P(first) {verdict['score']:.2f}{written}"
 
 
 def _events(url: str, api_key: str | None, body: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -51,6 +51,7 @@ _UNSUPPORTED: dict[str, tuple[object, ...]] = {
 # About the request, not about the answer.
 _IGNORED = ("user", "metadata", "safety_identifier", "prompt_cache_key")
 _PARTS = ("text", "image_url")
+_LONGEST_MESSAGE = 500
 _WITHOUT_TOOLS: tuple[tuple[str, object], ...] = (
     ("tools", []),
     ("tool_choice", "none"),
@@ -222,7 +223,8 @@ def parse(body: object) -> ChatRequest:
         code = {"missing": "missing_parameter", "extra_forbidden": "unknown_parameter"}.get(
             error.errors()[0]["type"], "invalid_value"
         )
-        raise RequestError(recipe.describe(error, ChatRequest), code=code, param=location) from None
+        # The message repeats what was wrong, and that may be an image of megabytes.
+        raise RequestError(recipe.describe(error, ChatRequest)[:_LONGEST_MESSAGE], code=code, param=location) from None
     for place, message in enumerate(request.messages):
         _check_shape(message, f"messages.{place}")
     return request

@@ -240,8 +240,10 @@ class FusionOptions(Strict):
         return below.model_copy(update=own)
 
     def settings(self, modes: Modes) -> Modes:
-        """`modes`, with what these options set instead."""
+        """`modes`, with what these options set instead; `max_cost` can only be lowered."""
         own = {name: value for name in _IN_BOTH if (value := getattr(self, name)) is not None}
+        if modes.max_cost is not None and "max_cost" in own:
+            own["max_cost"] = min(own["max_cost"], modes.max_cost)
         return modes.model_copy(update=own) if own else modes
 
 

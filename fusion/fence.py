@@ -17,7 +17,7 @@ def fenced(texts: Sequence[str], *, question: str, max_chars: int = MAX_CHARS, l
         max_chars: The most of each answer to show.
         label: What the fences call a text.
     """
-    texts = [neutral(capped(text, max_chars)) for text in texts]
+    texts = [capped(neutral(capped(text, 16 * max_chars)), max_chars) for text in texts]
     nonce = new_nonce(question, *texts)
     return "\n\n".join(
         f"<{label} {number} {nonce}>\n{text}\n</{label} {number} {nonce}>" for number, text in enumerate(texts, start=1)

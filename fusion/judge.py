@@ -17,7 +17,7 @@ from fusion.pool import all_or_raise, fan_out
 from fusion.run import Candidate, Run, question
 from fusion.upstream import CallError, Client, Endpoint, Ledger, Purpose, call, first_token_logprobs
 from mixfuse.errors import MixfuseError
-from mixfuse.judge_protocol import MAX_CHARS, VERDICTS, combine, comparison, new_nonce, read_verdict
+from mixfuse.judge_protocol import MAX_CHARS, VERDICTS, combine, comparison, new_nonce, read_verdict, shown
 from mixfuse.trace import Verdict
 
 FINALISTS = 4
@@ -121,7 +121,7 @@ class Court:
                     if judged_by == endpoint.model:
                         known |= {(verdict_.first, verdict_.second): verdict_ for verdict_ in verdicts}
                 while len(rivals) > FINALISTS:
-                    round_ = await _compare(run, model, endpoint, first_round(rivals))
+                    round_ = await _compare(run, model, endpoint, knock_out_pairs(rivals))
                     run.verdicts.extend(round_)
                     rivals = survivors(rivals, round_)
                 pairs = list(combinations(rivals, 2))
@@ -153,7 +153,7 @@ def _indices(pair: tuple[Candidate, Candidate]) -> tuple[int, int]:
     return pair[0].index, pair[1].index
 
 
-def first_round(rivals: Sequence[Candidate]) -> list[tuple[Candidate, Candidate]]:
+def knock_out_pairs(rivals: Sequence[Candidate]) -> list[tuple[Candidate, Candidate]]:
     """Who meets whom in a knock-out round: so many pairs that half, or `FINALISTS`, are left.
 
     Where not all meet, the first in candidate order go through: it is the order that settles ties, too.
@@ -275,25 +275,24 @@ async def _compare(
     asked = question(run.plan.messages)
     most = run.plan.settings.max_candidate_chars
     how = model.verdicts if isinstance(model, Judge) else "auto"
-
     known = (endpoint.base_url, endpoint.model)
     client, ledger = run.pool.client, run.ledger
-    texts = {one.index: _as_text(one) for pair in pairs for one in pair}
+    written = {one.index: shown(_as_text(one), most) for pair in pairs for one in pair}
     # One for all: the judge's engine then finds the question, and each answer shown first, in its prefix cache.
-    nonce = new_nonce(asked, *texts.values())
+    nonce = new_nonce(asked, *written.values())
 
     async def view(one: Candidate, other: Candidate) -> View:
         """One order of one pair, read as the judge's endpoint allows."""
-        shown = (asked, texts[one.index], texts[other.index])
+        texts = (asked, written[one.index], written[other.index])
         if how == "logprobs" or (how == "auto" and known not in run.pool.without_logprobs):
             try:
-                p = await verdict(client, endpoint, *shown, purpose=purpose, ledger=ledger, nonce=nonce, max_chars=most)
+                p = await verdict(client, endpoint, *texts, purpose=purpose, ledger=ledger, nonce=nonce, max_chars=most)
                 return View(p, "logprobs")
             except NoLogprobsError:
                 if how == "logprobs":
                     raise
                 run.pool.without_logprobs.add(known)
-        p = await written_verdict(client, endpoint, *shown, purpose=purpose, ledger=ledger, nonce=nonce, max_chars=most)
+        p = await written_verdict(client, endpoint, *texts, purpose=purpose, ledger=ledger, nonce=nonce, max_chars=most)
         return View(p, "parsed")
 
     orders = [view(one, other) for pair in pairs for one, other in (pair, pair[::-1])]

@@ -84,17 +84,15 @@ class Guard:
         if self._opened_at is not None:
             self._trying = True  # the one that finds out whether it is well again
 
-    def enter_at_once(self) -> bool:
-        """Takes a place if one is free; `leave` gives it back."""
+    def enter(self) -> bool:
+        """Takes a place if one is free; `leave` gives it back. Otherwise one is to be waited for."""
         if self._most is not None and self.under_way >= self._most:
             return False
         self.under_way += 1
         return True
 
-    async def enter(self) -> None:
-        """Waits for a place in order of arrival, and takes it; `leave` gives it back."""
-        if self.enter_at_once():
-            return
+    async def wait(self) -> None:
+        """Waits for a place, in order of arrival, and takes it."""
         place = asyncio.get_running_loop().create_future()
         self._queue.append(place)
         try:

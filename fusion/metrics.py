@@ -1,12 +1,10 @@
 """What a gateway counts, for Prometheus: counters from each finished trace, gauges read when they are asked for."""
 
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
-from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.registry import Collector
 
 from mixfuse.trace import Trace
@@ -14,8 +12,6 @@ from mixfuse.trace import Trace
 if TYPE_CHECKING:
     from fusion.limits import Guard
     from fusion.traces import TraceStore
-
-Labelled = TypeVar("Labelled", Counter, Histogram)
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
@@ -32,6 +28,7 @@ class Metrics:
 
     def __init__(self, guards: Mapping[str, "Guard"], traces: "TraceStore") -> None:
         self._registry = registry = CollectorRegistry()
+        self._children: dict[tuple[Any, ...], Any] = {}
         registry.register(_Gauges(guards, traces))
         self._requests = Counter(
             "mixfuse_requests", "Requests that reached a mode", ["mode", "outcome"], registry=registry
@@ -50,30 +47,30 @@ class Metrics:
             "mixfuse_tokens", "Tokens of all attempts", ["member", "kind", "estimated"], registry=registry
         )
         self._cost = Counter("mixfuse_cost_dollars", "Dollars of all attempts", ["member"], registry=registry)
-        self._children: dict[tuple[MetricWrapperBase, tuple[str, ...]], MetricWrapperBase] = {}
 
     def observe(self, trace: Trace) -> None:
         """Counts a finished request."""
-        self._of(self._requests, trace.mode, trace.outcome).inc()
-        self._of(self._request_seconds, trace.mode).observe(trace.duration_ms / 1000)
-        counts: dict[tuple[Counter, tuple[str, ...]], float] = defaultdict(float)
+        self._child(self._requests, trace.mode, trace.outcome).inc()
+        self._child(self._request_seconds, trace.mode).observe(trace.duration_ms / 1000)
         for call in trace.calls:
-            self._of(self._call_seconds, call.member).observe(call.duration_ms / 1000)
-            counts[self._calls, (call.member, call.stage, call.outcome)] += 1
+            member, usage = call.member, call.usage
+            self._child(self._calls, member, call.stage, call.outcome).inc()
+            self._child(self._call_seconds, member).observe(call.duration_ms / 1000)
             estimated = "true" if call.estimated else "false"
-            counts[self._tokens, (call.member, "prompt", estimated)] += call.usage.prompt_tokens
-            counts[self._tokens, (call.member, "completion", estimated)] += call.usage.completion_tokens
-            counts[self._cost, (call.member,)] += call.cost
-        for (metric, labels), count in counts.items():
-            if count:
-                self._of(metric, *labels).inc(count)
+            if usage.prompt_tokens:
+                self._child(self._tokens, member, "prompt", estimated).inc(usage.prompt_tokens)
+            if usage.completion_tokens:
+                self._child(self._tokens, member, "completion", estimated).inc(usage.completion_tokens)
+            if call.cost:
+                self._child(self._cost, member).inc(call.cost)
 
-    def _of(self, metric: Labelled, *labels: str) -> Labelled:
-        """The child of those labels; `labels` itself checks them and locks each time."""
-        child = self._children.get((metric, labels))
-        if child is None:
-            child = self._children[metric, labels] = metric.labels(*labels)
-        return cast("Labelled", child)
+    def _child(self, metric: Any, *labels: str) -> Any:
+        """`metric.labels(*labels)`, remembered: the library's own look-up checks the labels and takes a lock."""
+        key = (id(metric), *labels)
+        found = self._children.get(key)
+        if found is None:
+            found = self._children[key] = metric.labels(*labels)
+        return found
 
     def refused(self, kind: str) -> None:
         """Counts a request that was refused before any model was asked."""

@@ -103,9 +103,9 @@ class Pool:
         Raises:
             CallError: The role is not being served (`unreachable`); the ledger says so too.
         """
-        guard = self.guard(model, purpose.member)
-        if model.base_url is not None and model.model is not None:
-            yield Endpoint(model.base_url, model.model, model.api_key, guard=guard)
+        endpoint = self._elsewhere(model, purpose)
+        if endpoint is not None:
+            yield endpoint
             return
         role = model.role or ""
         async with AsyncExitStack() as held:
@@ -126,7 +126,13 @@ class Pool:
                     )
                 )
                 raise CallError("unreachable", str(error)) from error
-            yield replace(endpoint, guard=guard)
+            yield replace(endpoint, guard=self.guard(model, purpose.member))
+
+    def _elsewhere(self, model: ModelConfig, purpose: Purpose) -> Endpoint | None:
+        """The endpoint of a model that is no role: nothing is to be leased."""
+        if model.base_url is None or model.model is None:
+            return None
+        return Endpoint(model.base_url, model.model, model.api_key, guard=self.guard(model, purpose.member))
 
     def guard(self, model: ModelConfig, name: str) -> Guard:
         """The limits of a model, shared by all calls to it: a member's by its name, any other's by its job."""
@@ -154,16 +160,12 @@ class Pool:
             CallError: No usable answer came back.
         """
         purpose = Purpose(stage, name, candidate, model.price, model.timeout_s)
+        messages, parameters = _with_system(model.system, messages), _with_defaults(model, parameters)
+        endpoint = self._elsewhere(model, purpose)
+        if endpoint is not None:
+            return await call(self.client, endpoint, messages, parameters, purpose=purpose, ledger=ledger, emit=emit)
         async with self.lease(model, purpose, ledger) as endpoint:
-            return await call(
-                self.client,
-                endpoint,
-                _with_system(model.system, messages),
-                _with_defaults(model, parameters),
-                purpose=purpose,
-                ledger=ledger,
-                emit=emit,
-            )
+            return await call(self.client, endpoint, messages, parameters, purpose=purpose, ledger=ledger, emit=emit)
 
 
 def estimate(model: ModelConfig, messages: Sequence[Message], parameters: Mapping[str, Any]) -> Spend:

@@ -37,7 +37,7 @@ class Spans:
             ) from error
         # Not the global provider: two gateways in one process do not share it.
         self._provider = TracerProvider(resource=Resource.create({"service.name": config.service_name}))
-        self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=config.endpoint)))
+        self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=config.endpoint, timeout=5)))
         self._tracer: Tracer = self._provider.get_tracer("mixfuse")
 
     def send(self, trace: Trace, headers: Mapping[str, str]) -> None:

@@ -34,6 +34,8 @@ REDACTED = "[redacted]"
 _GATHER_S = 0.05
 _BATCH = 200
 _RETRY_S = 1.0
+# So many are kept in memory while the database is away, more in the spool only.
+_MOST_WAITING = 20_000
 _PURGE_S = 3600.0
 # At the end a database that is away is waited for this long; the rest stays in the spool.
 _CLOSE_S = 5.0
@@ -86,7 +88,7 @@ class TraceStore:
             raise MixfuseError(f"cannot write the trace spool {folder}: {error.strerror}", kind="trace_db") from error
         self._redact = [re.compile(pattern) for pattern in config.redact]
         self._waiting: list[_Row] = []
-        self._added = self._stored = 0
+        self._added = self._stored = self._left_behind = 0
         self._hurry = asyncio.Event()
         self._progress = asyncio.Event()
         self._writing: asyncio.Task[None] | None = None
@@ -95,8 +97,8 @@ class TraceStore:
 
     @property
     def backlog(self) -> int:
-        """Traces that are not in the database yet."""
-        return len(self._waiting)
+        """Traces that are not in the database yet; those that only the next start will write among them."""
+        return len(self._waiting) + self._left_behind
 
     async def start(self) -> None:
         """Writes what a killed process left in the spool, and begins to remove traces past their time."""
@@ -123,6 +125,9 @@ class TraceStore:
         except OSError:
             # The database may still take it; an answer that is paid for is not lost for that.
             logger.exception("trace %s could not be spooled", trace.id)
+        if len(self._waiting) >= _MOST_WAITING and segment is not None:
+            self._left_behind += 1  # the next start writes it; memory is not for a database that is away for hours
+            return
         self._waiting.append(_Row(_columns(trace, record), segment))
         self._added += 1
         self._write_soon()
@@ -190,8 +195,8 @@ class TraceStore:
             await asyncio.wait({self._writing}, timeout=_CLOSE_S)
             self._writing.cancel()
             await asyncio.wait({self._writing})
-        if self._waiting:
-            logger.error("%d traces could not be written to the database; they are in the spool", len(self._waiting))
+        if self.backlog:
+            logger.error("%d traces could not be written to the database; they are in the spool", self.backlog)
         self._spool.close()
 
     def _write_soon(self) -> None:
@@ -269,7 +274,9 @@ class TraceStore:
                     "messages": [],
                     "parameters": {k: v for k, v in trace.parameters.items() if isinstance(v, int | float)},
                     "calls": [call.model_copy(update=silent) for call in trace.calls],
+                    "debate": trace.debate and trace.debate.model_copy(update={"rounds": []}),
                     "answer": None,
+                    "tool_calls": None,
                     "error": None,
                 }
             )
@@ -277,8 +284,16 @@ class TraceStore:
             call.model_copy(update={name: self._scrub(getattr(call, name)) for name in ("text", "tool_calls", "error")})
             for call in trace.calls
         ]
-        fields = ("messages", "parameters", "answer", "error", "feedback")
-        return trace.model_copy(update={"calls": calls, **{name: self._scrub(getattr(trace, name)) for name in fields}})
+        debate = trace.debate
+        if debate is not None:
+            rounds = [
+                [turn.model_copy(update={"text": self._scrub(turn.text)}) for turn in one] for one in debate.rounds
+            ]
+            debate = debate.model_copy(update={"rounds": rounds})
+        fields = ("messages", "parameters", "answer", "tool_calls", "error", "feedback")
+        return trace.model_copy(
+            update={"calls": calls, "debate": debate, **{name: self._scrub(getattr(trace, name)) for name in fields}}
+        )
 
     def _scrub(self, value: Any) -> Any:
         """The value with every match of a redaction pattern taken out of its texts."""

@@ -67,7 +67,8 @@ _INVISIBLE = re.compile(
     r"\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
 )
 _LINE_ENDS = re.compile(r"\r\n?|[\x85\u2028\u2029]")
-_CUT = "\n[… {count} characters left out …]\n"
+# What follows stays on the line of the mark, so that no cut puts anything at the beginning of a line.
+_CUT = "\n[… the middle of this text was left out …] "
 
 
 def describe() -> dict[str, object]:
@@ -118,7 +119,7 @@ def visible(text: str) -> str:
 
 
 def capped(text: str, max_chars: int = MAX_CHARS) -> str:
-    """The text, or its beginning and its end around a mark that says how much is missing; never longer than that.
+    """The text, or its beginning and its end around a mark; never longer than that.
 
     Args:
         text: Any text.
@@ -126,15 +127,23 @@ def capped(text: str, max_chars: int = MAX_CHARS) -> str:
     """
     if len(text) <= max_chars:
         return text
-    keep = max_chars - len(_CUT.format(count=f"{len(text):,}"))
+    keep = max_chars - len(_CUT)
     head = keep * 2 // 3  # the end is where an answer says what it comes to
-    return text[:head] + _CUT.format(count=f"{len(text) - keep:,}") + text[len(text) - (keep - head) :]
+    return text[:head] + _CUT + text[len(text) - (keep - head) :]
+
+
+def shown(text: str, max_chars: int = MAX_CHARS) -> str:
+    """An answer as a judge is shown it: what cannot be seen is gone, what could act is not, and it has an end.
+
+    Doing it twice changes nothing more. An answer of many times that length is cut before it is read: whoever wrote it
+    shall not have the gateway work through megabytes.
+    """
+    return _shown(capped(text, 16 * max_chars), max_chars)
 
 
 @functools.lru_cache(maxsize=64)  # a candidate is shown once for every verdict that it takes part in
-def shown(text: str, max_chars: int = MAX_CHARS) -> str:
-    """An answer as a judge is shown it: what cannot be seen is gone, what could act is not, and it has an end."""
-    return neutral(capped(visible(text), max_chars))
+def _shown(text: str, max_chars: int) -> str:
+    return capped(neutral(visible(text)), max_chars)
 
 
 def new_nonce(*texts: str, draw: Callable[[int], bytes] = secrets.token_bytes) -> str:

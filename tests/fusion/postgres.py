@@ -55,7 +55,7 @@ def postgres() -> Iterator[Postgres]:
         run("pg_ctl", "start", "-w", "-s", "-l", str(folder / "log"), "-o", options)
 
     def stop() -> None:
-        run("pg_ctl", "stop", "-m", "immediate", "-s")
+        run("pg_ctl", "stop", "-m", "fast", "-s")
 
     try:
         run("initdb", "-A", "trust", "-U", "mixfuse", "-E", "UTF8", "--no-sync")

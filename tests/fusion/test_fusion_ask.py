@@ -37,7 +37,10 @@ async def test_best_of_shows_who_said_what_and_why_it_won(gateway: Gateway, upst
 async def test_merge_and_debate(gateway: Gateway, upstream: FakeUpstream) -> None:
     assert "the synthesizer wrote it" in await asked(gateway, "merge")
     upstream.models["judge"].verdict = lambda _first, _second: 0.9
-    assert "tie (the orders disagree)" in await asked(gateway, "debate")
+    upstream.models["judge"].no_logprobs = True
+    shown = await asked(gateway, "debate")
+    assert "tie (the orders disagree), P(first) 0.50, written" in shown
+    assert "debated for 2 rounds; what ended it: max rounds" in shown
 
 
 async def test_answers_cannot_steer_the_terminal(gateway: Gateway, upstream: FakeUpstream) -> None:

@@ -31,6 +31,7 @@ FAULTS = {
     "context_length": Script(status=400, body=b'{"error": {"code": "context_length_exceeded"}}'),
 }
 WHO = {"one member": ("alpha",), "two of three members": ("alpha", "gamma"), "all members": MEMBERS}
+OF_REQUESTS = ("judge_failed", "too_few_answers", "trace_db", "unauthorized")  # not of single calls
 DOLLAR = {"prompt": 1e6, "completion": 1e6}  # a token
 
 
@@ -52,8 +53,8 @@ CASES = [
 
 def test_every_name_is_explained() -> None:
     explained = {row["name"].strip("`") for row in rows("Names")}
-    assert explained == {*KINDS, "too_few_answers", "unauthorized", "trace_db"}
-    assert {case.values[0] for case in CASES} == explained - {"too_few_answers", "trace_db"}
+    assert explained == {*KINDS, *OF_REQUESTS}
+    assert {case.values[0] for case in CASES} == explained - {*OF_REQUESTS} | {"unauthorized"}
     assert len(CASES) > 90
 
 
@@ -126,6 +127,9 @@ async def test_the_client_gets_what_the_page_says(
             case.fail(model, failure)
     elif who in ("the judge", "the synthesizer"):
         case.fail("judge" if who == "the judge" else "synth", failure)
+    elif who == "the judge, and `modes.on_judge_error` is `fail`":
+        case.fail("judge", failure)
+        case.keys["modes"]["on_judge_error"] = "fail"
     elif who == "the stream, after its first piece":
         case.body["stream"] = True
         last = "alpha" if mode == "a model by its name" else "synth"

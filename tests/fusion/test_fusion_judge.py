@@ -9,7 +9,7 @@ from fake_upstream import FakeUpstream, Script
 from fusion_harness import StartGateway, prefers, summed
 
 from fusion.config import Member
-from fusion.judge import FINALISTS, first_round, ranking, survivors
+from fusion.judge import FINALISTS, knock_out_pairs, ranking, survivors
 from fusion.run import Candidate
 from mixfuse.trace import Verdict
 
@@ -31,7 +31,7 @@ def tournament(count: int, p: Any) -> tuple[Candidate, int]:
 
     rivals, pairs = candidates(count), 0
     while len(rivals) > FINALISTS:
-        meeting = first_round(rivals)
+        meeting = knock_out_pairs(rivals)
         pairs += len(meeting)
         rivals = survivors(rivals, [judged(*pair) for pair in meeting])
     final = [judged(*pair) for pair in itertools.combinations(rivals, 2)]
@@ -159,6 +159,6 @@ async def test_long_answers_are_cut_for_the_judge_with_a_mark(
     for request in upstream.asked("judge"):
         content = request["messages"][-1]["content"]
         assert len(content) < 700
-        assert "characters left out" in content
+        assert "was left out" in content
         assert "start xxx" in content
         assert "xxx end" in content

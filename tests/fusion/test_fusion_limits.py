@@ -91,12 +91,16 @@ async def test_retry_after_is_waited_for_but_not_past_the_deadline(
     ("header", "seconds"),
     [
         ("0.05", 0.05),
-        (format_datetime(datetime.now(UTC) + timedelta(hours=1), usegmt=True), 3600),
+        (timedelta(hours=1), 3600),
         ("soon", None),
-        (format_datetime(datetime.now(UTC) - timedelta(hours=1), usegmt=True), 0),
+        (timedelta(hours=-1), 0),
     ],
 )
-async def test_retry_after_is_seconds_or_a_date(upstream: FakeUpstream, header: str, seconds: float | None) -> None:
+async def test_retry_after_is_seconds_or_a_date(
+    upstream: FakeUpstream, header: str | timedelta, seconds: float | None
+) -> None:
+    if isinstance(header, timedelta):
+        header = format_datetime(datetime.now(UTC) + header, usegmt=True)
     upstream.models["alpha"] = Script(status=429, headers={"retry-after": header})
     async with http_client() as client:
         with pytest.raises(CallError) as caught:
@@ -267,8 +271,9 @@ async def test_calls_beyond_the_limit_wait_and_beyond_the_queue_are_429(
 
 async def test_a_place_in_the_queue_is_given_up_by_who_leaves() -> None:
     places, _ = guard(max_concurrency=1)
-    await places.enter()
-    leaving, staying = (asyncio.create_task(places.enter()) for _ in range(2))
+    assert places.enter()
+    assert not places.enter()
+    leaving, staying = (asyncio.create_task(places.wait()) for _ in range(2))
     await asyncio.sleep(0)
     assert places.queued == 2
     leaving.cancel()
@@ -276,7 +281,7 @@ async def test_a_place_in_the_queue_is_given_up_by_who_leaves() -> None:
     places.leave()
     await staying
     assert (places.queued, places.under_way) == (0, 1)
-    last = asyncio.create_task(places.enter())
+    last = asyncio.create_task(places.wait())
     await asyncio.sleep(0)
     places.leave()  # hands the place on in the same moment in which its taker is cancelled
     last.cancel()

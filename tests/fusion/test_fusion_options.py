@@ -72,6 +72,24 @@ async def test_min_responses_grace_and_deadline(gateway: Gateway, upstream: Fake
     assert (response.status_code, response.json()["error"]["param"]) == (400, "fusion")
 
 
+async def test_a_request_can_lower_what_it_may_cost_but_not_raise_it(
+    start_gateway: StartGateway, upstream: FakeUpstream
+) -> None:
+    at = {"base_url": upstream.base_url, "model": "alpha", "price": {"prompt": 1e6, "completion": 1e6}}
+    gateway = await start_gateway([{"name": "alpha", **at}], modes={"max_cost": 50})
+    assert (await gateway.post(**BEST, max_tokens=20)).status_code == 200
+    assert (await gateway.post(**BEST, max_tokens=20, fusion={"max_cost": 5})).status_code == 402
+    assert (await gateway.post(**BEST, max_tokens=100, fusion={"max_cost": 500})).status_code == 402
+    assert len(upstream.asked("alpha")) == 1
+
+
+async def test_a_refusal_does_not_repeat_megabytes(gateway: Gateway) -> None:
+    picture = {"type": "image_url", "image_url": {"url": "x" * 5_000_000}}
+    response = await gateway.post(model="alpha", messages=[{"role": "user", "content": [picture]}])
+    assert response.status_code == 400
+    assert len(response.content) < 1000
+
+
 # What is exposed
 
 

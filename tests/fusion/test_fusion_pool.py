@@ -100,6 +100,14 @@ async def test_a_malformed_answer_is_invalid(client: Client, upstream: FakeUpstr
     assert caught.value.kind == "invalid_response"
 
 
+@pytest.mark.parametrize("body", [b"", b"<html>busy</html>", b'{"choices": []}'])
+async def test_what_is_no_event_stream_is_invalid(client: Client, upstream: FakeUpstream, body: bytes) -> None:
+    upstream.models["alpha"].body = body
+    with pytest.raises(CallError) as caught:
+        await ask(client, upstream, ledger=Ledger(), stream=True)
+    assert caught.value.kind == "invalid_response"
+
+
 async def test_a_stream_that_breaks_off_is_an_error_with_what_came(client: Client, upstream: FakeUpstream) -> None:
     upstream.models["alpha"].break_after = 2
     ledger = Ledger()

@@ -3,6 +3,9 @@
 import asyncio
 import json
 import os
+import re
+import shlex
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -227,6 +230,42 @@ async def test_traces_become_preference_pairs(start: Start, upstream: FakeUpstre
         mixfuse, tmp_path, "traces", "export", "--label", "judge", "--out", tmp_path / "judged.jsonl"
     )
     assert "traces 7, rows 7, right 7, wrong 14" in judged
+
+
+OPERATIONS = (Path(__file__).parents[2] / "docs" / "operations.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+async def test_the_operations_page_is_true(start: Start, upstream: FakeUpstream, tmp_path: Path) -> None:
+    (config,) = re.findall(r"^```yaml\n(.*?)^```$", OPERATIONS, re.MULTILINE | re.DOTALL)
+    upstream.models |= {"small-1": Script("six"), "large-1": Script("24"), "judge-1": Script(verdict=prefers("24"))}
+    server = await start(
+        env={"MIXFUSE_ADMIN_KEY": "admin"},
+        **yaml.safe_load(config.replace("https://models.example/v1", upstream.base_url)),
+    )
+    body = (await server.gateway.post(**BEST)).json()
+    path = f"/v1/traces/{body['fusion']['trace_id']}/feedback"
+    assert (await server.gateway.http.post(path, json={"score": 1})).status_code == 200
+    commands = "\n".join(re.findall(r"^```bash\n(.*?)^```$", OPERATIONS, re.MULTILINE | re.DOTALL))
+    process = await asyncio.create_subprocess_exec(
+        "bash",
+        "-euo",
+        "pipefail",
+        "-c",
+        commands.replace("http://127.0.0.1:8080", server.gateway.url).replace("mixfuse ", f"{shlex.join(MIXFUSE)} "),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+        cwd=tmp_path,
+        env={name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
+        | {"MIXFUSE_ADMIN_KEY": "admin"},
+    )
+    printed = (await asyncio.wait_for(process.communicate(), 120))[0].decode()
+    assert process.returncode == 0, printed
+    assert "traces 1, rows 1, right 1, wrong 0" in printed
+    named = set(re.findall(r"^\| `(mixfuse_\w+)` \|", OPERATIONS, re.MULTILINE))
+    assert named == set(re.findall(r"^# TYPE (\w+) (?:counter|gauge|histogram)$", printed, re.MULTILINE)) - {
+        name for name in re.findall(r"^# TYPE (\w+_created) gauge$", printed, re.MULTILINE)
+    }
 
 
 def test_commands_on_a_database_that_is_not_there_say_so(tmp_path: Path) -> None:

@@ -38,7 +38,11 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """An empty database of each kind."""
     if request.param == "sqlite":
         return str(tmp_path / "traces.sqlite3")
-    url: str = request.getfixturevalue("server").url
+    return _emptied(request.getfixturevalue("server"))
+
+
+def _emptied(server: Postgres) -> str:
+    url = server.url
     engine = sqlalchemy.create_engine(url.replace("postgresql://", "postgresql+psycopg://"))
     with engine.begin() as connection:
         connection.execute(sqlalchemy.text("DROP SCHEMA public CASCADE"))
@@ -145,7 +149,7 @@ async def test_a_database_that_is_away_is_waited_for(
     server: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fusion.traces._RETRY_S", 0.01)
-    async with store(server.url, tmp_path) as traces:
+    async with store(_emptied(server), tmp_path) as traces:
         one = trace()
         await asyncio.to_thread(server.stop)
         try:
@@ -168,18 +172,20 @@ async def test_a_database_that_stays_away_leaves_the_traces_in_the_spool(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fusion.traces._CLOSE_S", 0.05)
+    monkeypatch.setattr("fusion.traces._MOST_WAITING", 2)
     place = str(tmp_path / "traces.sqlite3")
-    one = trace()
+    left = [trace(number) for number in range(4)]  # more than are kept in memory
     with opened(place) as other:
         other.run_now(lambda c: c.execute(sqlalchemy.text("ALTER TABLE traces RENAME TO elsewhere")))
         async with store(place, tmp_path) as traces:
-            traces.add(one)
+            for one in left:
+                traces.add(one)
             await traces.written()
-            assert traces.failure
+            assert (bool(traces.failure), traces.backlog) == (True, 4)
         assert len(list((tmp_path / "spool").iterdir())) == 1
         other.run_now(lambda c: c.execute(sqlalchemy.text("ALTER TABLE elsewhere RENAME TO traces")))
     async with store(place, tmp_path) as traces:
-        assert await traces.get(one.id) == one
+        assert await traces.newest() == left[::-1]
 
 
 async def test_a_trace_that_cannot_be_written_holds_up_no_other(tmp_path: Path) -> None:
@@ -306,3 +312,26 @@ def test_a_url_of_something_else_and_a_bad_pattern_are_refused() -> None:
         validate({"members": members, "trace_db": "mysql://localhost/x"}, FusionConfig, source="c")
     with pytest.raises(MixfuseError, match=r"'traces.redact': '\[' is no regular expression"):
         validate({"members": members, "traces": {"redact": ["["]}}, FusionConfig, source="c")
+
+
+@pytest.mark.parametrize("kept", [{"redact": ["hush[0-9]*"]}, {"store_text": False}])
+async def test_no_part_of_a_trace_keeps_what_shall_not_be_kept(
+    start_gateway: StartGateway, upstream: FakeUpstream, kept: dict[str, Any]
+) -> None:
+    gateway = await start_gateway(traces=kept, modes={"max_rounds": 1})
+    for number, name in enumerate(("alpha", "beta", "gamma")):
+        upstream.models[name].text = f"hush{number}"
+        upstream.models[name].tool_calls = [("hush", '{"hush": 1}')]
+    upstream.models["synth"].text = "hush [from 1]"
+    tools = [{"type": "function", "function": {"name": "hush"}}]
+    asked = {"messages": [{"role": "user", "content": "hush?"}], "stop": ["hush"]}
+    for body in (
+        {"model": "fusion/debate"},
+        {"model": "fusion/best-of", "tools": tools},
+        {"model": "fusion/merge", "fusion": {"cite": True}},
+    ):
+        response = await gateway.post(**asked, **body)
+        assert "hush" in response.text
+        trace = await gateway.trace(response.json()["fusion"])
+        assert trace["calls"]
+        assert "hush" not in json.dumps(trace)
