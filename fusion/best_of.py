@@ -1,10 +1,11 @@
 """best_of: members answer in parallel, the judge compares, the winner's answer is returned verbatim.
 
-An answer may be a call of tools: the judge compares what would be called.
+An answer may be a call of tools: the judge compares what would be called. While the grace for
+slow members lasts, the answers in hand are compared already, so that the judge's time is not added to it.
 """
 
 from fusion.agreement import distinct
-from fusion.judge import JudgeError, judge
+from fusion.judge import Court, JudgeError
 from fusion.run import Run
 
 
@@ -15,11 +16,12 @@ async def best_of(run: Run) -> str:
         TooFewAnswersError: The quorum was not met.
         JudgeError: The judge failed, and `on_judge_error` is `fail`.
     """
-    await run.answers()
-    return await choose(run)
+    async with Court(run) as court:
+        await run.answers(court.hear)
+        return await choose(run, court)
 
 
-async def choose(run: Run) -> str:
+async def choose(run: Run, court: Court | None = None) -> str:
     """Returns the best of the candidates in hand.
 
     A lone one is returned as it is; where all say the same the judge is not asked; where the judge fails it
@@ -35,7 +37,7 @@ async def choose(run: Run) -> str:
     if len(rivals) == 1:
         return await run.give(first, "agreement")
     try:
-        best = await judge(run, rivals)
+        best = await (court or Court(run)).best(rivals)
     except JudgeError as error:
         if run.plan.settings.on_judge_error == "fail":
             raise

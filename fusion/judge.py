@@ -5,12 +5,13 @@ and one that the judge prefers to every other still comes out first. How a compa
 is `mixfuse.judge_protocol`'s.
 """
 
+import asyncio
 import re
 from collections.abc import Sequence
 from itertools import combinations
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
-from fusion.agreement import described
+from fusion.agreement import described, distinct
 from fusion.config import Judge, ModelConfig
 from fusion.pool import all_or_raise, fan_out
 from fusion.run import Candidate, Run, question
@@ -67,31 +68,89 @@ class View(NamedTuple):
     read: Literal["logprobs", "parsed"]
 
 
-async def judge(run: Run, candidates: Sequence[Candidate]) -> Candidate:
-    """Finds the best candidate; the verdicts go into the run.
+class Court:
+    """The judge at work on one request; an async context manager where it is to begin early.
 
-    One lease holds for all verdicts of a request, so one adapter revision gives them all.
-
-    Raises:
-        JudgeError: There is no judge, a call failed (the others are cancelled then), or none of the verdicts
-            could be read.
+    Args:
+        run: The request; takes the verdicts.
     """
-    model = run.plan.judge
-    if model is None:
-        raise JudgeError("no judge is configured")
-    purpose = Purpose("verdict", "judge", price=model.price, timeout_s=model.timeout_s)
-    rivals = list(candidates)
-    try:
-        async with run.pool.lease(model, purpose, run.ledger) as endpoint:
-            while len(rivals) > FINALISTS:
-                rivals = survivors(rivals, await _compare(run, model, endpoint, purpose, knock_out_pairs(rivals)))
-            final = await _compare(run, model, endpoint, purpose, list(combinations(rivals, 2)))
-    except CallError as failure:
-        raise JudgeError(str(failure)) from failure
-    if all(verdict_.parse_failures == len(VERDICTS) for verdict_ in run.verdicts):
-        run.verdicts.clear()
-        raise JudgeError("none of the judge's replies names a verdict")
-    return ranking(final, rivals)[0]
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._heard: set[tuple[int, int]] = set()
+        self._hearings: list[asyncio.Task[tuple[str, list[Verdict]]]] = []
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, *_error: object) -> None:
+        left = kind is not None and issubclass(kind, asyncio.CancelledError)
+        for hearing in self._hearings:
+            hearing.cancel("cancelled" if left else "cancelled_straggler")
+        await asyncio.gather(*self._hearings, return_exceptions=True)
+
+    def hear(self, candidates: Sequence[Candidate]) -> None:
+        """Has these compared while the grace for others lasts, if they will meet in any case."""
+        run = self._run
+        if run.plan.judge is None or len(run.names) > FINALISTS:
+            return
+        rivals = distinct(candidates, run.agreement)
+        pairs = [pair for pair in combinations(rivals, 2) if _indices(pair) not in self._heard]
+        if pairs:
+            self._heard.update(map(_indices, pairs))
+            self._hearings.append(asyncio.create_task(self._hearing(run.plan.judge, pairs)))
+
+    async def best(self, candidates: Sequence[Candidate]) -> Candidate:
+        """Finds the best candidate; the verdicts go into the run.
+
+        One adapter revision gives all verdicts of a request: those of an earlier one do not count.
+
+        Raises:
+            JudgeError: There is no judge, a call failed (the others are cancelled then), or none of the verdicts
+                could be read.
+        """
+        run, model = self._run, self._run.plan.judge
+        if model is None:
+            raise JudgeError("no judge is configured")
+        rivals = list(candidates)
+        try:
+            async with run.pool.lease(model, _purpose(model), run.ledger) as endpoint:
+                known: dict[tuple[int, int], Verdict] = {}
+                for hearing in self._hearings:
+                    judged_by, verdicts = await hearing
+                    if judged_by == endpoint.model:
+                        known |= {(verdict_.first, verdict_.second): verdict_ for verdict_ in verdicts}
+                while len(rivals) > FINALISTS:
+                    round_ = await _compare(run, model, endpoint, knock_out_pairs(rivals))
+                    run.verdicts.extend(round_)
+                    rivals = survivors(rivals, round_)
+                pairs = list(combinations(rivals, 2))
+                new = await _compare(run, model, endpoint, [pair for pair in pairs if _indices(pair) not in known])
+        except CallError as failure:
+            raise JudgeError(str(failure)) from failure
+        known |= {(verdict_.first, verdict_.second): verdict_ for verdict_ in new}
+        final = [known[_indices(pair)] for pair in pairs]
+        run.verdicts.extend(final)
+        if all(verdict_.parse_failures == len(VERDICTS) for verdict_ in run.verdicts):
+            run.verdicts.clear()
+            raise JudgeError("none of the judge's replies names a verdict")
+        return ranking(final, rivals)[0]
+
+    async def _hearing(
+        self, model: ModelConfig, pairs: Sequence[tuple[Candidate, Candidate]]
+    ) -> tuple[str, list[Verdict]]:
+        """(the judge's model at its endpoint, what it said of the pairs)."""
+        run = self._run
+        async with run.pool.lease(model, _purpose(model), run.ledger) as endpoint:
+            return endpoint.model, await _compare(run, model, endpoint, pairs)
+
+
+def _purpose(model: ModelConfig) -> Purpose:
+    return Purpose("verdict", "judge", price=model.price, timeout_s=model.timeout_s)
+
+
+def _indices(pair: tuple[Candidate, Candidate]) -> tuple[int, int]:
+    return pair[0].index, pair[1].index
 
 
 def knock_out_pairs(rivals: Sequence[Candidate]) -> list[tuple[Candidate, Candidate]]:
@@ -141,9 +200,21 @@ async def verdict(
     *,
     purpose: Purpose,
     ledger: Ledger,
+    nonce: str | None = None,
     max_chars: int = MAX_CHARS,
 ) -> float | None:
     """Judges one pair in one order, by log-probabilities.
+
+    Args:
+        client: Shared by all calls.
+        endpoint: The judge's.
+        question: What was asked.
+        first: The answer shown as A.
+        second: The answer shown as B.
+        purpose: For the ledger.
+        ledger: Takes the call.
+        nonce: Of the fences, where several comparisons share one; unset: a fresh one.
+        max_chars: The most of each answer to show.
 
     Returns:
         The probability that the answer shown first is the better one; None where no verdict could be read.
@@ -152,7 +223,7 @@ async def verdict(
         NoLogprobsError: The endpoint gives none.
         CallError: The call failed.
     """
-    nonce = new_nonce(question, first, second)
+    nonce = nonce or new_nonce(question, first, second)
     messages = comparison(question, first, second, nonce=nonce, max_chars=max_chars)
     try:
         reply = await call(client, endpoint, messages, VERDICT_PARAMETERS, purpose=purpose, ledger=ledger)
@@ -175,9 +246,10 @@ async def written_verdict(
     *,
     purpose: Purpose,
     ledger: Ledger,
+    nonce: str,
     max_chars: int = MAX_CHARS,
 ) -> float | None:
-    """Judges one pair in one order, by a JSON object that the judge writes.
+    """Judges one pair in one order, by a JSON object that the judge writes; arguments as for `verdict`.
 
     Returns:
         1 or 0, for the answer shown first or second; None where no verdict could be read.
@@ -185,7 +257,6 @@ async def written_verdict(
     Raises:
         CallError: The call failed.
     """
-    nonce = new_nonce(question, first, second)
     messages = comparison(question, first, second, nonce=nonce, max_chars=max_chars)
     messages[-1]["content"] += f"\n{WRITTEN}"
     reply = await call(client, endpoint, messages, WRITTEN_PARAMETERS, purpose=purpose, ledger=ledger)
@@ -195,28 +266,33 @@ async def written_verdict(
 
 
 async def _compare(
-    run: Run, model: ModelConfig, endpoint: Endpoint, purpose: Purpose, pairs: Sequence[tuple[Candidate, Candidate]]
+    run: Run, model: ModelConfig, endpoint: Endpoint, pairs: Sequence[tuple[Candidate, Candidate]]
 ) -> list[Verdict]:
     """Has pairs judged in both orders, all at once."""
+    if not pairs:
+        return []
+    purpose = _purpose(model)
     asked = question(run.plan.messages)
     most = run.plan.settings.max_candidate_chars
-    written = {one.index: shown(_as_text(one), most) for pair in pairs for one in pair}
     how = model.verdicts if isinstance(model, Judge) else "auto"
+    known = (endpoint.base_url, endpoint.model)
+    client, ledger = run.pool.client, run.ledger
+    written = {one.index: shown(_as_text(one), most) for pair in pairs for one in pair}
+    # One for all: the judge's engine then finds the question, and each answer shown first, in its prefix cache.
+    nonce = new_nonce(asked, *written.values())
 
     async def view(one: Candidate, other: Candidate) -> View:
         """One order of one pair, read as the judge's endpoint allows."""
         texts = (asked, written[one.index], written[other.index])
-        known = (endpoint.base_url, endpoint.model)
-        client, ledger = run.pool.client, run.ledger
         if how == "logprobs" or (how == "auto" and known not in run.pool.without_logprobs):
             try:
-                p = await verdict(client, endpoint, *texts, purpose=purpose, ledger=ledger, max_chars=most)
+                p = await verdict(client, endpoint, *texts, purpose=purpose, ledger=ledger, nonce=nonce, max_chars=most)
                 return View(p, "logprobs")
             except NoLogprobsError:
                 if how == "logprobs":
                     raise
                 run.pool.without_logprobs.add(known)
-        p = await written_verdict(client, endpoint, *texts, purpose=purpose, ledger=ledger, max_chars=most)
+        p = await written_verdict(client, endpoint, *texts, purpose=purpose, ledger=ledger, nonce=nonce, max_chars=most)
         return View(p, "parsed")
 
     orders = [view(one, other) for pair in pairs for one, other in (pair, pair[::-1])]
@@ -226,7 +302,6 @@ async def _compare(
         outcome = combine(forward.p, backward.p)
         read: Literal["logprobs", "parsed"] = "parsed" if "parsed" in (forward.read, backward.read) else "logprobs"
         verdicts.append(Verdict(first=first.index, second=second.index, read=read, **outcome._asdict()))
-    run.verdicts.extend(verdicts)
     return verdicts
 
 

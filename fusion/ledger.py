@@ -91,7 +91,7 @@ class Ledger:
         self.deadline_ms = deadline_ms
         self.budgets = list(budgets)
         self._began = time.monotonic()
-        self._spent = self._open = self._reserved = NOTHING
+        self._open = self._reserved = NOTHING
 
     def elapsed_ms(self) -> float:
         """Milliseconds since the request began."""
@@ -104,7 +104,7 @@ class Ledger:
     @property
     def spent(self) -> Spend:
         """What the entered calls came to."""
-        return self._spent
+        return Spend(sum(call.cost for call in self.calls), sum(call.usage.total_tokens for call in self.calls))
 
     def affords(self, more: Spend) -> bool:
         """Whether the budgets allow so much beyond what has been spent and what calls under way may still cost."""
@@ -143,18 +143,21 @@ class Ledger:
     def enter(self, call: Call, estimate: Spend = NOTHING) -> None:
         """Writes an attempt that has ended; `estimate` is what it was opened with."""
         self.calls.append(call)
-        self._open = self._open.minus(estimate)
-        self._spent = self._spent.plus(Spend(call.cost, call.usage.total_tokens))
+        if estimate is not NOTHING:
+            self._open = self._open.minus(estimate)
 
     def settle(self) -> None:
         """Ends the request: the budgets keep what was spent and get the rest back. Safe to repeat."""
+        if not self.budgets:
+            return
+        spent = self.spent
         for budget in self.budgets:
-            budget.add(self._spent.minus(self._reserved))
-        self._reserved = self._spent
+            budget.add(spent.minus(self._reserved))
+        self._reserved = spent
 
     def _missing(self, more: Spend) -> Spend:
         """What has to be reserved in addition, so that `more` is covered."""
-        need = self._spent.plus(self._open).plus(more).minus(self._reserved)
+        need = self.spent.plus(self._open).plus(more).minus(self._reserved)
         return Spend(max(0.0, need.cost), max(0, need.tokens))
 
 

@@ -1,7 +1,7 @@
 """The pool: how a configured model is reached, and how several are asked at once."""
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from types import TracebackType
@@ -11,7 +11,7 @@ from fusion.config import Member, ModelConfig
 from fusion.failures import CallError, FailureKind
 from fusion.ledger import Ledger, Message, Spend, most
 from fusion.limits import Guard
-from fusion.upstream import Client, Emit, Endpoint, Purpose, Reply, call, http_client
+from fusion.upstream import Client, Emit, Endpoint, Purpose, Reply, call, cancelled_as, http_client
 from mixfuse.errors import MixfuseError
 from mixfuse.trace import Call, Stage
 
@@ -179,6 +179,7 @@ async def fan_out(
     quorum: int,
     grace_s: float | None = None,
     deadline_s: float | None = None,
+    heard: Callable[[list[Result | None]], None] | None = None,
 ) -> list[Result | CallError]:
     """Runs attempts at once and goes on as soon as enough have succeeded.
 
@@ -191,6 +192,8 @@ async def fan_out(
         quorum: How many successes are enough.
         grace_s: Seconds to wait for the others once the quorum is met; None: until the deadline.
         deadline_s: Seconds from now after which nothing is waited for; None: no limit.
+        heard: Told the results so far (None where there is none yet) when the grace begins, and again with each further
+            success while others still run.
 
     Returns:
         For each attempt, in order, its result or how it failed; `cancelled_straggler` or `timeout` (the
@@ -205,7 +208,14 @@ async def fan_out(
     try:
         while pending:
             wait_s = None if end is None else max(0.0, end - clock())
-            done, pending = await asyncio.wait(pending, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
+            # Woken only by what could change something.
+            if successes + len(pending) == quorum:
+                until = asyncio.FIRST_EXCEPTION
+            elif successes >= quorum and (grace_s is None or (in_grace and heard is None)):
+                until = asyncio.ALL_COMPLETED
+            else:
+                until = asyncio.FIRST_COMPLETED
+            done, pending = await asyncio.wait(pending, timeout=wait_s, return_when=until)
             if not done:
                 break
             successes += sum(task.exception() is None for task in done)
@@ -216,8 +226,10 @@ async def fan_out(
                 in_grace = True
                 if end is None or clock() + grace_s < end:
                     end, at_the_end = clock() + grace_s, "cancelled_straggler"
-    except asyncio.CancelledError:
-        at_the_end = "cancelled"
+            if heard is not None and in_grace and pending:
+                heard([_success(task) for task in tasks])
+    except asyncio.CancelledError as stop:
+        at_the_end = cancelled_as(stop)
         raise
     finally:
         await _cancel(pending, at_the_end)
@@ -241,6 +253,10 @@ async def _cancel(tasks: set["asyncio.Task[Result]"], outcome: FailureKind) -> N
         task.cancel(outcome)  # `upstream.call` writes it into the ledger
     if tasks:
         await asyncio.wait(tasks)
+
+
+def _success(task: "asyncio.Task[Result]") -> Result | None:
+    return None if not task.done() or task.cancelled() or task.exception() else task.result()
 
 
 def _outcome(task: "asyncio.Task[Result]", if_cancelled: FailureKind) -> Result | CallError:

@@ -3,7 +3,7 @@
 import hashlib
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any, Literal
@@ -21,6 +21,7 @@ Mode = Literal["best_of", "merge", "debate", "pass_through"]
 
 # Long enough that a chunk is worth its frame, short enough that a reader sees text move.
 _PIECE = 48
+_PROTOCOL = judge_protocol.digest()
 
 
 @dataclass(frozen=True)
@@ -141,8 +142,11 @@ class Run:
         """Seconds until members are no longer waited for; never negative."""
         return max(0.0, self.plan.settings.deadline_ms - self.ledger.elapsed_ms()) / 1000
 
-    async def answers(self) -> None:
+    async def answers(self, heard: Callable[[list[Candidate]], None] | None = None) -> None:
         """Has every member answer and fills `candidates`.
+
+        Args:
+            heard: Told the answers so far while the grace lasts; see `fan_out`.
 
         Raises:
             TooFewAnswersError: The quorum was not met.
@@ -162,11 +166,18 @@ class Run:
             for index, (member, sample) in enumerate(asked)
         ]
         settings = self.plan.settings
+
+        def so_far(results: list[Reply | None]) -> None:
+            found = zip(asked, results, strict=True)
+            if heard is not None:
+                heard([_candidate(index, member, reply) for index, ((member, _), reply) in enumerate(found) if reply])
+
         results = await fan_out(
             attempts,
             quorum=settings.min_responses,
             grace_s=None if settings.grace_ms is None else settings.grace_ms / 1000,
             deadline_s=self.time_left_s(),
+            heard=so_far if heard else None,
         )
         failures: list[Failure] = []
         for index, ((member, _), result) in enumerate(zip(asked, results, strict=True)):
@@ -322,7 +333,7 @@ class Run:
             tool_calls=None if answer is None else self.tool_calls,
             outcome=outcome,
             error=error or self.error,
-            judge_protocol=judge_protocol.digest() if self.verdicts else None,
+            judge_protocol=_PROTOCOL if self.verdicts else None,
             duration_ms=self.ledger.elapsed_ms(),
         )
 

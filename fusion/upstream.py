@@ -33,6 +33,7 @@ __all__ = [
     "Purpose",
     "Reply",
     "call",
+    "cancelled_as",
     "first_token_logprobs",
     "http_client",
     "split_events",
@@ -266,7 +267,7 @@ class _Asked:
             ledger.enter(self._line(failure.kind, str(failure), answer, number, started_ms), opened)
             raise
         except asyncio.CancelledError as stop:
-            outcome = _why(stop)
+            outcome = cancelled_as(stop)
             if guard is not None and admitted:
                 guard.report(outcome if answer.sent else "cancelled")
             ledger.enter(self._line(outcome, "cancelled before it ended", answer, number, started_ms), opened)
@@ -372,7 +373,7 @@ async def _hedged(asked: _Asked, after_s: float) -> Reply:
                 break
         raise failure or CallError("upstream_error", "no attempt ended")
     except asyncio.CancelledError as stop:
-        reason = _why(stop)
+        reason = cancelled_as(stop)
         raise
     finally:
         for task in running:
@@ -381,7 +382,7 @@ async def _hedged(asked: _Asked, after_s: float) -> Reply:
             await asyncio.wait(running)
 
 
-def _why(stop: asyncio.CancelledError) -> FailureKind:
+def cancelled_as(stop: asyncio.CancelledError) -> FailureKind:
     """What a cancellation's message says it is; a message of somebody else's says nothing."""
     return next((kind for kind in KINDS if stop.args and stop.args[0] == kind), "cancelled")
 

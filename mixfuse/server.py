@@ -40,6 +40,10 @@ from mixfuse.recipe import Strict, load
 from serve.engine import Engine, EngineConfig
 from serve.roles import BASE, RoleTable
 
+# Longer than clients and load balancers keep an idle connection (5 to 60 s): a request must not be sent into one that
+# is being closed at this end.
+_KEEP_ALIVE_S = 75
+
 
 class GatewayConfig(Strict):
     """Where the gateway listens.
@@ -181,7 +185,14 @@ def _run(main: Coroutine[Any, Any, None]) -> None:
 
 def _uvicorn(app: Starlette, gateway: GatewayConfig) -> uvicorn.Config:
     return uvicorn.Config(
-        app, log_level="warning", access_log=False, ws="none", timeout_graceful_shutdown=gateway.drain_s, lifespan="on"
+        app,
+        log_level="warning",
+        access_log=False,
+        proxy_headers=False,  # nobody here asks where a client is
+        ws="none",
+        timeout_keep_alive=_KEEP_ALIVE_S,
+        timeout_graceful_shutdown=gateway.drain_s,
+        lifespan="on",
     )
 
 

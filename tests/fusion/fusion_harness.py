@@ -32,6 +32,7 @@ class FakeRoles:
     def __init__(self, upstream: FakeUpstream, *roles: str) -> None:
         self._upstream, self._roles = upstream, roles
         self.leases: list[str] = []
+        self.revision = "r1"
         self.held = 0
 
     @asynccontextmanager
@@ -41,7 +42,7 @@ class FakeRoles:
         self.leases.append(role)
         self.held += 1
         try:
-            yield Endpoint(self._upstream.base_url, f"{role}@r1", revision="r1")
+            yield Endpoint(self._upstream.base_url, f"{role}@{self.revision}", revision=self.revision)
         finally:
             self.held -= 1
 

@@ -1,5 +1,6 @@
 """best_of: what a client gets, and what the judge is shown."""
 
+import asyncio
 import re
 from typing import Any
 
@@ -170,3 +171,48 @@ async def test_all_verdicts_of_a_request_come_under_one_lease(
         ("domain@r1", "r1"),
         ("judge@r1", "r1"),
     }
+
+
+async def test_the_judge_begins_while_the_grace_for_a_slow_member_lasts(
+    start_gateway: StartGateway, upstream: FakeUpstream
+) -> None:
+    slow = upstream.models["gamma"].hold = asyncio.Event()
+    gateway = await start_gateway(modes={"min_responses": 2, "grace_ms": 60_000})
+    asking = asyncio.create_task(gateway.post(**ASK))
+    await upstream.wait_asked("judge", 2)  # alpha and beta, both orders, gamma being still out
+    assert not asking.done()
+    slow.set()
+    fusion = (await asking).json()["fusion"]
+    assert len(upstream.asked("judge")) == 6  # what was heard early is not asked again
+    assert [(verdict["first"], verdict["second"]) for verdict in fusion["verdicts"]] == [(0, 1), (0, 2), (1, 2)]
+    assert (fusion["reason"], fusion["winner"]) == ("judged", 1)
+
+
+async def test_a_client_who_leaves_while_the_judge_has_begun_early_stops_it_too(
+    start_gateway: StartGateway, upstream: FakeUpstream
+) -> None:
+    upstream.models["gamma"].hold = upstream.models["judge"].hold = asyncio.Event()
+    gateway = await start_gateway(modes={"min_responses": 2, "grace_ms": 60_000})
+    asking = asyncio.create_task(gateway.post(**ASK))
+    await upstream.wait_asked("judge", 2)
+    asking.cancel()
+    await upstream.wait_aborted("judge", 2)
+    [trace] = await gateway.first_traces()
+    assert sorted(call["outcome"] for call in trace["calls"]) == ["cancelled"] * 3 + ["ok"] * 2
+
+
+async def test_verdicts_of_an_adapter_that_was_swapped_meanwhile_are_asked_anew(
+    start_gateway: StartGateway, upstream: FakeUpstream
+) -> None:
+    slow = upstream.models["gamma"].hold = asyncio.Event()
+    for revision in ("r1", "r2"):
+        upstream.models[f"judge@{revision}"] = Script(verdict=prefers("beta" if revision == "r2" else "alpha"))
+    roles = FakeRoles(upstream, "judge")
+    modes = {"min_responses": 2, "grace_ms": 60_000}
+    gateway = await start_gateway(roles=roles, judge={"role": "judge"}, modes=modes)
+    asking = asyncio.create_task(gateway.post(**ASK))
+    await upstream.wait_asked("judge@r1", 2)
+    roles.revision = "r2"
+    slow.set()
+    assert (await asking).json()["fusion"]["winner"] == 1
+    assert len(upstream.asked("judge@r2")) == 6
