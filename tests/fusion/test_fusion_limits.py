@@ -159,11 +159,11 @@ async def test_an_answer_in_time_is_not_hedged(start_gateway: StartGateway, upst
 async def test_a_stream_that_speaks_is_not_hedged(start_gateway: StartGateway, upstream: FakeUpstream) -> None:
     hold = upstream.models["alpha"].hold = asyncio.Event()
     upstream.models["alpha"].hold_after = 1
-    gateway = await start_gateway([member(upstream, "alpha", hedge_after_ms=50)])
+    gateway = await start_gateway([member(upstream, "alpha", hedge_after_ms=1000)])
     stream = await gateway.client.chat.completions.create(model="alpha", messages=HELLO, stream=True)
     async for chunk in stream:
         if chunk.choices[0].delta.content:
-            await asyncio.sleep(0.1)  # the hedge's time comes and goes
+            await asyncio.sleep(1.1)  # the hedge's time comes and goes
             hold.set()
     assert len(upstream.requests) == 1
 
