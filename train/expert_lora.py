@@ -435,20 +435,21 @@ class _Segment(NamedTuple):
         """Every row times its matrix."""
         return torch.mm(x, w) if self.expert is not None else F.grouped_mm(x, w, offs=self.ends)
 
-    def add_times(self, y: Tensor, x: Tensor, w: Tensor, scale: float = 1.0) -> None:
+    def add_times(self, y: Tensor, x: Tensor, w: Tensor) -> None:
         """Adds that to `y`."""
         if self.expert is not None:
-            y.addmm_(x, w, alpha=scale)
+            y.addmm_(x, w)
         else:
-            y.add_(self.times(x, w), alpha=scale)
+            y.add_(self.times(x, w))
 
-    def outer(self, x: Tensor, y: Tensor) -> Tensor:
-        """The sum over an expert's rows of x's row times y's: (M, N); or (E, M, N), zero for an expert without rows."""
+    def outer(self, x: Tensor, y: Tensor, out: Tensor) -> None:
+        """Writes the sum over an expert's rows of x's row times y's: (M, N); or (E, M, N), zero without rows."""
         if self.expert is not None:
-            return torch.mm(x.t(), y)
+            torch.mm(x.t(), y, out=out)
+            return
         product: Tensor = F.grouped_mm(x.t(), y, offs=self.ends)
         counts_E = torch.diff(self.ends, prepend=self.ends.new_zeros(1))
-        return product.masked_fill_((counts_E == 0)[:, None, None], 0)
+        out.copy_(product.masked_fill_((counts_E == 0)[:, None, None], 0))
 
 
 def _segments(ends_E: Tensor, x_TH: Tensor, inner: int) -> list[_Segment]:
@@ -493,15 +494,15 @@ class _Lora:
     def __init__(
         self, a: Tensor | None, b: Tensor | None, setting: _Setting, segments: list[_Segment], like: Tensor
     ) -> None:
-        self.scale, self._dropout = setting.scale, setting.dropout
-        self._a, self._b = a, b
+        self._a, self._b, self._scale, self._dropout = a, b, setting.scale, setting.dropout
         self._places: dict[int | None, int] = {}
         if a is None or b is None:
             return
         count = len(setting.experts)
         # PEFT, too, computes in the base's dtype (`get_delta_factors`); its adapters are float32 on a bfloat16 base.
         a_CRM = a.view(count, -1, a.shape[1]).to(like.dtype)
-        b_CNR = b.view(b.shape[0], -1, count).permute(2, 0, 1).to(like.dtype).contiguous()
+        b_CNR = b.view(b.shape[0], -1, count).permute(2, 0, 1).to(like.dtype, memory_format=torch.contiguous_format)
+        b_CNR = b_CNR * setting.scale
         self._rank, self._experts = a_CRM.shape[1], list(setting.experts)
         if any(segment.expert is None for segment in segments):
             self._places = {None: 0}
@@ -514,8 +515,7 @@ class _Lora:
         else:
             self._places = {expert: place for place, expert in enumerate(self._experts)}
         self._a_matrices, self._b_matrices = a_CRM.unbind(), b_CNR.unbind()
-        self._grads_a: list[Tensor | None] = [None] * len(self._a_matrices)
-        self._grads_b: list[Tensor | None] = [None] * len(self._b_matrices)
+        self._grads: tuple[Tensor, Tensor] | None = None
         self._random = torch.Generator(like.device).manual_seed(setting.seed) if setting.dropout else None
 
     def adapts(self, segment: _Segment) -> bool:
@@ -523,7 +523,7 @@ class _Lora:
         return segment.expert in self._places
 
     def matrices(self, segment: _Segment) -> tuple[Tensor, Tensor]:
-        """A (R, M) and B (N, R) of a segment's expert; or (E, R, M) and (E, N, R)."""
+        """A (R, M) and B · scale (N, R) of a segment's expert; or (E, R, M) and (E, N, R)."""
         place = self._places[segment.expert]
         return self._a_matrices[place], self._b_matrices[place]
 
@@ -534,29 +534,28 @@ class _Lora:
         keep = 1 - self._dropout
         return torch.empty_like(x).bernoulli_(keep, generator=self._random).div_(keep)
 
-    def collect(self, segment: _Segment, grad_a: Tensor, grad_b: Tensor) -> None:
-        """Keeps the gradients of what `matrices` gave."""
+    def collect(self, segment: _Segment, grad_u: Tensor, x: Tensor, u: Tensor, grad: Tensor) -> None:
+        """Keeps the gradients of the segment's A, grad_uᵀ x, and of its B but for the scale, uᵀ grad."""
+        if self._grads is None:
+            # B's as (C, R, N): the product is faster that way round.
+            a, b = self._a_matrices[0], self._b_matrices[0].mT
+            self._grads = a.new_zeros(len(self._a_matrices), *a.shape), b.new_zeros(len(self._b_matrices), *b.shape)
         place = self._places[segment.expert]
-        self._grads_a[place], self._grads_b[place] = grad_a, grad_b
+        segment.outer(grad_u, x, self._grads[0][place])
+        segment.outer(u, grad, self._grads[1][place])
 
     def gradients(self) -> tuple[Tensor | None, Tensor | None]:
         """In the layout of PEFT's A (C·R, M) and B (N, R·C); zero for an expert without rows."""
         if self._a is None or self._b is None:
             return None, None
+        if self._grads is None:  # none of the adapted experts has rows
+            return torch.zeros_like(self._a), torch.zeros_like(self._b)
+        a_CRM, b_CRN = self._grads
         if None in self._places:
-            whole_a, whole_b = self._grads_a[0], self._grads_b[0]
-            assert whole_a is not None  # noqa: S101 - the one segment was collected
-            assert whole_b is not None  # noqa: S101
-            grad_a = whole_a[self._experts, : self._rank]
-            grad_b = whole_b[self._experts, :, : self._rank]
-        else:
-            zipped = zip(self._grads_a, self._a_matrices, strict=True)
-            grad_a = torch.stack([torch.zeros_like(a) if grad is None else grad for grad, a in zipped])
-            zipped = zip(self._grads_b, self._b_matrices, strict=True)
-            grad_b = torch.stack([torch.zeros_like(b) if grad is None else grad for grad, b in zipped])
+            a_CRM, b_CRN = a_CRM[0, self._experts, : self._rank], b_CRN[0, self._experts, : self._rank]
         return (
-            grad_a.reshape_as(self._a).to(self._a.dtype),
-            grad_b.permute(1, 2, 0).reshape_as(self._b).to(self._b.dtype),
+            a_CRM.reshape_as(self._a).to(self._a.dtype),
+            b_CRN.permute(2, 1, 0).reshape_as(self._b).to(self._b.dtype).mul_(self._scale),
         )
 
 
@@ -568,7 +567,7 @@ def _project(segment: _Segment, x: Tensor, weight_ENM: Tensor, lora: _Lora) -> t
     a, b = lora.matrices(segment)
     mask = lora.mask(x)
     u = segment.times(x if mask is None else x * mask, a.mT)
-    segment.add_times(y, u, b.mT, lora.scale)
+    segment.add_times(y, u, b.mT)
     return y, u
 
 
@@ -597,14 +596,15 @@ def _project_back(  # noqa: PLR0917 - the order of `_project`, then what backwar
         return grad_x
     a, b = lora.matrices(segment)
     mask = lora.mask(x)
-    grad_u = segment.times(grad, b).mul_(lora.scale)
-    u = u * (lora.scale if gates is None else gates * lora.scale)
+    grad_u = segment.times(grad, b)
     if mask is None:
         segment.add_times(grad_x, grad_u, a)
     else:
         grad_x.addcmul_(segment.times(grad_u, a), mask)
         x = x * mask
-    lora.collect(segment, segment.outer(grad_u if gates is None else grad_u * gates, x), segment.outer(grad, u))
+    if gates is not None:
+        grad_u, u = grad_u * gates, u * gates
+    lora.collect(segment, grad_u, x, u, grad)
     return grad_x
 
 
