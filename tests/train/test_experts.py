@@ -181,6 +181,37 @@ def test_a_bad_recipe_is_one_line(recipe_path: Path) -> None:
     assert experts._kind(recipe_path, ["beta=1"]) is JudgeRecipe
 
 
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match")
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys")  # of the layer without experts: PEFT's start, nothing
+def test_an_adapter_of_some_experts_means_the_same_everywhere(tiny_base: Path, tmp_path: Path) -> None:
+    """In training, as the run saves it, exported per expert, and exported fused: with rsLoRA and after dropout."""
+    from peft import get_peft_model
+
+    from train.model import lora_config
+    from train.run import save_peft
+
+    lora = Lora(r=4, alpha=8, rslora=True, dropout=0.1, experts={1: (0, 2)})
+    wrapped: Any = get_peft_model(load_base(tiny_base, torch.float32), lora_config(lora)).eval()
+    random, weights = torch.Generator().manual_seed(0), {}
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=random) * 0.1)
+                weights[name.replace(".default.", ".")] = parameter.detach().clone()
+        trained = wrapped(torch.tensor([harness.PROBE])).logits
+    saved, out = tmp_path / "saved", tmp_path / "exported"
+    saved.mkdir()
+    save_peft(wrapped, weights, saved)
+    export(saved, out, base=tiny_base)
+    assert (trained - harness.logits(tiny_base)).abs().max() > 0.1
+    for folder in (saved, out / "peft", out):
+        torch.testing.assert_close(harness.logits(tiny_base, folder), trained, rtol=0, atol=1e-4)
+    tensors = load_file(out / contract.WEIGHTS)
+    assert {name.split(".layers.")[1][0] for name in tensors if ".experts." in name} == {"1"}
+    b = "base_model.model.model.layers.1.block_sparse_moe.experts.{}.w2.lora_B.weight"
+    assert [bool(tensors[b.format(expert)].any()) for expert in range(4)] == [True, False, True, False]
+
+
 @pytest.fixture(scope="module")
 def interrupted(recipe_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Two ZeRO-3 processes choose, train, are killed after a checkpoint, and are started again."""
