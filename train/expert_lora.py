@@ -24,7 +24,7 @@ its output, and n the rows of one segment.
 
 import copy
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -35,6 +35,7 @@ from peft import LoraConfig
 from peft.tuners.lora import layer as peft_layer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers.activations import SiLUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
@@ -249,7 +250,7 @@ def experts_forward(
     """The experts implementation: every token through its K experts, the low-rank terms added on the way.
 
     Args:
-        experts: The `MixtralExperts`: `gate_up_proj` (E, 2·I, H), `down_proj` (E, H, I), `act_fn`.
+        experts: The `MixtralExperts`: `gate_up_proj` (E, 2·I, H), `down_proj` (E, H, I), `act_fn` SiLU.
         hidden_states: (T, H).
         top_k_index: (T, K) expert numbers.
         top_k_weights: (T, K) gate weights.
@@ -259,10 +260,13 @@ def experts_forward(
         (T, H), in the dtype of `hidden_states`.
 
     Raises:
-        MixfuseError: The experts have biases, are transposed or spread over devices, or PEFT has parametrised them.
+        MixfuseError: The experts are no SiLU ones, have biases, are transposed or spread over devices, or PEFT has
+            parametrised them.
     """
     if experts.has_bias or experts.is_transposed or not experts.has_gate or experts._is_expert_parallel:
         raise MixfuseError(f"{EXPERTS_IMPLEMENTATION!r} is for Mixtral's experts, whole on every process")
+    if not isinstance(experts.act_fn, SiLUActivation):
+        raise MixfuseError(f"{EXPERTS_IMPLEMENTATION!r} is for experts with SiLU, not {experts.act_fn}")
     if hasattr(experts, "parametrizations"):
         raise MixfuseError(
             "PEFT's own wrapper builds the whole delta weight of every expert here; "
@@ -294,7 +298,7 @@ def experts_forward(
             gate_up,
             down,
             *tensors,
-            _Constants(settings[0], settings[1], experts.act_fn),
+            _Constants(settings[0], settings[1]),
         )
     return out_TH.to(hidden_states.dtype)
 
@@ -309,11 +313,10 @@ class _Setting(NamedTuple):
 
 
 class _Constants(NamedTuple):
-    """What `_Experts` needs beside tensors; `activate` is of the gate's half, as in `act_fn(gate) * up`."""
+    """What `_Experts` needs beside tensors."""
 
     gate_up: _Setting
     down: _Setting
-    activate: Callable[[Tensor], Tensor]
 
 
 def _setting(factors: Factors | None, experts: int) -> _Setting:
@@ -365,7 +368,7 @@ class _Experts(torch.autograd.Function):
             x = x_TH.index_select(0, tokens_S[segment.rows])
             h, u = _project(segment, x, gate_up, lora1)
             gate, up = h.chunk(2, -1)
-            y, v = _project(segment, constants.activate(gate) * up, down, lora2)
+            y, v = _project(segment, F.silu(gate).mul_(up), down, lora2)
             sums.add(segment, y.mul_(gates_S[segment.rows, None]))
             kept += [h, u, v]
         ctx.save_for_backward(x_TH, gates_TK, order_S, ends_E, gate_up, down, a1, b1, a2, b2, *kept)
@@ -389,17 +392,16 @@ class _Experts(torch.autograd.Function):
                 tokens, gates = tokens_S[segment.rows], gates_S[segment.rows, None]
                 grad_y = grad_TH.index_select(0, tokens)
                 gate, up = h.chunk(2, -1)
-                with torch.enable_grad():
-                    leaf = gate.detach().requires_grad_()
-                    active = constants.activate(leaf.view_as(leaf))  # a module that is hooked wants no leaf
-                act = active.detach() * up
+                active = F.silu(gate)
+                act = active * up
                 # Of the output before the gate weight, which enters after its own gradient is taken.
                 grad_act = _project_back(segment, grad_y, act, v, down, lora2, gates)
                 grad_gates_S[segment.rows] = torch.linalg.vecdot(grad_act, act)
                 grad_act.mul_(gates)
                 grad_h = torch.empty_like(h)
-                torch.mul(grad_act, active.detach(), out=grad_h[:, up.shape[1] :])
-                grad_h[:, : up.shape[1]] = torch.autograd.grad(active, leaf, grad_act.mul_(up))[0]
+                grad_gate, grad_up = grad_h.chunk(2, -1)
+                torch.mul(grad_act, active, out=grad_up)
+                torch.ops.aten.silu_backward.grad_input(grad_act.mul_(up), gate, grad_input=grad_gate)
                 if ctx.needs_input_grad[0] or lora1.adapts(segment):
                     x = x_TH.index_select(0, tokens)
                     sums.add(segment, _project_back(segment, grad_h, x, u, gate_up, lora1, None))
