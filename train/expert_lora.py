@@ -24,7 +24,7 @@ its output, and n the rows of one segment.
 
 import copy
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -35,6 +35,7 @@ from peft import LoraConfig
 from peft.tuners.lora import layer as peft_layer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers.activations import SiLUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
@@ -249,7 +250,7 @@ def experts_forward(
     """The experts implementation: every token through its K experts, the low-rank terms added on the way.
 
     Args:
-        experts: The `MixtralExperts`: `gate_up_proj` (E, 2·I, H), `down_proj` (E, H, I), `act_fn`.
+        experts: The `MixtralExperts`: `gate_up_proj` (E, 2·I, H), `down_proj` (E, H, I), `act_fn` SiLU.
         hidden_states: (T, H).
         top_k_index: (T, K) expert numbers.
         top_k_weights: (T, K) gate weights.
@@ -259,10 +260,13 @@ def experts_forward(
         (T, H), in the dtype of `hidden_states`.
 
     Raises:
-        MixfuseError: The experts have biases, are transposed or spread over devices, or PEFT has parametrised them.
+        MixfuseError: The experts are no SiLU ones, have biases, are transposed or spread over devices, or PEFT has
+            parametrised them.
     """
     if experts.has_bias or experts.is_transposed or not experts.has_gate or experts._is_expert_parallel:
         raise MixfuseError(f"{EXPERTS_IMPLEMENTATION!r} is for Mixtral's experts, whole on every process")
+    if not isinstance(experts.act_fn, SiLUActivation):
+        raise MixfuseError(f"{EXPERTS_IMPLEMENTATION!r} is for experts with SiLU, not {experts.act_fn}")
     if hasattr(experts, "parametrizations"):
         raise MixfuseError(
             "PEFT's own wrapper builds the whole delta weight of every expert here; "
@@ -294,7 +298,7 @@ def experts_forward(
             gate_up,
             down,
             *tensors,
-            _Constants(settings[0], settings[1], experts.act_fn),
+            _Constants(settings[0], settings[1]),
         )
     return out_TH.to(hidden_states.dtype)
 
@@ -309,11 +313,10 @@ class _Setting(NamedTuple):
 
 
 class _Constants(NamedTuple):
-    """What `_Experts` needs beside tensors; `activate` is of the gate's half, as in `act_fn(gate) * up`."""
+    """What `_Experts` needs beside tensors."""
 
     gate_up: _Setting
     down: _Setting
-    activate: Callable[[Tensor], Tensor]
 
 
 def _setting(factors: Factors | None, experts: int) -> _Setting:
@@ -365,7 +368,7 @@ class _Experts(torch.autograd.Function):
             x = x_TH.index_select(0, tokens_S[segment.rows])
             h, u = _project(segment, x, gate_up, lora1)
             gate, up = h.chunk(2, -1)
-            y, v = _project(segment, constants.activate(gate) * up, down, lora2)
+            y, v = _project(segment, F.silu(gate).mul_(up), down, lora2)
             sums.add(segment, y.mul_(gates_S[segment.rows, None]))
             kept += [h, u, v]
         ctx.save_for_backward(x_TH, gates_TK, order_S, ends_E, gate_up, down, a1, b1, a2, b2, *kept)
@@ -389,17 +392,16 @@ class _Experts(torch.autograd.Function):
                 tokens, gates = tokens_S[segment.rows], gates_S[segment.rows, None]
                 grad_y = grad_TH.index_select(0, tokens)
                 gate, up = h.chunk(2, -1)
-                with torch.enable_grad():
-                    leaf = gate.detach().requires_grad_()
-                    active = constants.activate(leaf.view_as(leaf))  # a module that is hooked wants no leaf
-                act = active.detach() * up
+                active = F.silu(gate)
+                act = active * up
                 # Of the output before the gate weight, which enters after its own gradient is taken.
                 grad_act = _project_back(segment, grad_y, act, v, down, lora2, gates)
                 grad_gates_S[segment.rows] = torch.linalg.vecdot(grad_act, act)
                 grad_act.mul_(gates)
                 grad_h = torch.empty_like(h)
-                torch.mul(grad_act, active.detach(), out=grad_h[:, up.shape[1] :])
-                grad_h[:, : up.shape[1]] = torch.autograd.grad(active, leaf, grad_act.mul_(up))[0]
+                grad_gate, grad_up = grad_h.chunk(2, -1)
+                torch.mul(grad_act, active, out=grad_up)
+                torch.ops.aten.silu_backward.grad_input(grad_act.mul_(up), gate, grad_input=grad_gate)
                 if ctx.needs_input_grad[0] or lora1.adapts(segment):
                     x = x_TH.index_select(0, tokens)
                     sums.add(segment, _project_back(segment, grad_h, x, u, gate_up, lora1, None))
@@ -435,20 +437,21 @@ class _Segment(NamedTuple):
         """Every row times its matrix."""
         return torch.mm(x, w) if self.expert is not None else F.grouped_mm(x, w, offs=self.ends)
 
-    def add_times(self, y: Tensor, x: Tensor, w: Tensor, scale: float = 1.0) -> None:
+    def add_times(self, y: Tensor, x: Tensor, w: Tensor) -> None:
         """Adds that to `y`."""
         if self.expert is not None:
-            y.addmm_(x, w, alpha=scale)
+            y.addmm_(x, w)
         else:
-            y.add_(self.times(x, w), alpha=scale)
+            y.add_(self.times(x, w))
 
-    def outer(self, x: Tensor, y: Tensor) -> Tensor:
-        """The sum over an expert's rows of x's row times y's: (M, N); or (E, M, N), zero for an expert without rows."""
+    def outer(self, x: Tensor, y: Tensor, out: Tensor) -> None:
+        """Writes the sum over an expert's rows of x's row times y's: (M, N); or (E, M, N), zero without rows."""
         if self.expert is not None:
-            return torch.mm(x.t(), y)
+            torch.mm(x.t(), y, out=out)
+            return
         product: Tensor = F.grouped_mm(x.t(), y, offs=self.ends)
         counts_E = torch.diff(self.ends, prepend=self.ends.new_zeros(1))
-        return product.masked_fill_((counts_E == 0)[:, None, None], 0)
+        out.copy_(product.masked_fill_((counts_E == 0)[:, None, None], 0))
 
 
 def _segments(ends_E: Tensor, x_TH: Tensor, inner: int) -> list[_Segment]:
@@ -493,15 +496,15 @@ class _Lora:
     def __init__(
         self, a: Tensor | None, b: Tensor | None, setting: _Setting, segments: list[_Segment], like: Tensor
     ) -> None:
-        self.scale, self._dropout = setting.scale, setting.dropout
-        self._a, self._b = a, b
+        self._a, self._b, self._scale, self._dropout = a, b, setting.scale, setting.dropout
         self._places: dict[int | None, int] = {}
         if a is None or b is None:
             return
         count = len(setting.experts)
         # PEFT, too, computes in the base's dtype (`get_delta_factors`); its adapters are float32 on a bfloat16 base.
         a_CRM = a.view(count, -1, a.shape[1]).to(like.dtype)
-        b_CNR = b.view(b.shape[0], -1, count).permute(2, 0, 1).to(like.dtype).contiguous()
+        b_CNR = b.view(b.shape[0], -1, count).permute(2, 0, 1).to(like.dtype, memory_format=torch.contiguous_format)
+        b_CNR = b_CNR * setting.scale
         self._rank, self._experts = a_CRM.shape[1], list(setting.experts)
         if any(segment.expert is None for segment in segments):
             self._places = {None: 0}
@@ -514,8 +517,7 @@ class _Lora:
         else:
             self._places = {expert: place for place, expert in enumerate(self._experts)}
         self._a_matrices, self._b_matrices = a_CRM.unbind(), b_CNR.unbind()
-        self._grads_a: list[Tensor | None] = [None] * len(self._a_matrices)
-        self._grads_b: list[Tensor | None] = [None] * len(self._b_matrices)
+        self._grads: tuple[Tensor, Tensor] | None = None
         self._random = torch.Generator(like.device).manual_seed(setting.seed) if setting.dropout else None
 
     def adapts(self, segment: _Segment) -> bool:
@@ -523,7 +525,7 @@ class _Lora:
         return segment.expert in self._places
 
     def matrices(self, segment: _Segment) -> tuple[Tensor, Tensor]:
-        """A (R, M) and B (N, R) of a segment's expert; or (E, R, M) and (E, N, R)."""
+        """A (R, M) and B · scale (N, R) of a segment's expert; or (E, R, M) and (E, N, R)."""
         place = self._places[segment.expert]
         return self._a_matrices[place], self._b_matrices[place]
 
@@ -534,29 +536,28 @@ class _Lora:
         keep = 1 - self._dropout
         return torch.empty_like(x).bernoulli_(keep, generator=self._random).div_(keep)
 
-    def collect(self, segment: _Segment, grad_a: Tensor, grad_b: Tensor) -> None:
-        """Keeps the gradients of what `matrices` gave."""
+    def collect(self, segment: _Segment, grad_u: Tensor, x: Tensor, u: Tensor, grad: Tensor) -> None:
+        """Keeps the gradients of the segment's A, grad_uᵀ x, and of its B but for the scale, uᵀ grad."""
+        if self._grads is None:
+            # B's as (C, R, N): the product is faster that way round.
+            a, b = self._a_matrices[0], self._b_matrices[0].mT
+            self._grads = a.new_zeros(len(self._a_matrices), *a.shape), b.new_zeros(len(self._b_matrices), *b.shape)
         place = self._places[segment.expert]
-        self._grads_a[place], self._grads_b[place] = grad_a, grad_b
+        segment.outer(grad_u, x, self._grads[0][place])
+        segment.outer(u, grad, self._grads[1][place])
 
     def gradients(self) -> tuple[Tensor | None, Tensor | None]:
         """In the layout of PEFT's A (C·R, M) and B (N, R·C); zero for an expert without rows."""
         if self._a is None or self._b is None:
             return None, None
+        if self._grads is None:  # none of the adapted experts has rows
+            return torch.zeros_like(self._a), torch.zeros_like(self._b)
+        a_CRM, b_CRN = self._grads
         if None in self._places:
-            whole_a, whole_b = self._grads_a[0], self._grads_b[0]
-            assert whole_a is not None  # noqa: S101 - the one segment was collected
-            assert whole_b is not None  # noqa: S101
-            grad_a = whole_a[self._experts, : self._rank]
-            grad_b = whole_b[self._experts, :, : self._rank]
-        else:
-            zipped = zip(self._grads_a, self._a_matrices, strict=True)
-            grad_a = torch.stack([torch.zeros_like(a) if grad is None else grad for grad, a in zipped])
-            zipped = zip(self._grads_b, self._b_matrices, strict=True)
-            grad_b = torch.stack([torch.zeros_like(b) if grad is None else grad for grad, b in zipped])
+            a_CRM, b_CRN = a_CRM[0, self._experts, : self._rank], b_CRN[0, self._experts, : self._rank]
         return (
-            grad_a.reshape_as(self._a).to(self._a.dtype),
-            grad_b.permute(1, 2, 0).reshape_as(self._b).to(self._b.dtype),
+            a_CRM.reshape_as(self._a).to(self._a.dtype),
+            b_CRN.permute(2, 1, 0).reshape_as(self._b).to(self._b.dtype).mul_(self._scale),
         )
 
 
@@ -568,7 +569,7 @@ def _project(segment: _Segment, x: Tensor, weight_ENM: Tensor, lora: _Lora) -> t
     a, b = lora.matrices(segment)
     mask = lora.mask(x)
     u = segment.times(x if mask is None else x * mask, a.mT)
-    segment.add_times(y, u, b.mT, lora.scale)
+    segment.add_times(y, u, b.mT)
     return y, u
 
 
@@ -597,14 +598,15 @@ def _project_back(  # noqa: PLR0917 - the order of `_project`, then what backwar
         return grad_x
     a, b = lora.matrices(segment)
     mask = lora.mask(x)
-    grad_u = segment.times(grad, b).mul_(lora.scale)
-    u = u * (lora.scale if gates is None else gates * lora.scale)
+    grad_u = segment.times(grad, b)
     if mask is None:
         segment.add_times(grad_x, grad_u, a)
     else:
         grad_x.addcmul_(segment.times(grad_u, a), mask)
         x = x * mask
-    lora.collect(segment, segment.outer(grad_u if gates is None else grad_u * gates, x), segment.outer(grad, u))
+    if gates is not None:
+        grad_u, u = grad_u * gates, u * gates
+    lora.collect(segment, grad_u, x, u, grad)
     return grad_x
 
 

@@ -284,9 +284,9 @@ def save_peft(model: Any, weights: dict[str, Any], out: Path) -> None:
     config = model.peft_config["default"].to_dict()
     config["inference_mode"] = True
     config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-    write_json(out / "adapter_config.json", config)
     if config.get("target_parameters"):
         config["lora_dropout"] = 0.0  # matters to training alone, and plain PEFT refuses any on these
+    write_json(out / "adapter_config.json", config)
     tensors = {name: tensor.contiguous() for name, tensor in as_plain_peft(model, weights).items()}
     save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
 

@@ -18,6 +18,7 @@ ZERO3 = PROJECT / "configs" / "deepspeed" / "zero3.json"
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1"}
 WORDS = ("river", "stone", "apple", "cloud", "tiger", "lamp", "green", "winter")
 SFT_STEPS = 8
+PROBE = [40, 1719, 260, 2734, 28, 351, 253, 1205, 30]  # token ids of a fixed text
 
 
 @dataclass(frozen=True)
@@ -208,6 +209,5 @@ def logits(base: Path, adapter: Path | None = None) -> Any:
     model = MixtralForCausalLM.from_pretrained(base, dtype=torch.float32)
     if adapter is not None:
         model = PeftModel.from_pretrained(model, str(adapter))
-    ids = torch.tensor([[40, 1719, 260, 2734, 28, 351, 253, 1205, 30]])
     with torch.no_grad():
-        return model.eval()(input_ids=ids).logits
+        return model.eval()(input_ids=torch.tensor([PROBE])).logits
