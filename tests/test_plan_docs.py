@@ -57,7 +57,7 @@ def test_a_recipes_header_is_the_planners(
 ) -> None:
     """To renew a header, run its command with --header."""
     found = HEADER.search(path.read_text(encoding="utf-8"))
-    if not found:
+    if not found or "GiB" not in found[1]:
         pytest.skip("names no memory")
     command = re.search(r"`(mixfuse plan .*)`", found[1])
     assert command, f"{path}: the header's memory names no `mixfuse plan` command"
