@@ -246,7 +246,7 @@ class Demo:
 
     async def swap_under_load(self) -> dict[str, Any]:
         """Swaps the judge while clients keep asking; counts what was asked and what failed meanwhile."""
-        client = AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=300)
+        client = AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=900)
         flowing, swapped = asyncio.Event(), asyncio.Event()
         prompts = [task.prompt for task in self.heldout()]
         done = failed = 0
@@ -283,7 +283,7 @@ class Demo:
 
     async def fuse(self) -> dict[str, Any]:
         """Answers held-out tasks by best_of and marks the answer and every candidate of the same request."""
-        client = AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=300)
+        client = AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=900)
         tasks = self.heldout()[: self.sizes.fused]
         limit = asyncio.Semaphore(8)
         rows: list[dict[str, Any]] = []
