@@ -1,0 +1,74 @@
+"""The README's commands, links and table, so that they cannot rot; `scripts/demo` does its first session."""
+
+import ast
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", TEXT, re.DOTALL)
+COMMANDS = [line for _, block in BLOCKS for line in block.replace("\\\n", " ").splitlines()]
+
+
+def command_line(start: str) -> list[str]:
+    """The one command of the README that starts so."""
+    (line,) = [line for line in COMMANDS if line.startswith(start)]
+    return shlex.split(line)
+
+
+def run(*arguments: str) -> str:
+    done = subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_links_lead_somewhere():
+    links = re.findall(r"\]\(([^)#]+)\)", TEXT)
+    assert links
+    assert not [link for link in links if not (ROOT / link).exists()]
+
+
+def test_files_it_names_are_there():
+    files = re.findall(r"`((?:configs|scripts|docs)/[\w./-]+)`", TEXT)
+    assert len(files) > 3
+    assert not [name for name in files if not (ROOT / name).exists()]
+
+
+def test_the_plan_needs_neither_gpu_nor_weights():
+    command = command_line("mixfuse plan ")
+    told = run(sys.executable, "-P", "-m", *command)
+    assert "140.63 B parameters" in told
+    assert told.rstrip().endswith("fits")
+
+
+def test_the_launch_is_one_that_launch_writes():
+    command = command_line("scripts/launch --torchrun")
+    command[command.index("my_sft.yaml")] = "configs/tiny/domain_sft.yaml"
+    told = run(sys.executable, "-P", "-m", "mixfuse", "launch", "--dry-run", *command[1:])
+    assert "--nnodes=2" in told
+    assert "--nproc-per-node=8" in told
+
+
+def test_the_example_is_python_that_asks_a_fused_model():
+    (example,) = [block for language, block in BLOCKS if language == "python"]
+    strings = {node.value for node in ast.walk(ast.parse(example)) if isinstance(node, ast.Constant)}
+    assert "fusion/best-of" in strings
+
+
+@pytest.mark.parametrize("cell", re.findall(r"^\| (`mixfuse .*?) \|(?<!\\\|) ", TEXT, re.MULTILINE))
+def test_every_command_of_the_table_is_one(cell: str):
+    for number, code in enumerate(re.findall(r"`([^`]+)`", cell)):
+        words = code.replace("\\|", "|").removeprefix("mixfuse ").split()
+        names: list[str] = []
+        for word in words:
+            if not re.fullmatch(r"[a-z]+", word):
+                break
+            names.append(word)
+        assert names, code
+        told = run(sys.executable, "-P", "-m", "mixfuse", *names, "--help")
+        assert told.startswith(f"usage: mixfuse {' '.join(names)}"), (number, code)
