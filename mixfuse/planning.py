@@ -56,13 +56,9 @@ def _is_serving(path: Path) -> bool:
 def _training(arguments: Any) -> tuple[dict[str, Any], str, str]:
     from mixfuse.files import read_json
     from train import plan
-    from train.recipe import JudgeRecipe, SftRecipe, TrainRecipe
+    from train.recipe import kind_of
 
-    model: type[TrainRecipe] = SftRecipe
-    data = yaml.safe_load(arguments.recipe.read_text(encoding="utf-8")) if arguments.recipe.is_file() else None
-    if isinstance(data, dict) and ("beta" in data or data.get("role") == "judge"):
-        model = JudgeRecipe
-    recipe = load(arguments.recipe, model, arguments.overrides)
+    recipe = load(arguments.recipe, kind_of(arguments.recipe, arguments.overrides), arguments.overrides)
     config, where = plan.find_config(recipe, arguments.recipe, arguments.model)
     cuda = arguments.device == "cuda"
     host = size(arguments.host_memory) if arguments.host_memory else None

@@ -26,8 +26,7 @@ from mixfuse.files import sha256_file
 from mixfuse.recipe import load
 from train import process
 from train.checkpoint import KEEP
-from train.experts import kind_of
-from train.recipe import TrainRecipe, lora_parameters
+from train.recipe import TrainRecipe, kind_of, lora_parameters
 
 STACK = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "deepspeed", "mixfuse")
 GIB = 1 << 30

@@ -23,7 +23,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock, 
 
 from mixfuse.errors import MixfuseError
 from mixfuse.files import atomic_file, read_json, write_json
-from train.recipe import JudgeRecipe, SftRecipe, TrainRecipe, lora_parameters
+from train.recipe import JudgeRecipe, SftRecipe, TrainRecipe, kind_of, lora_parameters
 
 RECORD = "experts.json"
 Chosen = tuple[tuple[int, ...], ...]
@@ -282,20 +282,6 @@ def _print_table(load: Load, chosen: Chosen, share: float) -> None:
     console = Console()
     # Into a file or a pipe, a table is not cut to a terminal that is not there.
     console.print(table, width=None if console.is_terminal else 12 + 16 * len(load.gate_share[0]))
-
-
-def kind_of(recipe_path: Path, overrides: list[str]) -> type[TrainRecipe]:
-    """A judge's recipe names a key that only a judge's has, or its role; any other is an SFT recipe."""
-    import yaml
-
-    judges = set(JudgeRecipe.model_fields) - set(SftRecipe.model_fields)
-    names = {override.partition("=")[0] for override in overrides}
-    try:
-        data = yaml.safe_load(recipe_path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return SftRecipe  # loading it says what is wrong
-    keys = set(data) | names if isinstance(data, dict) else names
-    return JudgeRecipe if keys & judges or (isinstance(data, dict) and data.get("role") == "judge") else SftRecipe
 
 
 def _rows(recipe: TrainRecipe, tokenizer: Any, out: Path) -> Sequence[Any]:

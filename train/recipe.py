@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
+import yaml
 from pydantic import (
     AfterValidator,
     BeforeValidator,
@@ -365,3 +366,15 @@ class JudgeRecipe(TrainRecipe):
 
     role: RoleName = "judge"
     beta: PositiveFloat = 0.1
+
+
+def kind_of(recipe_path: Path, overrides: list[str]) -> type[TrainRecipe]:
+    """Which recipe a file holds: a judge's names a key that only a judge's has, or its role; any other is of SFT."""
+    judges = set(JudgeRecipe.model_fields) - set(SftRecipe.model_fields)
+    names = {override.partition("=")[0] for override in overrides}
+    try:
+        data = yaml.safe_load(recipe_path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return SftRecipe  # loading it says what is wrong
+    keys = set(data) | names if isinstance(data, dict) else names
+    return JudgeRecipe if keys & judges or (isinstance(data, dict) and data.get("role") == "judge") else SftRecipe

@@ -22,7 +22,7 @@ from train import experts
 from train.experts import Load
 from train.export import export
 from train.model import load_base, load_tokenizer
-from train.recipe import JudgeRecipe, Lora, SftRecipe, lora_parameters
+from train.recipe import JudgeRecipe, Lora, SftRecipe, kind_of, lora_parameters
 from train.run import last_checkpoint
 
 # Layer 0 sends every token to experts 2 and 0, about 3 to 1; layer 1 to 3, and hardly to 1.
@@ -178,7 +178,7 @@ def test_a_bad_recipe_is_one_line(recipe_path: Path) -> None:
     done = harness.mixfuse("experts", "profile", recipe_path, "lora.expert_sharing=0.6")
     assert done.returncode == 2
     assert "unknown key 'lora.expert_sharing'; did you mean 'lora.expert_share'?" in done.stderr
-    assert experts._kind(recipe_path, ["beta=1"]) is JudgeRecipe
+    assert kind_of(recipe_path, ["beta=1"]) is JudgeRecipe
 
 
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match")
