@@ -73,8 +73,15 @@ def test_an_out_that_is_not_shared_is_found(sft_recipe: Path, tmp_path: Path) ->
 
 
 def _machine(host: str, rank: int, **differing: object) -> Machine:
-    usual = {"versions": {"torch": "2.13.0"}, "gpus": ["H100"] * 8, "gpu_memory": 1, "driver": "570", "memory": 1}
-    return Machine(host=host, rank=rank, infiniband=8, **(usual | differing))  # type: ignore[arg-type]
+    usual = {
+        "versions": {"torch": "2.13.0"},
+        "gpus": ["H100"] * 8,
+        "gpu_memory": 1,
+        "driver": "570",
+        "memory": 1,
+        "infiniband": 8,
+    }
+    return Machine(host=host, rank=rank, **(usual | differing))  # type: ignore[arg-type]
 
 
 def test_machines_that_differ_are_named() -> None:
