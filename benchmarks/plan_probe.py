@@ -16,7 +16,7 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedPara
 from transformers import TrainerCallback
 
 from mixfuse.recipe import load
-from train import judge, run, sft
+from train import judge, process, run, sft
 from train.tracker import Tracker
 
 STEPS = 3  # DeepSpeed learns the order of modules in the first two; the third is as all that follow
@@ -105,7 +105,7 @@ def measure(tracker: Tracker, trainer: Any, out: Path) -> None:
 def main() -> None:
     stage, recipe_path, facts, *overrides = sys.argv[1:]
     recipe = load(Path(recipe_path), run.RECIPES[stage], overrides)
-    run.prepare_process(recipe)
+    process.prepare(recipe.threads, wandb=recipe.wandb)
     tracker = Tracker()
     module = {"sft": sft, "judge": judge}[stage]
     module.train_and_save = lambda trainer, *_, **__: measure(tracker, trainer, Path(facts))

@@ -150,7 +150,7 @@ def test_activations_grow_with_the_batch_and_checkpointing_keeps_few(tmp_path: P
 
 def test_dpo_runs_twice_the_sequences(tmp_path: Path) -> None:
     recipe = recipe_for(tmp_path)
-    keys = recipe.model_dump(exclude={"router_aux_loss_coef", "role"})
+    keys = recipe.model_dump(exclude={"router_aux_loss_coef", "role"}, exclude_defaults=True)
     judge = plan.JudgeRecipe.model_validate({key: keys[key] for key in keys if key in plan.JudgeRecipe.model_fields})
     assert planned(judge).batch == Batch(2, 4096)
     assert planned(judge).saved["kept"] == pytest.approx(2 * planned(recipe).saved["kept"], rel=0.01)
@@ -205,7 +205,7 @@ def test_a_model_the_planner_does_not_know_is_refused() -> None:
 
 def test_the_command_says_what_is_wrong(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(recipe_for(tmp_path).model_dump_json())
+    recipe.write_text(recipe_for(tmp_path).model_dump_json(exclude_defaults=True))
     for arguments, message in (
         ([], "no config.json in"),
         (["--model", str(MODEL), "--gpu-memory", "much"], "'much' is no size"),
