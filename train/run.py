@@ -117,7 +117,7 @@ def trainer_arguments(recipe: TrainRecipe) -> dict[str, Any]:
     """The arguments SFTConfig and DPOConfig share. Constructing either makes the ZeRO-3 config alive for loading."""
     import torch
 
-    world = int(os.environ["WORLD_SIZE"])
+    world = process.world_size(recipe.processes)
     optimizer, evaluation = recipe.optimizer, recipe.evaluation
     cosine_end = {"min_lr": optimizer.min_learning_rate} if optimizer.min_learning_rate else None
     return {
@@ -230,7 +230,7 @@ def train_and_save(trainer: Any, recipe: TrainRecipe, *, stage: str, examples: i
                     "last_loss": sum(tail) / len(tail),
                     "steps": trainer.state.global_step,
                     "examples": examples or len(trainer.train_dataset),
-                    "processes": int(os.environ["WORLD_SIZE"]),
+                    "processes": process.world_size(recipe.processes),
                     "trainable_parameters": sum(tensor.numel() for tensor in weights.values()),
                     "seconds": round(time.time() - began, 1),
                     **({"best_step": best["step"], "best_eval_loss": best["eval_loss"]} if best else {}),
