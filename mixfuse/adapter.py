@@ -25,12 +25,14 @@ from pydantic import Field
 
 from mixfuse.errors import MixfuseError
 from mixfuse.files import read_json, sha256_file, sha256_json
+from mixfuse.judge_protocol import Calibration
 from mixfuse.recipe import Strict, validate
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+PROBES = "probes.json"
 PARITY_TOLERANCE = 1e-3
 _SAMPLE = 1 << 16
 # What transformers, peft or the user's disk write into a config without changing the model.
@@ -82,8 +84,67 @@ class Parity(Strict):
     engine: str
 
 
+class LogprobProbe(Strict):
+    """A stored prompt with what the adapter says of it.
+
+    Attributes:
+        tokens: The prompt's token ids.
+        logprobs: Of its tokens but the first, each given those before it, in nats; float32, under the adapter.
+    """
+
+    tokens: list[int] = Field(min_length=2)
+    logprobs: list[float]
+
+
+class VerdictProbe(Strict):
+    """A stored comparison with a judge's verdict on it.
+
+    Attributes:
+        messages: The comparison as chat messages, from `judge_protocol.comparison`.
+        p: P(A) / (P(A) + P(B)) for its first token, before calibration.
+    """
+
+    messages: list[dict[str, str]]
+    p: float = Field(ge=0, le=1)
+
+
+class Probes(Strict):
+    """`probes.json`: what a swap asks a freshly loaded adapter before it serves, with the answers it must give.
+
+    Attributes:
+        tolerance: How far a log-probability may be off in float32, in nats; engines of less precision take more.
+        logprobs: From the parity run.
+        verdicts: Of a judge.
+    """
+
+    tolerance: float
+    logprobs: list[LogprobProbe] = []
+    verdicts: list[VerdictProbe] = []
+
+
+class TrainingData(Strict):
+    """One data set an adapter was trained on.
+
+    Attributes:
+        name: The file's name, or the data set's on the Hub.
+        sha256: Of the file; None for a data set on the Hub.
+        rows: How many.
+        licence: As its owner states it; None where nothing was stated.
+    """
+
+    name: str
+    sha256: str | None = None
+    rows: int | None = None
+    licence: str | None = None
+
+
 class Manifest(Strict):
-    """`manifest.json`."""
+    """`manifest.json`.
+
+    Attributes:
+        calibration: How a judge's probabilities are to be read; None where that was not measured.
+        training_data: What it was trained on.
+    """
 
     schema_version: int = SCHEMA_VERSION
     role: str
@@ -98,11 +159,14 @@ class Manifest(Strict):
     metrics: dict[str, Any] = {}
     parity: Parity | None = None
     judge_protocol: dict[str, Any] | None = None
+    calibration: Calibration | None = None
+    training_data: list[TrainingData] = []
 
 
 def revision_of(files: dict[str, str]) -> str:
-    """The revision of an adapter: 12 hex digits over the hashes of its weights and configs (the card aside)."""
-    return sha256_json({name: digest for name, digest in files.items() if not name.endswith(".md")})[:12]
+    """The revision of an adapter: 12 hex digits over the hashes of its weights and configs (card and probes aside)."""
+    weights = {name: digest for name, digest in files.items() if not name.endswith(".md") and name != PROBES}
+    return sha256_json(weights)[:12]
 
 
 def fingerprint(base: Path) -> Fingerprint:
@@ -158,6 +222,16 @@ def read_manifest(directory: Path) -> Manifest:
             directory, f"{MANIFEST} has schema version {version!r}, this version of mixfuse reads {SCHEMA_VERSION}"
         )
     return validate(data, Manifest, source=str(path))
+
+
+def read_probes(directory: Path) -> Probes | None:
+    """Reads an adapter directory's stored probes; None where it has none.
+
+    Raises:
+        MixfuseError: The file is not of that shape (`kind` "adapter").
+    """
+    path = directory / PROBES
+    return validate(read_json(path), Probes, source=str(path)) if path.is_file() else None
 
 
 def verify(directory: Path, *, base: Fingerprint | None = None) -> Manifest:

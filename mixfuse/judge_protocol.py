@@ -21,7 +21,10 @@ import secrets
 from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
 
+from pydantic import Field
+
 from mixfuse.files import sha256_json
+from mixfuse.recipe import Strict
 
 VERSION = "2"
 # Short on purpose: a judge reads this frame twice for every pair of candidates.
@@ -69,6 +72,18 @@ _INVISIBLE = re.compile(
 _LINE_ENDS = re.compile(r"\r\n?|[\x85\u2028\u2029]")
 # What follows stays on the line of the mark, so that no cut puts anything at the beginning of a line.
 _CUT = "\n[… the middle of this text was left out …] "
+
+
+class Calibration(Strict):
+    """What a judge's probabilities are divided by and rounded with; measured on a dev split, kept in its manifest.
+
+    Attributes:
+        temperature: The log-odds of a verdict are divided by it (Guo et al. 2017, arXiv 1706.04599); 1 changes nothing.
+        tie_margin: A pair whose order-averaged score lies within this of 1/2 is a tie; 0 leaves every verdict as it is.
+    """
+
+    temperature: float = Field(default=1.0, gt=0)
+    tie_margin: float = Field(default=0.0, ge=0, lt=0.5)
 
 
 def describe() -> dict[str, object]:
