@@ -51,7 +51,7 @@ def export(
     Args:
         database: The gateway's.
         out: The file to write.
-        label: Whose word says which answers are right. `feedback`: users', see `_by_feedback`. `judge`: the answer
+        label: Whose word says which answers are right. `feedback`: users', see `by_feedback`. `judge`: the answer
             that won is right, those that lost to it in both orders are wrong. That teaches a judge its own opinion;
             it is of use where another, better judge spoke.
         tasks: Tasks with verifiers; they say of traces with their prompts which answers are right, whatever `label`.
@@ -77,7 +77,7 @@ def export(
             if task is not None:
                 known = {index: task.verify(text) for index, text in answers.items()}
             else:
-                known = _by_feedback(trace) if label == "feedback" else _by_judge(trace)
+                known = by_feedback(trace) if label == "feedback" else _by_judge(trace)
             responses = [
                 {"model": trace.candidates[index], "text": text, "correct": known[index]}
                 for index, text in sorted(answers.items())
@@ -124,7 +124,7 @@ def _answers(trace: Trace) -> dict[int, str]:
     return {call.candidate: call.text for call in calls if call.candidate is not None and call.text}
 
 
-def _by_feedback(trace: Trace) -> dict[int, bool]:
+def by_feedback(trace: Trace) -> dict[int, bool]:
     """What users said, by candidate; later feedback overrides earlier.
 
     Understood are `{"correct": [candidates]}` with or without `{"wrong": [candidates]}`, `{"best": candidate}` (the
