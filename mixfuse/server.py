@@ -38,7 +38,7 @@ from mixfuse.adapter import fingerprint
 from mixfuse.errors import MixfuseError
 from mixfuse.recipe import Strict, load
 from serve.engine import Engine, EngineConfig
-from serve.roles import BASE, RoleTable
+from serve.roles import BASE, Revision, RoleTable
 
 # Longer than clients and load balancers keep an idle connection (5 to 60 s): a request must not be sent into one that
 # is being closed at this end.
@@ -91,7 +91,16 @@ class LeasedRoles:
     async def lease(self, role: str) -> AsyncIterator[Endpoint]:
         """Yields the engine's endpoint for the role, its revision pinned."""
         async with self._table.lease(role) as revision:
-            yield Endpoint(self._engine.url, revision.model, self._engine.api_key, revision.revision)
+            yield self._endpoint(revision)
+
+    @asynccontextmanager
+    async def hold(self, revision: Revision) -> AsyncIterator[Endpoint]:
+        """Yields the engine's endpoint for this revision, whichever serves its role."""
+        async with self._table.hold(revision):
+            yield self._endpoint(revision)
+
+    def _endpoint(self, revision: Revision) -> Endpoint:
+        return Endpoint(self._engine.url, revision.model, self._engine.api_key, revision.revision)
 
 
 def run(config_path: Path, overrides: list[str]) -> None:

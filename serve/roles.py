@@ -131,7 +131,12 @@ class RoleTable:
         Raises:
             MixfuseError: The role is unknown.
         """
-        revision = self._choose(role)
+        async with self.hold(self._choose(role)) as revision:
+            yield revision
+
+    @asynccontextmanager
+    async def hold(self, revision: Revision) -> AsyncIterator[Revision]:
+        """Pins this revision, a staged one too: it stays loaded for as long as the block runs."""
         revision._enter()
         try:
             yield revision
