@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import orjson
 from prometheus_client import CONTENT_TYPE_LATEST as METRICS_TYPE
+from prometheus_client.registry import Collector
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -78,6 +79,7 @@ def create_app(
     extra_routes: Sequence[BaseRoute] = (),
     checks: Mapping[str, Check] | None = None,
     observers: Sequence[Observer] = (),
+    collectors: Sequence[Collector] = (),
 ) -> Starlette:
     """Builds the gateway.
 
@@ -87,6 +89,7 @@ def create_app(
         extra_routes: More routes, served before the gateway's own.
         checks: What else has to be well for `/readyz`, by name.
         observers: Told of finished traces; one that raises is logged, and no request fails because of it.
+        collectors: What else `/metrics` shows.
 
     Raises:
         MixfuseError: The config names a role, but there is no server beside this gateway; or the trace
@@ -97,6 +100,8 @@ def create_app(
     if roles is None and role is not None:
         raise MixfuseError(f"role {role!r}: this gateway has no server beside it; name a base_url and model")
     gateway = _Gateway(config, Pool(roles), Database(config.trace_db), checks or {}, observers)
+    for collector in collectors:
+        gateway.metrics.show(collector)
 
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:

@@ -24,7 +24,7 @@ from fusion.shadow import Comparison, Part, share, side_by_side, watch
 from mixfuse.errors import MixfuseError
 from mixfuse.recipe import Strict, validate
 from mixfuse.trace import Trace
-from serve.roles import Revision, RoleTable
+from serve.roles import Revision, RoleTable, Why
 
 logger = logging.getLogger(__name__)
 
@@ -172,7 +172,7 @@ class Revisions(RoleSource, Protocol):
 
 
 class Gates:
-    """The gates of a server; an async context manager that ends what is under way.
+    """The gates of a server.
 
     Args:
         table: The server's roles.
@@ -187,12 +187,8 @@ class Gates:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._watches: dict[str, _Shadow | _Canary] = {}
 
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    async def close(self) -> None:
+        """Ends what is under way; the old revisions serve on."""
         for role in list(self._tasks):
             await self.stop(role)
 
@@ -213,7 +209,8 @@ class Gates:
         """
         known = {**self._limits.model_dump(), **request.limits}
         limits = validate(known, GateConfig, source="limits")
-        revision = await self._table.stage(role, request.directory)
+        why: Why = "shadow" if request.canary is None else "canary"
+        revision = await self._table.stage(role, request.directory, why=why)
         assert revision.revision is not None  # noqa: S101 - what was staged is an adapter
         old = self._table.serving()[role]
         if old.revision is None and "min_agreement" not in request.limits:
@@ -242,27 +239,28 @@ class Gates:
             swap = await self._table.commit(role, new)
             gate.state, gate.reason = "promoted", f"within its limits; {swap.drained} requests finished on the old one"
         except GateError as refusal:
-            gate.state, gate.reason = "refused", str(refusal)
-            await self._give_up(new)
+            await self._give_up(gate, "refused", str(refusal), new)
         except asyncio.CancelledError:
             # Between flip and end the new one serves already: only the draining is not waited for.
-            flipped = self._table.serving()[role] is new
-            gate.state, gate.reason = ("promoted", "within its limits") if flipped else ("stopped", "it was stopped")
-            await self._give_up(new)
+            if self._table.serving()[role] is new:
+                gate.state, gate.reason = "promoted", "within its limits"
+            else:
+                await self._give_up(gate, "stopped", "it was stopped; the old revision serves on", new)
         except Exception as error:
             if not isinstance(error, MixfuseError):
                 logger.exception("the gate of role %s failed in a way it should not", role)
-            gate.state, gate.reason = "failed", str(error)
-            await self._give_up(new)
+            await self._give_up(gate, "failed", str(error), new)
         finally:
             del self._tasks[role]
             logger.info("gate of role %s: %s: %s (%s)", role, gate.new, gate.state, gate.reason)
 
-    async def _give_up(self, revision: Revision) -> None:
+    async def _give_up(self, gate: Gate, state: State, reason: str, revision: Revision) -> None:
+        why: Why = "canary-rollback" if gate.canary is not None else "shadow-rollback"
         try:
-            await self._table.discard(revision)
+            await self._table.discard(revision, why=why, reason=reason)
         except MixfuseError as error:  # the engine is gone, and the adapter with it
             logger.warning("%s could not be unloaded: %s", revision.model, error)
+        gate.state, gate.reason = state, reason
 
     async def _shadow(self, gate: Gate, old: Revision, new: Revision) -> None:
         gate.state, gate.shadow = "shadow", Comparison()

@@ -54,6 +54,12 @@ class ScriptedEngine:
     async def probe(self, name: str) -> None:
         assert name in self.loaded
 
+    async def prompt_logprobs(self, name: str, prompt: list[int]) -> list[float]:
+        return [-2.0 if name in self.loaded else -1.0] * (len(prompt) - 1)
+
+    async def first_token_logprobs(self, name: str, messages: list[dict[str, str]]) -> dict[str, float]:
+        raise AssertionError("these adapters have no stored verdicts")
+
 
 class House:
     """A gateway with a judge and a domain role, and the gates before them."""
@@ -116,10 +122,11 @@ async def house(upstream: FakeUpstream, config: Callable[..., FusionConfig], tmp
     await table.swap("domain", make("domain", Script("the expert's answer")))
     roles = LeasedRoles(table, engine)
     async with AsyncExitStack() as stack:
-        gates = await stack.enter_async_context(Gates(table, roles, fusion, GateConfig(max_latency_ratio=None)))
+        gates = Gates(table, roles, fusion, GateConfig(max_latency_ratio=None))
         app = create_app(fusion, roles, observers=[gates.observe])
         gateway = Gateway(await stack.enter_async_context(serving(app)))
         stack.push_async_callback(gateway.close)
+        stack.push_async_callback(gates.close)
         yield House(gateway, gates, table, engine, make)
 
 
@@ -300,7 +307,7 @@ async def test_the_end_of_the_server_ends_a_canary_and_the_old_one_serves(house:
     new = house.make("domain", Script("another answer"))
     gate = await house.gates.begin("domain", SwapRequest(directory=new, canary=0.5, requests=1000))
     await house.ask("domain")
-    await house.gates.__aexit__(None, None, None)
+    await house.gates.close()
     assert gate.state == "stopped"
     assert {(await house.ask("domain"))["choices"][0]["message"]["content"] for _ in range(4)} == {
         "the expert's answer"

@@ -5,6 +5,7 @@ What a real engine does with adapters is in test_server.py and test_engine.py; h
 
 import asyncio
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,6 +32,8 @@ class FakeEngine:
         self.fail: dict[str, MixfuseError] = {}
         self.gates: dict[str, asyncio.Event] = {}
         self.begun = asyncio.Event()
+        self.says: dict[str, float] = {"base": -1.0}
+        self.prefers: dict[str, float] = {}
 
     async def _step(self, what: str, name: str) -> None:
         self.calls.append(f"{what} {name}")
@@ -52,6 +55,14 @@ class FakeEngine:
     async def probe(self, name: str) -> None:
         await self._step("probe", name)
         assert name in self.loaded
+
+    async def prompt_logprobs(self, name: str, prompt: list[int]) -> list[float]:
+        assert name in {"base", *self.loaded}
+        return [self.says.get(name, -2.0)] * (len(prompt) - 1)
+
+    async def first_token_logprobs(self, name: str, messages: list[dict[str, str]]) -> dict[str, float]:
+        p = self.prefers.get(name, 0.5)
+        return {" A": math.log(p), "B": math.log(1 - p)}
 
 
 @pytest.fixture
