@@ -171,6 +171,14 @@ def _parser() -> argparse.ArgumentParser:
     swap = roles.add_parser("swap", help="serve a role by another adapter, without restart")
     swap.add_argument("role", metavar="ROLE")
     swap.add_argument("dir", type=Path, metavar="DIR")
+    swap.add_argument("--shadow", type=int, metavar="N", help="first, N live requests are done again by the new one")
+    swap.add_argument("--canary", metavar="SHARE", help="then it is given this share of the requests (10%%)")
+    swap.add_argument("--for", dest="for_", metavar="TIME", help="how long it is a canary (90s, 10m, 2h)")
+    swap.add_argument("--requests", type=int, metavar="N", help="or until N requests have met it")
+    swap.add_argument("--timeout", default="10m", metavar="TIME", help="to wait for those requests (default 10m)")
+    swap.add_argument(
+        "--limit", action="append", default=[], metavar="NAME=VALUE", help="instead of the serve config's `gate.NAME`"
+    )
     swap.set_defaults(command=_roles_swap)
     rollback = roles.add_parser("rollback", help="serve a role by what served it before; again and again goes on back")
     rollback.add_argument("role", metavar="ROLE")
@@ -478,9 +486,21 @@ def _roles_list(arguments: argparse.Namespace) -> None:
 
 
 def _roles_swap(arguments: argparse.Namespace) -> None:
-    from mixfuse.roles_admin import swap_role
+    from mixfuse.recipe import override
+    from mixfuse.roles_admin import seconds, share, swap_role, swap_through_gate
 
-    swap_role(arguments.url, arguments.role, arguments.dir, as_json=arguments.json)
+    gate = {
+        "shadow": arguments.shadow,
+        "canary": share(arguments.canary) if arguments.canary else None,
+        "for_s": seconds(arguments.for_) if arguments.for_ else None,
+        "requests": arguments.requests,
+        "limits": override({}, arguments.limit),
+    }
+    if not any(gate.values()):
+        swap_role(arguments.url, arguments.role, arguments.dir, as_json=arguments.json)
+        return
+    gate |= {"timeout_s": seconds(arguments.timeout)}
+    swap_through_gate(arguments.url, arguments.role, arguments.dir, gate, as_json=arguments.json)
 
 
 def _roles_rollback(arguments: argparse.Namespace) -> None:

@@ -106,6 +106,7 @@ class SwapRequest(Strict):
 
 
 State = Literal["shadow", "canary", "draining", "promoted", "refused", "stopped", "failed"]
+UNDER_WAY = ("shadow", "canary", "draining")
 
 
 @dataclass
@@ -139,7 +140,7 @@ class Gate:
     @property
     def under_way(self) -> bool:
         """Whether it has not ended."""
-        return self.state in ("shadow", "canary", "draining")
+        return self.state in UNDER_WAY
 
     def report(self) -> dict[str, Any]:
         """State and figures as JSON."""

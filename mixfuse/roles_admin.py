@@ -2,6 +2,8 @@
 
 import json
 import os
+import sys
+import time
 from collections.abc import Awaitable, Callable, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,12 +20,13 @@ from starlette.routing import Route
 
 from fusion.keys import ADMIN_KEY, is_admin
 from mixfuse.errors import MixfuseError
-from mixfuse.gates import Gates, SwapRequest
+from mixfuse.gates import UNDER_WAY, Gates, SwapRequest
 from mixfuse.recipe import validate
 from mixfuse.roles_store import StoredRoles
 from serve.roles import BASE, RoleState, RoleTable, Swap
 
 _STATUS = {"role": 404, "unauthorized": 401, "conflict": 409, "engine": 503, "trace_db": 503}
+_POLL_S = 0.5  # how often a gate is looked at
 Handler = Callable[[Request], Awaitable[Response]]
 
 
@@ -174,6 +177,8 @@ def list_roles(url: str, *, as_json: bool = False) -> None:
         if staged := row["staged"]:
             notes.append(f"{staged['revision']} staged" + (f", {staged['share']:.0%}" if staged["share"] else ""))
         notes += [row["problem"]] if row["problem"] else []
+        if gate := row["gate"]:
+            notes.append(_progress(gate) if gate["state"] in UNDER_WAY else f"{gate['new']} {gate['state']}")
         table.add_row(
             row["role"],
             row["revision"] or "-",
@@ -192,6 +197,70 @@ def swap_role(url: str, role: str, directory: Path, *, as_json: bool = False) ->
         MixfuseError: No server answers, or the swap was refused; the old revision serves on then.
     """
     _show_swap(_ask("PUT", url, f"/admin/roles/{role}", {"directory": str(directory.resolve())}), as_json)
+
+
+def swap_through_gate(url: str, role: str, directory: Path, gate: dict[str, Any], *, as_json: bool = False) -> None:
+    """`mixfuse roles swap --shadow, --canary`: shows how far the gate is until it has ended; Ctrl-C ends it.
+
+    Args:
+        url: The server's.
+        role: The role.
+        directory: The adapter directory.
+        gate: The other keys of `mixfuse.gates.SwapRequest`.
+        as_json: The gate's last state, instead of tables.
+
+    Raises:
+        MixfuseError: No server answers, the adapter was refused, or it did not get through the gate; the old revision
+            serves on then.
+    """
+    body = {"directory": str(directory.resolve()), **{key: value for key, value in gate.items() if value is not None}}
+    found = _ask("PUT", url, f"/admin/roles/{role}", body)["gate"]
+    try:
+        with Console(stderr=True).status("") as status:
+            while found["state"] in UNDER_WAY:
+                status.update(f"{role}: {found['new']}: {_progress(found)}")
+                time.sleep(_POLL_S)
+                rows = _ask("GET", url, "/admin/roles")["roles"]
+                found = next(row["gate"] for row in rows if row["role"] == role)
+    except KeyboardInterrupt:
+        found = _ask("DELETE", url, f"/admin/roles/{role}/gate")["gate"]
+        print(f"{role}: {found['state']}: {found['reason']}", file=sys.stderr)
+        raise
+    if as_json:
+        print(json.dumps(found))
+    else:
+        for name in ("shadow", "canary"):
+            if found[name] is not None:
+                Console().print(_figures(f"{role}: {name}", found[name]))
+    if found["state"] != "promoted":
+        raise MixfuseError(f"{role}: {found['reason']}", kind="gate")
+    if not as_json:
+        print(f"{role}: {found['old'] or BASE} -> {found['new']} ({found['reason']})")
+
+
+def seconds(text: str) -> float:
+    """Reads a length of time: `90s`, `10m`, `2h`, or a number of seconds.
+
+    Raises:
+        MixfuseError: It is none.
+    """
+    unit = {"s": 1, "m": 60, "h": 3600}.get(text[-1:])
+    try:
+        return float(text[:-1]) * unit if unit else float(text)
+    except ValueError:
+        raise MixfuseError(f"{text!r} is no length of time; write 90s, 10m or 2h") from None
+
+
+def share(text: str) -> float:
+    """Reads a share: `10%` or `0.1`.
+
+    Raises:
+        MixfuseError: It is none.
+    """
+    try:
+        return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        raise MixfuseError(f"{text!r} is no share of requests; write 10% or 0.1") from None
 
 
 def roll_role_back(url: str, role: str, *, as_json: bool = False) -> None:
@@ -267,11 +336,50 @@ def _show_swap(done: dict[str, Any], as_json: bool) -> None:
         )
 
 
+def _progress(gate: dict[str, Any]) -> str:
+    asked, figures = gate["asked"], gate.get(gate["state"])
+    if figures is None:
+        return "waits for the old one's last requests"
+    wanted = asked.get("shadow") if gate["state"] == "shadow" else asked.get("requests")
+    until = f"of {wanted} requests" if wanted else f"requests in {asked['for_s']:g} s"
+    return f"{gate['state']}, {figures['new']['requests']} {until}"
+
+
+def _figures(title: str, found: dict[str, Any]) -> Table:
+    """What both revisions did, side by side."""
+    table = Table("", "old", "new", title=title, title_justify="left")
+    for name, words in (
+        ("requests", "requests"),
+        ("calls", "calls"),
+        ("failures", "failed calls"),
+        ("p50_ms", "p50, ms"),
+        ("p95_ms", "p95, ms"),
+        ("pairs", "pairs judged"),
+        ("consistency", "alike in both orders"),
+        ("parse_failures", "unreadable verdicts"),
+        ("liked", "answers liked"),
+        ("disliked", "answers disliked"),
+        ("tokens", "tokens"),
+        ("cost", "dollars"),
+    ):
+        values = [found[side][name] for side in ("old", "new")]
+        if any(values):
+            table.add_row(words, *("-" if value is None else f"{value:.4g}" for value in values))
+    for name, words in (
+        ("agreement", "same winner"),
+        ("answer_agreement", "same answer"),
+        ("preference", "new one preferred"),
+    ):
+        if found[name] is not None:
+            table.add_row(words, "", f"{found[name]:.2f}")
+    return table
+
+
 def _time(at: float | None) -> str:
     return "" if at is None else datetime.fromtimestamp(at, UTC).isoformat(" ", "seconds").removesuffix("+00:00")
 
 
-def _ask(method: str, url: str, path: str, body: dict[str, str] | None = None) -> dict[str, Any]:
+def _ask(method: str, url: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
     headers = {"Authorization": f"Bearer {key}"} if (key := os.environ.get(ADMIN_KEY)) else {}
     try:
         response = httpx.request(method, url.rstrip("/") + path, json=body, headers=headers, timeout=600)

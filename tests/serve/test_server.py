@@ -174,6 +174,48 @@ def test_the_judge_role_is_swapped_listed_and_evaluated(server: Server, tiny, tm
     assert {"both_orders_correct", "first_order", "consistency", "parse_failures"} <= figures.keys()
 
 
+async def test_a_swap_goes_through_shadow_and_canary_and_another_is_refused(server: Server, tiny):
+    client = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120)
+    stop = asyncio.Event()
+
+    async def keep_asking() -> None:
+        while not stop.is_set():
+            await client.chat.completions.create(
+                model="domain", messages=[{"role": "user", "content": "count to ten"}], max_tokens=4
+            )
+
+    async def swap(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return await asyncio.to_thread(
+            mixfuse, "roles", "swap", "domain", directory, "--url", server.url, "--limit", "max_latency_ratio=null",
+            *arguments,
+        )  # fmt: skip
+
+    async def swaps() -> None:
+        try:
+            before = serving(server)["domain"]
+            new = next(tiny.served[name] for name in ("one", "chosen") if revision(tiny.served[name]) != before)
+            # Random adapters do not answer alike.
+            done = await swap(new, "--shadow", "2", "--limit", "min_answer_agreement=1")
+            assert "no swap: in the shadow of 2 requests, the share of like answers was 0" in one_line_error(done)
+            assert serving(server)["domain"] == before
+            done = await swap(new, "--shadow", "2", "--canary", "50%", "--requests", "3")
+            assert done.returncode == 0, done.stderr
+            assert f"domain: {before} -> {revision(new)} (within its limits" in done.stdout
+            assert serving(server)["domain"] == revision(new)
+        finally:
+            stop.set()
+
+    async with client, asyncio.TaskGroup() as group:
+        group.create_task(swaps())
+        for _ in range(2):
+            group.create_task(keep_asking())
+    history = mixfuse("roles", "history", "domain", "--url", server.url, "--json")
+    promoted, refused = json.loads(history.stdout)[:2]
+    assert (promoted["why"], promoted["outcome"]) == ("canary", "ok")
+    assert (refused["why"], refused["outcome"]) == ("shadow-rollback", "refused")
+    assert "min_answer_agreement" in refused["error"]
+
+
 def test_refused_swaps_leave_the_old_revision_serving(server: Server, client: openai.OpenAI, tiny, tmp_path: Path):
     from train.export import export
 
