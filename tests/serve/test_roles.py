@@ -6,18 +6,23 @@ What a real engine does with adapters is in test_server.py and test_engine.py; h
 import asyncio
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy
 import pytest
+import yaml
 from safetensors.numpy import save_file
 
 from mixfuse import adapter, judge_protocol
 from mixfuse.adapter import CONFIG, MANIFEST, PROBES, WEIGHTS, Fingerprint, LogprobProbe, Manifest, Probes, VerdictProbe
 from mixfuse.database import opened
 from mixfuse.errors import MixfuseError
+from mixfuse.recipe import validate
+from mixfuse.roles_admin import routes
 from mixfuse.roles_store import StoredRoles, roll_back
+from mixfuse.server import ServeConfig
 from serve.roles import RoleTable
 from serve.watch import Folder, Watcher
 
@@ -574,3 +579,12 @@ async def test_the_newest_adapter_of_a_folder_is_swapped_in_once_it_is_whole(mad
     assert [event.why for event in await stores().history("domain") if event.outcome == "ok"] == [
         *("rollback", "watch", "watch", "config")
     ]
+
+
+def test_the_documented_config_is_one():
+    page = (Path(__file__).parents[2] / "docs" / "operations.md").read_text(encoding="utf-8")
+    (text,) = re.findall(r"^```text\n(engine:.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    config = validate(yaml.safe_load(text), ServeConfig, source="docs/operations.md")
+    assert config.engine.max_loaded == 6
+    documented = set(re.findall(r"`(?:GET|PUT|POST|DELETE) (/admin/[\w/]+)", page))
+    assert documented <= {path.path.replace("{role}", "ROLE") for path in routes(None, None)}
