@@ -62,6 +62,7 @@ class StoredRoles:
 
     def __init__(self, database: Database, gateway: str) -> None:
         self._database, self._gateway = database, gateway
+        self.name = database.name
 
     async def read(self) -> Mapping[str, Entry]:
         """All roles that are known."""

@@ -89,7 +89,12 @@ class RoleStore(Protocol):
     """The record that several tables share (`mixfuse.roles_store.StoredRoles` is one).
 
     Each method raises MixfuseError of kind "trace_db" where it cannot be reached.
+
+    Attributes:
+        name: Where it is, as `--db` takes it.
     """
+
+    name: str
 
     async def read(self) -> Mapping[str, Entry]:
         """All roles it knows."""
@@ -417,6 +422,7 @@ class RoleTable:
             MixfuseError: An adapter cannot be served; the first one, with how to mend it.
         """
         known = dict(await self._store.read()) if self._store is not None else {}
+        where = self._store.name if self._store is not None else ""
         taken = {}
         for role, directory in seeds.items():
             state = self._swappable(role)
@@ -434,7 +440,7 @@ class RoleTable:
             except MixfuseError as error:
                 raise MixfuseError(
                     f"role {role!r} cannot be served as the role table says: {error}. Put that right, or go back to "
-                    f"the revision before (mixfuse roles rollback {role} --db TRACE_DB), or start from the config "
+                    f"the revision before (mixfuse roles rollback {role} --db {where}), or start from the config "
                     "(roles_from=config)",
                     kind=error.kind,
                 ) from None
@@ -472,8 +478,9 @@ class RoleTable:
 
     async def close(self) -> None:
         """Ends what is under way: nothing is half loaded afterwards."""
-        for _, retiring in list(self._leaving.values()):
-            retiring.cancel()
+        for revision, retiring in list(self._leaving.values()):
+            if revision.in_flight:  # by requests that the end does not wait for
+                retiring.cancel()
         while self._tasks:
             await asyncio.wait(self._tasks)
         await self._slots.close()
