@@ -37,7 +37,8 @@ from fusion.pool import Endpoint
 from mixfuse.adapter import fingerprint
 from mixfuse.errors import MixfuseError
 from mixfuse.recipe import Strict, load
-from serve.engine import Engine, EngineConfig
+from serve.engine import EngineConfig
+from serve.engine_group import EngineGroup
 from serve.roles import BASE, RoleTable
 
 # Longer than clients and load balancers keep an idle connection (5 to 60 s): a request must not be sent into one that
@@ -78,10 +79,10 @@ class ServeConfig(Strict):
 
 
 class LeasedRoles:
-    """The role table as the gateway sees it: endpoints of the engine."""
+    """The role table as the gateway sees it: endpoints of the engines."""
 
-    def __init__(self, table: RoleTable, engine: Engine) -> None:
-        self._table, self._engine = table, engine
+    def __init__(self, table: RoleTable, engines: EngineGroup) -> None:
+        self._table, self._engines = table, engines
 
     def names(self) -> list[str]:
         """The roles."""
@@ -89,9 +90,9 @@ class LeasedRoles:
 
     @asynccontextmanager
     async def lease(self, role: str) -> AsyncIterator[Endpoint]:
-        """Yields the engine's endpoint for the role, its revision pinned."""
-        async with self._table.lease(role) as revision:
-            yield Endpoint(self._engine.url, revision.model, self._engine.api_key, revision.revision)
+        """Yields an engine's endpoint for the role, its revision pinned; waits for one that is being restarted."""
+        async with self._table.lease(role) as revision, self._engines.at(revision.model) as address:
+            yield Endpoint(address.url, revision.model, address.api_key, revision.revision)
 
 
 def run(config_path: Path, overrides: list[str]) -> None:
@@ -121,10 +122,10 @@ async def _serve(config: ServeConfig, fusion: FusionConfig) -> None:
     listener = _listen(config.gateway, fusion)
     with listener:
         base = await asyncio.to_thread(fingerprint, config.engine.base)
-        log = config.logs / "engine.log"
-        engine = Engine(config.engine, log_path=log)
+        engine = EngineGroup(config.engine, logs=config.logs)
+        where = ", ".join(config.engine.external) or f"log in {config.logs}"
         try:
-            with console.status(f"starting the engine on {config.engine.base} (log: {log})"):
+            with console.status(f"waiting for the engine on {config.engine.base} ({where})"):
                 await engine.start()
             table = RoleTable(engine, base, list(config.roles), max_rank=config.engine.max_lora_rank)
             for role, directory in config.roles.items():
@@ -141,12 +142,12 @@ async def _serve(config: ServeConfig, fusion: FusionConfig) -> None:
             roles = ", ".join(f"{role}={r.revision or BASE}" for role, r in table.serving().items())
             _say_ready(console, listener, roles)
             gateway = asyncio.create_task(server.serve(sockets=[listener]))
-            died = asyncio.create_task(engine.wait())
+            died = asyncio.create_task(engine.failed())
             await asyncio.wait({gateway, died}, return_when=asyncio.FIRST_COMPLETED)
             if died.done() and not gateway.done():
                 server.should_exit = True
                 await gateway
-                raise MixfuseError(f"the engine died (exit code {died.result()}); see {log}", kind="engine")
+                raise died.result()
             died.cancel()
             await gateway
         finally:
