@@ -6,7 +6,7 @@ The engine is made up: it knows which adapters are loaded, and the fake upstream
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from mixfuse.errors import MixfuseError
 from mixfuse.gates import Gate, GateConfig, Gates, SwapRequest, broken
 from mixfuse.server import LeasedRoles
 from mixfuse.trace import Call, Trace, Usage, Verdict
+from serve.engine_group import Address
 from serve.roles import RoleTable
 
 BASE = Fingerprint(**dict.fromkeys(("config", "tokenizer", "chat_template", "weights"), "0" * 64))
@@ -35,13 +36,15 @@ class ScriptedEngine:
     """An engine whose adapters answer by the script of the folder they were loaded from."""
 
     base_model_name = "base"
-    api_key = None
 
     def __init__(self, upstream: FakeUpstream, scripts: dict[Path, Script]) -> None:
         self._upstream, self._scripts = upstream, scripts
-        self.url = upstream.base_url
         upstream.models["base"] = Script("the base's answer")
         self.loaded: set[str] = set()
+
+    @asynccontextmanager
+    async def at(self, model: str) -> AsyncIterator[Address]:
+        yield Address(self._upstream.base_url, None)
 
     async def load_adapter(self, name: str, path: Path) -> None:
         self.loaded.add(name)
