@@ -6,7 +6,8 @@ Runs the real `mixfuse serve` (vLLM and the gateway) and keeps three roles busy 
 name, `judge` through `best_of`, `synthesizer` through `merge`. Meanwhile 20 swaps and 5 rollbacks, some of which cannot
 go well: a tampered file, a wrong base, a tensor that is not finite, an adapter that vLLM would load and ignore, a full
 disk under the trace database, an engine killed in mid-swap. Before each swap the same length of time is measured with
-nothing swapped, so that the latencies compared are of one load and one length. Then `--swaps` good ones, for memory.
+nothing swapped, so that the latencies compared are of one load and one length. Then `--swaps` good ones without pause,
+for memory; what has been measured by `--minutes` is reported.
 
 The disk is a file system of its own (`unshare -Urm`); where there are no user namespaces that case is left out.
 """
@@ -39,6 +40,7 @@ from aiohttp import ClientError, ClientSession
 from harness import ROOT, BenchmarkError, note, open_session, process, rss_mib, table
 
 INSIDE = "MIXFUSE_BENCH_NAMESPACE"
+_PAUSE_S = 0.5  # before and after a time with nothing swapped
 DEADLINE_S = 90
 KINDS = {"domain": "domain", "fusion/best-of": "judge", "fusion/merge": "synthesizer"}
 """What is asked for, and the role it keeps busy."""
@@ -241,15 +243,15 @@ class House:
     def _good(self, role: str) -> list[Path]:
         return sorted(self.adapters.glob(f"{role}-[0-9]*"))
 
-    async def step(self, kind: str, role: str, *, pause_s: float) -> Step:
-        """Measures a while with nothing swapped, then swaps; both as long as swaps have taken so far."""
-        usual = statistics.median([one.ended - one.began for one in self.steps if one.done] or [1.0])
-        await asyncio.sleep(pause_s)
+    async def step(self, kind: str, role: str, *, sham: bool = False) -> Step:
+        """Swaps; with `sham`, measures as long as swaps have usually taken with nothing swapped first."""
         step = Step(kind, role)
-        began = time.monotonic()
-        await asyncio.sleep(usual)
-        step.sham = (began, time.monotonic())
-        await asyncio.sleep(pause_s)
+        if sham:
+            await asyncio.sleep(_PAUSE_S)
+            began = time.monotonic()
+            await asyncio.sleep(statistics.median([one.ended - one.began for one in self.steps if one.done] or [1.0]))
+            step.sham = (began, time.monotonic())
+            await asyncio.sleep(_PAUSE_S)
         how: dict[str, Callable[[Step], Awaitable[None]]] = {
             "rollback": self._roll_back,
             "full disk": self._on_full_disk,
@@ -446,7 +448,7 @@ def report(house: House, asked: list[Asked], memory: dict[str, list[float]], pla
         "outage_s": back - killed if house.outage else None,
         "strangers": strangers,
         "swap_s": {"p50": statistics.median(took), "p95": percentile(took, 95), "max": max(took)},
-        "latency": latencies(smooth, asked),
+        "latency": latencies([step for step in smooth if step.sham[1]], asked),
         "memory_mib": {
             name: {
                 "first": values[0],
@@ -525,6 +527,7 @@ async def measure(
     plan = [step for step in (SMOKE if arguments.smoke else PLAN) if disk or step[0] != "full disk"]
     more = 3 if arguments.smoke else arguments.swaps
     memory: dict[str, list[float]] = {"gateway": [], "engine": []}
+    began = time.monotonic()
     async with open_session() as session:
         house = House(session, url, server, adapters, disk)
         async with Traffic(session, url, arguments.clients, arguments.max_tokens) as traffic:
@@ -532,9 +535,11 @@ async def measure(
             warm = len(traffic.asked)
             for number, (kind, role) in enumerate(plan):
                 note(f"{number + 1} of {len(plan)}, {len(traffic.asked)} requests")
-                await house.step(kind, role, pause_s=0.5)
+                await house.step(kind, role, sham=True)
             for number, role in zip(range(more), itertools.cycle(KINDS.values()), strict=False):
-                await house.step("good", role, pause_s=0.2)
+                if time.monotonic() - began > arguments.minutes * 60:
+                    break
+                await house.step("good", role)
                 memory["gateway"].append(server.memory_info().rss / 2**20)
                 memory["engine"].append(sum(rss_mib(child) for child in server.children()))
                 if number % 10 == 9:
@@ -613,6 +618,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--base", type=Path, help="the base model (default: a random two-layer one)")
     parser.add_argument("--swaps", type=int, default=100, help="further good swaps, for memory (default 100)")
+    parser.add_argument("--minutes", type=float, default=60, help="no further swap after so long (default 60)")
     parser.add_argument("--clients", type=int, default=1, help="that ask at once, for each role (default 1)")
     parser.add_argument("--max-tokens", type=int, default=16, help="of an answer (default 16)")
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line")
