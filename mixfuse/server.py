@@ -36,7 +36,8 @@ from mixfuse.errors import MixfuseError
 from mixfuse.recipe import Strict, load
 from mixfuse.roles_admin import RoleMetrics, routes
 from mixfuse.roles_store import StoredRoles
-from serve.engine import Engine, EngineConfig
+from serve.engine import EngineConfig
+from serve.engine_group import EngineGroup
 from serve.roles import BASE, RoleTable
 from serve.watch import Folder, Watcher
 
@@ -92,10 +93,10 @@ class ServeConfig(Strict):
 
 
 class LeasedRoles:
-    """The role table as the gateway sees it: endpoints of the engine."""
+    """The role table as the gateway sees it: endpoints of the engines."""
 
-    def __init__(self, table: RoleTable, engine: Engine) -> None:
-        self._table, self._engine = table, engine
+    def __init__(self, table: RoleTable, engines: EngineGroup) -> None:
+        self._table, self._engines = table, engines
 
     def names(self) -> list[str]:
         """The roles."""
@@ -103,9 +104,9 @@ class LeasedRoles:
 
     @asynccontextmanager
     async def lease(self, role: str) -> AsyncIterator[Endpoint]:
-        """Yields the engine's endpoint for the role, its revision pinned."""
-        async with self._table.lease(role) as revision:
-            yield Endpoint(self._engine.url, revision.model, self._engine.api_key, revision.revision)
+        """Yields an engine's endpoint for the role, its revision pinned; waits for one that is being restarted."""
+        async with self._table.lease(role) as revision, self._engines.at(revision.model) as address:
+            yield Endpoint(address.url, revision.model, address.api_key, revision.revision)
 
 
 def run(config_path: Path, overrides: list[str]) -> None:
@@ -135,8 +136,8 @@ async def _serve(config: ServeConfig, fusion: FusionConfig) -> None:
     listener = _listen(config.gateway, fusion)
     with listener, opened(fusion.trace_db) as database:
         base = await asyncio.to_thread(fingerprint, config.engine.base)
-        log = config.logs / "engine.log"
-        engine = Engine(config.engine, log_path=log)
+        engine = EngineGroup(config.engine, logs=config.logs)
+        where = ", ".join(config.engine.external) or f"log in {config.logs}"
         store = StoredRoles(database, f"{socket.gethostname()}:{listener.getsockname()[1]}")
         table = RoleTable(
             engine,
@@ -149,7 +150,7 @@ async def _serve(config: ServeConfig, fusion: FusionConfig) -> None:
         )
         beside: list[asyncio.Task[None]] = []
         try:
-            with console.status(f"starting the engine on {config.engine.base} (log: {log})"):
+            with console.status(f"waiting for the engine on {config.engine.base} ({where})"):
                 await engine.start()
                 taken = await table.start(config.roles, anew=config.roles_from == "config")
             app = create_app(
@@ -163,12 +164,12 @@ async def _serve(config: ServeConfig, fusion: FusionConfig) -> None:
             beside = _beside(config, table)
             _say_ready(console, listener, _serving(table, taken))
             gateway = asyncio.create_task(server.serve(sockets=[listener]))
-            died = asyncio.create_task(engine.wait())
+            died = asyncio.create_task(engine.failed())
             await asyncio.wait({gateway, died}, return_when=asyncio.FIRST_COMPLETED)
             if died.done() and not gateway.done():
                 server.should_exit = True
                 await gateway
-                raise MixfuseError(f"the engine died (exit code {died.result()}); see {log}", kind="engine")
+                raise died.result()
             died.cancel()
             await gateway
         finally:
