@@ -18,14 +18,15 @@ import json
 import math
 import re
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
 from mixfuse.errors import MixfuseError
-from mixfuse.files import canonical_json, read_json, sha256_file, sha256_json, write_json
+from mixfuse.files import atomic_file, canonical_json, read_json, sha256_file, sha256_json, write_json
 from mixfuse.judge_protocol import Calibration
 from mixfuse.recipe import Strict, validate
 
@@ -342,6 +343,29 @@ def verify(directory: Path, *, base: Fingerprint | None = None, trusted: Sequenc
             directory,
             f"made on another base model (its {', '.join(parts)} differ); train or export it on this one",
         )
+    return manifest
+
+
+def rewrite(directory: Path, manifest: Manifest, texts: Mapping[str, str]) -> Manifest:
+    """Renews a directory's manifest and text files beside the weights; a signature ends with what it was of.
+
+    All are written before the first is renamed into place. Only these files' hashes are taken anew: taking the others'
+    would bless a file that was changed since `verify`.
+
+    Args:
+        directory: The adapter directory.
+        manifest: What it shall say, the hashes of these files aside.
+        texts: The name of each file → its text. None of them may be part of the revision.
+
+    Returns:
+        The manifest as it was written.
+    """
+    hashes = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+    manifest = manifest.model_copy(update={"files": {**manifest.files, **hashes}, "signature": None})
+    texts = {**texts, MANIFEST: manifest.model_dump_json(indent=2) + "\n"}
+    with ExitStack() as renames:
+        for name, text in texts.items():
+            renames.enter_context(atomic_file(directory / name)).write_text(text, encoding="utf-8")
     return manifest
 
 
