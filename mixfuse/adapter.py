@@ -36,6 +36,8 @@ WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 PROBES = "probes.json"
 PARITY_TOLERANCE = 1e-3
+LARGEST_RANK = 512
+"""The largest rank that vLLM serves (its `max_lora_rank`)."""
 _SAMPLE = 1 << 16
 _PIECE = 1 << 24
 # What transformers, peft or the user's disk write into a config without changing the model.

@@ -27,7 +27,7 @@ def export(
     *,
     base: Path | None = None,
     role: str | None = None,
-    fingerprint: Fingerprint | None = None,
+    full_hash: bool = False,
 ) -> Manifest:
     """Writes an adapter directory, whole or not at all.
 
@@ -36,7 +36,7 @@ def export(
         out: The folder to create.
         base: The base model; by default the one the run, the manifest or the adapter's config names.
         role: The role; by default the run's or the manifest's, else "domain".
-        fingerprint: The base's, where it is known already.
+        full_hash: Take every tensor of the base into its fingerprint, which reads all of it.
 
     Returns:
         The manifest.
@@ -67,19 +67,18 @@ def export(
     facts = {key: origin[key] for key in ("recipe", "metrics", "training_data", "libraries") if origin.get(key)}
     if role == "judge" and origin.get("calibration"):
         facts["calibration"] = origin["calibration"]
-    return write_directory(
-        out, layout, base, fingerprint=fingerprint, role=role, judge_protocol=protocol, source=source, **facts
-    )
+    fingerprint = contract.fingerprint(base, exact=full_hash)
+    return write_directory(out, layout, base, fingerprint, role=role, judge_protocol=protocol, source=source, **facts)
 
 
 def write_directory(
     out: Path,
     layout: Layout,
     base: Path,
+    fingerprint: Fingerprint,
     *,
     role: str,
     source: Path,
-    fingerprint: Fingerprint | None = None,
     **facts: Any,
 ) -> Manifest:
     """Writes an adapter directory, whole or not at all.
@@ -87,10 +86,10 @@ def write_directory(
     Args:
         out: The folder to create.
         layout: The adapter.
-        base: The base model's folder.
+        base: The base model's folder; it need not be here.
+        fingerprint: The base's.
         role: The role.
         source: Where the adapter came from, for messages.
-        fingerprint: The base's, where it is known already.
         facts: Further keys of the manifest.
 
     Returns:
@@ -110,7 +109,7 @@ def write_directory(
         keys = {
             "role": role,
             "revision": contract.revision_of(files),
-            "base": fingerprint or contract.fingerprint(base),
+            "base": fingerprint,
             "base_path": str(base),
             "rank": int(layout.config["r"]),
             "experts_trained": layout.has_experts,

@@ -8,7 +8,6 @@ like, what comes out of here has that form and does the same.
 
 import math
 import re
-from collections.abc import Iterable
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -78,20 +77,18 @@ def served(weights: Weights, config: dict[str, Any], base: Path, *, source: Path
     plain_config = _config(plain_config, plain, base)
     if is_fused:
         return Layout(plain, plain_config, (weights, {**config, "base_model_name_or_path": str(base)}))
-    return with_fused(plain, plain_config, shape)
+    return with_fused(plain, plain_config)
 
 
-def with_fused(weights: Weights, config: dict[str, Any], shape: Shape) -> Layout:
+def with_fused(weights: Weights, config: dict[str, Any]) -> Layout:
     """The layout of per-expert factors of one rank, PEFT's fused one beside them where it can be had."""
-    fused = fuse(weights, experts=shape.E)
+    fused = fuse(weights)
     if fused is None:
         return Layout(weights, config, None)
     layers = sorted({int(_layer(name)) for name in fused if _FUSED.match(name)})
-    targets: Iterable[str] = EXPERT_PARAMETERS
-    if len(layers) < shape.L:
-        targets = [f"layers.{layer}.{parameter}" for layer in layers for parameter in EXPERT_PARAMETERS]
     modules = [name for name in config["target_modules"] if name not in EXPERT_PROJECTIONS]
-    return Layout(weights, config, (fused, {**config, "target_modules": modules, "target_parameters": list(targets)}))
+    parameters = [f"layers.{layer}.{parameter}" for layer in layers for parameter in EXPERT_PARAMETERS]
+    return Layout(weights, config, (fused, {**config, "target_modules": modules, "target_parameters": parameters}))
 
 
 def per_expert(weights: Weights, config: dict[str, Any], *, experts: int) -> Weights:
@@ -133,21 +130,23 @@ def per_expert(weights: Weights, config: dict[str, Any], *, experts: int) -> Wei
     return result
 
 
-def fuse(weights: Weights, *, experts: int) -> Weights | None:
+def fuse(weights: Weights) -> Weights | None:
     """The inverse of `per_expert`; None where there are no experts, or where w1 and w3 do not share their A.
 
     Args:
         weights: Per-expert factors, all experts of a layer or none.
-        experts: E, the number of experts a layer.
     """
-    layers = {match["layer"]: None for name in weights if (match := _PER_EXPERT.match(name))}
-    if not layers:
+    experts: dict[str, int] = {}
+    for name in weights:
+        if match := _PER_EXPERT.match(name):
+            experts[match["layer"]] = max(experts.get(match["layer"], 0), int(match["expert"]) + 1)
+    if not experts:
         return None
     result = {name: tensor for name, tensor in weights.items() if not _PER_EXPERT.match(name)}
-    for layer in layers:
+    for layer, count in experts.items():
 
-        def factors(projection: str, side: str, layer: str = layer) -> list[torch.Tensor]:
-            return [weights[expert_key(layer, expert, projection, side)] for expert in range(experts)]
+        def factors(projection: str, side: str, layer: str = layer, count: int = count) -> list[torch.Tensor]:
+            return [weights[expert_key(layer, expert, projection, side)] for expert in range(count)]
 
         if not all(map(torch.equal, factors("w1", "A"), factors("w3", "A"))):
             return None
