@@ -17,6 +17,7 @@ import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,7 +31,7 @@ from fusion.config import FusionConfig
 from fusion.gateway import create_app
 from fusion.keys import ADMIN_KEY, has_keys
 from fusion.pool import Endpoint
-from mixfuse.adapter import fingerprint
+from mixfuse.adapter import fingerprint, verify
 from mixfuse.database import opened
 from mixfuse.errors import MixfuseError
 from mixfuse.gates import GateConfig, Gates
@@ -76,6 +77,7 @@ class ServeConfig(Strict):
         roles_from: `config` takes all roles as they stand here, and has the role table say so.
         roles_poll_s: How often the role table is looked at for what other gateways changed, in seconds.
         watch: A folder: the newest adapter directory in `WATCH/ROLE/` is swapped in by itself.
+        trusted_keys: Public keys: where there are any, an adapter is served only if one of them signed it.
         probe_tolerance: How far an adapter's log-probabilities may be off from those stored with it, in nats. By
             default as stored with it where the engine's dtype is float32, else half a nat.
         gate: What an adapter has to keep to in a swap with `--shadow` or `--canary`.
@@ -89,6 +91,7 @@ class ServeConfig(Strict):
     roles_from: Literal["table", "config"] = "table"
     roles_poll_s: Annotated[float, Field(gt=0)] = 2.0
     watch: Path | None = None
+    trusted_keys: list[Path] = []
     probe_tolerance: Annotated[float, Field(gt=0)] | None = None
     gate: GateConfig = GateConfig()
     fusion: FusionConfig | Path
@@ -160,6 +163,7 @@ async def _serve(config: ServeConfig, fusion: FusionConfig) -> None:
             max_rank=config.engine.max_lora_rank,
             max_loaded=config.engine.max_loaded,
             store=store,
+            verify=partial(verify, trusted=config.trusted_keys),
             probe_tolerance=_probe_tolerance(config),
         )
         roles = LeasedRoles(table, engine)
