@@ -14,6 +14,7 @@ from fusion.agreement import distinct, key
 from fusion.config import FusionConfig, Judge, Member, ModelConfig
 from fusion.export import by_feedback
 from fusion.judge import compare
+from fusion.ledger import Ledger
 from fusion.pool import Pool
 from fusion.run import Candidate, Plan, Run, images
 from fusion.upstream import CallError, Message, Purpose
@@ -105,6 +106,8 @@ class Comparison:
         same: Of them, those with answers that say the same (`fusion.agreement`).
         preferred: How often the judge preferred the new one's answer to the old one's; a tie counts half.
         preferences: Of how many such pairs.
+        spent_tokens: What the comparing took: calls that no client had asked for.
+        spent_cost: The same in dollars.
     """
 
     old: Side = field(default_factory=Side)
@@ -115,6 +118,13 @@ class Comparison:
     same: int = 0
     preferred: float = 0.0
     preferences: int = 0
+    spent_tokens: int = 0
+    spent_cost: float = 0.0
+
+    def spend(self, ledger: Ledger) -> None:
+        """Counts what the comparing took in one ledger."""
+        self.spent_tokens += ledger.spent.tokens
+        self.spent_cost += ledger.spent.cost
 
     def meet(self, old: Sequence[Verdict], new: Sequence[Verdict]) -> None:
         """Counts how far both sides' verdicts on the same pairs agree."""
@@ -132,6 +142,8 @@ class Comparison:
             "decided": self.decided,
             "answer_agreement": share(self.same, self.answers),
             "preference": share(self.preferred, self.preferences),
+            "spent_tokens": self.spent_tokens,
+            "spent_cost": self.spent_cost,
         }
 
 
@@ -249,6 +261,8 @@ async def _judged_again(
             found = await compare(run, judge, endpoint, pairs)
     except CallError:  # the ledger says so
         return run.ledger.calls, []
+    finally:
+        met.spend(run.ledger)
     met.meet(verdicts, found)
     return run.ledger.calls, found
 
@@ -274,6 +288,7 @@ async def _write_again(
     one, other = await asyncio.gather(*(ask(run, index) for index, run in enumerate(runs)))
     for side, run in zip((met.old, met.new), runs, strict=True):
         side.count(run.ledger.calls)
+        met.spend(run.ledger)
     if one is None or other is None:
         return
     how = part.config.modes.agreement
@@ -281,19 +296,23 @@ async def _write_again(
     met.answers += 1
     met.same += same
     if preference and part.config.judge is not None:
-        preferred = 0.5 if same else await _preferred(runs[0], part.config.judge, one, other)
+        preferred = (
+            0.5 if same else await _preferred(_again(trace, old, part.config), part.config.judge, one, other, met)
+        )
         if preferred is not None:
             met.preferences += 1
             met.preferred += preferred
 
 
-async def _preferred(run: Run, judge: Judge, one: Candidate, other: Candidate) -> float | None:
+async def _preferred(run: Run, judge: Judge, one: Candidate, other: Candidate, met: Comparison) -> float | None:
     """1 where the judge prefers the other, 0 where it prefers the one, ½ for a tie; None where it failed."""
     try:
         async with run.pool.lease(judge, _purpose(judge), run.ledger) as endpoint:
             (verdict,) = await compare(run, judge, endpoint, [(one, other)])
     except CallError:
         return None
+    finally:
+        met.spend(run.ledger)
     return {"first": 0.0, "tie": 0.5, "second": 1.0}[verdict.winner]
 
 

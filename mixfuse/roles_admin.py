@@ -372,6 +372,8 @@ def _figures(title: str, found: dict[str, Any]) -> Table:
     ):
         if found[name] is not None:
             table.add_row(words, "", f"{found[name]:.2f}")
+    if found["spent_tokens"]:
+        table.caption = f"the comparing took {found['spent_tokens']} tokens, ${found['spent_cost']:.4g}"
     return table
 
 

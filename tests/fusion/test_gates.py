@@ -5,6 +5,7 @@ The engine is made up: it knows which adapters are loaded, and the fake upstream
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from itertools import cycle
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy
 import pytest
+import yaml
 from fake_upstream import FakeUpstream, Script, serving
 from fusion_harness import Gateway, prefers
 from safetensors.numpy import save_file
@@ -22,8 +24,12 @@ from fusion.gateway import create_app
 from fusion.shadow import Comparison, Part, Side, watch
 from mixfuse import adapter, judge_protocol
 from mixfuse.adapter import CONFIG, MANIFEST, WEIGHTS, Fingerprint, Manifest
+from mixfuse.database import Database, opened
 from mixfuse.errors import MixfuseError
 from mixfuse.gates import Gate, GateConfig, Gates, SwapRequest, broken
+from mixfuse.roles_admin import routes, seconds
+from mixfuse.roles_admin import share as share_of
+from mixfuse.roles_store import StoredRoles
 from mixfuse.server import LeasedRoles
 from mixfuse.trace import Call, Trace, Usage, Verdict
 from serve.engine_group import Address
@@ -90,7 +96,15 @@ class House:
 
 
 @pytest.fixture
-async def house(upstream: FakeUpstream, config: Callable[..., FusionConfig], tmp_path: Path) -> AsyncIterator[House]:
+def database(tmp_path: Path) -> Iterator[Database]:
+    with opened(tmp_path / "traces.sqlite3") as database:
+        yield database
+
+
+@pytest.fixture
+async def house(
+    upstream: FakeUpstream, config: Callable[..., FusionConfig], database: Database, tmp_path: Path
+) -> AsyncIterator[House]:
     scripts: dict[Path, Script] = {}
     numbers: Iterator[int] = iter(range(1, 100))
 
@@ -120,13 +134,14 @@ async def house(upstream: FakeUpstream, config: Callable[..., FusionConfig], tmp
     )
     engine = ScriptedEngine(upstream, scripts)
     halves = cycle([0.1, 0.9])  # of a canary's share of a half: every other lease
-    table = RoleTable(engine, BASE, ["domain", "judge"], max_rank=8, draw=lambda: next(halves))
+    store = StoredRoles(database, "here")
+    table = RoleTable(engine, BASE, ["domain", "judge"], max_rank=8, store=store, draw=lambda: next(halves))
     await table.swap("judge", make("judge", Script(verdict=prefers("beta"))))
     await table.swap("domain", make("domain", Script("the expert's answer")))
     roles = LeasedRoles(table, engine)
     async with AsyncExitStack() as stack:
         gates = Gates(table, roles, fusion, GateConfig(max_latency_ratio=None))
-        app = create_app(fusion, roles, observers=[gates.observe])
+        app = create_app(fusion, roles, observers=[gates.observe], extra_routes=routes(table, store, gates))
         gateway = Gateway(await stack.enter_async_context(serving(app)))
         stack.push_async_callback(gateway.close)
         stack.push_async_callback(gates.close)
@@ -179,7 +194,7 @@ async def test_a_judge_that_agrees_in_the_shadow_is_swapped_in(house: House, ups
     assert report["old"]["pairs"] == report["new"]["pairs"] == 9
     assert report["new"]["consistency"] == pytest.approx(2 / 3)
     assert report["new"]["calls"] == 18
-    assert report["new"]["tokens"] == 18 * 15
+    assert report["new"]["tokens"] == report["spent_tokens"] == 18 * 15
     # Before the flip no client met it: what it was asked beyond the shadow, it was asked by those that came later.
     traces = (await house.gateway.http.get("/v1/traces")).json()["data"]
     judged = [call["revision"] for trace in traces for call in trace["calls"] if call["stage"] == "verdict"]
@@ -224,6 +239,7 @@ async def test_both_revisions_of_a_member_and_synthesizer_are_asked_alike(house:
     report = gate.report()["shadow"]
     assert (report["answer_agreement"], report["preference"]) == (0.0, 0.5)
     assert report["old"]["calls"] == report["new"]["calls"] == 2  # as a member and as the synthesizer
+    assert report["spent_tokens"] == (4 + 4) * 15  # and each pair of answers judged in both orders
     before = upstream.asked(f"domain@{old}")
     for asked in upstream.asked(f"domain@{gate.new}")[:2]:
         twin = {**asked, "model": f"domain@{old}"}
@@ -316,6 +332,72 @@ async def test_the_end_of_the_server_ends_a_canary_and_the_old_one_serves(house:
         "the expert's answer"
     }
     assert house.serving("domain") == old
+
+
+# Over HTTP, on the command line, in the docs
+
+
+async def test_a_gate_over_http_is_begun_seen_stopped_and_told(house: House) -> None:
+    http, one = house.gateway.http, "/admin/roles/domain"
+    new = str(house.make("domain", Script("another answer")))
+    old = house.serving("domain")
+    begun = await http.put(one, json={"directory": new, "shadow": 5})
+    assert (begun.status_code, begun.json()["gate"]["state"]) == (202, "shadow")
+    await house.ask("domain")
+    rows = (await http.get("/admin/roles")).json()["roles"]
+    (gate,) = [row["gate"] for row in rows if row["gate"]]
+    assert (gate["old"], gate["new"]) == (old, begun.json()["gate"]["new"])
+    for another in (http.put(one, json={"directory": new}), http.post(f"{one}/rollback")):
+        assert (await another).status_code == 409
+    stopped = await http.delete(f"{one}/gate")
+    assert stopped.json()["gate"]["state"] == "stopped"
+    lines = (await http.get(f"{one}/history")).json()["history"]
+    line = next(line for line in lines if line["why"] == "shadow-rollback")
+    assert (line["outcome"], line["old"], line["new"]) == ("refused", old, gate["new"])
+    assert "stopped" in line["error"]
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"directory": "x", "shadows": 5}, "did you mean 'shadow'"),
+        ({"shadow": 5}, "missing key 'directory'"),
+        ({"directory": "x", "canary": 0.1}, "how long"),
+        ({"directory": "x", "shadow": 5, "limits": {"max_failure": 1}}, "did you mean 'max_failures'"),
+        ([], "the body"),
+    ],
+)
+async def test_a_swap_asked_for_wrongly_over_http_is_a_typed_400(house: House, body: Any, words: str) -> None:
+    response = await house.gateway.http.put("/admin/roles/domain", json=body)
+    assert response.status_code == 400
+    assert response.json()["error"]["type"] == "invalid_request"
+    assert words in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(("text", "wanted"), [("90", 90), ("90s", 90), ("10m", 600), ("1.5h", 5400), ("10x", None)])
+def test_lengths_of_time(text: str, wanted: float | None) -> None:
+    if wanted is None:
+        with pytest.raises(MixfuseError, match="10m"):
+            seconds(text)
+    else:
+        assert seconds(text) == wanted
+
+
+@pytest.mark.parametrize(("text", "wanted"), [("10%", 0.1), ("0.25", 0.25), ("ten", None)])
+def test_shares(text: str, wanted: float | None) -> None:
+    if wanted is None:
+        with pytest.raises(MixfuseError, match="10%"):
+            share_of(text)
+    else:
+        assert share_of(text) == pytest.approx(wanted)
+
+
+def test_the_docs_limits_are_the_defaults() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "operations.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```text\n(gate: .*?)^```$", page, re.MULTILINE | re.DOTALL)
+    documented = yaml.safe_load(block)["gate"]
+    assert documented.keys() == GateConfig.model_fields.keys()
+    assert GateConfig(**documented) == GateConfig()
 
 
 # What traces say
