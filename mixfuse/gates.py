@@ -47,7 +47,8 @@ class GateConfig(Strict):
         min_preference: The least share of prompts at which the judge prefers the new answer, ties counting half. In the
             shadow only, and only then is the judge asked.
         max_failures: The largest share of the new one's calls that fail.
-        max_latency_ratio: The largest ratio of the 95th percentiles of the calls' latencies, new to old.
+        max_latency_ratio: The largest ratio of the 95th percentiles of the calls' latencies, new to old; of
+            `min_requests` calls each at least, since one slow call is no figure.
         max_disliked: The largest share of feedback against the new one's answers, beyond the old one's share. In a
             canary only.
         min_requests: A canary's figures decide nothing before so many requests met it, and so many the old one.
@@ -287,7 +288,6 @@ class Gates:
         gate.state, gate.canary = "canary", Comparison()
         request, seen = gate.request, gate.canary
         least = min(gate.limits.min_requests, request.requests or gate.limits.min_requests)
-        limits = gate.limits.model_copy(update={"min_agreement": None, "min_requests": least})
         canary = _Canary(self._part(gate), old.model, new.model, seen, request.requests)
         self._table.set_canary(gate.role, new, request.canary or 0.0)
         end = time.monotonic() + (request.for_s or request.timeout_s)
@@ -297,7 +297,7 @@ class Gates:
                     with suppress(TimeoutError):
                         async with asyncio.timeout(min(left, _LOOK_S)):
                             await canary.done.wait()
-                    if limit := broken(limits, seen, least=least):
+                    if limit := broken(gate.limits, seen, least=least):
                         raise GateError(
                             f"rolled back: as a canary, in {seen.new.requests} requests, {limit}; "
                             "the old revision serves all again"
@@ -428,7 +428,8 @@ def broken(limits: GateConfig, met: Comparison, *, least: int = 1) -> str | None
     if floor is None and consistency is not None and before is not None and both:
         chance = math.sqrt(consistency * (1 - consistency) / new.pairs + before * (1 - before) / old.pairs)
         floor = before - 2 * chance
-    slower = _ratio(new.percentile_ms(95), old.percentile_ms(95)) if both else None
+    timed = both and min(len(old.latencies_ms), len(new.latencies_ms)) >= limits.min_requests
+    slower = _ratio(new.percentile_ms(95), old.percentile_ms(95)) if timed else None
     said = new.liked + new.disliked
     against = share(new.disliked, said) if said >= least else None
     if against is not None:

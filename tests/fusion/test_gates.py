@@ -488,6 +488,7 @@ def side(**keys: Any) -> Side:
         (Comparison(side(), side(failures=2)), "max_failures"),
         (Comparison(side(), side(latencies_ms=[10.0] * 19 + [1000.0])), None),  # one slow call decides nothing
         (Comparison(side(), side(latencies_ms=[10.0] * 18 + [30.0] * 2)), "max_latency_ratio"),
+        (Comparison(side(), side(latencies_ms=[90.0] * 19)), None),  # too few calls
         (Comparison(side(), side(consistent=35)), None),  # within chance
         (Comparison(side(), side(consistent=25)), "min_consistency"),
         (Comparison(side(), side(parse_failures=3)), "max_parse_failures"),
