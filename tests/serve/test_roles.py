@@ -404,6 +404,14 @@ def stores(tmp_path: Path):
         yield lambda gateway="one": StoredRoles(database, gateway)
 
 
+async def test_the_base_is_called_what_the_engine_calls_it_once_it_is_reached(made):
+    engine = FakeEngine()
+    roles = table(engine)
+    engine.base_model_name = "mixtral"
+    await roles.start({"domain": None})
+    assert await leased(roles) == await leased(roles, "base") == "mixtral"
+
+
 async def test_a_restart_comes_back_to_the_same_revisions(made, stores):
     roles = table(FakeEngine(), "domain", "judge", store=stores())
     assert await roles.start({"domain": made(1), "judge": None}) == {"domain": "config", "judge": "config"}
