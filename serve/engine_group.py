@@ -169,7 +169,7 @@ class EngineGroup:
         return answers[0]
 
     async def first_token_logprobs(self, name: str, messages: list[dict[str, str]]) -> dict[str, float]:
-        """As `VllmApi.first_token_logprobs`, of one engine: that all say the same is `prompt_logprobs`'s to see.
+        """As `VllmApi.first_token_logprobs`, asked of one engine that is ready.
 
         Raises:
             MixfuseError: It does not answer, or none is ready.

@@ -172,7 +172,7 @@ class RoleTable:
     """The roles of one engine.
 
     Args:
-        engine: The running engine.
+        engine: Where the adapters are loaded; it has to run when the first method is called.
         base: Fingerprint of the model it serves; adapters of another are refused.
         roles: Role names; each is served by the base until an adapter is swapped in.
         max_rank: The engine's largest LoRA rank.
@@ -421,6 +421,7 @@ class RoleTable:
         Raises:
             MixfuseError: An adapter cannot be served; the first one, with how to mend it.
         """
+        self._plain.model = self._engine.base_model_name  # someone else's engine says it once it is reached
         known = dict(await self._store.read()) if self._store is not None else {}
         where = self._store.name if self._store is not None else ""
         taken = {}

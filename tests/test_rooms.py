@@ -29,6 +29,10 @@ COMMANDS = (
     "traces export",
     "roles list",
     "roles swap",
+    "roles rollback",
+    "roles history",
+    "roles pin",
+    "roles unpin",
     "ask",
     "eval judge",
 )

@@ -10,17 +10,20 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx
 import numpy
 import pytest
 import yaml
+from prometheus_client import CollectorRegistry, generate_latest
 from safetensors.numpy import save_file
+from starlette.applications import Starlette
 
 from mixfuse import adapter, judge_protocol
 from mixfuse.adapter import CONFIG, MANIFEST, PROBES, WEIGHTS, Fingerprint, LogprobProbe, Manifest, Probes, VerdictProbe
 from mixfuse.database import opened
 from mixfuse.errors import MixfuseError
 from mixfuse.recipe import validate
-from mixfuse.roles_admin import routes
+from mixfuse.roles_admin import RoleMetrics, routes
 from mixfuse.roles_store import StoredRoles, roll_back
 from mixfuse.server import ServeConfig
 from serve.roles import RoleTable
@@ -401,6 +404,14 @@ def stores(tmp_path: Path):
         yield lambda gateway="one": StoredRoles(database, gateway)
 
 
+async def test_the_base_is_called_what_the_engine_calls_it_once_it_is_reached(made):
+    engine = FakeEngine()
+    roles = table(engine)
+    engine.base_model_name = "mixtral"
+    await roles.start({"domain": None})
+    assert await leased(roles) == await leased(roles, "base") == "mixtral"
+
+
 async def test_a_restart_comes_back_to_the_same_revisions(made, stores):
     roles = table(FakeEngine(), "domain", "judge", store=stores())
     assert await roles.start({"domain": made(1), "judge": None}) == {"domain": "config", "judge": "config"}
@@ -617,6 +628,79 @@ async def test_an_engine_that_is_away_is_waited_for_but_not_for_ever(made, store
     for _ in range(2):
         await watcher.look()
     assert roles.serving()["domain"].revision == revision(tmp_path / "watched" / "domain" / "second")
+
+
+# --- over HTTP ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+async def admin(made, stores):
+    """A role table behind its routes, and the client that asks them."""
+    roles = table(FakeEngine(), store=stores())
+    await roles.start({"domain": made(1)})
+    app = Starlette(routes=routes(roles, stores()))
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://admin/admin/roles") as client:
+        yield roles, client
+
+
+async def test_every_way_is_there_over_http(admin, made):
+    _, client = admin
+    other = str(made(2))
+    done = await client.put("/domain", json={"directory": other})
+    assert done.json() == {"role": "domain", "old": revision(made(1)), "new": revision(made(2)), "drained": 0}
+    assert (await client.put("/domain/pin")).json()["pinned"]
+    assert not (await client.delete("/domain/pin")).json()["pinned"]
+    assert (await client.post("/domain/rollback")).json()["new"] == revision(made(1))
+    events = (await client.get("/domain/history", params={"limit": 2})).json()["history"]
+    assert [(event["why"], event["new"]) for event in events] == [
+        ("rollback", revision(made(1))),
+        ("unpin", revision(made(2))),
+    ]
+    base, domain = (await client.get("http://admin/admin/roles")).json()["roles"]
+    assert (base["role"], base["revision"], domain["revision"]) == ("base", None, revision(made(1)))
+    assert domain["loaded"]
+
+
+async def test_refusals_have_their_status(admin, made):
+    roles, client = admin
+    staged = await roles.stage("domain", made(3))
+    statuses = {
+        ("PUT", "/domain", '{"directory": "nowhere"}'): (409, "conflict"),
+        ("PUT", "/nobody", '{"directory": "nowhere"}'): (404, "role"),
+        ("PUT", "/domain", "{}"): (400, "invalid_request"),
+        ("POST", "/nobody/rollback", ""): (404, "role"),
+        ("GET", "/nobody/history", ""): (404, "role"),
+        ("GET", "/domain/history?limit=x", ""): (400, "invalid_request"),
+        ("PUT", "/base/pin", ""): (400, "invalid_request"),
+    }
+    for (method, path, body), (status, kind) in statuses.items():
+        answer = await client.request(method, path, content=body)
+        assert (answer.status_code, answer.json()["error"]["type"]) == (status, kind), (method, path)
+    await roles.discard(staged)
+    assert (await client.put("/domain", json={"directory": "nowhere"})).status_code == 400
+    assert (await client.post("/domain/rollback")).status_code == 409  # nothing served it before
+
+
+async def test_changes_want_the_admin_key(admin, monkeypatch: pytest.MonkeyPatch):
+    _, client = admin
+    monkeypatch.setenv("MIXFUSE_ADMIN_KEY", "secret")
+    assert (await client.get("http://admin/admin/roles")).status_code == 200
+    ways = (("PUT", "/domain"), ("POST", "/domain/rollback"), ("GET", "/domain/history"), ("PUT", "/domain/pin"))
+    for method, path in (*ways, ("DELETE", "/domain/pin")):
+        assert (await client.request(method, path)).status_code == 401, path
+    allowed = await client.put("/domain/pin", headers={"authorization": "Bearer secret"})
+    assert allowed.status_code == 200
+
+
+async def test_the_metrics_tell_what_serves_and_who_is_behind(admin, made):
+    roles, _ = admin
+    registry = CollectorRegistry()
+    registry.register(RoleMetrics(roles))
+    roles.state("domain").problem = "it is not here"
+    text = generate_latest(registry).decode()
+    assert f'mixfuse_role_revision{{revision="{revision(made(1))}",role="domain"}} 1.0' in text
+    assert 'mixfuse_role_behind{role="domain"} 1.0' in text
+    assert "mixfuse_adapter_loads_total 1.0" in text
 
 
 def test_the_documented_config_is_one():
