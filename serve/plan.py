@@ -195,7 +195,7 @@ def plan(
         gpus: GPUs there are, on all nodes.
         gpu_bytes: Memory of one.
         concurrency: Requests of `max_model_len` tokens that shall fit at once.
-        cpu: Serve on a CPU: keys and values have the room the config names.
+        cpu: Serve on a CPU: experts are in memory twice, keys and values have the room the config names.
 
     Raises:
         MixfuseError: The base is no Mixtral, an argument no number, or a quantisation unknown.
@@ -209,6 +209,8 @@ def plan(
         "lora_slots": lora_slots(sizes, split, w, slots=engine.max_loras, rank=engine.max_lora_rank),
         "activations": activations(sizes, split, w, tokens=tokens, sequences=engine.max_num_seqs),
     }
+    if cpu:  # `serve/vllm_cpu_moe_lora.py`: once packed for vLLM's kernel, once for oneDNN
+        parts["weights"] += w * sizes.L * 3 * sizes.E * sizes.H * sizes.I
     each = kv_per_token(sizes, split, precision.kv)
     usable = option(engine.extra_args, "--gpu-memory-utilization", UTILISATION) * gpu_bytes
     room = engine.kv_cache_gib << 30 if cpu else int(usable) - sum(parts.values())

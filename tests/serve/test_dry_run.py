@@ -1,18 +1,20 @@
 """`mixfuse serve --dry-run` prints the command that would be run and whether it fits, and starts nothing."""
 
 import json
+import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from mixfuse import cli
 from mixfuse.errors import MixfuseError
 from mixfuse.mixtral import Shape, base_parameters
 from serve import plan
-from serve.engine import EngineConfig
+from serve.engine import EngineConfig, Restart
 
 ROOT = Path(__file__).parent.parent.parent
 CONFIGS = sorted(ROOT.glob("configs/*/serve*.yaml"))
@@ -100,6 +102,16 @@ def test_an_engine_of_someone_else_is_not_planned(capsys: pytest.CaptureFixture[
     status, printed = dry_run(capsys, ROOT / "configs/mixtral-8x22b/serve.yaml", "engine.url=http://10.0.0.5:8000")
     assert status == 0
     assert "someone else's (http://10.0.0.5:8000/v1)" in printed
+
+
+def test_the_engines_page_shows_configs_that_load():
+    page = (ROOT / "docs/engine.md").read_text(encoding="utf-8")
+    own, others = (
+        EngineConfig.model_validate(yaml.safe_load(block)["engine"])
+        for block in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    )
+    assert own.restart == Restart(), "the page names other defaults"
+    assert own.replicas == len(others.external) == 2
 
 
 def weights(config: dict[str, object], *arguments: str) -> int:
