@@ -46,8 +46,9 @@ class Restart(Strict):
         max_delay_s: The longest pause.
         crashes: So many within `window_s` are too many: the engine is given up.
         window_s: Seconds that a crash counts.
-        check_s: Seconds between two looks at the engine's health.
-        hung_after_s: An engine that has answered no such look for so many seconds is ended and started again.
+        check_s: Seconds between two looks at the engine; it is asked for one token.
+        hung_after_s: An engine that has answered no such look for so many seconds, and taken no step meanwhile, is
+            ended and started again.
         wait_s: The longest that a request waits for an engine that is away, in seconds. Members of the pool wait no
             longer than their own deadline.
     """

@@ -81,7 +81,9 @@ async def away(group: EngineGroup) -> None:
     await eventually(lambda: not group.running)
 
 
-@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGSTOP], ids=["it crashes", "it hangs"])
+@pytest.mark.parametrize(
+    "end", [signal.SIGKILL, signal.SIGSTOP, signal.SIGUSR1], ids=["it crashes", "it hangs", "its core hangs"]
+)
 async def test_requests_wait_for_an_engine_that_comes_back_with_its_adapters(group: EngineGroup, end: signal.Signals):
     first = server_pid(group)
     async with group.at("a") as before:
