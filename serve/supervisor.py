@@ -90,7 +90,7 @@ class Started:
         await self._engine.start()
 
     async def gone(self) -> str:
-        """Waits for its end, or until its health has not been answered for `hung_after_s`; it is ended then."""
+        """Waits for its end, or until it has answered nothing for `hung_after_s`; it is ended then."""
         died, silent = asyncio.create_task(self._engine.wait()), asyncio.create_task(self._silence())
         try:
             await asyncio.wait({died, silent}, return_when=asyncio.FIRST_COMPLETED)
@@ -115,7 +115,7 @@ class Started:
         heard = clock()
         while True:
             await asyncio.sleep(self._restart.check_s)
-            if await self.api.healthy(timeout_s=self._restart.hung_after_s):
+            if await self.api.working(timeout_s=self._restart.hung_after_s):
                 heard = clock()
             elif clock() - heard >= self._restart.hung_after_s:
                 return
