@@ -44,7 +44,7 @@ _VOLATILE = (
     "torch_dtype",
     "output_router_logits",
 )
-_ALLOWED_SUFFIXES = (".safetensors", ".json", ".md")
+ALLOWED_SUFFIXES = (".safetensors", ".json", ".md")
 
 
 class Fingerprint(Strict):
@@ -253,7 +253,7 @@ def verify(directory: Path, *, base: Fingerprint | None = None) -> Manifest:
     if extra := sorted(present - set(manifest.files)):
         raise _bad(directory, f"{extra[0]} is not in the manifest; remove it or export again")
     for name, digest in manifest.files.items():
-        if not name.endswith(_ALLOWED_SUFFIXES):
+        if not name.endswith(ALLOWED_SUFFIXES):
             raise _bad(directory, f"{name}: only safetensors, JSON and Markdown files belong in an adapter directory")
         if name not in present:
             raise _bad(directory, f"{name} is missing; export again")

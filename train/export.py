@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mixfuse import adapter as contract
-from mixfuse import judge_protocol
+from mixfuse import card, judge_protocol
 from mixfuse.adapter import Manifest
 from mixfuse.errors import MixfuseError
-from mixfuse.files import atomic_directory, read_json, sha256_file, write_json, write_text
+from mixfuse.files import atomic_directory, read_json, write_json, write_text
 from train.run import libraries
 
 # `experts.base_layer` is the inner of PEFT's two nested wrappers, gate_up_proj; `experts` the outer, down_proj.
@@ -88,7 +88,7 @@ def export(source: Path, out: Path, *, base: Path | None = None, role: str | Non
             metrics=origin.get("metrics", {}),
             judge_protocol=protocol,
         )
-        write_text(temporary / "README.md", card(manifest))
+        write_text(temporary / card.CARD, card.render(manifest))
         manifest = manifest.model_copy(update={"files": contract.file_hashes(temporary)})
         write_json(temporary / contract.MANIFEST, manifest.model_dump(mode="json"))
         contract.verify(temporary)
@@ -181,46 +181,9 @@ def per_expert_config(config: dict[str, Any], weights: dict[str, torch.Tensor], 
     return plain
 
 
-def card(manifest: Manifest) -> str:
-    """The model card of an adapter directory."""
-    metrics = "\n".join(f"| {name} | {value} |" for name, value in manifest.metrics.items())
-    parity = manifest.parity
-    measured = (
-        f"Log-probabilities in vLLM and PEFT differ by at most {parity.max_abs_logprob_difference:.1e} over "
-        f"{parity.tokens} prompt tokens ({parity.dtype}, {parity.engine}); the adapter moves them by up to "
-        f"{parity.adapter_effect:.2f}."
-        if parity
-        else "Not measured yet: `mixfuse adapter verify DIR --base BASE`."
-    )
-    return f"""---
-library_name: peft
-base_model: {manifest.base_path}
-tags: [mixfuse, lora, mixtral]
----
-
-# {manifest.role} adapter, revision {manifest.revision}
-
-A LoRA adapter (rank {manifest.rank}, attention{" and experts" if manifest.experts_trained else ""}) made with mixfuse.
-The tensors are per expert, which vLLM applies and `PeftModel.from_pretrained` loads;
-`peft/` holds PEFT's fused layout to train on from.
-
-| metric | value |
-| --- | --- |
-{metrics}
-
-## Parity
-
-{measured}
-"""
-
-
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Renews the model card and the manifest of an adapter directory; the weights and the revision stay."""
-    write_text(directory / "README.md", card(manifest))
-    # Only the card's hash: taking the others anew would bless a file that was changed since `verify`.
-    files = {**manifest.files, "README.md": sha256_file(directory / "README.md")}
-    renewed = manifest.model_copy(update={"files": files})
-    write_json(directory / contract.MANIFEST, renewed.model_dump(mode="json"))
+    card.renew(directory, manifest)
 
 
 def _check_supported(config: dict[str, Any], source: Path) -> None:
