@@ -18,23 +18,28 @@ import json
 import math
 import re
 import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
 from mixfuse.errors import MixfuseError
-from mixfuse.files import read_json, sha256_file, sha256_json
+from mixfuse.files import atomic_file, canonical_json, read_json, sha256_file, sha256_json, write_json
 from mixfuse.judge_protocol import Calibration
 from mixfuse.recipe import Strict, validate
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 PROBES = "probes.json"
 PARITY_TOLERANCE = 1e-3
+LARGEST_RANK = 512
+"""The largest rank that vLLM serves (its `max_lora_rank`)."""
 _SAMPLE = 1 << 16
+_PIECE = 1 << 24
 # What transformers, peft or the user's disk write into a config without changing the model.
 _VOLATILE = (
     "transformers_version",
@@ -48,7 +53,7 @@ ALLOWED_SUFFIXES = (".safetensors", ".json", ".md")
 
 
 class Fingerprint(Strict):
-    """Which base model an adapter belongs to. Each field is a hex SHA-256.
+    """Which base model an adapter belongs to, mostly in hex SHA-256.
 
     Attributes:
         config: Of `config.json`, less the keys that do not change the model.
@@ -56,12 +61,21 @@ class Fingerprint(Strict):
         chat_template: Of the chat template.
         weights: Of every tensor's name, type and shape and of samples of the bytes (64 KiB from the start, the middle
             and the end of every file): cheap at 281 GB, and two models of one shape still differ.
+        weight_files: Each weight file's name → its size in bytes; None in manifests of version 1.
+        tensors: Of every byte of every tensor, whichever file it lies in; None unless asked for: it reads all of them.
     """
 
     config: str
     tokenizer: str
     chat_template: str
     weights: str
+    weight_files: dict[str, int] | None = None
+    tensors: str | None = None
+
+    def differences(self, other: "Fingerprint") -> list[str]:
+        """The parts in which two bases differ; a part that one of them does not know is passed over."""
+        pairs = {part: (getattr(self, part), getattr(other, part)) for part in Fingerprint.model_fields}
+        return [part for part, values in pairs.items() if None not in values and values[0] != values[1]]
 
 
 class Parity(Strict):
@@ -73,6 +87,10 @@ class Parity(Strict):
         adapter_effect: Worst difference the whole adapter makes to the base, in nats: what the gate could have seen.
         expert_effect: Worst difference the expert part makes; None where no experts are trained.
         tokens: How many prompt tokens were compared.
+        dtype: Of both sides.
+        engine: The engine and its version.
+        platform: The system, its processor and the device it ran on; None in manifests of version 1.
+        measured_at: When, in UTC (ISO 8601); None in manifests of version 1.
     """
 
     max_abs_logprob_difference: float
@@ -82,6 +100,8 @@ class Parity(Strict):
     tokens: int
     dtype: str
     engine: str
+    platform: str | None = None
+    measured_at: str | None = None
 
 
 class LogprobProbe(Strict):
@@ -138,12 +158,43 @@ class TrainingData(Strict):
     licence: str | None = None
 
 
+class Signature(Strict):
+    """Who vouches for a manifest: an Ed25519 signature over the manifest's canonical JSON without this group.
+
+    Canonical is UTF-8 with sorted keys and no spaces between them. The manifest holds every file's hash, so the
+    signature covers the files too.
+
+    Attributes:
+        algorithm: The only one there is.
+        public_key: Of who signed, 32 bytes in hex. It tells keys apart; what is trusted is named by who verifies.
+        value: The signature, 64 bytes in hex.
+    """
+
+    algorithm: Literal["ed25519"] = "ed25519"
+    public_key: str = Field(pattern="^[0-9a-f]{64}$")
+    value: str = Field(pattern="^[0-9a-f]{128}$")
+
+
 class Manifest(Strict):
     """`manifest.json`.
 
     Attributes:
+        schema_version: Of this layout. Version 1 is read, too, and upgraded in memory.
+        role: What the adapter is for: `domain`, `judge`, `synthesizer` or a name of one's own.
+        revision: 12 hex digits over the hashes of the weights and their configs: equal files, equal revisions.
+        base: The model it belongs to.
+        base_path: Where that model lay when the directory was made.
+        rank: r of every factor in it.
+        experts_trained: Whether it holds factors of experts.
+        files: Every file's path in the directory → its SHA-256; this file aside.
+        libraries: Versions of what it was made with.
+        recipe: The training run's recipe, or how it was made of other adapters.
+        metrics: Whatever was measured when it was made.
+        parity: How it does in vLLM what it did in training; None where that was not measured yet.
+        judge_protocol: The protocol a judge was trained with; None for any other role.
         calibration: How a judge's probabilities are to be read; None where that was not measured.
         training_data: What it was trained on.
+        signature: Who vouches for all this; None where nobody does.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -161,6 +212,7 @@ class Manifest(Strict):
     judge_protocol: dict[str, Any] | None = None
     calibration: Calibration | None = None
     training_data: list[TrainingData] = []
+    signature: Signature | None = None
 
 
 def revision_of(files: dict[str, str]) -> str:
@@ -169,8 +221,13 @@ def revision_of(files: dict[str, str]) -> str:
     return sha256_json(weights)[:12]
 
 
-def fingerprint(base: Path) -> Fingerprint:
+def fingerprint(base: Path, *, exact: bool = False, progress: Callable[[int], object] | None = None) -> Fingerprint:
     """Fingerprints a base model's folder.
+
+    Args:
+        base: The folder.
+        exact: Hash every tensor, too: reads all of the weights.
+        progress: Called with the number of bytes of each tensor that was hashed.
 
     Raises:
         MixfuseError: A part of it is missing.
@@ -180,6 +237,7 @@ def fingerprint(base: Path) -> Fingerprint:
     if not files:
         raise MixfuseError(f"{base}: no .safetensors weights in the folder")
     weights = hashlib.sha256()
+    tensors: dict[str, list[Any]] = {}
     for file in files:
         header = safetensors_header(file)
         weights.update(sha256_json({name: [t["dtype"], t["shape"]] for name, t in header.items()}).encode())
@@ -188,6 +246,9 @@ def fingerprint(base: Path) -> Fingerprint:
             for start in (0, max(0, size // 2), max(0, size - _SAMPLE)):
                 stream.seek(start)
                 weights.update(stream.read(_SAMPLE))
+        if exact:
+            for name, digest in _tensor_hashes(file, header, progress):
+                tensors[name] = [header[name]["dtype"], header[name]["shape"], digest]
     template = base / "chat_template.jinja"
     if template.is_file():
         chat_template = template.read_text(encoding="utf-8")
@@ -198,7 +259,26 @@ def fingerprint(base: Path) -> Fingerprint:
         tokenizer=sha256_file(_existing(base / "tokenizer.json")),
         chat_template=hashlib.sha256(chat_template.encode()).hexdigest(),
         weights=weights.hexdigest(),
+        weight_files={file.name: file.stat().st_size for file in files},
+        tensors=sha256_json(tensors) if exact else None,
     )
+
+
+def _tensor_hashes(
+    file: Path, header: dict[str, dict[str, Any]], progress: Callable[[int], object] | None
+) -> Iterator[tuple[str, str]]:
+    """Each tensor's name and the SHA-256 of its bytes, read a piece at a time."""
+    with file.open("rb") as stream:
+        data = 8 + struct.unpack("<Q", stream.read(8))[0]
+        for name, tensor in header.items():
+            start, end = tensor["data_offsets"]
+            stream.seek(data + start)
+            digest = hashlib.sha256()
+            for left in range(end - start, 0, -_PIECE):
+                digest.update(stream.read(min(left, _PIECE)))
+            if progress:
+                progress(end - start)
+            yield name, digest.hexdigest()
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -207,6 +287,11 @@ def read_manifest(directory: Path) -> Manifest:
     Raises:
         MixfuseError: There is none, or it is not of this schema (`kind` "adapter").
     """
+    return _read_manifest(directory)[0]
+
+
+def _read_manifest(directory: Path) -> tuple[Manifest, bytes]:
+    """The manifest, and what a signature of it is of: its canonical JSON as it lies there, whatever its version."""
     path = directory / MANIFEST
     if not directory.is_dir():
         raise MixfuseError(f"{directory}: no such adapter directory", kind="adapter")
@@ -217,11 +302,14 @@ def read_manifest(directory: Path) -> Manifest:
         )
     data = read_json(path)
     version = data.get("schema_version") if isinstance(data, dict) else None
-    if version != SCHEMA_VERSION:  # before the keys: those of another schema differ
+    if version not in (1, SCHEMA_VERSION):  # before the keys: those of another schema differ
         raise _bad(
-            directory, f"{MANIFEST} has schema version {version!r}, this version of mixfuse reads {SCHEMA_VERSION}"
+            directory,
+            f"{MANIFEST} has schema version {version!r}, this version of mixfuse reads up to {SCHEMA_VERSION}",
         )
-    return validate(data, Manifest, source=str(path))
+    signed = canonical_json({key: value for key, value in data.items() if key != "signature"})
+    # Version 2 only added keys: those a manifest of version 1 lacks have defaults.
+    return validate({**data, "schema_version": SCHEMA_VERSION}, Manifest, source=str(path)), signed
 
 
 def read_probes(directory: Path) -> Probes | None:
@@ -234,20 +322,78 @@ def read_probes(directory: Path) -> Probes | None:
     return validate(read_json(path), Probes, source=str(path)) if path.is_file() else None
 
 
-def verify(directory: Path, *, base: Fingerprint | None = None) -> Manifest:
-    """Checks an adapter directory: every file's hash, nothing beside them, shapes against rank, and the base.
+def verify(directory: Path, *, base: Fingerprint | None = None, trusted: Sequence[bytes | Path] = ()) -> Manifest:
+    """Checks an adapter directory: signature, every file's hash, nothing beside them, shapes against rank, the base.
 
     Args:
         directory: The adapter directory.
         base: Fingerprint of the model it shall be applied to, where that is known.
+        trusted: Ed25519 public keys, as PEM or the files that hold it. One of them must have signed the manifest;
+            where there are none, no signature is demanded, but one that is there must be right.
 
     Returns:
         The manifest.
 
     Raises:
-        MixfuseError: The first thing that is wrong (`kind` "adapter").
+        MixfuseError: The first thing that is wrong (`kind` "adapter"), or a trusted key cannot be read.
     """
-    manifest = read_manifest(directory)
+    manifest, signed = _read_manifest(directory)
+    _check_signature(directory, manifest, signed, trusted)
+    _check_files(directory, manifest)
+    if base is not None and (parts := manifest.base.differences(base)):
+        raise _bad(
+            directory,
+            f"made on another base model (its {', '.join(parts)} differ); train or export it on this one",
+        )
+    return manifest
+
+
+def rewrite(directory: Path, manifest: Manifest, texts: Mapping[str, str]) -> Manifest:
+    """Renews a directory's manifest and text files beside the weights; a signature ends with what it was of.
+
+    All are written before the first is renamed into place. Only these files' hashes are taken anew: taking the others'
+    would bless a file that was changed since `verify`.
+
+    Args:
+        directory: The adapter directory.
+        manifest: What it shall say, the hashes of these files aside.
+        texts: The name of each file → its text. None of them may be part of the revision.
+
+    Returns:
+        The manifest as it was written.
+    """
+    hashes = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+    manifest = manifest.model_copy(update={"files": {**manifest.files, **hashes}, "signature": None})
+    texts = {**texts, MANIFEST: manifest.model_dump_json(indent=2) + "\n"}
+    with ExitStack() as renames:
+        for name, text in texts.items():
+            renames.enter_context(atomic_file(directory / name)).write_text(text, encoding="utf-8")
+    return manifest
+
+
+def sign(directory: Path, key: Path) -> Manifest:
+    """Signs the manifest of a directory that is right with an Ed25519 private key; replaces an earlier signature.
+
+    Args:
+        directory: The adapter directory.
+        key: A PEM file.
+
+    Raises:
+        MixfuseError: The directory is not right (an earlier signature aside), or the file holds no such key.
+    """
+    from mixfuse.signing import sign as sign_with
+
+    path = directory / MANIFEST
+    manifest = read_manifest(directory).model_copy(update={"signature": None})
+    _check_files(directory, manifest)
+    data = manifest.model_dump(mode="json", exclude={"signature"})
+    public_key, value = sign_with(canonical_json(data), key)
+    manifest = manifest.model_copy(update={"signature": Signature(public_key=public_key, value=value)})
+    write_json(path, manifest.model_dump(mode="json"))
+    return manifest
+
+
+def _check_files(directory: Path, manifest: Manifest) -> None:
     files = (path for path in directory.rglob("*") if path.is_symlink() or not path.is_dir())
     present = {str(path.relative_to(directory)) for path in files} - {MANIFEST}
     if extra := sorted(present - set(manifest.files)):
@@ -262,13 +408,20 @@ def verify(directory: Path, *, base: Fingerprint | None = None) -> Manifest:
     if manifest.revision != revision_of(manifest.files):
         raise _bad(directory, "the revision does not match the files; the manifest was changed after export")
     _check_shapes(directory, manifest)
-    if base is not None and base != manifest.base:
-        parts = [part for part in Fingerprint.model_fields if getattr(base, part) != getattr(manifest.base, part)]
-        raise _bad(
-            directory,
-            f"made on another base model (its {', '.join(parts)} differ); train or export it on this one",
-        )
-    return manifest
+
+
+def _check_signature(directory: Path, manifest: Manifest, signed: bytes, trusted: Sequence[bytes | Path]) -> None:
+    if manifest.signature is None:
+        if trusted:
+            raise _bad(directory, "is not signed, and a signature is demanded; sign it with: mixfuse adapter sign")
+        return
+    from mixfuse import signing
+
+    by = signing.from_hex(manifest.signature.public_key)
+    if not signing.is_signed(signed, manifest.signature.value, by):
+        raise _bad(directory, "its signature does not match; the manifest was changed after it was signed")
+    if trusted and by not in [signing.public_key(source) for source in trusted]:
+        raise _bad(directory, f"signed with key {manifest.signature.public_key[:16]}…, which is not a trusted one")
 
 
 def safetensors_header(path: Path) -> dict[str, dict[str, Any]]:

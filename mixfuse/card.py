@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import yaml
 
 from mixfuse import judge_protocol
-from mixfuse.adapter import MANIFEST, Manifest, TrainingData
+from mixfuse.adapter import Manifest, TrainingData, rewrite
 from mixfuse.errors import MixfuseError
-from mixfuse.files import sha256_file, sha256_json, write_json, write_text
+from mixfuse.files import sha256_json
 
 CARD = "README.md"
 # What `--lora-target-modules` has to name: vLLM's default adds the output layer (see `serve/engine.py`, which a test
@@ -65,7 +65,7 @@ def named(directory: Path) -> Named:
 
 
 def renew(directory: Path, manifest: Manifest, said: Named | None = None) -> Manifest:
-    """Renews the model card and the manifest of an adapter directory; the weights and the revision stay.
+    """Renews the model card and the manifest of an adapter directory; weights and revision stay, a signature ends.
 
     Args:
         directory: The adapter directory.
@@ -86,11 +86,7 @@ def renew(directory: Path, manifest: Manifest, said: Named | None = None) -> Man
         if given is not None and not fits(given):
             raise MixfuseError(f"{given!r} is not {what}")
     merged = Named(new.base_model or old.base_model, new.licence or old.licence)
-    write_text(directory / CARD, render(manifest, merged))
-    # Only the card's hash: taking the others anew would bless a file that was changed since `verify`.
-    renewed = manifest.model_copy(update={"files": {**manifest.files, CARD: sha256_file(directory / CARD)}})
-    write_json(directory / MANIFEST, renewed.model_dump(mode="json"))
-    return renewed
+    return rewrite(directory, manifest, {CARD: render(manifest, merged)})
 
 
 def render(manifest: Manifest, said: Named | None = None) -> str:

@@ -9,9 +9,13 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mixfuse import __version__
-from mixfuse.errors import exit_code
+from mixfuse.errors import MixfuseError, exit_code
+
+if TYPE_CHECKING:
+    from mixfuse.adapter import Manifest
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -145,9 +149,14 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--base", type=Path, help="the base model (default: the run's own)")
     export.add_argument("--role", help="the role (default: the run's own, else domain)")
     export.set_defaults(command=_adapter_export)
+    _full_hash(export)
     verify = adapter.add_parser("verify", help="check hashes, fingerprint and shapes; with --base, parity too")
     verify.add_argument("dir", type=Path, metavar="DIR")
     verify.add_argument("--base", type=Path, help="the base model: compares PEFT's log-probs with vLLM's")
+    verify.add_argument(
+        "--public-key", type=Path, action="append", default=[], metavar="FILE", help="one of these must have signed it"
+    )
+    _full_hash(verify)
     verify.set_defaults(command=_adapter_verify)
     card = adapter.add_parser("card", help="renew and print the model card")
     card.add_argument("dir", type=Path, metavar="DIR")
@@ -166,7 +175,52 @@ def _parser() -> argparse.ArgumentParser:
     pull.add_argument("source", metavar="ORG/NAME[@REVISION]", help="a branch, tag, commit or adapter revision")
     pull.add_argument("out", type=Path, metavar="OUT")
     pull.add_argument("--base", type=Path, help="the base model it shall be applied to")
+    pull.add_argument(
+        "--public-key", type=Path, action="append", default=[], metavar="FILE", help="one of these must have signed it"
+    )
     pull.set_defaults(command=_adapter_pull)
+    keygen = adapter.add_parser("keygen", help="an Ed25519 key pair to sign with: FILE and FILE.pub")
+    keygen.add_argument("file", type=Path, metavar="FILE")
+    keygen.set_defaults(command=_adapter_keygen)
+    sign = adapter.add_parser("sign", help="sign the manifest, and by its hashes every file")
+    sign.add_argument("dir", type=Path, metavar="DIR")
+    sign.add_argument("--key", type=Path, required=True, metavar="FILE", help="an Ed25519 private key (PEM)")
+    sign.set_defaults(command=_adapter_sign)
+    diff = adapter.add_parser("diff", help="ranks, targets, norms and angles of two adapters, by layer and expert")
+    diff.add_argument("a", type=Path, metavar="A")
+    diff.add_argument("b", type=Path, metavar="B")
+    diff.add_argument("--plot", type=Path, metavar="FILE", help="heat maps, as a PNG")
+    diff.add_argument("--json", action="store_true", help="one JSON object on the last line")
+    diff.set_defaults(command=_adapter_diff)
+    merge = adapter.add_parser("merge", help="the base with an adapter added to it, as a plain checkpoint")
+    merge.add_argument("dir", type=Path, metavar="DIR")
+    merge.add_argument("out", type=Path, metavar="OUT")
+    merge.add_argument("--base", type=Path, help="the base model (default: where the manifest says)")
+    merge.add_argument(
+        "--check",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="compare log-probs with PEFT's (default: where memory allows)",
+    )
+    merge.set_defaults(command=_adapter_merge)
+    compose = adapter.add_parser("compose", help="a weighted sum of adapters, as one adapter")
+    compose.add_argument("out", type=Path, metavar="OUT")
+    compose.add_argument("parts", nargs="+", metavar="DIR[:WEIGHT]", help="an adapter directory; weight 1 by default")
+    compose.add_argument(
+        "--method",
+        choices=("sum", "concat"),
+        default="concat",
+        help="concat is exact, ranks add up (default); sum takes the nearest adapter of --rank",
+    )
+    compose.add_argument("--rank", type=int, metavar="R", help="of a sum (default: the largest of the parts)")
+    compose.add_argument("--role", help="the role (default: that of the first part)")
+    compose.set_defaults(command=_adapter_compose)
+    prune = adapter.add_parser("prune", help="the nearest adapter of a lower rank")
+    prune.add_argument("dir", type=Path, metavar="DIR")
+    prune.add_argument("out", type=Path, metavar="OUT")
+    prune.add_argument("--rank", type=int, required=True, metavar="R")
+    prune.add_argument("--json", action="store_true", help="one JSON object on the last line")
+    prune.set_defaults(command=_adapter_prune)
 
     serve = top.add_parser("serve", help="vLLM with the adapters of each role, and the gateway in front")
     serve.add_argument("config", type=Path, metavar="CONFIG")
@@ -271,6 +325,10 @@ def _database(parser: argparse.ArgumentParser) -> None:
         metavar="PATH_OR_URL",
         help="the gateway's trace_db (default $MIXFUSE_TRACE_DB or runs/traces.sqlite3)",
     )
+
+
+def _full_hash(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--full-hash", action="store_true", help="of every tensor of the base: reads all of it")
 
 
 def _base_build(arguments: argparse.Namespace) -> None:
@@ -380,20 +438,34 @@ def _pool_collect(arguments: argparse.Namespace) -> None:
 def _adapter_export(arguments: argparse.Namespace) -> None:
     from train.export import export
 
-    manifest = export(arguments.src, arguments.out, base=arguments.base, role=arguments.role)
+    manifest = export(
+        arguments.src, arguments.out, base=arguments.base, role=arguments.role, full_hash=arguments.full_hash
+    )
+    print(f"{arguments.out}: {_described(manifest)}")
+
+
+def _described(manifest: "Manifest") -> str:
     what = "attention and experts" if manifest.experts_trained else "attention"
-    print(f"{arguments.out}: {manifest.role} adapter, revision {manifest.revision}, rank {manifest.rank}, {what}")
+    return f"{manifest.role} adapter, revision {manifest.revision}, rank {manifest.rank}, {what}"
 
 
 def _adapter_verify(arguments: argparse.Namespace) -> None:
-    if arguments.base is None:
-        from mixfuse.adapter import fingerprint, read_manifest, verify
+    from mixfuse.adapter import fingerprint, read_manifest, verify
 
-        base = Path(read_manifest(arguments.dir).base_path)
-        known = fingerprint(base) if (base / "config.json").is_file() else None
-        manifest = verify(arguments.dir, base=known)
+    base = arguments.base or Path(read_manifest(arguments.dir).base_path)
+    known = None
+    if arguments.base is not None or (base / "config.json").is_file():
+        known = fingerprint(base, exact=arguments.full_hash)
+    manifest = verify(arguments.dir, base=known, trusted=arguments.public_key)
+    if arguments.full_hash and (known is None or manifest.base.tensors is None):
+        raise MixfuseError(
+            f"{arguments.dir}: no full hash to compare: "
+            + (f"{base} is not here" if known is None else "it was exported without --full-hash")
+        )
+    if arguments.base is None:
         found = "hashes, shapes and base are right" if known else f"hashes and shapes are right ({base} is not here)"
-        print(f"{arguments.dir}: revision {manifest.revision}: {found}")
+        by = f"; signed with key {manifest.signature.public_key[:16]}…" if manifest.signature else ""
+        print(f"{arguments.dir}: revision {manifest.revision}: {found}{by}")
         return
     from mixfuse.verify import verify_parity
 
@@ -410,8 +482,11 @@ def _adapter_card(arguments: argparse.Namespace) -> None:
     from mixfuse.adapter import verify
     from mixfuse.card import CARD, Named, renew
 
-    renew(arguments.dir, verify(arguments.dir), Named(arguments.base_model, arguments.licence))
+    manifest = verify(arguments.dir)
+    renew(arguments.dir, manifest, Named(arguments.base_model, arguments.licence))
     print((arguments.dir / CARD).read_text(encoding="utf-8"), end="")
+    if manifest.signature:
+        print("note: its signature was of the old card; mixfuse adapter sign DIR --key FILE", file=sys.stderr)
 
 
 def _adapter_push(arguments: argparse.Namespace) -> None:
@@ -436,10 +511,86 @@ def _adapter_push(arguments: argparse.Namespace) -> None:
 def _adapter_pull(arguments: argparse.Namespace) -> None:
     from mixfuse.hub import pull
 
-    pulled = pull(arguments.source, arguments.out, base=arguments.base)
+    pulled = pull(arguments.source, arguments.out, base=arguments.base, trusted=arguments.public_key)
     manifest = pulled.manifest
     whence = f"from {arguments.source} at commit {pulled.commit}" if pulled.commit else "was here already"
     print(f"{arguments.out}: {manifest.role} adapter, revision {manifest.revision}, {whence}")
+
+
+def _adapter_keygen(arguments: argparse.Namespace) -> None:
+    from mixfuse.signing import generate
+
+    public = generate(arguments.file)
+    print(f"{arguments.file}: keep it to yourself; {public}: for all who verify")
+
+
+def _adapter_sign(arguments: argparse.Namespace) -> None:
+    from mixfuse.adapter import sign
+
+    manifest = sign(arguments.dir, arguments.key)
+    by = manifest.signature.public_key[:16] if manifest.signature else ""
+    print(f"{arguments.dir}: revision {manifest.revision} signed with key {by}…")
+
+
+def _adapter_diff(arguments: argparse.Namespace) -> None:
+    from train.adapter_ops import diff, plot_difference, print_difference
+
+    difference = diff(arguments.a, arguments.b)
+    print_difference(difference)
+    if arguments.plot:
+        plot_difference(difference, arguments.plot)
+        print(f"{arguments.plot}: heat maps")
+    if arguments.json:
+        print(json.dumps(difference.to_json()))
+
+
+def _adapter_merge(arguments: argparse.Namespace) -> None:
+    from train.merge import merge
+
+    merged = merge(arguments.dir, arguments.out, base=arguments.base, check=arguments.check)
+    print(f"{arguments.out}: {merged.tensors} tensors changed, in {merged.files} weight files")
+    if merged.check is None:
+        print(f"not compared with PEFT: {merged.skipped}")
+        return
+    print(
+        f"log-probs in transformers and PEFT differ by at most {merged.check.difference:.1e}; rounding to the base's "
+        f"type moved them by up to {merged.check.rounding:.1e}, the adapter by {merged.check.effect:.2g}"
+    )
+
+
+def _adapter_compose(arguments: argparse.Namespace) -> None:
+    from train.adapter_ops import compose
+
+    composed = compose(
+        [_weighted(part) for part in arguments.parts],
+        arguments.out,
+        method=arguments.method,
+        rank=arguments.rank,
+        role=arguments.role,
+    )
+    error = f"off the weighted sum by {composed.relative_error:.1e} of its norm"
+    print(f"{arguments.out}: {_described(composed.manifest)}; {error}")
+
+
+def _weighted(part: str) -> tuple[Path, float]:
+    """`DIR[:WEIGHT]`; what follows the last colon may belong to the folder's name."""
+    directory, colon, weight = part.rpartition(":")
+    if not colon or Path(part).is_dir():
+        return Path(part), 1.0
+    try:
+        return Path(directory), float(weight)
+    except ValueError:
+        raise MixfuseError(f"{part!r} is not of the form DIR:WEIGHT, the weight a number") from None
+
+
+def _adapter_prune(arguments: argparse.Namespace) -> None:
+    from train.adapter_ops import print_energies, prune
+
+    pruned = prune(arguments.dir, arguments.out, rank=arguments.rank)
+    print_energies(pruned)
+    print(f"{arguments.out}: {_described(pruned.manifest)}; keeps {pruned.share:.2%} of the adapter's energy")
+    if arguments.json:
+        print(json.dumps(pruned.to_json()))
 
 
 def _serve(arguments: argparse.Namespace) -> None:

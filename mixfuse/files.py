@@ -198,7 +198,12 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def sha256_json(value: Any) -> str:
-    """Returns the hex SHA-256 of a value's canonical JSON (sorted keys, no spaces)."""
+def canonical_json(value: Any) -> bytes:
+    """Returns a value's canonical JSON: UTF-8, sorted keys, no spaces."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return text.encode(errors="surrogatepass")  # JSON can escape half a surrogate pair
+
+
+def sha256_json(value: Any) -> str:
+    """Returns the hex SHA-256 of a value's canonical JSON."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -159,7 +159,7 @@ def push(
     return plan
 
 
-def pull(source: str, out: Path, *, base: Path | None = None) -> Pulled:
+def pull(source: str, out: Path, *, base: Path | None = None, trusted: Sequence[Path] = ()) -> Pulled:
     """Fetches an adapter directory, verifies it, and only then gives it its name.
 
     Files that an interrupted pull brought whole are not fetched again.
@@ -168,6 +168,7 @@ def pull(source: str, out: Path, *, base: Path | None = None) -> Pulled:
         source: `org/name`, and after `@` a branch, a tag, a whole commit hash or an adapter's revision (12 digits).
         out: The folder to create. Where it holds the adapter already, nothing is done.
         base: The base model it shall be applied to.
+        trusted: Public keys, one of which must have signed it.
 
     Returns:
         What it is and whence it came.
@@ -181,7 +182,7 @@ def pull(source: str, out: Path, *, base: Path | None = None) -> Pulled:
     known = adapter.fingerprint(base) if base else None
     if _REVISION.fullmatch(revision):
         revision = tag_of(revision)
-    there = adapter.verify(out, base=known) if (out / adapter.MANIFEST).is_file() else None
+    there = adapter.verify(out, base=known, trusted=trusted) if (out / adapter.MANIFEST).is_file() else None
     if there and revision == tag_of(there.revision):
         return Pulled(there, None)
     if there is None and out.exists():
@@ -204,7 +205,7 @@ def pull(source: str, out: Path, *, base: Path | None = None) -> Pulled:
             manifest = _download(repo, commit, listed, temporary)
             shutil.rmtree(temporary / ".cache", ignore_errors=True)  # the client's notes on what it has fetched
             try:
-                manifest = adapter.verify(temporary, base=known)
+                manifest = adapter.verify(temporary, base=known, trusted=trusted)
             except MixfuseError as error:
                 shutil.rmtree(temporary)  # or the next pull would take the bad file for a good one
                 what = str(error).replace(str(temporary), source)
@@ -276,7 +277,7 @@ def _refuse_other(repo: str, remote: _Remote, manifest: Manifest) -> None:
         raise _problem(f"{repo} holds a manifest that is not mixfuse's ({error}); {remedy}") from None
     if there.role != manifest.role:
         raise _problem(f"{repo} holds a {there.role} adapter, this is a {manifest.role}; {remedy}")
-    if there.base != manifest.base:
+    if there.base.differences(manifest.base):
         raise _problem(f"{repo} holds an adapter of another base model (revision {there.revision}); {remedy}")
     if foreign := sorted(set(remote.files) - set(there.files) - {adapter.MANIFEST, _OWN}):
         raise _problem(f"{repo} holds {foreign[0]}, which is no part of the adapter; --force removes it")

@@ -41,7 +41,7 @@ def verify_parity(directory: Path, base: Path) -> Parity:
             )
 
     measured = asyncio.run(compare())
-    parity.check(directory, measured)
+    parity.check(directory, measured, wanted)
     return measured
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from mixfuse import adapter
+from mixfuse import adapter, signing
 from mixfuse.adapter import CONFIG, MANIFEST, WEIGHTS, Manifest
 from mixfuse.errors import MixfuseError
 
@@ -115,7 +116,7 @@ TAMPERED: dict[str, tuple[Callable[[Path], object], str]] = {
     "an edited rank": (lambda d: edit_manifest(d, rank=4), "rank 2 in adapter_config.json, 4 in the manifest"),
     "hidden experts": (lambda d: edit_manifest(d, experts_trained=False), "the manifest says otherwise"),
     "an unknown key": (lambda d: edit_manifest(d, rolle="judge"), "unknown key 'rolle'; did you mean 'role'?"),
-    "another schema": (lambda d: edit_manifest(d, schema_version=2, new=1), "has schema version 2"),
+    "another schema": (lambda d: edit_manifest(d, schema_version=3, new=1), "has schema version 3"),
     "no manifest": (lambda d: (d / MANIFEST).unlink(), "mixfuse adapter export"),
     "half a manifest": (lambda d: (d / MANIFEST).write_text("{"), "not valid JSON"),
     "no directory": (shutil.rmtree, "no such adapter directory"),
@@ -181,6 +182,110 @@ def test_a_safetensors_file_cut_off_or_lengthened_is_not_whole(directory: Path) 
             adapter.safetensors_header(path)
 
 
+@pytest.fixture
+def key(tmp_path: Path) -> Path:
+    signing.generate(tmp_path / "keys" / "mine")
+    return tmp_path / "keys" / "mine"
+
+
+def test_a_signed_manifest_is_taken_by_who_trusts_its_key(directory: Path, key: Path) -> None:
+    before = adapter.verify(directory)
+    assert adapter.sign(directory, key).revision == before.revision
+    public = key.with_name("mine.pub")
+    other = signing.generate(key.with_name("other"))
+    for trusted in ((), (public,), (public.read_bytes(),), (other, public)):
+        assert adapter.verify(directory, trusted=trusted).signature is not None
+    with pytest.raises(MixfuseError, match="which is not a trusted one"):
+        adapter.verify(directory, trusted=(other,))
+    adapter.sign(directory, key.with_name("other"))
+    assert adapter.verify(directory, trusted=(other,)).files == before.files
+
+
+def test_where_a_signature_is_demanded_an_unsigned_directory_is_refused(directory: Path, key: Path) -> None:
+    with pytest.raises(MixfuseError, match="is not signed, and a signature is demanded"):
+        adapter.verify(directory, trusted=(key.with_name("mine.pub"),))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"role": "judge"},
+        {"metrics": {"accuracy": 1.0}},
+        {"base_path": "elsewhere"},
+        {"training_data": [{"name": "clean.jsonl"}]},
+        {"role": "\ud800"},
+    ],
+    ids=str,
+)
+def test_what_was_changed_after_signing_is_refused_whoever_is_trusted(
+    change: dict[str, Any], directory: Path, key: Path
+) -> None:
+    adapter.sign(directory, key)
+    edit_manifest(directory, **change)
+    for trusted in ((), (key.with_name("mine.pub"),)):
+        with pytest.raises(MixfuseError, match="changed after it was signed"):
+            adapter.verify(directory, trusted=trusted)
+
+
+def test_a_forger_with_a_key_of_his_own_is_not_trusted(directory: Path, key: Path) -> None:
+    adapter.sign(directory, key)
+    edit_manifest(directory, role="judge", signature=None)
+    signing.generate(key.with_name("forger"))
+    adapter.sign(directory, key.with_name("forger"))
+    with pytest.raises(MixfuseError, match="not a trusted one"):
+        adapter.verify(directory, trusted=(key.with_name("mine.pub"),))
+    # Naming the trusted key beside his own signature does not help.
+    signature = json.loads((directory / MANIFEST).read_text())["signature"]
+    trusted = signing.public_key(key.with_name("mine.pub")).public_bytes_raw().hex()
+    edit_manifest(directory, signature=signature | {"public_key": trusted})
+    with pytest.raises(MixfuseError, match="changed after it was signed"):
+        adapter.verify(directory, trusted=(key.with_name("mine.pub"),))
+
+
+def test_what_is_not_right_is_not_signed(directory: Path, key: Path) -> None:
+    _flip_a_byte(directory)
+    with pytest.raises(MixfuseError, match="was changed after export"):
+        adapter.sign(directory, key)
+    assert adapter.read_manifest(directory).signature is None
+
+
+def test_keys_are_made_for_their_owner_and_never_overwritten(key: Path) -> None:
+    assert stat.S_IMODE(key.stat().st_mode) == 0o600
+    with pytest.raises(MixfuseError, match="exists already"):
+        signing.generate(key)
+    key.unlink()
+    with pytest.raises(MixfuseError, match=r"mine\.pub exists already"):
+        signing.generate(key)
+
+
+def test_a_file_that_is_no_key_is_named(directory: Path, key: Path, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("no key")
+    for wrong in (tmp_path / "text", key.with_name("mine.pub")):
+        with pytest.raises(MixfuseError, match="no unencrypted Ed25519 private key"):
+            adapter.sign(directory, wrong)
+    with pytest.raises(MixfuseError, match="the key cannot be read: No such file"):
+        adapter.sign(directory, tmp_path / "nowhere")
+    adapter.sign(directory, key)
+    for wrong in (tmp_path / "text", key, key.read_bytes()):
+        with pytest.raises(MixfuseError, match="no Ed25519 public key"):
+            adapter.verify(directory, trusted=(wrong,))
+
+
+def test_a_manifest_of_the_first_version_is_read_and_upgraded(directory: Path) -> None:
+    data = json.loads((directory / MANIFEST).read_text())
+    added = {"calibration", "training_data", "signature"}
+    first = {key: value for key, value in data.items() if key not in added} | {"schema_version": 1}
+    first["base"] = {key: value for key, value in data["base"].items() if value is not None}
+    parity = {"max_abs_logprob_difference": 1e-5, "tolerance": 1e-3, "adapter_effect": 1.0, "expert_effect": None}
+    first["parity"] = parity | {"tokens": 9, "dtype": "float32", "engine": "vllm"}
+    (directory / MANIFEST).write_text(json.dumps(first))
+    manifest = adapter.verify(directory)
+    assert manifest.schema_version == adapter.SCHEMA_VERSION
+    assert manifest.parity is not None
+    # Its base is known by the old parts alone, whatever more a fingerprint holds today.
+    assert adapter.verify(directory, base=manifest.base.model_copy(update={"weight_files": {"a.safetensors": 1}}))
+
+
 def test_a_revision_is_of_weights_and_config_and_not_of_the_card() -> None:
     files = {WEIGHTS: "a", CONFIG: "b", "README.md": "c"}
     assert adapter.revision_of(files | {"README.md": "d"}) == adapter.revision_of(files)
@@ -216,6 +321,7 @@ def _tensor(base: Path, index: int) -> None:
         (lambda b: _tensor(b, 100_000), "weights"),
         (lambda b: _tensor(b, -1), "weights"),
         (lambda b: save_file({"v": load_file(b / "model.safetensors")["w"]}, b / "model.safetensors"), "weights"),
+        (lambda b: (b / "model.safetensors").rename(b / "other.safetensors"), "weight_files"),
     ],
 )
 def test_a_fingerprint_tells_bases_apart_by_part(change: Callable[[Path], object], part: str, base: Path) -> None:
@@ -223,6 +329,22 @@ def test_a_fingerprint_tells_bases_apart_by_part(change: Callable[[Path], object
     change(base)
     after = adapter.fingerprint(base).model_dump()
     assert {key for key in before if before[key] != after[key]} == {part}
+
+
+def test_an_exact_fingerprint_sees_a_byte_that_no_sample_holds_and_not_the_sharding(base: Path) -> None:
+    read: list[int] = []
+    before = adapter.fingerprint(base, exact=True, progress=read.append)
+    assert sum(read) == 800_000
+    assert before.differences(adapter.fingerprint(base)) == []
+    _tensor(base, 50_000)
+    after = adapter.fingerprint(base, exact=True)
+    assert before.differences(after) == ["tensors"]
+    tensors = load_file(base / "model.safetensors")
+    save_file({"v": tensors["w"]}, base / "a.safetensors")
+    whole = adapter.fingerprint(base, exact=True)
+    save_file({"v": tensors["w"], "w": tensors["w"]}, base / "model.safetensors")
+    (base / "a.safetensors").unlink()
+    assert "tensors" not in whole.differences(adapter.fingerprint(base, exact=True))
 
 
 def test_a_fingerprint_passes_over_what_does_not_change_the_model(base: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import make
+from hub_harness import make
 from huggingface_hub import ModelCard, ModelCardData
 
 from mixfuse import adapter, card, cli

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import Run, make, one_line
+from hub_harness import Run, make, one_line
 from hub_server import READ_ONLY, TOKEN, Blob, Fault, Hub
 
 from mixfuse import adapter

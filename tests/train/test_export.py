@@ -144,6 +144,10 @@ def _narrower(tensors: dict[str, Any]) -> None:
     tensors[name] = tensors[name][:, :32].contiguous()
 
 
+def _widowed(tensors: dict[str, Any]) -> None:
+    del tensors[next(name for name in tensors if ".experts.base_layer.lora_B" in name)]
+
+
 def _router(tensors: dict[str, Any]) -> None:
     tensors["base_model.model.model.layers.0.mlp.gate.lora_A.weight"] = torch.ones(4, 64)
     tensors["base_model.model.model.layers.0.mlp.gate.lora_B.weight"] = torch.ones(4, 4)
@@ -159,7 +163,9 @@ SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
     "another rank": (lambda folder: _configure(folder, r=8), "does not fit rank 8"),
     "no rank": (lambda folder: _configure(folder, r=None), "names no rank"),
     "DoRA": (lambda folder: _configure(folder, use_dora=True), "DoRA"),
-    "rank pattern": (lambda folder: _configure(folder, rank_pattern={"q_proj": 8}), "rank_pattern"),
+    "rank pattern": (lambda folder: _configure(folder, rank_pattern={"q_proj": 8}), "q_proj.*does not fit rank 8"),
+    "no alpha": (lambda folder: _configure(folder, lora_alpha=None), "names no 'lora_alpha'"),
+    "half a pair": (lambda folder: _edit(folder, _widowed), "stands without .*lora_B.weight"),
     "no LoRA": (lambda folder: _configure(folder, peft_type="IA3"), "IA3"),
     "cut off": (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-100]), "not a whole safetensors file"),
     "pickle": (lambda f: (f / WEIGHTS).rename(f / "adapter_model.bin"), "pickled .bin files are refused"),
