@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import orjson
 from prometheus_client import CONTENT_TYPE_LATEST as METRICS_TYPE
+from prometheus_client.registry import Collector
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -72,6 +73,7 @@ def create_app(
     *,
     extra_routes: Sequence[BaseRoute] = (),
     checks: Mapping[str, Check] | None = None,
+    collectors: Sequence[Collector] = (),
 ) -> Starlette:
     """Builds the gateway.
 
@@ -80,6 +82,7 @@ def create_app(
         roles: Where roles are served; None for a gateway without a server beside it.
         extra_routes: More routes, served before the gateway's own.
         checks: What else has to be well for `/readyz`, by name.
+        collectors: What else `/metrics` shows.
 
     Raises:
         MixfuseError: The config names a role, but there is no server beside this gateway; or the trace
@@ -90,6 +93,8 @@ def create_app(
     if roles is None and role is not None:
         raise MixfuseError(f"role {role!r}: this gateway has no server beside it; name a base_url and model")
     gateway = _Gateway(config, Pool(roles), Database(config.trace_db), checks or {})
+    for collector in collectors:
+        gateway.metrics.show(collector)
 
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:

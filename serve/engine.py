@@ -8,6 +8,7 @@ left behind, however this one ends. It does not know which adapter plays which r
 import asyncio
 import contextlib
 import inspect
+import math
 import os
 import re
 import secrets
@@ -52,6 +53,8 @@ class EngineConfig(Strict):
         max_model_len: The longest prompt and completion together, in tokens.
         max_lora_rank: The highest rank an adapter may have; vLLM knows only these.
         max_loras: How many adapters may be active in one batch. More can be loaded; they then take turns.
+        max_loaded: How many adapters are kept loaded; beyond that the least recently used makes room for one that is
+            needed. All of them by default.
         host: The address to listen on, a loopback one: vLLM's API key guards `/v1`, but not `/adapters` and
             `/invocations` (vllm/entrypoints/serve/middleware/authenticate.py).
         port: The port to listen on; a free one by default.
@@ -68,6 +71,7 @@ class EngineConfig(Strict):
     max_model_len: int = Field(default=1024, ge=2)
     max_lora_rank: LoraRank = 16
     max_loras: int = Field(default=4, ge=1)
+    max_loaded: int | None = Field(default=None, ge=1)
     host: str = "127.0.0.1"
     port: int | None = Field(default=None, ge=1, le=65535)
     max_num_seqs: int = Field(default=32, ge=1)
@@ -227,6 +231,25 @@ class Engine:
         positions = answer["choices"][0]["prompt_logprobs"][1:]  # the first position has none
         return [position[str(token)]["logprob"] for position, token in zip(positions, prompt[1:], strict=True)]
 
+    async def first_token_logprobs(self, name: str, messages: list[dict[str, str]]) -> dict[str, float]:
+        """Token text → log-probability, in nats, of the likeliest first tokens of the answer to chat messages.
+
+        Args:
+            name: The base model's name, or an adapter's.
+            messages: The conversation.
+
+        Raises:
+            MixfuseError: The engine does not answer.
+        """
+        asked = {"max_tokens": 1, "temperature": 0, "logprobs": True, "top_logprobs": TOP_LOGPROBS}
+        answer = await self._post("chat/completions", {"model": name, "messages": messages, **asked})
+        found: dict[str, float] = {}
+        for one in answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]:
+            # SentencePiece's "A" and "▁A" both decode to "A".
+            before = math.exp(found[one["token"]]) if one["token"] in found else 0.0
+            found[one["token"]] = math.log(before + math.exp(one["logprob"])) if before else one["logprob"]
+        return found
+
     async def _adapter_call(self, endpoint: str, **body: str) -> None:
         response = await self._send(endpoint, body)
         if response.is_error:
@@ -284,6 +307,8 @@ def _command(config: EngineConfig, port: int) -> list[str]:
         *("--max-num-seqs", str(config.max_num_seqs)),
         *("--enable-lora", "--max-lora-rank", str(config.max_lora_rank)),
         *("--max-loras", str(config.max_loras), "--lora-target-modules", *LORA_TARGETS),
+        # vLLM itself keeps no more than `max_loras` in memory, and reads the others again at need: unverified by then.
+        *(["--max-cpu-loras", str(max(config.max_loras, config.max_loaded + 1))] if config.max_loaded else []),
         *("--max-logprobs", str(TOP_LOGPROBS)),
         *("--generation-config", "vllm"),  # the model's own would change the sampling that a request asks for
         "--enable-prefix-caching",
