@@ -46,6 +46,7 @@ from mixfuse.errors import MixfuseError
 from mixfuse.files import disk_errors
 
 _OWN = ".gitattributes"  # which files the Hub holds as large ones; the Hub writes it, and no adapter has it
+_ANSWER_S = 10.0
 _REVISION = re.compile(r"[0-9a-f]{12}")
 
 
@@ -212,6 +213,30 @@ def pull(source: str, out: Path, *, base: Path | None = None, trusted: Sequence[
                 raise MixfuseError(f"{what} (commit {commit}); nothing was kept", kind=error.kind) from None
             os.replace(temporary, out)
     return Pulled(manifest, commit)
+
+
+def newest(source: str, folder: Path, *, base: Path) -> tuple[Path, str]:
+    """Fetches what a branch holds now into a folder of its own, unless it is there already.
+
+    Args:
+        source: `org/name`, and after `@` a branch.
+        folder: The folder to create it in, named after its commit.
+        base: The base model it shall be applied to.
+
+    Returns:
+        The adapter directory and the commit.
+
+    Raises:
+        MixfuseError: As `pull`.
+    """
+    repo, _, branch = source.partition("@")
+    _check_name(repo)
+    with _hub_errors(source):
+        commit = str(HfApi(library_name="mixfuse").model_info(repo, revision=branch or None, timeout=_ANSWER_S).sha)
+    out = folder / commit[:12]
+    if not out.exists():
+        pull(f"{repo}@{commit}", out, base=base)
+    return out, commit
 
 
 def tag_of(revision: str) -> str:

@@ -1,15 +1,16 @@
 """Adapters to the Hub and back, by the real client, over a Hub that runs here and fails as the real one may."""
 
 import json
-import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 from hub_harness import Run, make, one_line
 from hub_server import READ_ONLY, TOKEN, Blob, Fault, Hub
+from safetensors.numpy import save_file
 
 from mixfuse import adapter
 from mixfuse.adapter import CONFIG, MANIFEST, WEIGHTS
@@ -19,6 +20,14 @@ FUSED = f"peft/{WEIGHTS}"
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def a_base(folder: Path) -> Path:
+    folder.mkdir()
+    save_file({"w": numpy.ones(8)}, folder / "model.safetensors")
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_text("{}")
+    return folder
 
 
 def revision(folder: Path) -> str:
@@ -325,12 +334,7 @@ def test_only_what_belongs_in_an_adapter_is_fetched(
 
 
 def test_a_base_it_does_not_fit_is_named(mixfuse: Run, published: str, tmp_path: Path) -> None:
-    base = tmp_path / "base"
-    base.mkdir()
-    shutil.copy(tmp_path / "judge" / WEIGHTS, base / "model.safetensors")
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-        (base / name).write_text("{}")
-    done = mixfuse("pull", published, tmp_path / "back", "--base", base)
+    done = mixfuse("pull", published, tmp_path / "back", "--base", a_base(tmp_path / "base"))
     assert "made on another base model" in one_line(done)
     assert not (tmp_path / "back").exists()
 
@@ -368,3 +372,46 @@ def test_a_second_pull_into_the_same_place_is_refused(mixfuse: Run, hub: Hub, pu
     assert mixfuse("pull", published, out).returncode == 0
     assert "another pull is filling" in told[0]
     assert not list(tmp_path.glob(".back*"))
+
+
+WATCH = """
+import asyncio, sys
+from pathlib import Path
+from mixfuse.server import OnHub
+
+source = OnHub({"judge": "org/judge"}, Path(sys.argv[1]), Path(sys.argv[2]))
+for _ in range(2):
+    found = asyncio.run(source.newest("judge"))
+    print(found.directory, found.state)
+"""
+
+
+def test_a_watched_branch_is_fetched_once_a_commit(hub: Hub, tmp_path: Path, environment: dict[str, str]) -> None:
+    base = a_base(tmp_path / "base")
+    fingerprint = adapter.fingerprint(base).model_dump()
+    seen = []
+    for seed in (0, 1):
+        directory = make(tmp_path / str(seed), seed=seed, base=fingerprint)
+        hub.add("org/judge", contents(directory))
+        command = [sys.executable, "-P", "-c", WATCH, str(base), str(tmp_path / "fetched")]
+        done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=120)
+        first, again = done.stdout.splitlines()
+        assert first == again
+        assert contents(Path(first.split()[0])) == contents(directory)
+        seen.append(first)
+    assert seen[0] != seen[1]
+    assert len(hub.asked("GET /object")) == 4
+
+
+def test_a_signature_travels_and_can_be_demanded(mixfuse: Run, judge: Path, tmp_path: Path) -> None:
+    for name in ("ours", "theirs"):
+        mixfuse("keygen", tmp_path / name)
+    mixfuse("sign", judge, "--key", tmp_path / "ours")
+    mixfuse("push", judge, "org/judge")
+    out = tmp_path / "back"
+    refused = mixfuse("pull", "org/judge", out, "--public-key", tmp_path / "theirs.pub")
+    assert "which is not a trusted one" in one_line(refused)
+    assert not out.exists()
+    assert mixfuse("pull", "org/judge", out, "--public-key", tmp_path / "ours.pub").returncode == 0
+    renewed = mixfuse("card", judge, "--licence", "mit")
+    assert "its signature was of the old card" in renewed.stderr
