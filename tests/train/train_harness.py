@@ -211,3 +211,44 @@ def logits(base: Path, adapter: Path | None = None) -> Any:
         model = PeftModel.from_pretrained(model, str(adapter))
     with torch.no_grad():
         return model.eval()(input_ids=torch.tensor([PROBE])).logits
+
+
+def deltas(directory: Path, scale: float | None = None) -> dict[str, Any]:
+    """The change an adapter of per-expert factors makes to each weight of the checkpoint, multiplied out.
+
+    Args:
+        directory: A folder with the factors and their config.
+        scale: What B·A is multiplied with; by default the config's alpha / r.
+    """
+    from safetensors.torch import load_file
+
+    config = json.loads((directory / "adapter_config.json").read_text())
+    scale = config["lora_alpha"] / config["r"] if scale is None else scale
+    tensors = load_file(directory / "adapter_model.safetensors")
+    stems = [name.removesuffix(".lora_A.weight") for name in tensors if ".lora_A." in name]
+    return {
+        f"{stem.removeprefix('base_model.model.')}.weight": scale
+        * (tensors[f"{stem}.lora_B.weight"].double() @ tensors[f"{stem}.lora_A.weight"].double())
+        for stem in stems
+    }
+
+
+def logits_of_weights(base: Path, changes: dict[str, Any]) -> Any:
+    """What transformers says of the fixed text when these are added to the base's weights: neither PEFT nor ours."""
+    import torch
+    from transformers import MixtralForCausalLM
+
+    model = MixtralForCausalLM.from_pretrained(base, dtype=torch.float32)
+    parameters = dict(model.named_parameters())
+    inner = model.config.intermediate_size
+    with torch.no_grad():
+        for name, change in changes.items():
+            layer, found, rest = name.partition(".block_sparse_moe.experts.")
+            if not found:
+                parameters[name] += change.float()
+                continue
+            expert, projection, _ = rest.split(".")
+            parameter = "down_proj" if projection == "w2" else "gate_up_proj"
+            rows = {"w1": slice(inner), "w2": slice(None), "w3": slice(inner, None)}[projection]
+            parameters[f"{layer}.mlp.experts.{parameter}"][int(expert), rows] += change.float()
+        return model.eval()(input_ids=torch.tensor([PROBE])).logits
