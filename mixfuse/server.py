@@ -17,6 +17,7 @@ import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,13 +31,14 @@ from fusion.config import FusionConfig
 from fusion.gateway import create_app
 from fusion.keys import ADMIN_KEY, has_keys
 from fusion.pool import Endpoint
-from mixfuse.adapter import fingerprint
+from mixfuse.adapter import fingerprint, verify
 from mixfuse.database import opened
 from mixfuse.errors import MixfuseError
 from mixfuse.recipe import Strict, load
 from mixfuse.roles_admin import RoleMetrics, routes
 from mixfuse.roles_store import StoredRoles
-from serve.engine import Engine, EngineConfig
+from serve.engine import EngineConfig
+from serve.engine_group import EngineGroup
 from serve.roles import BASE, RoleTable
 from serve.watch import Folder, Found, Watcher
 
@@ -76,6 +78,7 @@ class ServeConfig(Strict):
         roles_poll_s: How often the role table is looked at for what other gateways changed, in seconds.
         watch: A folder: the newest adapter directory in `WATCH/ROLE/` is swapped in by itself. Or role → an adapter on
             the Hugging Face Hub, `org/name[@branch]`: fetched into `runs/hub/ROLE/` and swapped in when it is new.
+        trusted_keys: Public keys: where there are any, an adapter is served only if one of them signed it.
         probe_tolerance: How far an adapter's log-probabilities may be off from those stored with it, in nats. By
             default as stored with it where the engine's dtype is float32, else half a nat.
         fusion: The pool, the judge and the modes: in place, or the path of a fusion config.
@@ -88,16 +91,17 @@ class ServeConfig(Strict):
     roles_from: Literal["table", "config"] = "table"
     roles_poll_s: Annotated[float, Field(gt=0)] = 2.0
     watch: Path | dict[str, str] | None = None
+    trusted_keys: list[Path] = []
     probe_tolerance: Annotated[float, Field(gt=0)] | None = None
     fusion: FusionConfig | Path
     logs: Path = Path("runs/logs")
 
 
 class LeasedRoles:
-    """The role table as the gateway sees it: endpoints of the engine."""
+    """The role table as the gateway sees it: endpoints of the engines."""
 
-    def __init__(self, table: RoleTable, engine: Engine) -> None:
-        self._table, self._engine = table, engine
+    def __init__(self, table: RoleTable, engines: EngineGroup) -> None:
+        self._table, self._engines = table, engines
 
     def names(self) -> list[str]:
         """The roles."""
@@ -105,9 +109,9 @@ class LeasedRoles:
 
     @asynccontextmanager
     async def lease(self, role: str) -> AsyncIterator[Endpoint]:
-        """Yields the engine's endpoint for the role, its revision pinned."""
-        async with self._table.lease(role) as revision:
-            yield Endpoint(self._engine.url, revision.model, self._engine.api_key, revision.revision)
+        """Yields an engine's endpoint for the role, its revision pinned; waits for one that is being restarted."""
+        async with self._table.lease(role) as revision, self._engines.at(revision.model) as address:
+            yield Endpoint(address.url, revision.model, address.api_key, revision.revision)
 
 
 def run(config_path: Path, overrides: list[str]) -> None:
@@ -140,8 +144,8 @@ async def _serve(config: ServeConfig, fusion: FusionConfig) -> None:
     listener = _listen(config.gateway, fusion)
     with listener, opened(fusion.trace_db) as database:
         base = await asyncio.to_thread(fingerprint, config.engine.base)
-        log = config.logs / "engine.log"
-        engine = Engine(config.engine, log_path=log)
+        engine = EngineGroup(config.engine, logs=config.logs)
+        where = ", ".join(config.engine.external) or f"log in {config.logs}"
         store = StoredRoles(database, f"{socket.gethostname()}:{listener.getsockname()[1]}")
         table = RoleTable(
             engine,
@@ -150,11 +154,12 @@ async def _serve(config: ServeConfig, fusion: FusionConfig) -> None:
             max_rank=config.engine.max_lora_rank,
             max_loaded=config.engine.max_loaded,
             store=store,
+            verify=partial(verify, trusted=config.trusted_keys),
             probe_tolerance=_probe_tolerance(config),
         )
         beside: list[asyncio.Task[None]] = []
         try:
-            with console.status(f"starting the engine on {config.engine.base} (log: {log})"):
+            with console.status(f"waiting for the engine on {config.engine.base} ({where})"):
                 await engine.start()
                 taken = await table.start(config.roles, anew=config.roles_from == "config")
             app = create_app(
@@ -168,12 +173,12 @@ async def _serve(config: ServeConfig, fusion: FusionConfig) -> None:
             beside = _beside(config, table)
             _say_ready(console, listener, _serving(table, taken))
             gateway = asyncio.create_task(server.serve(sockets=[listener]))
-            died = asyncio.create_task(engine.wait())
+            died = asyncio.create_task(engine.failed())
             await asyncio.wait({gateway, died}, return_when=asyncio.FIRST_COMPLETED)
             if died.done() and not gateway.done():
                 server.should_exit = True
                 await gateway
-                raise MixfuseError(f"the engine died (exit code {died.result()}); see {log}", kind="engine")
+                raise died.result()
             died.cancel()
             await gateway
         finally:

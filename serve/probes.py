@@ -40,15 +40,14 @@ async def check(engine: AdapterEngine, model: str, directory: Path, *, tolerance
     stored = await asyncio.to_thread(read_probes, directory) or Probes(tolerance=0.0)
     limit = stored.tolerance if tolerance is None else tolerance
     prompts = [probe.tokens for probe in stored.logprobs] or _PROMPTS
-    base, again = (
-        await _ask(engine, engine.base_model_name, prompts),
-        await _ask(engine, engine.base_model_name, prompts),
-    )
+    base = await _ask(engine, engine.base_model_name, prompts)
+    again = await _ask(engine, engine.base_model_name, prompts)
     try:
         await engine.probe(model)
         fresh = await _ask(engine, model, prompts)
     except MixfuseError as error:
-        # The base has just answered: it is the adapter. vLLM cannot send numbers that are not finite.
+        await engine.probe(engine.base_model_name)  # raises where it is the engine that is gone
+        # It is the adapter: vLLM cannot send numbers that are not finite.
         raise _refused(directory, f"with it the engine does not answer ({error})") from None
     if not all(math.isfinite(value) for row in fresh for value in row):
         raise _refused(directory, "with it the engine's log-probabilities are not finite (NaN or infinite weights?)")

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -258,8 +258,9 @@ class Slots:
             try:
                 await self._engine.load_adapter(revision.model, revision.directory.resolve())
             except MixfuseError as error:
-                if error.kind == "engine":  # it did not answer; it may have loaded it all the same
-                    await self._unload(revision)
+                if error.kind == "engine":  # it did not answer; it may have loaded it all the same, or not
+                    with suppress(MixfuseError):
+                        await self._engine.unload_adapter(revision.model)
                 raise
             self._stays[revision.model] = stay
             self.counts.loads += 1

@@ -14,6 +14,8 @@ logger = logging.getLogger(__name__)
 
 # What passes by itself: somebody else is swapping, or the engine or the database is away.
 _LATER = ("conflict", "engine", "trace_db")
+# But an adapter that an engine dies of must not be given to it for ever.
+_MOST_TRIES = 3
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Watcher:
     """Swaps a role to what a source holds out, once it has stayed the same from one look to the next.
 
     A revision that has served the role before is left alone, or a rollback would not last. One that is refused is
-    reported, and tried again when its files have changed.
+    reported, and tried again when its files have changed; where the engine or the database is away, it is tried again.
 
     Args:
         table: Whose role.
@@ -85,6 +87,7 @@ class Watcher:
         self._seen: Found | None = None
         self._settled: Found | None = None
         self._failure: str | None = None
+        self._tries = 0
 
     async def look(self) -> None:
         """Looks once."""
@@ -93,14 +96,15 @@ class Watcher:
             if found is None or found == self._settled:
                 return
             if found != self._seen:  # perhaps still being copied
-                self._seen = found
+                self._seen, self._tries = found, 0
                 return
             manifest = await asyncio.to_thread(read_manifest, found.directory)
             if not await self._table.had(self._role, manifest.revision):
                 await self._table.swap(self._role, found.directory, why="watch")
             self._settled, self._failure = found, None
         except MixfuseError as error:
-            if error.kind not in _LATER:
+            self._tries += error.kind == "engine"
+            if error.kind not in _LATER or self._tries == _MOST_TRIES:
                 self._settled = self._seen
             if str(error) != self._failure:
                 self._failure = str(error)

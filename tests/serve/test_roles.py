@@ -58,11 +58,13 @@ class FakeEngine:
 
     async def unload_adapter(self, name: str) -> None:
         await self._step("unload", name)
+        if name not in self.loaded:
+            raise MixfuseError("it cannot be found", kind="adapter")
         self.loaded.remove(name)
 
     async def probe(self, name: str) -> None:
         await self._step("probe", name)
-        assert name in self.loaded
+        assert name in {"base", *self.loaded}
 
     async def prompt_logprobs(self, name: str, prompt: list[int]) -> list[float]:
         assert name in {"base", *self.loaded}
@@ -249,6 +251,23 @@ async def test_an_adapter_the_engine_does_not_apply_is_refused(made, says: float
     assert caught.value.kind == "adapter"
     assert engine.loaded == set()
     assert await leased(roles) == "base"
+
+
+@pytest.mark.parametrize(("lost", "kind"), [("probe", "engine"), ("probe domain", "adapter")])
+async def test_an_engine_that_is_gone_is_told_from_an_adapter_it_cannot_answer_with(made, lost: str, kind: str):
+    engine = FakeEngine()
+    roles = table(engine)
+    away = MixfuseError("no answer", kind="engine")
+
+    async def probe(name: str) -> None:
+        if f"probe {name}".startswith(lost):
+            raise away
+
+    engine.probe = probe
+    with pytest.raises(MixfuseError, match="no answer") as caught:
+        await roles.swap("domain", made(1))
+    assert caught.value.kind == kind
+    assert engine.loaded == set()
 
 
 async def test_a_less_precise_engine_is_allowed_more(made):
@@ -579,6 +598,25 @@ async def test_the_newest_adapter_of_a_folder_is_swapped_in_once_it_is_whole(mad
     assert [event.why for event in await stores().history("domain") if event.outcome == "ok"] == [
         *("rollback", "watch", "watch", "config")
     ]
+
+
+async def test_an_engine_that_is_away_is_waited_for_but_not_for_ever(made, stores, tmp_path):
+    engine = FakeEngine()
+    roles = table(engine, store=stores())
+    await roles.start({"domain": None})
+    watcher = Watcher(roles, Folder(tmp_path / "watched"), "domain")
+    made(1, at=tmp_path / "watched" / "domain" / "first")
+    engine.fail["load"] = MixfuseError("no answer", kind="engine")
+    for _ in range(6):
+        await watcher.look()
+    assert len([call for call in engine.calls if call.startswith("load")]) == 3
+    engine.fail.clear()
+    await watcher.look()
+    assert roles.serving()["domain"].revision is None
+    made(2, at=tmp_path / "watched" / "domain" / "second")
+    for _ in range(2):
+        await watcher.look()
+    assert roles.serving()["domain"].revision == revision(tmp_path / "watched" / "domain" / "second")
 
 
 def test_the_documented_config_is_one():

@@ -185,9 +185,7 @@ def test_the_judge_role_is_swapped_listed_and_evaluated(server: Server, tiny, tm
 
 
 def history(server: Server, role: str) -> list[dict]:
-    done = mixfuse("roles", "history", role, "--json", "--url", server.url)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return httpx.get(f"{server.url}/admin/roles/{role}/history").json()["history"]
 
 
 def test_a_role_goes_back_and_its_history_says_so(server: Server, tiny):
@@ -197,7 +195,7 @@ def test_a_role_goes_back_and_its_history_says_so(server: Server, tiny):
     done = mixfuse("roles", "rollback", "domain", "--json", "--url", server.url)
     assert json.loads(done.stdout) == {"role": "domain", "old": revision(other), "new": before, "drained": 0}
     assert serving(server)["domain"] == before
-    newest, swap, *_ = history(server, "domain")
+    newest, swap, *_ = json.loads(mixfuse("roles", "history", "domain", "--json", "--url", server.url).stdout)
     assert (newest["why"], newest["old"], newest["new"]) == ("rollback", revision(other), before)
     assert (swap["why"], swap["outcome"], swap["directory"]) == ("swap", "ok", str(other))
 
@@ -218,7 +216,8 @@ def test_more_adapters_than_places(server: Server, client: openai.OpenAI, tiny):
         ).model_extra["fusion"]["trace_id"]
         (call,) = httpx.get(f"{server.url}/v1/traces/{trace}").json()["calls"]
         assert call["revision"] == serving(server)[role]
-        assert {"domain", role} == loaded()
+        assert {"domain", role} <= loaded()
+        assert len(loaded()) == 2
     assert "could not be served" in one_line_error(mixfuse("roles", "pin", "judge", "--url", server.url))
     assert mixfuse("roles", "unpin", "domain", "--url", server.url).returncode == 0
     metrics = httpx.get(f"{server.url}/metrics").text
