@@ -403,6 +403,18 @@ def test_a_watched_branch_is_fetched_once_a_commit(hub: Hub, tmp_path: Path, env
     assert len(hub.asked("GET /object")) == 4
 
 
+def test_a_watched_role_that_nobody_serves_is_named(tmp_path: Path, environment: dict[str, str]) -> None:
+    config = {
+        "engine": {"base": "base"},
+        "fusion": {"members": [{"name": "quick", "role": "base"}], "trace_db": str(tmp_path / "traces.sqlite3")},
+        "watch": {"judge": "org/judge"},
+    }
+    (tmp_path / "serve.yaml").write_text(json.dumps(config))
+    command = [sys.executable, "-P", "-m", "mixfuse", "serve", "serve.yaml"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert "`watch` names the role 'judge'; add it to `roles`" in one_line(done)
+
+
 def test_a_signature_travels_and_can_be_demanded(mixfuse: Run, judge: Path, tmp_path: Path) -> None:
     for name in ("ours", "theirs"):
         mixfuse("keygen", tmp_path / name)

@@ -84,7 +84,16 @@ def run(script: str, folder: Path, environment: dict[str, str]) -> str:
 @contextmanager
 def server(folder: Path, environment: dict[str, str]) -> Iterator[str]:
     """`mixfuse serve serve.yaml`, on a free port."""
-    command = [sys.executable, "-P", "-m", "mixfuse", "serve", "serve.yaml", "gateway.port=0"]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "mixfuse",
+        "serve",
+        "serve.yaml",
+        "gateway.port=0",
+        "engine.start_timeout_s=900",
+    ]
     with subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr
         lines = []
