@@ -18,8 +18,8 @@ from mixfuse.errors import MixfuseError
 from mixfuse.files import sha256_json
 
 CARD = "README.md"
-# What `--lora-target-modules` has to name: vLLM's default adds the output layer (see `serve/engine.py`, which a test
-# compares with this).
+# What `--lora-target-modules` has to name: vLLM's default adds the output layer (see `serve/vllm_api.py`; a test
+# compares the two).
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "experts")
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -118,8 +118,7 @@ def metadata(manifest: Manifest, said: Named) -> dict[str, Any]:
 
 def _model_index(manifest: Manifest) -> list[dict[str, Any]]:
     """The results measured on held-out data; the Hub's schema wants each with the data set it was measured on."""
-    evaluation = manifest.recipe.get("evaluation") or {}
-    data = str(evaluation.get("data") or "") if isinstance(evaluation, dict) else ""
+    data = _evaluated_on(manifest.recipe)
     metrics = [
         {"type": found["metric"], "value": value, "name": name}
         for name, value in _flat(manifest.metrics).items()
@@ -127,13 +126,23 @@ def _model_index(manifest: Manifest) -> list[dict[str, Any]]:
     ]
     if not data or not metrics:
         return []
-    name = Path(data).stem
     result = {
         "task": {"type": "text-generation", "name": manifest.role},
-        "dataset": {"name": name, "type": data if is_hub_id(data) and not Path(data).suffix else name},
+        "dataset": {"name": ", ".join(data), "type": data[0]},
         "metrics": metrics,
     }
     return [{"name": f"{manifest.role}-{manifest.revision}", "results": [result]}]
+
+
+def _evaluated_on(recipe: dict[str, Any]) -> list[str]:
+    """The data sets a run was evaluated on: a file's name without its folders, or a name on the Hub."""
+    evaluation = recipe.get("evaluation")
+    if not isinstance(evaluation, dict):
+        return []
+    sources = evaluation.get("data") or recipe.get("data")  # without data of its own, on a share of the training's
+    if not isinstance(sources, list):
+        return []
+    return [str(source.get("hub") or Path(str(source.get("path"))).stem) for source in sources]
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -17,7 +17,7 @@ from mixfuse.errors import MixfuseError
 from mixfuse.judge_protocol import Calibration
 
 MEASURED: dict[str, Any] = {
-    "recipe": {"evaluation": {"data": "data/held_out.jsonl"}},
+    "recipe": {"evaluation": {"data": [{"path": "data/held_out.jsonl", "hub": None, "weight": 1}]}},
     "metrics": {"last_loss": 0.5, "best_eval_loss": 0.25, "best_step": 8, "dev": {"accuracy": 0.75}},
     "parity": Parity(
         max_abs_logprob_difference=2e-5,
@@ -97,7 +97,7 @@ def test_its_commands_are_ones_that_there_are(measured: ModelCard) -> None:
         cli._parser().parse_args(words)
     (vllm,) = [shlex.split(line) for line in commands if line.startswith("vllm")]
     config = engine.EngineConfig(base=Path("base"), max_lora_rank=8)
-    started = engine._command(config, 1)
+    started = engine.command(config, 1)
     for flag in ("--enable-lora", "--max-lora-rank", "--lora-target-modules"):
         assert _values(vllm, flag) == _values(started, flag)
 
