@@ -4,12 +4,14 @@
 DIR/
   adapter_config.json        per-expert layout: what vLLM applies and plain PEFT loads
   adapter_model.safetensors
-  peft/                      PEFT's own fused layout: to train on from (only where experts are trained)
+  peft/                      PEFT's own fused layout, to train on from, where the adapter has one
   manifest.json              who it is: role, base fingerprint, hashes, recipe, metrics, parity, judge protocol
+  probes.json                what a swap asks it, with the answers; once parity was measured
   README.md                  the model card
 ```
 
-An adapter's *revision* is a digest of its files' hashes: equal files have equal revisions wherever they lie.
+`docs/adapter-directory.md` is the contract. An adapter's *revision* is a digest of the hashes of its weights and
+configs: equal files have equal revisions wherever they lie.
 This module reads safetensors headers itself and imports no torch: the server verifies adapters with it.
 """
 
@@ -18,7 +20,7 @@ import json
 import math
 import re
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
@@ -49,7 +51,7 @@ _VOLATILE = (
     "torch_dtype",
     "output_router_logits",
 )
-_ALLOWED_SUFFIXES = (".safetensors", ".json", ".md")
+ALLOWED_SUFFIXES = (".safetensors", ".json", ".md")
 
 
 class Fingerprint(Strict):
@@ -221,13 +223,12 @@ def revision_of(files: dict[str, str]) -> str:
     return sha256_json(weights)[:12]
 
 
-def fingerprint(base: Path, *, exact: bool = False, progress: Callable[[int], object] | None = None) -> Fingerprint:
+def fingerprint(base: Path, *, exact: bool = False) -> Fingerprint:
     """Fingerprints a base model's folder.
 
     Args:
         base: The folder.
-        exact: Hash every tensor, too: reads all of the weights.
-        progress: Called with the number of bytes of each tensor that was hashed.
+        exact: Hash every tensor, too: reads all of the weights, with a progress bar on a terminal.
 
     Raises:
         MixfuseError: A part of it is missing.
@@ -237,7 +238,6 @@ def fingerprint(base: Path, *, exact: bool = False, progress: Callable[[int], ob
     if not files:
         raise MixfuseError(f"{base}: no .safetensors weights in the folder")
     weights = hashlib.sha256()
-    tensors: dict[str, list[Any]] = {}
     for file in files:
         header = safetensors_header(file)
         weights.update(sha256_json({name: [t["dtype"], t["shape"]] for name, t in header.items()}).encode())
@@ -246,9 +246,6 @@ def fingerprint(base: Path, *, exact: bool = False, progress: Callable[[int], ob
             for start in (0, max(0, size // 2), max(0, size - _SAMPLE)):
                 stream.seek(start)
                 weights.update(stream.read(_SAMPLE))
-        if exact:
-            for name, digest in _tensor_hashes(file, header, progress):
-                tensors[name] = [header[name]["dtype"], header[name]["shape"], digest]
     template = base / "chat_template.jinja"
     if template.is_file():
         chat_template = template.read_text(encoding="utf-8")
@@ -260,25 +257,32 @@ def fingerprint(base: Path, *, exact: bool = False, progress: Callable[[int], ob
         chat_template=hashlib.sha256(chat_template.encode()).hexdigest(),
         weights=weights.hexdigest(),
         weight_files={file.name: file.stat().st_size for file in files},
-        tensors=sha256_json(tensors) if exact else None,
+        tensors=_tensors_digest(files) if exact else None,
     )
 
 
-def _tensor_hashes(
-    file: Path, header: dict[str, dict[str, Any]], progress: Callable[[int], object] | None
-) -> Iterator[tuple[str, str]]:
-    """Each tensor's name and the SHA-256 of its bytes, read a piece at a time."""
-    with file.open("rb") as stream:
-        data = 8 + struct.unpack("<Q", stream.read(8))[0]
-        for name, tensor in header.items():
-            start, end = tensor["data_offsets"]
-            stream.seek(data + start)
-            digest = hashlib.sha256()
-            for left in range(end - start, 0, -_PIECE):
-                digest.update(stream.read(min(left, _PIECE)))
-            if progress:
-                progress(end - start)
-            yield name, digest.hexdigest()
+def _tensors_digest(files: Sequence[Path]) -> str:
+    """A digest of every tensor's name, type, shape and bytes, whichever file it lies in."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    tensors: dict[str, list[Any]] = {}
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("hashing", total=sum(file.stat().st_size for file in files))
+        for file in files:
+            header = safetensors_header(file)
+            with file.open("rb") as stream:
+                data = 8 + struct.unpack("<Q", stream.read(8))[0]
+                for name, tensor in header.items():
+                    start, end = tensor["data_offsets"]
+                    stream.seek(data + start)
+                    digest = hashlib.sha256()
+                    for left in range(end - start, 0, -_PIECE):
+                        digest.update(stream.read(min(left, _PIECE)))
+                        progress.advance(bar, min(left, _PIECE))
+                    tensors[name] = [tensor["dtype"], tensor["shape"], digest.hexdigest()]
+    return sha256_json(tensors)
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -399,7 +403,7 @@ def _check_files(directory: Path, manifest: Manifest) -> None:
     if extra := sorted(present - set(manifest.files)):
         raise _bad(directory, f"{extra[0]} is not in the manifest; remove it or export again")
     for name, digest in manifest.files.items():
-        if not name.endswith(_ALLOWED_SUFFIXES):
+        if not name.endswith(ALLOWED_SUFFIXES):
             raise _bad(directory, f"{name}: only safetensors, JSON and Markdown files belong in an adapter directory")
         if name not in present:
             raise _bad(directory, f"{name} is missing; export again")

@@ -158,6 +158,27 @@ def _parser() -> argparse.ArgumentParser:
     )
     _full_hash(verify)
     verify.set_defaults(command=_adapter_verify)
+    card = adapter.add_parser("card", help="renew and print the model card")
+    card.add_argument("dir", type=Path, metavar="DIR")
+    card.add_argument("--base-model", metavar="ORG/NAME", help="the base's name on the Hugging Face Hub")
+    card.add_argument("--licence", metavar="ID", help="the adapter's licence as the Hub spells it, e.g. apache-2.0")
+    card.set_defaults(command=_adapter_card)
+    push = adapter.add_parser("push", help="publish on the Hugging Face Hub: one commit, and a tag of the revision")
+    push.add_argument("dir", type=Path, metavar="DIR")
+    push.add_argument("repo", metavar="ORG/NAME")
+    push.add_argument("--private", action="store_true", help="make the repository private")
+    push.add_argument("--revision", default="main", metavar="BRANCH", help="the branch to commit to (default main)")
+    push.add_argument("--force", action="store_true", help="take the place of another adapter")
+    push.add_argument("--dry-run", action="store_true", help="say what would be sent")
+    push.set_defaults(command=_adapter_push)
+    pull = adapter.add_parser("pull", help="fetch an adapter directory from the Hugging Face Hub, and verify it")
+    pull.add_argument("source", metavar="ORG/NAME[@REVISION]", help="a branch, tag, commit or adapter revision")
+    pull.add_argument("out", type=Path, metavar="OUT")
+    pull.add_argument("--base", type=Path, help="the base model it shall be applied to")
+    pull.add_argument(
+        "--public-key", type=Path, action="append", default=[], metavar="FILE", help="one of these must have signed it"
+    )
+    pull.set_defaults(command=_adapter_pull)
     keygen = adapter.add_parser("keygen", help="an Ed25519 key pair to sign with: FILE and FILE.pub")
     keygen.add_argument("file", type=Path, metavar="FILE")
     keygen.set_defaults(command=_adapter_keygen)
@@ -494,6 +515,45 @@ def _adapter_verify(arguments: argparse.Namespace) -> None:
         f"{parity.adapter_effect:.2g}"
         + (f", its experts by {parity.expert_effect:.2g}" if parity.expert_effect else "")
     )
+
+
+def _adapter_card(arguments: argparse.Namespace) -> None:
+    from mixfuse.adapter import verify
+    from mixfuse.card import CARD, Named, renew
+
+    manifest = verify(arguments.dir)
+    renew(arguments.dir, manifest, Named(arguments.base_model, arguments.licence))
+    print((arguments.dir / CARD).read_text(encoding="utf-8"), end="")
+    if manifest.signature:
+        print("note: its signature was of the old card; mixfuse adapter sign DIR --key FILE", file=sys.stderr)
+
+
+def _adapter_push(arguments: argparse.Namespace) -> None:
+    from mixfuse.card import named
+    from mixfuse.hub import push, report
+
+    pushed = push(
+        arguments.dir,
+        arguments.repo,
+        private=arguments.private,
+        branch=arguments.revision,
+        force=arguments.force,
+        dry_run=arguments.dry_run,
+    )
+    print(report(pushed))
+    for what, said in named(arguments.dir)._asdict().items():
+        if said is None:
+            option = f"--{what.replace('_', '-')}"
+            print(f"note: the card names no {option[2:]}; mixfuse adapter card DIR {option} …", file=sys.stderr)
+
+
+def _adapter_pull(arguments: argparse.Namespace) -> None:
+    from mixfuse.hub import pull
+
+    pulled = pull(arguments.source, arguments.out, base=arguments.base, trusted=arguments.public_key)
+    manifest = pulled.manifest
+    whence = f"from {arguments.source} at commit {pulled.commit}" if pulled.commit else "was here already"
+    print(f"{arguments.out}: {manifest.role} adapter, revision {manifest.revision}, {whence}")
 
 
 def _adapter_keygen(arguments: argparse.Namespace) -> None:

@@ -1,7 +1,8 @@
 """Tables of a recipe's keys for the docs, from the models that check recipes: type, default and meaning cannot differ.
 
 `python -m mixfuse.reference docs/training.md` writes the tables between the page's marks
-`<!-- keys: MODULE:MODEL -->` and `<!-- end -->`; a test compares the page with the models.
+`<!-- keys: MODULE:MODEL -->` and `<!-- end -->`; a test compares the page with the models. Given a file of `SCHEMAS`,
+it writes the JSON schema of its model.
 """
 
 import importlib
@@ -16,8 +17,10 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from mixfuse.files import write_text
+from mixfuse.files import write_json, write_text
 from mixfuse.recipe import Strict
+
+SCHEMAS = {"docs/adapter-manifest.schema.json": "mixfuse.adapter:Manifest"}
 
 _TABLE = re.compile(r"(<!-- keys: (\S+):(\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -66,6 +69,17 @@ def table(model: type[BaseModel], *, inherited: bool = True) -> str:
         meaning = meant.get(name, "").replace("|", "\\|")
         lines.append(f"| `{name}` | {_type(field)} | {_default(field)} | {meaning} |")
     return "\n".join(lines)
+
+
+def schema(model: type[BaseModel]) -> dict[str, Any]:
+    """The model's JSON schema (draft 2020-12), each key described as its class's docstring does."""
+    written = model.model_json_schema()
+    for part in models_in(model):
+        described = written if part is model else written["$defs"][part.__name__]
+        described["description"] = inspect.cleandoc(part.__doc__ or "").partition("\n")[0]
+        for name, meaning in meanings(part).items():
+            described["properties"][name]["description"] = meaning
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **written}
 
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:
@@ -130,12 +144,20 @@ def rewritten(page: str) -> str:
     """The page with its tables made anew."""
 
     def fill(found: re.Match[str]) -> str:
-        model: type[BaseModel] = getattr(importlib.import_module(found[2]), found[3])
-        return f"{found[1]}\n{table(model, inherited=False)}\n\n{found[4]}"
+        return f"{found[1]}\n{table(_named(f'{found[2]}:{found[3]}'), inherited=False)}\n\n{found[4]}"
 
     return _TABLE.sub(fill, page)
 
 
+def _named(name: str) -> type[BaseModel]:
+    module, _, model = name.partition(":")
+    found: type[BaseModel] = getattr(importlib.import_module(module), model)
+    return found
+
+
 if __name__ == "__main__":
     for argument in sys.argv[1:]:
-        write_text(Path(argument), rewritten(Path(argument).read_text(encoding="utf-8")))
+        if argument in SCHEMAS:
+            write_json(Path(argument), schema(_named(SCHEMAS[argument])))
+        else:
+            write_text(Path(argument), rewritten(Path(argument).read_text(encoding="utf-8")))

@@ -41,13 +41,14 @@ from mixfuse.roles_store import StoredRoles
 from serve.engine import EngineConfig
 from serve.engine_group import EngineGroup
 from serve.roles import BASE, Revision, RoleTable
-from serve.watch import Folder, Watcher
+from serve.watch import Folder, Found, Watcher
 
 logger = logging.getLogger(__name__)
 
 # Longer than clients and load balancers keep an idle connection (5 to 60 s): a request must not be sent into one that
 # is being closed at this end.
 _KEEP_ALIVE_S = 75
+_HUB_POLL_S = 60.0  # the Hub limits how often it may be asked
 # In nats: between bfloat16 and float32, an unlikely token's log-probability is easily a few tenths apart.
 _TOLERANCE_BELOW_FLOAT32 = 0.5
 
@@ -76,7 +77,8 @@ class ServeConfig(Strict):
             only where the role table in the trace database does not know the role yet.
         roles_from: `config` takes all roles as they stand here, and has the role table say so.
         roles_poll_s: How often the role table is looked at for what other gateways changed, in seconds.
-        watch: A folder: the newest adapter directory in `WATCH/ROLE/` is swapped in by itself.
+        watch: A folder: the newest adapter directory in `WATCH/ROLE/` is swapped in by itself. Or role → an adapter on
+            the Hugging Face Hub, `org/name[@branch]`: fetched into `runs/hub/ROLE/` and swapped in when it is new.
         trusted_keys: Public keys: where there are any, an adapter is served only if one of them signed it.
         probe_tolerance: How far an adapter's log-probabilities may be off from those stored with it, in nats. By
             default as stored with it where the engine's dtype is float32, else half a nat.
@@ -90,7 +92,7 @@ class ServeConfig(Strict):
     roles: dict[str, Path | None] = {}
     roles_from: Literal["table", "config"] = "table"
     roles_poll_s: Annotated[float, Field(gt=0)] = 2.0
-    watch: Path | None = None
+    watch: Path | dict[str, str] | None = None
     trusted_keys: list[Path] = []
     probe_tolerance: Annotated[float, Field(gt=0)] | None = None
     gate: GateConfig = GateConfig()
@@ -149,6 +151,9 @@ def configs(config_path: Path, overrides: list[str]) -> tuple[ServeConfig, Fusio
     fusion = config.fusion if isinstance(config.fusion, FusionConfig) else load(config.fusion, FusionConfig)
     if BASE in config.roles:
         raise MixfuseError(f"{config_path}: the role {BASE!r} is always there; take it out of `roles`")
+    watched = config.watch if isinstance(config.watch, dict) else {}
+    if unknown := [role for role in watched if role not in config.roles]:
+        raise MixfuseError(f"{config_path}: `watch` names the role {unknown[0]!r}; add it to `roles`")
     named = [model.role for model in (*fusion.members, fusion.judge, fusion.synthesizer) if model and model.role]
     if missing := [role for role in named if role not in (BASE, *config.roles)]:
         raise MixfuseError(f"{config_path}: the fusion config names the role {missing[0]!r}; add it to `roles`")
@@ -222,11 +227,34 @@ def _probe_tolerance(config: ServeConfig) -> float | None:
 
 def _beside(config: ServeConfig, table: RoleTable) -> list["asyncio.Task[None]"]:
     """What goes on beside the requests: following the role table, and watching for new adapters."""
-    work = [table.follow]
-    if config.watch is not None:
-        source = Folder(config.watch)
-        work += [Watcher(table, source, role).look for role in config.roles]
-    return [asyncio.create_task(_again_and_again(one, config.roles_poll_s)) for one in work]
+    tasks = [_again_and_again(table.follow, config.roles_poll_s)]
+    if isinstance(config.watch, dict):
+        published = OnHub(config.watch, config.engine.base)
+        tasks += [_again_and_again(Watcher(table, published, role).look, _HUB_POLL_S) for role in config.watch]
+    elif config.watch is not None:
+        folder = Folder(config.watch)
+        tasks += [_again_and_again(Watcher(table, folder, role).look, config.roles_poll_s) for role in config.roles]
+    return [asyncio.create_task(task) for task in tasks]
+
+
+class OnHub:
+    """A `serve.watch.Source`: what branches on the Hugging Face Hub hold, fetched and verified.
+
+    Args:
+        names: Role → `org/name[@branch]`.
+        base: The base model the adapters are for.
+        folder: What is fetched goes into `FOLDER/ROLE/`.
+    """
+
+    def __init__(self, names: dict[str, str], base: Path, folder: Path = Path("runs/hub")) -> None:
+        self._names, self._base, self._folder = names, base, folder
+
+    async def newest(self, role: str) -> Found | None:
+        """The adapter that a role's branch holds now."""
+        from mixfuse import hub
+
+        name, folder = self._names[role], self._folder / role
+        return Found(*await asyncio.to_thread(hub.newest, name, folder, base=self._base))
 
 
 async def _again_and_again(work: Callable[[], Awaitable[None]], every_s: float) -> None:

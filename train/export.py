@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mixfuse import adapter as contract
-from mixfuse import judge_protocol
+from mixfuse import card, judge_protocol
 from mixfuse.adapter import Fingerprint, Manifest, Probes
 from mixfuse.errors import MixfuseError
 from mixfuse.files import atomic_directory, read_json, write_json, write_text
@@ -117,7 +117,7 @@ def write_directory(
             "libraries": libraries(),
         }
         manifest = validate(keys | facts, Manifest, source=str(source))
-        write_text(temporary / "README.md", card(manifest))
+        write_text(temporary / card.CARD, card.render(manifest))
         manifest = manifest.model_copy(update={"files": contract.file_hashes(temporary)})
         write_json(temporary / contract.MANIFEST, manifest.model_dump(mode="json"))
         contract.verify(temporary)
@@ -156,42 +156,9 @@ def check_weights(weights: dict[str, torch.Tensor], source: Path) -> None:
         )
 
 
-def card(manifest: Manifest) -> str:
-    """The model card of an adapter directory."""
-    metrics = "\n".join(f"| {name} | {value} |" for name, value in manifest.metrics.items())
-    parity = manifest.parity
-    measured = (
-        f"Log-probabilities in vLLM and PEFT differ by at most {parity.max_abs_logprob_difference:.1e} over "
-        f"{parity.tokens} prompt tokens ({parity.dtype}, {parity.engine}); the adapter moves them by up to "
-        f"{parity.adapter_effect:.2f}."
-        if parity
-        else "Not measured yet: `mixfuse adapter verify DIR --base BASE`."
-    )
-    return f"""---
-library_name: peft
-base_model: {manifest.base_path}
-tags: [mixfuse, lora, mixtral]
----
-
-# {manifest.role} adapter, revision {manifest.revision}
-
-A LoRA adapter (rank {manifest.rank}, attention{" and experts" if manifest.experts_trained else ""}) made with mixfuse.
-The tensors are per expert, which vLLM applies and `PeftModel.from_pretrained` loads;
-`peft/` holds PEFT's fused layout to train on from.
-
-| metric | value |
-| --- | --- |
-{metrics}
-
-## Parity
-
-{measured}
-"""
-
-
 def write_manifest(directory: Path, manifest: Manifest, *, probes: Probes | None = None) -> None:
     """Renews the manifest of an adapter directory, its model card and, where given, its probes; the revision stays."""
-    texts = {"README.md": card(manifest)}
+    texts = {card.CARD: card.render(manifest, card.named(directory))}
     if probes is not None:
         texts[contract.PROBES] = probes.model_dump_json() + "\n"
     contract.rewrite(directory, manifest, texts)

@@ -70,12 +70,15 @@ class TensorFile:
             MixfuseError: It is quantised.
         """
         tensor = self.header[name]
-        count, *inner = tensor["shape"]
-        start, stop, _ = (rows or slice(None)).indices(count)
-        row = (tensor["data_offsets"][1] - tensor["data_offsets"][0]) // max(count, 1)
-        with self.path.open("rb") as stream:
+        height, *inner = tensor["shape"]
+        start, stop, _ = (rows or slice(None)).indices(height)
+        row = (tensor["data_offsets"][1] - tensor["data_offsets"][0]) // max(height, 1)
+        content = bytearray((stop - start) * row)
+        with self.path.open("rb", buffering=0) as stream:
             stream.seek(self.data + tensor["data_offsets"][0] + start * row)
-            content = bytearray(stream.read((stop - start) * row))
+            view = memoryview(content)
+            while view and (count := stream.readinto(view)):
+                view = view[count:]
         return torch.frombuffer(content, dtype=self.dtype(name)).reshape(stop - start, *inner)
 
     def dtype(self, name: str) -> torch.dtype:

@@ -195,7 +195,7 @@ def _merge_tensor(file: TensorFile, name: str, pair: Pair, out: IO[bytes]) -> No
     for start in range(0, rows, step):
         block = slice(start, min(start + step, rows))
         weight = file.read(name, block)
-        merged = torch.addmm(weight.float(), pair.b[block], pair.a).to(weight.dtype)
+        merged = weight.float().addmm_(pair.b[block], pair.a).to(weight.dtype)
         if not torch.isfinite(merged).all():
             raise MixfuseError(f"{file.path}: with the adapter, {name} no longer fits {weight.dtype}", kind="adapter")
         out.write(merged.view(torch.uint8).numpy().data)

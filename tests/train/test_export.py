@@ -15,6 +15,7 @@ from train_harness import Run
 
 from mixfuse import adapter as contract
 from mixfuse import judge_protocol
+from mixfuse.cli import main
 from mixfuse.errors import MixfuseError
 from train.export import export
 
@@ -105,6 +106,71 @@ def test_a_trained_run_exports_with_its_recipe_and_metrics(sft_by_two: Run, tiny
     wanted = harness.logits(tiny_base, sft_by_two.out / "adapter")
     assert (wanted - harness.logits(tiny_base)).abs().max() > 0.1
     torch.testing.assert_close(harness.logits(tiny_base, tmp_path / "out"), wanted, rtol=0, atol=1e-4)
+
+
+def _as_run(peft: Path, base: Path, run: Path, **record: Any) -> Path:
+    """A finished run's folder around an adapter that PEFT saved."""
+    shutil.copytree(peft, run / "adapter")
+    (run / "recipe.json").write_text("{}")
+    (run / "run.json").write_text(json.dumps({"base": str(base), "role": "judge", **record}))
+    return run
+
+
+def test_a_runs_calibration_and_data_go_into_the_manifest_and_on_with_it(
+    peft_adapter: Callable[..., Path], tiny_base: Path, tmp_path: Path
+) -> None:
+    data = [{"name": "pairs.jsonl", "sha256": "ab" * 32, "rows": 12, "licence": "CC-BY-4.0"}]
+    calibration = {"temperature": 1.7, "tie_margin": 0.05}
+    run = _as_run(peft_adapter(), tiny_base, tmp_path / "run", calibration=calibration, training_data=data)
+    manifest = export(run, tmp_path / "out")
+    assert manifest.calibration == judge_protocol.Calibration(temperature=1.7, tie_margin=0.05)
+    assert [entry.model_dump() for entry in manifest.training_data] == data
+    again = export(tmp_path / "out", tmp_path / "again")
+    assert (again.calibration, again.training_data) == (manifest.calibration, manifest.training_data)
+    # A calibration is a judge's.
+    assert export(tmp_path / "out", tmp_path / "domain", role="domain").calibration is None
+
+
+def test_a_run_whose_calibration_is_none_is_refused(
+    peft_adapter: Callable[..., Path], tiny_base: Path, tmp_path: Path
+) -> None:
+    run = _as_run(peft_adapter(), tiny_base, tmp_path / "run", calibration={"temperature": -1})
+    with pytest.raises(MixfuseError, match=r"run: 'calibration\.temperature'.*greater than 0"):
+        export(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_hash_finds_a_base_that_differs_in_one_number(
+    peft_adapter: Callable[..., Path], tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, out = Path(shutil.copytree(tiny_base, tmp_path / "base")), tmp_path / "out"
+    assert main(["adapter", "export", str(peft_adapter()), str(out), "--base", str(base), "--full-hash"]) == 0
+    assert main(["adapter", "verify", str(out), "--full-hash"]) == 0
+    weights = base / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 4] ^= 1  # where no sample is taken
+    weights.write_bytes(content)
+    assert main(["adapter", "verify", str(out)]) == 0
+    assert main(["adapter", "verify", str(out), "--full-hash"]) == 2
+    assert "another base model (its tensors differ)" in capsys.readouterr().err
+
+
+def test_keygen_sign_and_verify_from_the_command_line(
+    adapter_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = Path(shutil.copytree(adapter_directory, tmp_path / "adapter"))
+    key = tmp_path / "key"
+    assert main(["adapter", "keygen", str(key)]) == 0
+    assert main(["adapter", "verify", str(directory), "--public-key", f"{key}.pub"]) == 2
+    assert "is not signed" in capsys.readouterr().err
+    assert main(["adapter", "sign", str(directory), "--key", str(key)]) == 0
+    assert main(["adapter", "verify", str(directory), "--public-key", f"{key}.pub"]) == 0
+    told = capsys.readouterr()
+    assert "signed with key" in told.out
+    secret = key.read_text().splitlines()[1]
+    assert secret not in told.out + told.err
+    assert main(["adapter", "keygen", str(key)]) == 2
+    assert capsys.readouterr().err.startswith("mixfuse: error: ")
 
 
 @pytest.fixture

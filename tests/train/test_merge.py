@@ -216,7 +216,7 @@ HIDDEN, INNER, EXPERTS = 512, 2048, 4
 
 
 def _deep(root: Path, layers: int) -> Path:
-    """A base of that many layers, 26 MB each in bfloat16, several to a file, and an adapter directory of it."""
+    """A base of that many layers, 25 MB each in bfloat16, one to a file, and an adapter directory of it."""
     base = root / "base"
     base.mkdir(parents=True)
     sizes = {"w1": (INNER, HIDDEN), "w2": (HIDDEN, INNER), "w3": (INNER, HIDDEN)}
@@ -245,30 +245,30 @@ def _deep(root: Path, layers: int) -> Path:
 
 
 def _peak(root: Path) -> int:
-    """Bytes that a merge needs at most beside what is there before it begins."""
+    """Bytes that a merge holds at most, beside what was there before it began."""
     code = (
-        "import resource, sys\nfrom pathlib import Path\nfrom train.merge import merge\n"
-        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "before = peak()\nroot = Path(sys.argv[1])\n"
-        "merge(root / 'adapter', root / 'out', base=root / 'base', check=False)\nprint((peak() - before) * 1024)"
+        "import re, sys\nfrom pathlib import Path\nfrom train.merge import merge\n"
+        # Not getrusage: its maximum outlives exec, and so would be the parent's.
+        "def kilobytes(key):\n"
+        "    return int(re.search(key + r':\\s+(\\d+)', Path('/proc/self/status').read_text())[1])\n"
+        "root, before = Path(sys.argv[1]), kilobytes('VmRSS')\n"
+        "Path('/proc/self/clear_refs').write_text('5')\n"  # resets VmHWM
+        "merge(root / 'adapter', root / 'out', base=root / 'base', check=False)\n"
+        "print((kilobytes('VmHWM') - before) * 1024)"
     )
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", code, str(root)],
-        capture_output=True,
-        text=True,
-        env=harness.ENVIRONMENT,
-        check=True,
-    )
+    command = [sys.executable, "-P", "-c", code, str(root)]
+    done = subprocess.run(command, capture_output=True, text=True, env=harness.ENVIRONMENT, check=False)
+    assert done.returncode == 0, done.stderr
     return int(done.stdout)
 
 
 def test_the_memory_of_a_merge_does_not_grow_with_the_layers(tmp_path: Path) -> None:
-    few, many = _deep(tmp_path / "few", 2), _deep(tmp_path / "many", 10)
-    grown = 8 * EXPERTS * 3 * HIDDEN * INNER * 2
+    few, many = _deep(tmp_path / "few", 2), _deep(tmp_path / "many", 8)
+    grown = 6 * EXPERTS * 3 * HIDDEN * INNER * 2
     peaks = _peak(few), _peak(many)
-    assert abs(peaks[1] - peaks[0]) < grown / 8, peaks
+    assert abs(peaks[1] - peaks[0]) < grown / 4, peaks
     # The formula of docs/adapter-directory.md.
     assert peaks[1] < 5 * merging._BLOCK + 4 * 4 * (HIDDEN + INNER) * 3 + (64 << 20), peaks
-    name = f"model.layers.9.block_sparse_moe.experts.{EXPERTS - 1}.w2.weight"
-    merged = load_file(tmp_path / "many" / "out" / "model-00009.safetensors")[name]
+    name = f"model.layers.7.block_sparse_moe.experts.{EXPERTS - 1}.w2.weight"
+    merged = load_file(tmp_path / "many" / "out" / "model-00007.safetensors")[name]
     assert (merged == 0.5 + 4 * 0.25 * 0.25).all()

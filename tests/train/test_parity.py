@@ -5,9 +5,12 @@ against a real vLLM is in tests/serve.
 """
 
 import asyncio
+import json
+import platform
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +21,12 @@ from peft import PeftModel
 from transformers import MixtralForCausalLM
 
 from mixfuse import adapter as contract
+from mixfuse import signing
 from mixfuse.adapter import PARITY_TOLERANCE, Parity
 from mixfuse.errors import MixfuseError
 from train import parity
 from train.export import export
+from train.model import load_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match")
 
@@ -115,6 +120,83 @@ def test_attention_alone_has_no_expert_effect(
     wanted = parity.reference(tmp_path / "out", tiny_base)
     assert wanted.expert_effect is None
     parity.check(tmp_path / "out", measure(wanted, Engine.of(tiny_base, tmp_path / "out")))
+
+
+def test_what_peft_said_is_stored_for_a_swap_to_ask_again(
+    directory: Path, tiny_base: Path, wanted: parity.Reference
+) -> None:
+    before = contract.verify(directory)
+    parity.check(directory, measure(wanted, Engine.of(tiny_base, directory)), wanted)
+    after = contract.verify(directory, base=contract.fingerprint(tiny_base))
+    assert after.revision == before.revision
+    assert contract.PROBES in after.files
+    assert (directory / contract.PROBES).stat().st_size < 10_000
+    probes = contract.read_probes(directory)
+    assert probes is not None
+    assert probes.tolerance == PARITY_TOLERANCE
+    assert len(probes.logprobs) == len(wanted.prompts)
+    # Cut to a beginning of each prompt, they are still what the adapter says: another engine passes them, the base no.
+    for model, passes in ((directory, True), (None, False)):
+        engine = Engine.of(tiny_base, model)
+        for probe in probes.logprobs:
+            answer = asyncio.run(engine(probe.tokens))
+            worst = max(abs(one - other) for one, other in zip(answer, probe.logprobs, strict=True))
+            assert (worst <= probes.tolerance) == passes
+    # Measured a second time, the hashes are right again.
+    parity.check(directory, measure(wanted, Engine.of(tiny_base, directory)), wanted)
+    assert contract.verify(directory).files[contract.PROBES] == after.files[contract.PROBES]
+
+
+def test_a_judges_verdicts_are_stored_as_the_runtime_reads_them(
+    peft_adapter: Callable[..., Path], tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # An untrained judge's verdicts are not among its likeliest 20 tokens.
+    monkeypatch.setattr(parity, "_CANDIDATES", 49152)
+    export(peft_adapter(), tmp_path / "judge", base=tiny_base, role="judge")
+    verdicts = parity.reference(tmp_path / "judge", tiny_base).probes().verdicts
+    assert len(verdicts) == 2 * len(parity.COMPARISONS)
+    tokenizer = load_tokenizer(tiny_base)
+    spelled = {text: [i for i in range(len(tokenizer)) if tokenizer.decode([i]).strip() == text] for text in "AB"}
+    model = PeftModel.from_pretrained(
+        MixtralForCausalLM.from_pretrained(tiny_base, dtype=torch.float32), str(tmp_path / "judge" / "peft")
+    ).eval()
+    for verdict in verdicts:
+        ids = tokenizer.apply_chat_template(
+            verdict.messages, add_generation_prompt=True, return_dict=False, return_tensors="pt"
+        )
+        with torch.no_grad():
+            chances = model(input_ids=ids).logits[0, -1].softmax(-1)
+        a, b = (float(chances[spelled[text]].sum()) for text in "AB")
+        assert verdict.p == pytest.approx(a / (a + b), abs=1e-5)
+    assert len({verdict.p for verdict in verdicts}) > 1
+    # A judge of another protocol than this version's would be asked in words it was not trained with.
+    path = tmp_path / "judge" / contract.MANIFEST
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"judge_protocol": {"version": "0"}}))
+    assert parity.reference(tmp_path / "judge", tiny_base).verdicts == ()
+
+
+def test_the_figure_says_how_and_where_it_was_measured(wanted: parity.Reference, directory: Path) -> None:
+    async def same(prompt: list[int]) -> list[float]:
+        return wanted.logprobs[wanted.prompts.index(prompt)]
+
+    measured = measure(wanted, same)
+    assert (measured.engine, measured.dtype) == ("PEFT", "float32")
+    assert measured.platform is not None
+    assert platform.machine() in measured.platform
+    assert measured.measured_at is not None
+    age = datetime.now(UTC) - datetime.fromisoformat(measured.measured_at)
+    assert timedelta() <= age + timedelta(seconds=1) < timedelta(minutes=10)
+
+
+def test_a_signed_directory_passes_and_stays_signed(
+    directory: Path, tiny_base: Path, wanted: parity.Reference, tmp_path: Path
+) -> None:
+    public = signing.generate(tmp_path / "key")
+    contract.sign(directory, tmp_path / "key")
+    before = (directory / contract.MANIFEST).read_bytes()
+    parity.check(directory, measure(wanted, Engine.of(tiny_base, directory)), wanted)
+    assert (directory / contract.MANIFEST).read_bytes() == before
+    assert contract.verify(directory, trusted=(public,)).parity is None
 
 
 def test_nan_from_the_engine_fails(directory: Path, wanted: parity.Reference) -> None:
