@@ -130,12 +130,19 @@ def _parser() -> argparse.ArgumentParser:
     collect.set_defaults(command=_pool_collect)
 
     pairs = _group(top, "pairs", "preference pairs")
-    pairs_build = pairs.add_parser("build", help="both orders of every usable pair of pool answers")
-    pairs_build.add_argument("pool", type=Path, metavar="POOL_FILE")
+    pairs_build = pairs.add_parser("build", help="both orders of every usable pair of answers, and a data card")
+    pairs_build.add_argument("pool", type=Path, metavar="POOL_FILE|SPEC.yaml", help="pool rows, or several sources")
+    pairs_build.add_argument("overrides", nargs="*", metavar="key=value", help="of the spec")
     pairs_build.add_argument("--out", type=Path, required=True, metavar="FILE")
-    pairs_build.add_argument("--per-prompt", type=int, default=2, help="pairs of answers a prompt at most (default 2)")
-    pairs_build.add_argument("--dev-share", type=float, default=0.1, help="share of the prompts for dev (default 0.1)")
-    pairs_build.add_argument("--seed", type=int, default=0)
+    pairs_build.add_argument("--per-prompt", type=int, help="pairs of answers a prompt at most (default 2)")
+    pairs_build.add_argument("--dev-share", type=float, help="share of the prompts for dev (default 0.1)")
+    pairs_build.add_argument("--balance", metavar="TRAITS", help="length,style,model (default for a pool file: none)")
+    pairs_build.add_argument("--near", type=float, help="prompts this alike are near duplicates (pool file: 1.0)")
+    pairs_build.add_argument(
+        "--against", type=Path, action="append", default=[], metavar="FILE", help="an evaluation set: kept apart"
+    )
+    pairs_build.add_argument("--seed", type=int)
+    pairs_build.add_argument("--json", action="store_true", help="the data card as one JSON object on the last line")
     pairs_build.set_defaults(command=_pairs_build)
 
     adapter = _group(top, "adapter", "adapter directories")
@@ -206,6 +213,12 @@ def _parser() -> argparse.ArgumentParser:
     traces_export.add_argument("--count", type=int, default=100, help="how many tasks of the file (default 100)")
     traces_export.add_argument("--seed", type=int, default=0, help="of the tasks")
     traces_export.add_argument("--days", type=float, help="only traces of the last so many days")
+    traces_export.add_argument(
+        "--min-agreement",
+        type=float,
+        metavar="SHARE",
+        help="leave out users who agree with others less often than this",
+    )
     _database(traces_export)
     traces_export.set_defaults(command=_traces_export)
 
@@ -325,16 +338,26 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 
 def _pairs_build(arguments: argparse.Namespace) -> None:
-    from train.pairs import build
+    from mixfuse import preferences
+    from train import data_card
 
-    counts = build(
-        arguments.pool,
-        arguments.out,
-        per_prompt=arguments.per_prompt,
-        dev_share=arguments.dev_share,
-        seed=arguments.seed,
+    names = ("per_prompt", "dev_share", "near", "seed")
+    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    if arguments.balance is not None:
+        given["balance"] = [trait for trait in arguments.balance.split(",") if trait and trait != "none"]
+    if arguments.against:
+        given["against"] = [str(path) for path in arguments.against]
+    spec = preferences.read_spec(arguments.pool, given, arguments.overrides)
+    card = preferences.build(spec, arguments.out)
+    for line in data_card.lines(card):
+        print(line)
+    prompts = card["prompts"]
+    print(
+        f"{arguments.out}: train pairs {card['train_pairs']}, dev pairs {card['dev_pairs']} (two rows a pair), of "
+        f"{prompts['train']} and {prompts['dev']} prompts; {arguments.out.stem}.card.md says more"
     )
-    print(f"{arguments.out}: " + ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in counts.items()))
+    if arguments.json:
+        print(json.dumps(card))
 
 
 def _pool_collect(arguments: argparse.Namespace) -> None:
@@ -450,7 +473,14 @@ def _traces_export(arguments: argparse.Namespace) -> None:
 
         tasks = make(arguments.tasks, arguments.split, arguments.count, seed=arguments.seed)
     with opened(arguments.db, create=False) as database:
-        counts = export(database, arguments.out, label=arguments.label, tasks=tasks, days=arguments.days)
+        counts = export(
+            database,
+            arguments.out,
+            label=arguments.label,
+            tasks=tasks,
+            days=arguments.days,
+            min_agreement=arguments.min_agreement,
+        )
     print(f"{arguments.out}: " + ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in counts.items()))
 
 
