@@ -83,11 +83,17 @@ async def test_no_strongest_member_where_models_are_unnamed(upstream: FakeUpstre
     assert "strongest_member" not in report.baselines
 
 
-async def test_human_ties_are_counted_and_not_judged(upstream: FakeUpstream) -> None:
-    rows = [*PAIRS[:1], Comparison("p9", "one", "other", "tie")]
+async def test_human_ties_count_for_no_accuracy_but_for_the_judges_ties(upstream: FakeUpstream) -> None:
+    rows = [*PAIRS, Comparison("p9", "one", "other", "tie"), Comparison("p10", "a", "good", "tie")]
+    upstream.models["judge"].verdict = lambda first, second: 0.5 + 0.4 * (("good" in first) - ("good" in second))
     report = await judged(upstream, rows)
-    assert (report.n, report.human_ties) == (1, 1)
-    assert len(upstream.asked("judge")) == 2
+    assert (report.n, report.human_ties, report.both_orders_correct.value) == (4, 2, 1)
+    assert {name: figure.value for name, figure in report.ties.items()} == {
+        "share": 0,
+        "of_human_ties": 0.5,
+        "three_way": pytest.approx(5 / 6),
+    }
+    rows = [*PAIRS[:1], Comparison("p9", "one", "other", "tie")]
     with pytest.raises(MixfuseError, match="no pair is left"):
         await judged(upstream, rows[1:])
 
@@ -177,7 +183,7 @@ def test_pool_responses_give_every_usable_pair_up_to_a_cap(tmp_path: Path) -> No
         ({"prompt": "p", "response_a": "x", "response_b": "y", "label": "A"}, "expected an object"),
         ({"prompt": "p", "response_a": {"text": 1}, "response_b": {"text": "y"}, "label": "A"}, "expected text"),
         ({"prompt": "p", "responses": [{"text": "x"}]}, "missing key 'model'"),
-        ({"question": "p"}, "missing key 'prompt'"),
+        ({"response_a": {"text": "x"}, "response_b": {"text": "y"}, "label": "A"}, "missing key 'prompt'"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, row: dict[str, Any], words: str) -> None:
