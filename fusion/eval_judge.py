@@ -203,6 +203,7 @@ async def evaluate(
     progress: bool = True,
     cache: Cache | None = None,
     calibration: Calibration | None = None,
+    name: str = "the judge",
 ) -> JudgeReport:
     """Has a judge compare every pair in both orders, human ties as well.
 
@@ -214,6 +215,7 @@ async def evaluate(
         cache: Entered; verdicts that are in it are not asked for again. Where the endpoint has no revision, its URL
             and model stand for it.
         calibration: The judge's.
+        name: What the bar calls it.
 
     Raises:
         MixfuseError: There is nothing to judge, the judge cannot be reached, or all its calls failed.
@@ -249,7 +251,7 @@ async def evaluate(
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
-        shown = bar.add_task("verdicts", total=2 * len(rows))
+        shown = bar.add_task(f"verdicts of {name}", total=2 * len(rows))
         async with http_client() as client:
             orders = [
                 one(client, row.prompt, first, second, nonce)
