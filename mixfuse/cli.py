@@ -235,9 +235,15 @@ def _parser() -> argparse.ArgumentParser:
     judge.add_argument(
         "--judge", required=True, metavar="REF", help="an adapter directory, or a role of a running server"
     )
-    judge.add_argument("--data", required=True, type=Path, metavar="FILE")
+    judge.add_argument(
+        "--data", required=True, type=Path, nargs="+", metavar="FILE", help="labelled pairs, of ours or a benchmark's"
+    )
+    judge.add_argument("--against", action="append", default=[], metavar="REF", help="a judge to compare it with")
+    judge.add_argument("--baseline", choices=("untrained",), help="compare it with its base as well")
+    judge.add_argument("--out", type=Path, metavar="DIR", help="write the report, with plots, and every verdict here")
+    judge.add_argument("--cache", type=Path, metavar="FILE", help="keeps verdicts (default: in --out)")
     judge.add_argument("--base", type=Path, help="the base of an adapter directory (default: the one it was made on)")
-    judge.add_argument("--limit", type=int, help="only the first N rows")
+    judge.add_argument("--limit", type=int, metavar="N", help="only the first N rows of each file")
     judge.add_argument("--concurrency", type=int, default=8)
     judge.add_argument("--json", action="store_true", help="one JSON object on the last line")
     _server(judge)
@@ -518,6 +524,10 @@ def _eval_judge(arguments: argparse.Namespace) -> None:
         url=arguments.url,
         limit=arguments.limit,
         concurrency=arguments.concurrency,
+        against=arguments.against,
+        untrained=arguments.baseline == "untrained",
+        out=arguments.out,
+        cache=arguments.cache,
     )
     if arguments.json:
         print(json.dumps(report.to_json()))
