@@ -1,29 +1,25 @@
 """Has a judge, typically a stronger one behind any OpenAI-compatible endpoint, say which of two answers is better.
 
-Every pair is asked in both orders. What was said is kept in a file, line by line, so that a second run, or one that
-goes on after an interruption, asks only what is missing.
+Every pair is asked in both orders. What was said is kept as it comes, so that a second run, or one that goes on after
+an interruption, asks only what is missing.
 """
 
 import asyncio
-import json
-import os
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from fusion.cache import Cache
 from fusion.config import ModelConfig
 from fusion.judge import NoLogprobsError, verdict, written_verdict
 from fusion.pool import Pool, all_or_raise, fan_out
 from fusion.upstream import CallError, Endpoint, Ledger, Purpose
 from mixfuse.errors import MixfuseError
-from mixfuse.files import disk_errors, sha256_json
 from mixfuse.judge_protocol import Outcome, combine, digest, new_nonce
 
 
@@ -60,7 +56,7 @@ async def label(
     Args:
         model: The judge, with `base_url` and `model`.
         questions: The pairs.
-        cache: What was said before; added to.
+        cache: The file of what was said before, see `fusion.cache`; added to.
         concurrency: Calls under way at once.
         progress: Show a bar on stderr.
 
@@ -75,9 +71,9 @@ async def label(
     async def one(endpoint: Endpoint, question: Question) -> tuple[bool, float | None]:
         nonlocal asked, written
         key = _key(model, question)
-        if key in said.known:
+        if known := said.get(key):
             bar.advance(shown)
-            return True, said.known[key]
+            return True, known.value
         async with free:
             asked += 1
             nonce = new_nonce(*question)
@@ -99,11 +95,11 @@ async def label(
                 return False, None
             finally:
                 bar.advance(shown)
-        said.add(key, p)
+        said.put(key, p)
         return True, p
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with _Said(cache) as said, Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
+    with Cache(cache) as said, Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
         shown = bar.add_task("verdicts", total=2 * len(questions))
         async with Pool(None) as pool, pool.lease(model, purpose, ledger) as endpoint:
             orders = [one(endpoint, order) for asked_ in questions for order in (asked_, _swapped(asked_))]
@@ -121,41 +117,5 @@ def _swapped(question: Question) -> Question:
     return Question(question.prompt, question.second, question.first)
 
 
-def _key(model: ModelConfig, question: Question) -> str:
-    return sha256_json([digest(), model.base_url, model.model, *question])
-
-
-class _Said(AbstractContextManager["_Said"]):
-    """What was said before, by key, and the open file to add to; a line that a killed run left torn is cut off."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self.known: dict[str, float | None] = {}
-
-    def __enter__(self) -> Self:
-        with disk_errors(self._path):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._stream = self._path.open("a+b")
-        self._stream.seek(0)
-        text = self._stream.read()
-        whole = text[: text.rfind(b"\n") + 1]
-        if whole != text:
-            self._stream.truncate(len(whole))
-            self._stream.seek(0, os.SEEK_END)
-        try:
-            self.known = {line["key"]: line["p"] for line in map(json.loads, whole.splitlines())}
-        except (ValueError, TypeError, KeyError):
-            self._stream.close()
-            raise MixfuseError(f"{self._path} is no file of verdicts; remove it") from None
-        return self
-
-    def add(self, key: str, p: float | None) -> None:
-        self.known[key] = p
-        with disk_errors(self._path):
-            self._stream.write(json.dumps({"key": key, "p": p}).encode() + b"\n")
-            self._stream.flush()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._stream.close()
+def _key(model: ModelConfig, question: Question) -> dict[str, Any]:
+    return {"judge": f"{model.base_url} {model.model}", "protocol": digest(), "texts": list(question)}

@@ -144,7 +144,7 @@ def build(spec: PairsSpec, out: Path, *, progress: bool = True) -> dict[str, Any
     Args:
         spec: The sources and filters.
         out: Where the training pairs go: `NAME.jsonl`; beside it go `NAME.dev.jsonl`, `NAME.card.md`, `NAME.card.json`
-            and, with matplotlib, `NAME.card.png`. A stronger judge's verdicts are kept in `NAME.verdicts.jsonl`.
+            and, with matplotlib, `NAME.card.png`. A stronger judge's verdicts are kept in `NAME.verdicts.sqlite3`.
         progress: Show bars on stderr.
 
     Returns:
@@ -216,7 +216,7 @@ def _read(source: Source, spec: PairsSpec, out: Path, progress: bool) -> _Read:
     if source.kind == "synthetic":
         return _synthetic(source, spec.seed)
     if source.kind == "judge":
-        return _judged(source, spec.seed, out.with_name(f"{out.stem}.verdicts.jsonl"), progress)
+        return _judged(source, spec.seed, out.with_name(f"{out.stem}.verdicts.sqlite3"), progress)
     return {"pool": _pool, "references": _references, "labels": _labels, "traces": _traces}[source.kind](source)
 
 

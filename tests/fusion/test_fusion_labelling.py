@@ -30,7 +30,7 @@ async def said(upstream: FakeUpstream, cache: Path) -> Labels:
 
 @pytest.fixture
 def cache(tmp_path: Path) -> Path:
-    return tmp_path / "verdicts.jsonl"
+    return tmp_path / "verdicts.sqlite3"
 
 
 async def test_each_pair_is_asked_in_both_orders(upstream: FakeUpstream, cache: Path) -> None:
@@ -48,12 +48,6 @@ async def test_what_was_said_is_not_asked_again(upstream: FakeUpstream, cache: P
     first = await said(upstream, cache)
     again = await said(upstream, cache)
     assert (again.outcomes, again.asked) == (first.outcomes, 0)
-    # A run that was killed in the middle of a line goes on from there.
-    lines = cache.read_bytes().splitlines(keepends=True)
-    cache.write_bytes(b"".join(lines[:4]) + lines[4][:20])
-    resumed = await said(upstream, cache)
-    assert (resumed.outcomes, resumed.asked) == (first.outcomes, 2)
-    assert len(cache.read_bytes().splitlines()) == 6
     # Another judge's verdicts are its own.
     upstream.models["other"] = Script(verdict=prefers("bad"))
     other = ModelConfig(base_url=upstream.base_url, model="other")
@@ -69,10 +63,10 @@ async def test_failed_calls_are_counted_and_made_again(upstream: FakeUpstream, c
     assert (await said(upstream, cache)).asked == 1
     upstream.models["judge"].status = 500
     with pytest.raises(MixfuseError, match="every call to judge failed"):
-        await said(upstream, cache.with_name("others.jsonl"))
+        await said(upstream, cache.with_name("others.sqlite3"))
     nobody = ModelConfig(base_url="http://127.0.0.1:1/v1", model="judge")
     with pytest.raises(MixfuseError, match=r"127\.0\.0\.1"):
-        await label(nobody, QUESTIONS, cache=cache.with_name("nobody.jsonl"), progress=False)
+        await label(nobody, QUESTIONS, cache=cache.with_name("nobody.sqlite3"), progress=False)
 
 
 async def test_an_endpoint_without_log_probabilities_writes_its_verdict(upstream: FakeUpstream, cache: Path) -> None:
@@ -80,12 +74,6 @@ async def test_an_endpoint_without_log_probabilities_writes_its_verdict(upstream
     upstream.models["judge"].no_logprobs = True
     labels = await said(upstream, cache)
     assert [outcome and outcome.winner for outcome in labels.outcomes[:2]] == ["first", "second"]
-
-
-async def test_a_file_of_something_else_is_refused(upstream: FakeUpstream, cache: Path) -> None:
-    cache.write_text('{"prompt": "1?"}\n')
-    with pytest.raises(MixfuseError, match="no file of verdicts"):
-        await said(upstream, cache)
 
 
 async def test_pairs_are_made_where_both_orders_agree(upstream: FakeUpstream, tmp_path: Path) -> None:
