@@ -230,6 +230,12 @@ def _parser() -> argparse.ArgumentParser:
     _server(ask)
     ask.set_defaults(command=_ask)
 
+    loop = top.add_parser("loop", help="from the traces since the last round to a better judge, or why not")
+    loop.add_argument("config", type=Path, metavar="CONFIG")
+    loop.add_argument("overrides", nargs="*", metavar="key=value")
+    loop.add_argument("--json", action="store_true", help="the decision as one JSON object on the last line")
+    loop.set_defaults(command=_loop)
+
     evaluate = _group(top, "eval", "measure")
     judge = evaluate.add_parser("judge", help="both-orders-correct and more, beside the simple baselines")
     judge.add_argument(
@@ -512,6 +518,17 @@ def _ask(arguments: argparse.Namespace) -> None:
         temperature=arguments.temperature,
         max_tokens=arguments.max_tokens,
     )
+
+
+def _loop(arguments: argparse.Namespace) -> None:
+    from mixfuse import loop
+    from mixfuse.recipe import load
+
+    decision = loop.run(load(arguments.config, loop.LoopConfig, arguments.overrides))
+    for line in loop.lines(decision) if decision else ():
+        print(line)
+    if arguments.json:
+        print(json.dumps(decision))
 
 
 def _eval_judge(arguments: argparse.Namespace) -> None:

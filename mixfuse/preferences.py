@@ -151,19 +151,22 @@ def build(spec: PairsSpec, out: Path, *, progress: bool = True) -> dict[str, Any
         The data card's JSON.
 
     Raises:
-        MixfuseError: A source is missing or of another shape, a verifier fails, or nothing is left to train on.
+        MixfuseError: A source is missing or of another shape, a verifier fails, or nothing is left to train on (kind
+            "no_pairs").
     """
     read = [_read(source, spec, out, progress) for source in spec.sources]
     against = [prompt for path in spec.against for prompt in questions(path)]
     everything = [preference for one in read for preference in one.preferences]
     if not everything:
         where = ", ".join(source.path for source in spec.sources)
-        raise MixfuseError(f"{where}: no prompt has both a right and a wrong answer, so there is nothing to prefer")
+        raise MixfuseError(
+            f"{where}: no prompt has both a right and a wrong answer, so there is nothing to prefer", kind="no_pairs"
+        )
     weights = {source.called: source.weight for source in spec.sources if source.weight is not None}
     selection = select(everything, spec, against=against, weights=weights, seed=spec.seed)
     if not selection.train:
         taken = ", ".join(f"{reason} {count}" for reason, count in selection.left_out.items() if count)
-        raise MixfuseError(f"{out}: of {len(everything)} pairs none is left to train on ({taken})")
+        raise MixfuseError(f"{out}: of {len(everything)} pairs none is left to train on ({taken})", kind="no_pairs")
     counts = pairs.write(out, selection.train, selection.dev, seed=spec.seed)
     facts = [
         {
