@@ -104,16 +104,15 @@ def eval_judge(
     served = _served(url) if roles else {}
 
     async def measure(kept: Cache) -> dict[str, JudgeReport]:
-        async def one(endpoint: Endpoint, name: str, calibration: Calibration | None = None) -> JudgeReport:
-            return await judging.evaluate(
-                endpoint, rows, concurrency=concurrency, cache=kept, calibration=calibration, name=name
-            )
+        async def one(endpoint: Endpoint, name: str) -> JudgeReport:
+            return await judging.evaluate(endpoint, rows, concurrency=concurrency, cache=kept, name=name)
 
         reports: dict[str, JudgeReport] = {}
         for role in [*roles, *([BASE] if base_of_a_role and BASE not in roles else [])]:
             revision, calibration = served.get(role, (None, None))
-            endpoint = Endpoint(f"{url.rstrip('/')}/v1", role, os.environ.get(API_KEY), revision)
-            reports[role] = await one(endpoint, role, calibration)
+            place = f"{url.rstrip('/')}/v1"
+            endpoint = Endpoint(place, role, os.environ.get(API_KEY), revision, calibration=calibration)
+            reports[role] = await one(endpoint, role)
         if base_of_a_role:
             reports[UNTRAINED] = reports[BASE]
         for model, judges in by_base.items():
@@ -122,8 +121,9 @@ def eval_judge(
                 adapter.verify(directory, base=fingerprint)
             async with _engine(model, dict(judges.values())) as engine:
                 for ref, (_, manifest) in judges.items():
-                    endpoint = Endpoint(engine.url, manifest.revision, engine.api_key, manifest.revision)
-                    reports[ref] = await one(endpoint, ref, manifest.calibration)
+                    name, calibration = manifest.revision, manifest.calibration
+                    endpoint = Endpoint(engine.url, name, engine.api_key, name, calibration=calibration)
+                    reports[ref] = await one(endpoint, ref)
                 if untrained and judge in judges:
                     revision = f"base {sha256_json(fingerprint.model_dump())}"
                     endpoint = Endpoint(engine.url, engine.base_model_name, engine.api_key, revision)
