@@ -31,6 +31,7 @@ COMMANDS = (
     "roles swap",
     "ask",
     "eval judge",
+    "eval fusion",
 )
 
 
