@@ -56,7 +56,7 @@ class Views(NamedTuple):
 
     def outcome(self, calibration: Calibration | None = None) -> Outcome:
         """What both say together."""
-        return combine(self.forward, self.backward)
+        return combine(self.forward, self.backward, calibration)
 
 
 def marks(

@@ -202,19 +202,17 @@ async def evaluate(
     concurrency: int = 8,
     progress: bool = True,
     cache: Cache | None = None,
-    calibration: Calibration | None = None,
     name: str = "the judge",
 ) -> JudgeReport:
     """Has a judge compare every pair in both orders, human ties as well.
 
     Args:
-        judge_endpoint: The judge.
+        judge_endpoint: The judge, with its calibration where it has one.
         rows: From `load`.
         concurrency: Calls under way at once.
         progress: Show a bar on stderr.
         cache: Entered; verdicts that are in it are not asked for again. Where the endpoint has no revision, its URL
             and model stand for it.
-        calibration: The judge's.
         name: What the bar calls it.
 
     Raises:
@@ -266,7 +264,7 @@ async def evaluate(
         rows,
         [Views(*both) for both in zip(read[::2], read[1::2], strict=True)],
         failed_calls=Counter(failure.kind for failure in failures),
-        calibration=calibration,
+        calibration=judge_endpoint.calibration,
     )
 
 

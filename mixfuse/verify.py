@@ -1,4 +1,4 @@
-"""What needs an engine for a moment: the parity gate of `adapter verify`, and `eval judge` on an adapter directory.
+"""What needs an engine or a server for a moment: the parity gate of `adapter verify`, `eval judge` and `eval fusion`.
 
 Composes `train` (PEFT's side), `serve` (the engine) and `fusion` (the judging).
 """
@@ -7,25 +7,32 @@ import asyncio
 import os
 import tempfile
 from collections import defaultdict
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import httpx
 from rich.console import Console
 
+from fusion import eval_fusion as fusing
 from fusion import eval_judge as judging
+from fusion import fusion_page, judge_page
+from fusion.agreement import How
 from fusion.cache import Cache
+from fusion.config import FusedMode, FusionConfig
+from fusion.eval_fusion import FusionReport
 from fusion.eval_judge import JudgeReport
-from fusion.judge_page import write
 from fusion.keys import ADMIN_KEY, API_KEY
 from fusion.pool import Endpoint
+from fusion.questions import Question, Verifier, matches, read_questions
 from mixfuse import adapter, judge_protocol
 from mixfuse.adapter import Fingerprint, Manifest, Parity
 from mixfuse.errors import MixfuseError
 from mixfuse.files import sha256_json
 from mixfuse.judge_protocol import Calibration
+from mixfuse.recipe import load
+from mixfuse.tasks import Split, Task, make
 from serve.engine import Engine, EngineConfig, LoraRank
 from serve.roles import BASE
 
@@ -97,16 +104,15 @@ def eval_judge(
     served = _served(url) if roles else {}
 
     async def measure(kept: Cache) -> dict[str, JudgeReport]:
-        async def one(endpoint: Endpoint, name: str, calibration: Calibration | None = None) -> JudgeReport:
-            return await judging.evaluate(
-                endpoint, rows, concurrency=concurrency, cache=kept, calibration=calibration, name=name
-            )
+        async def one(endpoint: Endpoint, name: str) -> JudgeReport:
+            return await judging.evaluate(endpoint, rows, concurrency=concurrency, cache=kept, name=name)
 
         reports: dict[str, JudgeReport] = {}
         for role in [*roles, *([BASE] if base_of_a_role and BASE not in roles else [])]:
             revision, calibration = served.get(role, (None, None))
-            endpoint = Endpoint(f"{url.rstrip('/')}/v1", role, os.environ.get(API_KEY), revision)
-            reports[role] = await one(endpoint, role, calibration)
+            place = f"{url.rstrip('/')}/v1"
+            endpoint = Endpoint(place, role, os.environ.get(API_KEY), revision, calibration=calibration)
+            reports[role] = await one(endpoint, role)
         if base_of_a_role:
             reports[UNTRAINED] = reports[BASE]
         for model, judges in by_base.items():
@@ -115,8 +121,9 @@ def eval_judge(
                 adapter.verify(directory, base=fingerprint)
             async with _engine(model, dict(judges.values())) as engine:
                 for ref, (_, manifest) in judges.items():
-                    endpoint = Endpoint(engine.url, manifest.revision, engine.api_key, manifest.revision)
-                    reports[ref] = await one(endpoint, ref, manifest.calibration)
+                    name, calibration = manifest.revision, manifest.calibration
+                    endpoint = Endpoint(engine.url, name, engine.api_key, name, calibration=calibration)
+                    reports[ref] = await one(endpoint, ref)
                 if untrained and judge in judges:
                     revision = f"base {sha256_json(fingerprint.model_dump())}"
                     endpoint = Endpoint(engine.url, engine.base_model_name, engine.api_key, revision)
@@ -131,10 +138,117 @@ def eval_judge(
     report = judging.report(rows, own.views, failed_calls=own.failed_calls, calibration=own.calibration, against=others)
     Console().print(report.table())
     if out:
-        write(out, report, rows, judge=judge)
-        said = f"{out}/report.html, report.md, report.json, verdicts.jsonl ({asked} verdicts asked for, {found} known)"
-        Console(stderr=True).print(said, markup=False, highlight=False, soft_wrap=True)
+        judge_page.write(out, report, rows, judge=judge)
+        _say(f"{out}/report.html, report.md, report.json, verdicts.jsonl ({asked} verdicts asked for, {found} known)")
     return report
+
+
+def eval_fusion(
+    config_path: Path,
+    *,
+    tasks: Path | None,
+    data: Sequence[Path] | None,
+    verifier: Verifier | Literal["reasoning-gym"] | None,
+    split: Split,
+    count: int,
+    limit: int | None,
+    modes: Sequence[FusedMode],
+    choose_share: float,
+    temperature: float | None,
+    max_tokens: int | None,
+    seed: int,
+    concurrency: int,
+    url: str,
+    out: Path | None,
+    cache: Path | None,
+) -> FusionReport:
+    """Evaluates fusing at a running gateway or server; prints a table and the verdict.
+
+    Args:
+        config_path: The fusion config it runs with.
+        tasks: A task file, whose verifiers are reasoning-gym's; else `data`.
+        data: Files of questions with references.
+        verifier: `exact`, `number`, `json` or `regex` for `data`; unset or `reasoning-gym` for `tasks`.
+        split: Of the task file.
+        count: How many tasks of it.
+        limit: Only the first so many rows of each data file.
+        modes: Those to evaluate.
+        choose_share: The share of the tasks to choose the best member on.
+        temperature: Sent with every request; unset: each member's own.
+        max_tokens: Likewise.
+        seed: Of the tasks and the answers.
+        concurrency: Requests under way at once.
+        url: Where it runs.
+        out: Where to write the report, and every answer.
+        cache: A file that keeps answers; unset: in `out`, or none.
+
+    Raises:
+        MixfuseError: The config or the tasks are wrong or too few, or the gateway cannot be reached or refuses.
+    """
+    config = load(config_path, FusionConfig)
+    sent = {"temperature": temperature, "max_tokens": max_tokens, "seed": seed}
+    parameters = {name: value for name, value in sent.items() if value is not None}
+    questions, right = _questions(tasks, data, verifier, split=split, count=count, limit=limit, seed=seed)
+    same: How = verifier if verifier in ("exact", "number", "json") else config.modes.agreement
+    served = {role: revision for role, (revision, _) in _served(url).items()}
+    with Cache(cache or (out / "cache.sqlite3" if out else None)) as kept:
+        measuring = fusing.evaluate(
+            config,
+            url,
+            questions,
+            verify=right,
+            same="exact" if same == "never" else same,
+            modes=modes,
+            choose_share=choose_share,
+            parameters=parameters,
+            concurrency=concurrency,
+            cache=kept,
+            served=served,
+            api_key=os.environ.get(API_KEY),
+        )
+        report, answers = asyncio.run(measuring)
+        asked, found = kept.added, kept.found
+    console = Console()
+    console.print(report.table())
+    console.print(report.verdict.words, markup=False, highlight=False, soft_wrap=True)
+    if out:
+        source = {"tasks": str(tasks), "split": split} if tasks else {"data": ", ".join(map(str, data or ()))}
+        about = {**source, "verifier": verifier or "reasoning-gym", **parameters, "concurrency": concurrency}
+        fusion_page.write(out, report, questions, answers, verify=right, about=about)
+        _say(f"{out}/report.html, report.md, report.json, answers.jsonl ({asked} requests made, {found} known)")
+    return report
+
+
+def _questions(
+    tasks: Path | None,
+    data: Sequence[Path] | None,
+    verifier: Verifier | Literal["reasoning-gym"] | None,
+    *,
+    split: Split,
+    count: int,
+    limit: int | None,
+    seed: int,
+) -> tuple[Sequence[Any], Callable[[Any, str], bool]]:
+    """(what to ask, whether an answer to it is right).
+
+    Raises:
+        MixfuseError: The verifier does not go with what is asked, or the file is wrong.
+    """
+    if tasks is not None and verifier in (None, "reasoning-gym"):
+        return make(tasks, split, count, seed=seed), Task.verify
+    if tasks is not None or verifier is None or verifier == "reasoning-gym":
+        raise MixfuseError(
+            f"--data needs --verifier {', '.join(get_args(Verifier))}; --tasks brings its own, reasoning-gym"
+        )
+
+    def right(question: Question, text: str) -> bool:
+        return matches(question, text, verifier)
+
+    return read_questions(data or (), limit=limit), right
+
+
+def _say(words: str) -> None:
+    Console(stderr=True).print(words, markup=False, highlight=False, soft_wrap=True)
 
 
 def _judge_manifest(directory: Path) -> Manifest:
@@ -154,7 +268,9 @@ def _served(url: str) -> dict[str, tuple[str | None, Calibration | None]]:
     try:
         response = httpx.get(f"{url.rstrip('/')}/admin/roles", headers=headers, timeout=30)
     except httpx.HTTPError as error:
-        raise MixfuseError(f"the judge: cannot connect to {url} ({error}); start a server: mixfuse serve") from None
+        raise MixfuseError(
+            f"nothing answers at {url} ({error}); start a server: mixfuse serve CONFIG, or mixfuse gateway CONFIG"
+        ) from None
     if response.status_code != httpx.codes.OK:
         return {}
     return {row["role"]: (row["revision"], _calibration(row)) for row in response.json()["roles"]}

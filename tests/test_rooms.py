@@ -32,6 +32,7 @@ COMMANDS = (
     "ask",
     "eval judge",
     "loop",
+    "eval fusion",
 )
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import re
 import xml.etree.ElementTree
 from dataclasses import replace
@@ -22,6 +23,7 @@ from fusion.upstream import Endpoint
 from mixfuse.cli import main
 from mixfuse.errors import MixfuseError
 from mixfuse.files import read_jsonl
+from mixfuse.judge_protocol import Calibration
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the shared data folder is absent (../shared/data)")
@@ -279,6 +281,23 @@ def test_against_another_judge() -> None:
     assert told["difference"]["both_orders_correct"]["value"] == 1
     assert told["difference"]["order_averaged"]["value"] == 0.5
     assert set(told["difference"]["consistency"]) == {"value", "low", "high", "p", "test", "better", "worse"}
+
+
+async def test_a_calibrated_judge(upstream: FakeUpstream) -> None:
+    # Right in 8 of 10 and always sure of it at .98: log-odds of 3.9 are to be 1.39, a temperature of 2.8.
+    rows = [Comparison(f"p{n}", f"good {n}", "bad", "first" if n < 8 else "second") for n in range(10)]
+    upstream.models["judge"].verdict = lambda first, _second: 0.98 if "good" in first else 0.02
+    calibration = Calibration(temperature=math.log(0.98 / 0.02) / math.log(0.8 / 0.2))
+    endpoint = Endpoint(upstream.base_url, "judge", calibration=calibration)
+    found = await evaluate(endpoint, rows, progress=False)
+    assert found.reliability.ece.value == pytest.approx(0.18)
+    assert found.calibrated is not None
+    assert found.calibrated.ece.value == pytest.approx(0, abs=1e-9)
+    assert found.both_orders_correct.value == 0.8
+    assert found.to_json()["calibration"]["parameters"]["temperature"] == calibration.temperature
+    unsure = replace(endpoint, calibration=Calibration(tie_margin=0.49))
+    found = await evaluate(unsure, rows, progress=False)
+    assert (found.ties["share"].value, found.both_orders_correct.value, found.consistency.value) == (1, 0, 1)
 
 
 # The cache
