@@ -92,7 +92,7 @@ def read(
 
     Args:
         database: The gateway's.
-        label: Whose word says which answers are right. `feedback`: users', see `_by_feedback`. `judge`: the answer
+        label: Whose word says which answers are right. `feedback`: users', see `by_feedback`. `judge`: the answer
             that won is right, those that lost to it in both orders are wrong. That teaches a judge its own opinion;
             it is of use where another, better judge spoke.
         tasks: Tasks with verifiers; they say of traces with their prompts which answers are right, whatever `label`.
@@ -121,7 +121,7 @@ def read(
         if task is not None:
             known = {index: task.verify(text) for index, text in answers.items()}
         elif label == "feedback":
-            known = _by_feedback(trace, not_heard)
+            known = by_feedback(trace, not_heard)
         else:
             known = _by_judge(trace)
         responses = [
@@ -163,7 +163,7 @@ def _answers(trace: Trace) -> dict[int, str]:
     return {call.candidate: call.text for call in calls if call.candidate is not None and call.text}
 
 
-def _by_feedback(trace: Trace, not_heard: Container[str] = ()) -> dict[int, bool]:
+def by_feedback(trace: Trace, not_heard: Container[str] = ()) -> dict[int, bool]:
     """What users said, by candidate; later feedback overrides earlier."""
     known: dict[int, bool] = {}
     for user, marks in _marks(trace):

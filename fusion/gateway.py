@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import orjson
 from prometheus_client import CONTENT_TYPE_LATEST as METRICS_TYPE
+from prometheus_client.registry import Collector
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -65,6 +66,11 @@ MODES: dict[Mode, Callable[[Run], Awaitable[str]]] = {
 Check = Callable[[], bool]
 """Whether something the gateway needs is well; `/readyz` asks."""
 
+Observer = Callable[[Trace], None]
+"""Told of each finished trace, its texts included even where none are stored, and once more for each feedback that
+comes later (`Trace.feedback` is not empty then). Called from the event loop: it must return at once.
+"""
+
 
 def create_app(
     config: FusionConfig,
@@ -72,6 +78,8 @@ def create_app(
     *,
     extra_routes: Sequence[BaseRoute] = (),
     checks: Mapping[str, Check] | None = None,
+    observers: Sequence[Observer] = (),
+    collectors: Sequence[Collector] = (),
 ) -> Starlette:
     """Builds the gateway.
 
@@ -80,6 +88,8 @@ def create_app(
         roles: Where roles are served; None for a gateway without a server beside it.
         extra_routes: More routes, served before the gateway's own.
         checks: What else has to be well for `/readyz`, by name.
+        observers: Told of finished traces; one that raises is logged, and no request fails because of it.
+        collectors: What else `/metrics` shows.
 
     Raises:
         MixfuseError: The config names a role, but there is no server beside this gateway; or the trace
@@ -89,7 +99,9 @@ def create_app(
     role = next((model.role for model in models if model.role), None)
     if roles is None and role is not None:
         raise MixfuseError(f"role {role!r}: this gateway has no server beside it; name a base_url and model")
-    gateway = _Gateway(config, Pool(roles), Database(config.trace_db), checks or {})
+    gateway = _Gateway(config, Pool(roles), Database(config.trace_db), checks or {}, observers)
+    for collector in collectors:
+        gateway.metrics.show(collector)
 
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
@@ -116,8 +128,16 @@ def create_app(
 class _Gateway:
     """The handlers, and what they share for as long as the gateway runs."""
 
-    def __init__(self, config: FusionConfig, pool: Pool, database: Database, checks: Mapping[str, Check]) -> None:
+    def __init__(
+        self,
+        config: FusionConfig,
+        pool: Pool,
+        database: Database,
+        checks: Mapping[str, Check],
+        observers: Sequence[Observer],
+    ) -> None:
         self.config, self.pool, self.database, self.checks = config, pool, database, checks
+        self._observers = observers
         self.keys = KeyRing(database, config.api_keys)
         self.traces = TraceStore(database, config.traces, committed=self.keys.committed)
         self.metrics = Metrics(pool.guards, self.traces)
@@ -196,6 +216,8 @@ class _Gateway:
         if not isinstance(feedback, dict):
             raise RequestError("feedback must be a JSON object", code="invalid_json")
         trace = await self.traces.add_feedback(request.path_params["id"], feedback, key_id=key_id)
+        if trace is not None:
+            self._observe(trace)
         return _trace_or_404(trace, request)
 
     async def health(self, _request: Request) -> Response:
@@ -259,6 +281,15 @@ class _Gateway:
         loop.call_soon(self.metrics.observe, trace)
         if self.spans is not None:
             loop.call_soon(self.spans.send, trace, headers)
+        if self._observers:
+            loop.call_soon(self._observe, trace)
+
+    def _observe(self, trace: Trace) -> None:
+        for observer in self._observers:
+            try:
+                observer(trace)
+            except Exception:
+                logger.exception("an observer failed on trace %s", trace.id)
 
 
 class _Json(Response):

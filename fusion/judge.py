@@ -121,11 +121,11 @@ class Court:
                     if judged_by == endpoint.model:
                         known |= {(verdict_.first, verdict_.second): verdict_ for verdict_ in verdicts}
                 while len(rivals) > FINALISTS:
-                    round_ = await _compare(run, model, endpoint, knock_out_pairs(rivals))
+                    round_ = await compare(run, model, endpoint, knock_out_pairs(rivals))
                     run.verdicts.extend(round_)
                     rivals = survivors(rivals, round_)
                 pairs = list(combinations(rivals, 2))
-                new = await _compare(run, model, endpoint, [pair for pair in pairs if _indices(pair) not in known])
+                new = await compare(run, model, endpoint, [pair for pair in pairs if _indices(pair) not in known])
         except CallError as failure:
             raise JudgeError(str(failure)) from failure
         known |= {(verdict_.first, verdict_.second): verdict_ for verdict_ in new}
@@ -142,7 +142,7 @@ class Court:
         """(the judge's model at its endpoint, what it said of the pairs)."""
         run = self._run
         async with run.pool.lease(model, _purpose(model), run.ledger) as endpoint:
-            return endpoint.model, await _compare(run, model, endpoint, pairs)
+            return endpoint.model, await compare(run, model, endpoint, pairs)
 
 
 def _purpose(model: ModelConfig) -> Purpose:
@@ -265,10 +265,14 @@ async def written_verdict(
     return float(said[0] == VERDICTS[0]) if len(set(said)) == 1 else None
 
 
-async def _compare(
+async def compare(
     run: Run, model: ModelConfig, endpoint: Endpoint, pairs: Sequence[tuple[Candidate, Candidate]]
 ) -> list[Verdict]:
-    """Has pairs judged in both orders, all at once."""
+    """Has pairs judged in both orders, all at once.
+
+    Raises:
+        CallError: A call failed; the others are cancelled then.
+    """
     if not pairs:
         return []
     purpose = _purpose(model)

@@ -76,6 +76,10 @@ class Metrics:
         """Counts a request that was refused before any model was asked."""
         self._refused.labels(kind).inc()
 
+    def show(self, collector: Collector) -> None:
+        """Shows somebody else's figures, too."""
+        self._registry.register(collector)
+
     def exposition(self) -> bytes:
         """Everything, in Prometheus' text format."""
         return generate_latest(self._registry)

@@ -64,6 +64,32 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             PRIMARY KEY (key_id, day)
         )""",
     ),
+    (
+        """CREATE TABLE roles (
+            role TEXT PRIMARY KEY,
+            version BIGINT NOT NULL,
+            revision TEXT,
+            directory TEXT,
+            pinned INTEGER NOT NULL,
+            since DOUBLE PRECISION NOT NULL,
+            gateway TEXT NOT NULL
+        )""",
+        """CREATE TABLE role_history (
+            id TEXT PRIMARY KEY,
+            at DOUBLE PRECISION NOT NULL,
+            role TEXT NOT NULL,
+            why TEXT NOT NULL,
+            outcome TEXT NOT NULL,
+            old_revision TEXT,
+            new_revision TEXT,
+            directory TEXT,
+            gateway TEXT NOT NULL,
+            version BIGINT,
+            error TEXT
+        )""",
+        "CREATE UNIQUE INDEX role_history_by_version ON role_history (role, version)",
+        "CREATE INDEX role_history_by_time ON role_history (role, at)",
+    ),
 )
 
 # Any number will do, as long as all gateways take the same.

@@ -49,9 +49,18 @@ def load(path: Path, model: type[Model], overrides: Iterable[str] = ()) -> Model
     data = {} if data is None else data
     if not isinstance(data, dict):
         raise MixfuseError(f"{path}: expected a mapping of keys, found {type(data).__name__}")
-    for override in overrides:
-        _override(data, override)
-    return validate(data, model, source=str(path))
+    return validate(override(data, overrides), model, source=str(path))
+
+
+def override(data: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """Sets `dotted.key=value` strings in parsed data, which is changed and returned.
+
+    Raises:
+        MixfuseError: One is not of that form.
+    """
+    for one in overrides:
+        _override(data, one)
+    return data
 
 
 def validate(data: Any, model: type[Model], *, source: str) -> Model:

@@ -9,6 +9,7 @@ engine's model of that moment.
 import asyncio
 import gc
 import ipaddress
+import logging
 import os
 import resource
 import signal
@@ -17,32 +18,37 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-import httpx
 import uvicorn
 import uvloop
 from pydantic import Field
 from rich.console import Console
-from rich.table import Table
 from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
 
 from fusion.config import FusionConfig
 from fusion.gateway import create_app
-from fusion.keys import ADMIN_KEY, has_keys, is_admin
+from fusion.keys import ADMIN_KEY, has_keys
 from fusion.pool import Endpoint
 from mixfuse.adapter import fingerprint
+from mixfuse.database import opened
 from mixfuse.errors import MixfuseError
+from mixfuse.gates import GateConfig, Gates
 from mixfuse.recipe import Strict, load
-from serve.engine import Engine, EngineConfig
-from serve.roles import BASE, RoleTable
+from mixfuse.roles_admin import RoleMetrics, routes
+from mixfuse.roles_store import StoredRoles
+from serve.engine import EngineConfig
+from serve.engine_group import EngineGroup
+from serve.roles import BASE, Revision, RoleTable
+from serve.watch import Folder, Watcher
+
+logger = logging.getLogger(__name__)
 
 # Longer than clients and load balancers keep an idle connection (5 to 60 s): a request must not be sent into one that
 # is being closed at this end.
 _KEEP_ALIVE_S = 75
+# In nats: between bfloat16 and float32, an unlikely token's log-probability is easily a few tenths apart.
+_TOLERANCE_BELOW_FLOAT32 = 0.5
 
 
 class GatewayConfig(Strict):
@@ -65,7 +71,14 @@ class ServeConfig(Strict):
     Attributes:
         engine: The vLLM engine.
         gateway: The gateway in front of it.
-        roles: Role → adapter directory, or nothing for a role served by the base until one is swapped in.
+        roles: Role → adapter directory, or nothing for a role served by the base until one is swapped in. It counts
+            only where the role table in the trace database does not know the role yet.
+        roles_from: `config` takes all roles as they stand here, and has the role table say so.
+        roles_poll_s: How often the role table is looked at for what other gateways changed, in seconds.
+        watch: A folder: the newest adapter directory in `WATCH/ROLE/` is swapped in by itself.
+        probe_tolerance: How far an adapter's log-probabilities may be off from those stored with it, in nats. By
+            default as stored with it where the engine's dtype is float32, else half a nat.
+        gate: What an adapter has to keep to in a swap with `--shadow` or `--canary`.
         fusion: The pool, the judge and the modes: in place, or the path of a fusion config.
         logs: Folder of the engine's log.
     """
@@ -73,15 +86,20 @@ class ServeConfig(Strict):
     engine: EngineConfig
     gateway: GatewayConfig = GatewayConfig()
     roles: dict[str, Path | None] = {}
+    roles_from: Literal["table", "config"] = "table"
+    roles_poll_s: Annotated[float, Field(gt=0)] = 2.0
+    watch: Path | None = None
+    probe_tolerance: Annotated[float, Field(gt=0)] | None = None
+    gate: GateConfig = GateConfig()
     fusion: FusionConfig | Path
     logs: Path = Path("runs/logs")
 
 
 class LeasedRoles:
-    """The role table as the gateway sees it: endpoints of the engine."""
+    """The role table as the gateway sees it: endpoints of the engines."""
 
-    def __init__(self, table: RoleTable, engine: Engine) -> None:
-        self._table, self._engine = table, engine
+    def __init__(self, table: RoleTable, engines: EngineGroup) -> None:
+        self._table, self._engines = table, engines
 
     def names(self) -> list[str]:
         """The roles."""
@@ -89,9 +107,20 @@ class LeasedRoles:
 
     @asynccontextmanager
     async def lease(self, role: str) -> AsyncIterator[Endpoint]:
-        """Yields the engine's endpoint for the role, its revision pinned."""
-        async with self._table.lease(role) as revision:
-            yield Endpoint(self._engine.url, revision.model, self._engine.api_key, revision.revision)
+        """Yields an engine's endpoint for the role, its revision pinned; waits for one that is being restarted."""
+        async with self._table.lease(role) as revision, self._at(revision) as endpoint:
+            yield endpoint
+
+    @asynccontextmanager
+    async def hold(self, revision: Revision) -> AsyncIterator[Endpoint]:
+        """Yields an endpoint for this revision, whichever serves its role."""
+        async with self._table.hold(revision), self._at(revision) as endpoint:
+            yield endpoint
+
+    @asynccontextmanager
+    async def _at(self, revision: Revision) -> AsyncIterator[Endpoint]:
+        async with self._engines.at(revision.model) as address:
+            yield Endpoint(address.url, revision.model, address.api_key, revision.revision)
 
 
 def run(config_path: Path, overrides: list[str]) -> None:
@@ -119,38 +148,94 @@ async def _serve(config: ServeConfig, fusion: FusionConfig) -> None:
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, this.cancel)
     console = Console(stderr=True)
     listener = _listen(config.gateway, fusion)
-    with listener:
+    with listener, opened(fusion.trace_db) as database:
         base = await asyncio.to_thread(fingerprint, config.engine.base)
-        log = config.logs / "engine.log"
-        engine = Engine(config.engine, log_path=log)
+        engine = EngineGroup(config.engine, logs=config.logs)
+        where = ", ".join(config.engine.external) or f"log in {config.logs}"
+        store = StoredRoles(database, f"{socket.gethostname()}:{listener.getsockname()[1]}")
+        table = RoleTable(
+            engine,
+            base,
+            list(config.roles),
+            max_rank=config.engine.max_lora_rank,
+            max_loaded=config.engine.max_loaded,
+            store=store,
+            probe_tolerance=_probe_tolerance(config),
+        )
+        roles = LeasedRoles(table, engine)
+        gates = Gates(table, roles, fusion, config.gate)
+        beside: list[asyncio.Task[None]] = []
         try:
-            with console.status(f"starting the engine on {config.engine.base} (log: {log})"):
+            with console.status(f"waiting for the engine on {config.engine.base} ({where})"):
                 await engine.start()
-            table = RoleTable(engine, base, list(config.roles), max_rank=config.engine.max_lora_rank)
-            for role, directory in config.roles.items():
-                if directory is not None:
-                    await table.swap(role, directory)
-            routes = [
-                Route("/admin/roles", _list_roles(table)),
-                Route("/admin/roles/{role}", _swap_role(table), methods=["PUT"]),
-            ]
+                taken = await table.start(config.roles, anew=config.roles_from == "config")
             app = create_app(
-                fusion, LeasedRoles(table, engine), extra_routes=routes, checks={"engine": lambda: engine.running}
+                fusion,
+                roles,
+                extra_routes=routes(table, store, gates),
+                checks={"engine": lambda: engine.running},
+                observers=[gates.observe],
+                collectors=[RoleMetrics(table)],
             )
             server = uvicorn.Server(_uvicorn(app, config.gateway))
-            roles = ", ".join(f"{role}={r.revision or BASE}" for role, r in table.serving().items())
-            _say_ready(console, listener, roles)
+            beside = _beside(config, table)
+            _say_ready(console, listener, _serving(table, taken))
             gateway = asyncio.create_task(server.serve(sockets=[listener]))
-            died = asyncio.create_task(engine.wait())
+            died = asyncio.create_task(engine.failed())
             await asyncio.wait({gateway, died}, return_when=asyncio.FIRST_COMPLETED)
             if died.done() and not gateway.done():
                 server.should_exit = True
                 await gateway
-                raise MixfuseError(f"the engine died (exit code {died.result()}); see {log}", kind="engine")
+                raise died.result()
             died.cancel()
             await gateway
         finally:
+            for task in beside:
+                task.cancel()
+            if beside:
+                await asyncio.wait(beside)
+            await gates.close()
+            await table.close()
             await engine.stop()
+
+
+def _probe_tolerance(config: ServeConfig) -> float | None:
+    """What `RoleTable` is told: None for what the adapters say, which is for float32."""
+    if config.probe_tolerance is None and config.engine.dtype != "float32":
+        return _TOLERANCE_BELOW_FLOAT32
+    return config.probe_tolerance
+
+
+def _beside(config: ServeConfig, table: RoleTable) -> list["asyncio.Task[None]"]:
+    """What goes on beside the requests: following the role table, and watching for new adapters."""
+    work = [table.follow]
+    if config.watch is not None:
+        source = Folder(config.watch)
+        work += [Watcher(table, source, role).look for role in config.roles]
+    return [asyncio.create_task(_again_and_again(one, config.roles_poll_s)) for one in work]
+
+
+async def _again_and_again(work: Callable[[], Awaitable[None]], every_s: float) -> None:
+    failure = ""
+    while True:
+        await asyncio.sleep(every_s)
+        try:
+            await work()
+            failure = ""
+        except MixfuseError as error:
+            if str(error) != failure:  # once, not every two seconds
+                failure = str(error)
+                logger.warning("%s", error)
+        except Exception:
+            logger.exception("roles are not followed for now")
+
+
+def _serving(table: RoleTable, taken: dict[str, str]) -> str:
+    """Which revision serves each role, and where that was taken from."""
+    return ", ".join(
+        f"{role}={revision.revision or BASE}" + (f" from the {taken[role]}" if role in taken else "")
+        for role, revision in table.serving().items()
+    )
 
 
 def run_gateway(config_path: Path, overrides: list[str], address: GatewayConfig) -> None:
@@ -230,88 +315,3 @@ def _loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def _list_roles(table: RoleTable) -> Callable[[Request], Response]:
-    def handler(_request: Request) -> Response:
-        return JSONResponse(
-            {
-                "roles": [
-                    {
-                        "role": role,
-                        "revision": revision.revision,
-                        "directory": str(revision.directory) if revision.directory else None,
-                        "in_flight": revision.in_flight,
-                    }
-                    for role, revision in table.serving().items()
-                ]
-            }
-        )
-
-    return handler
-
-
-def _swap_role(table: RoleTable) -> Callable[[Request], Awaitable[Response]]:
-    async def handler(request: Request) -> Response:
-        if not is_admin(request.headers.get("authorization")):
-            return _error(401, "unauthorized", f"send the admin key as a bearer token ({ADMIN_KEY})")
-        try:
-            directory = Path((await request.json())["directory"])
-        except (ValueError, KeyError, TypeError):
-            return _error(400, "invalid_request", 'the body must be {"directory": "…"}')
-        try:
-            swap = await table.swap(request.path_params["role"], directory)
-        except MixfuseError as error:
-            status = {"role": 404, "engine": 503}.get(error.kind, 400)
-            return _error(status, error.kind, str(error))
-        return JSONResponse({"role": swap.role, "old": swap.old, "new": swap.new, "drained": swap.drained})
-
-    return handler
-
-
-def _error(status: int, kind: str, message: str) -> Response:
-    return JSONResponse({"error": {"type": kind, "message": message}}, status_code=status)
-
-
-def list_roles(url: str) -> None:
-    """`mixfuse roles list`: prints which revision serves each role.
-
-    Raises:
-        MixfuseError: No server answers at `url`.
-    """
-    table = Table("role", "revision", "adapter", "in flight")
-    for row in _admin("GET", url, "/admin/roles")["roles"]:
-        table.add_row(row["role"], row["revision"] or "-", row["directory"] or "(the base)", str(row["in_flight"]))
-    Console().print(table)
-
-
-def swap_role(url: str, role: str, directory: Path) -> None:
-    """`mixfuse roles swap`: prints the old and the new revision.
-
-    Raises:
-        MixfuseError: No server answers, or the swap was refused; the old revision serves on then.
-    """
-    done = _admin("PUT", url, f"/admin/roles/{role}", {"directory": str(directory.resolve())})
-    if done["old"] == done["new"]:
-        print(f"{role}: revision {done['new']} is serving already")
-    else:
-        print(f"{role}: {done['old'] or BASE} -> {done['new']} ({done['drained']} requests finished on the old one)")
-
-
-def _admin(method: str, url: str, path: str, body: dict[str, str] | None = None) -> dict[str, Any]:
-    headers = {"Authorization": f"Bearer {key}"} if (key := os.environ.get(ADMIN_KEY)) else {}
-    try:
-        response = httpx.request(method, url.rstrip("/") + path, json=body, headers=headers, timeout=600)
-    except httpx.HTTPError as error:
-        raise MixfuseError(
-            f"no mixfuse server answers at {url} ({error}); start one with: mixfuse serve CONFIG"
-        ) from None
-    try:
-        answer: dict[str, Any] = response.json()
-    except ValueError:
-        raise MixfuseError(f"{url} is no mixfuse server (it answered {response.status_code})") from None
-    if response.is_error:
-        failure = answer.get("error")
-        message = failure.get("message") if isinstance(failure, dict) else None
-        raise MixfuseError(message or f"{url} answered {response.status_code}")
-    return answer

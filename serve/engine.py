@@ -1,8 +1,9 @@
-"""The vLLM engine as a supervised child process.
+"""The vLLM engine as a child process.
 
 One engine serves one base model and, beside it, adapters that come and go while it runs. This module starts
-it, says in one line why it would not start, loads and unloads adapters, and sees to it that no process is
-left behind, however this one ends. It does not know which adapter plays which role.
+it, says in one line why it would not start, and sees to it that no process is left behind, however this one
+ends. `serve/vllm_api.py` is how it is asked, `serve/supervisor.py` starts it again. None of them knows which
+adapter plays which role.
 """
 
 import asyncio
@@ -13,27 +14,19 @@ import re
 import secrets
 import socket
 import sys
-from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
-import httpx
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
-from mixfuse.errors import MixfuseError
 from mixfuse.recipe import Strict
+from serve.vllm_api import LORA_TARGETS, TOP_LOGPROBS, VllmApi, engine_error
 
 BASE_MODEL_NAME = "base"
-TOP_LOGPROBS = 20  # what a judge's verdict is read from
-# Everything an adapter may change. vLLM's default adds the router, which no recipe trains, and the output
-# layer, with which the engine dies at the first batch where one of several requests asks for prompt
-# log-probabilities (vLLM issue 16668).
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "experts")
 _STOP_GRACE_S = 15.0
-_SERVED_WEIGHT = re.compile(r"\.(?:[qkvo]_proj|gate_proj|up_proj|down_proj|experts\.\d+\.w[123])\.lora_[AB]\.weight$")
 # The first matches of these in the log say more than the last line of a traceback through three processes.
 _ERROR_LINE = re.compile(r"(?:^|\s)((?:[\w.]+\.)?\w*(?:Error|Exception|Interrupt)): (.+)")
 _EMPTY_ERROR = re.compile(r"See (?:root cause|stack trace)|Engine core initialization failed|EngineDeadError")
@@ -43,8 +36,36 @@ LoraRank = Literal[1, 8, 16, 32, 64, 128, 256, 320, 512]
 """The maximum ranks vLLM knows."""
 
 
+class Restart(Strict):
+    """When an engine counts as gone, how it comes back, and when it is given up.
+
+    Attributes:
+        first_delay_s: The pause before the first restart, in seconds; each further crash doubles it, less up to a half
+            by chance, so that engines that fell together do not rise together.
+        max_delay_s: The longest pause.
+        crashes: So many within `window_s` are too many: the engine is given up.
+        window_s: Seconds that a crash counts.
+        check_s: Seconds between two looks at the engine's health.
+        hung_after_s: An engine that has answered no such look for so many seconds is ended and started again.
+        wait_s: The longest that a request waits for an engine that is away, in seconds. Members of the pool wait no
+            longer than their own deadline.
+    """
+
+    first_delay_s: float = Field(default=1, ge=0)
+    max_delay_s: float = Field(default=60, ge=0)
+    crashes: int = Field(default=5, ge=1)
+    window_s: float = Field(default=900, gt=0)
+    check_s: float = Field(default=5, gt=0)
+    hung_after_s: float = Field(default=60, gt=0)
+    wait_s: float = Field(default=60, ge=0)
+
+
 class EngineConfig(Strict):
-    """What the engine serves, and how.
+    """What the engine serves, and how. With `url` or `urls` it is one that someone else runs.
+
+    Of such an engine `base`, `max_lora_rank` and `dtype` say how it was started; what else says how to start one is not
+    used. It has to read adapters at the same paths as this host, allow them to be loaded at run time
+    (`VLLM_ALLOW_RUNTIME_LORA_UPDATING=True`), and be used by one gateway only.
 
     Attributes:
         base: The folder of the base model: weights, `config.json` and tokenizer.
@@ -52,6 +73,8 @@ class EngineConfig(Strict):
         max_model_len: The longest prompt and completion together, in tokens.
         max_lora_rank: The highest rank an adapter may have; vLLM knows only these.
         max_loras: How many adapters may be active in one batch. More can be loaded; they then take turns.
+        max_loaded: How many adapters are kept loaded; beyond that the least recently used makes room for one that is
+            needed. All of them by default.
         host: The address to listen on, a loopback one: vLLM's API key guards `/v1`, but not `/adapters` and
             `/invocations` (vllm/entrypoints/serve/middleware/authenticate.py).
         port: The port to listen on; a free one by default.
@@ -61,6 +84,12 @@ class EngineConfig(Strict):
         start_timeout_s: How long the start may take.
         extra_args: Further arguments for vLLM's API server, e.g. `--tensor-parallel-size=8`.
         env: Further environment variables for it.
+        replicas: How many engines of this kind are started. Each gets its own GPUs, in the order of
+            `CUDA_VISIBLE_DEVICES`.
+        url: An engine that someone else runs, e.g. `http://10.0.0.5:8000`.
+        urls: Several of them, all with the same base model.
+        api_key_env: The environment variable with their API key.
+        restart: What is done when an engine crashes, hangs, or is away.
     """
 
     base: Path
@@ -68,6 +97,7 @@ class EngineConfig(Strict):
     max_model_len: int = Field(default=1024, ge=2)
     max_lora_rank: LoraRank = 16
     max_loras: int = Field(default=4, ge=1)
+    max_loaded: int | None = Field(default=None, ge=1)
     host: str = "127.0.0.1"
     port: int | None = Field(default=None, ge=1, le=65535)
     max_num_seqs: int = Field(default=32, ge=1)
@@ -76,6 +106,38 @@ class EngineConfig(Strict):
     start_timeout_s: float = Field(default=300, gt=0)
     extra_args: list[str] = Field(default_factory=list)
     env: dict[str, str] = Field(default_factory=dict)
+    replicas: int = Field(default=1, ge=1)
+    url: str | None = None
+    urls: list[str] = Field(default_factory=list)
+    api_key_env: str | None = None
+    restart: Restart = Restart()
+
+    @property
+    def external(self) -> list[str]:
+        """The base URLs of the engines that someone else runs; none where this config starts its own."""
+        return [_api_url(url) for url in ([self.url] if self.url else self.urls)]
+
+    @field_validator("url", "urls")
+    @classmethod
+    def _http(cls, value: str | list[str] | None) -> str | list[str] | None:
+        for url in [value] if isinstance(value, str) else value or []:
+            if not re.match(r"https?://[^/\s]+", url):
+                raise ValueError(f"{url!r} is no URL; write http://HOST:PORT")
+        return value
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        if self.url and self.urls:
+            raise ValueError("give `url` or `urls`, not both")
+        if len(set(self.external)) != len(self.external):
+            raise ValueError("`urls` names one engine twice")
+        if self.external and self.replicas > 1:
+            raise ValueError("`replicas` is for engines started here; list those of someone else in `urls`")
+        if self.api_key_env and not self.external:
+            raise ValueError("`api_key_env` is for an engine at `url`; one started here has a key of its own")
+        if self.port and self.replicas > 1:
+            raise ValueError("several replicas cannot share one port; leave `port` out")
+        return self
 
     @field_validator("host")
     @classmethod
@@ -85,23 +147,20 @@ class EngineConfig(Strict):
         return host
 
 
-class Engine:
-    """A running vLLM engine; an async context manager around `start` and `stop`.
+class Engine(VllmApi):
+    """A vLLM engine that is started here; an async context manager around `start` and `stop`.
 
     Attributes:
         config: What it was made with.
-        base_model_name: The name under which the base model answers; adapters answer under their own.
         api_key: A secret of this process; every call to `url` has to carry it as a bearer token.
-        log_path: Where the engine writes its log.
+        log_path: Where the engine writes its log. That of the process before it is kept beside it, as `….1`.
     """
-
-    base_model_name = BASE_MODEL_NAME
 
     def __init__(self, config: EngineConfig, *, log_path: Path) -> None:
         self.config = config
         self.log_path = Path(log_path)
-        self.api_key = secrets.token_urlsafe(32)
-        self._port = config.port
+        key = secrets.token_urlsafe(32)
+        super().__init__(None, key, base_model_name=BASE_MODEL_NAME, hint=f"see {self.log_path}")
         self._process: asyncio.subprocess.Process | None = None
 
     async def __aenter__(self) -> Self:
@@ -112,13 +171,6 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.stop()
-
-    @property
-    def url(self) -> str:
-        """The base URL of the OpenAI API, known once the engine has been started."""
-        if self._port is None:
-            raise RuntimeError("the engine has not been started")
-        return f"http://{self.config.host}:{self._port}/v1"
 
     @property
     def running(self) -> bool:
@@ -135,19 +187,26 @@ class Engine:
         if self.running:
             raise RuntimeError("the engine is running already")
         if find_spec("vllm") is None:
-            raise _engine_error("vLLM is not installed; run scripts/setup, or pip install 'mixfuse[serve-cpu]'")
+            raise engine_error("vLLM is not installed; run scripts/setup, or pip install 'mixfuse[serve-cpu]'")
         if not (self.config.base / "config.json").is_file():
-            raise _engine_error(f"{self.config.base} holds no base model (no config.json)")
-        self._port = _checked_port(self.config.host, self.config.port)
+            raise engine_error(f"{self.config.base} holds no base model (no config.json)")
+        port = _checked_port(self.config.host, self.config.port)
+        self._url = f"http://{self.config.host}:{port}/v1"
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        if self.log_path.exists():
+            self.log_path.replace(f"{self.log_path}.1")  # it may say why the engine had to be started again
         with self.log_path.open("wb") as log:
             self._process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-I", "-S", "-c", _GUARD, str(_STOP_GRACE_S)),
-                *_command(self.config, self._port),
+                *command(self.config, port),
                 stdin=asyncio.subprocess.PIPE,  # the guard's sign that we live; never written to
                 stdout=log,
                 stderr=log,
-                env=self._environment(),
+                env={
+                    **os.environ,
+                    **environment(self.config),
+                    "VLLM_API_KEY": str(self.api_key),  # not an argument: those are for every user to read
+                },
                 start_new_session=True,  # Ctrl-C is for us to handle
             )
         try:
@@ -155,7 +214,7 @@ class Engine:
                 await self._until_healthy()
         except TimeoutError:
             await self.stop()
-            raise _engine_error(
+            raise engine_error(
                 f"the engine did not answer within {self.config.start_timeout_s:g} s; see {self.log_path}"
             ) from None
         except BaseException:  # cancelled, too
@@ -181,100 +240,32 @@ class Engine:
             raise RuntimeError("the engine has not been started")
         return await self._process.wait()
 
-    async def load_adapter(self, name: str, path: Path) -> None:
-        """Loads an adapter, which then answers as model `name`.
-
-        Args:
-            name: Not loaded yet, and not the base model's.
-            path: A PEFT adapter folder in the layout that vLLM reads.
-
-        Raises:
-            MixfuseError: The folder has weights that vLLM would leave out without a word, or vLLM refuses it.
-        """
-        if name == self.base_model_name:
-            raise MixfuseError(f"{name!r} is the base model's name; give the adapter another", kind="adapter")
-        folder = await asyncio.to_thread(_served_adapter, path)
-        await self._adapter_call("load_lora_adapter", lora_name=name, lora_path=str(folder))
-
-    async def unload_adapter(self, name: str) -> None:
-        """Unloads an adapter; requests that still use it are lost, so drain them first.
-
-        Raises:
-            MixfuseError: No adapter of that name is loaded.
-        """
-        await self._adapter_call("unload_lora_adapter", lora_name=name)
-
-    async def probe(self, name: str) -> None:
-        """Has a model answer one token, so that an adapter that cannot is found before it serves.
-
-        Raises:
-            MixfuseError: It does not answer.
-        """
-        await self._post("completions", {"model": name, "prompt": [0], "max_tokens": 1})
-
-    async def prompt_logprobs(self, name: str, prompt: list[int]) -> list[float]:
-        """Log-probabilities, in nats, of a prompt's tokens but the first, each given those before it.
-
-        Args:
-            name: The base model's name, or an adapter's.
-            prompt: Token ids.
-
-        Raises:
-            MixfuseError: The engine does not answer.
-        """
-        body = {"model": name, "prompt": prompt, "max_tokens": 1, "prompt_logprobs": 0}
-        answer = await self._post("completions", body)
-        positions = answer["choices"][0]["prompt_logprobs"][1:]  # the first position has none
-        return [position[str(token)]["logprob"] for position, token in zip(positions, prompt[1:], strict=True)]
-
-    async def _adapter_call(self, endpoint: str, **body: str) -> None:
-        response = await self._send(endpoint, body)
-        if response.is_error:
-            raise MixfuseError(f"vLLM refused {endpoint} of {body['lora_name']!r}: {_reason(response)}", kind="adapter")
-
-    async def _post(self, endpoint: str, body: dict[str, Any]) -> dict[str, Any]:
-        response = await self._send(endpoint, body)
-        if response.is_error:
-            raise _engine_error(f"vLLM refused {endpoint} of {body['model']!r}: {_reason(response)}")
-        answer: dict[str, Any] = response.json()
-        return answer
-
-    async def _send(self, endpoint: str, body: Mapping[str, Any]) -> httpx.Response:
-        headers = {"Authorization": f"Bearer {self.api_key}"}
-        try:
-            async with httpx.AsyncClient(timeout=120, trust_env=False) as client:
-                return await client.post(f"{self.url}/{endpoint}", json=body, headers=headers)
-        except httpx.HTTPError as error:
-            raise _engine_error(f"the engine does not answer ({type(error).__name__}); see {self.log_path}") from None
-
     async def _until_healthy(self) -> None:
-        url = self.url.removesuffix("/v1") + "/health"
-        async with httpx.AsyncClient(timeout=5, trust_env=False) as client:
-            while self.running:
-                with contextlib.suppress(httpx.HTTPError):
-                    if (await client.get(url)).is_success:
-                        return
-                await asyncio.sleep(0.25)
-        raise _engine_error(f"the engine died at its start: {_last_error(self.log_path)}; see {self.log_path}")
-
-    def _environment(self) -> dict[str, str]:
-        config = self.config
-        threads = config.threads or len(os.sched_getaffinity(0))
-        return {
-            **os.environ,
-            "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
-            "VLLM_NO_USAGE_STATS": "1",
-            "HF_HUB_OFFLINE": "1",
-            # On a CPU: size of the cache, and no pinning to cores, which other engines and trainings share.
-            "VLLM_CPU_KVCACHE_SPACE": str(config.kv_cache_gib),
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "OMP_NUM_THREADS": str(threads),
-            **config.env,
-            "VLLM_API_KEY": self.api_key,  # not an argument: those are for every user to read
-        }
+        while self.running:
+            if await self.healthy(timeout_s=5):
+                return
+            await asyncio.sleep(0.25)
+        raise engine_error(f"the engine died at its start: {last_error(self.log_path)}; see {self.log_path}")
 
 
-def _command(config: EngineConfig, port: int) -> list[str]:
+def environment(config: EngineConfig) -> dict[str, str]:
+    """What an engine finds in its environment beside what this process has, its API key excepted."""
+    cpu = {
+        # The size of the cache, and no pinning to cores, which other engines and trainings share.
+        "VLLM_CPU_KVCACHE_SPACE": str(config.kv_cache_gib),
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": str(config.threads or len(os.sched_getaffinity(0))),
+    }
+    return {
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+        **(cpu if cpu_build() else {}),
+        **config.env,
+    }
+
+
+def command(config: EngineConfig, port: int) -> list[str]:
     """The API server's command line; `vllm serve` asks for a distribution that vllm-cpu does not have."""
     return [
         *(sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server"),
@@ -284,27 +275,26 @@ def _command(config: EngineConfig, port: int) -> list[str]:
         *("--max-num-seqs", str(config.max_num_seqs)),
         *("--enable-lora", "--max-lora-rank", str(config.max_lora_rank)),
         *("--max-loras", str(config.max_loras), "--lora-target-modules", *LORA_TARGETS),
+        # vLLM itself keeps no more than `max_loras` in memory, and reads the others again at need: unverified by then.
+        *(["--max-cpu-loras", str(max(config.max_loras, config.max_loaded + 1))] if config.max_loaded else []),
         *("--max-logprobs", str(TOP_LOGPROBS)),
         *("--generation-config", "vllm"),  # the model's own would change the sampling that a request asks for
         "--enable-prefix-caching",
         "--disable-uvicorn-access-log",
         # On a CPU compiling takes longer than it saves, and the cache's blocks are of 128 tokens, so that no two short
         # prompts would ever share one: 32 is the least its attention takes.
-        *(["--enforce-eager", "--block-size", "32"] if _cpu_build() else []),
+        *(["--enforce-eager", "--block-size", "32"] if cpu_build() else []),
         *config.extra_args,
     ]
 
 
-def _cpu_build() -> bool:
+def cpu_build() -> bool:
+    """Whether the vLLM that is installed is the one for CPUs."""
     try:
         version("vllm-cpu")
     except PackageNotFoundError:
         return False
     return True
-
-
-def _engine_error(message: str) -> MixfuseError:
-    return MixfuseError(message, kind="engine")
 
 
 def _checked_port(host: str, port: int | None) -> int:
@@ -318,44 +308,16 @@ def _checked_port(host: str, port: int | None) -> int:
         try:
             probe.bind((host, port or 0))
         except OSError as error:
-            raise _engine_error(f"cannot listen on {host}:{port}: {error.strerror}; choose another port") from None
+            raise engine_error(f"cannot listen on {host}:{port}: {error.strerror}; choose another port") from None
         found: int = probe.getsockname()[1]
         return found
 
 
-def _served_adapter(folder: Path) -> Path:
-    """Refuses weights that vLLM would load with "Success" and then not use; returns the absolute path.
-
-    vLLM does so with experts in PEFT's fused layout (`check_unexpected_modules` in vllm/lora/lora_model.py
-    lets them pass, and a Mixtral's layers never ask for them) and with modules outside of
-    `--lora-target-modules`.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    path = Path(folder).resolve() / "adapter_model.safetensors"
-    try:
-        with safe_open(path, framework="np") as weights:
-            names = list(weights.keys())
-    except (OSError, SafetensorError) as error:
-        raise MixfuseError(f"cannot read {path}: {error}", kind="adapter") from None
-    if unserved := [name for name in names if not _SERVED_WEIGHT.search(name)]:
-        raise MixfuseError(
-            f"{path}: vLLM would silently ignore {unserved[0]}; name experts as vLLM does (experts.0.w1, …) "
-            f"and adapt no other modules than {', '.join(LORA_TARGETS)}",
-            kind="adapter",
-        )
-    return path.parent
+def _api_url(url: str) -> str:
+    return f"{url.rstrip('/').removesuffix('/v1')}/v1"
 
 
-def _reason(response: httpx.Response) -> str:
-    try:
-        message = response.json()["error"]["message"]
-    except (ValueError, KeyError, TypeError):
-        message = response.text
-    return " ".join(str(message).split())[:500]
-
-
-def _last_error(log_path: Path) -> str:
+def last_error(log_path: Path) -> str:
     """The most telling error line of an engine's log."""
     lines = log_path.read_text(encoding="utf-8", errors="replace").splitlines()
     for number in range(len(lines) - 1, -1, -1):

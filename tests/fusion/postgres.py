@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,16 @@ def postgres() -> Iterator[Postgres]:
             stop()
     finally:
         shutil.rmtree(folder)
+
+
+def emptied(server: Postgres) -> str:
+    """Takes everything out of its database; returns the URL."""
+    engine = sqlalchemy.create_engine(server.url.replace("postgresql://", "postgresql+psycopg://"))
+    with engine.begin() as connection:
+        connection.execute(sqlalchemy.text("DROP SCHEMA public CASCADE"))
+        connection.execute(sqlalchemy.text("CREATE SCHEMA public"))
+    engine.dispose()
+    return server.url
 
 
 def _programs() -> Path | None:

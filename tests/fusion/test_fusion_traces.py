@@ -4,7 +4,7 @@ import asyncio
 import json
 import sqlite3
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import pytest
 import sqlalchemy
 from fake_upstream import FakeUpstream, Script
 from fusion_harness import StartGateway
-from postgres import Postgres, postgres
+from postgres import Postgres, emptied
 
 from fusion.config import FusionConfig, TraceConfig
 from fusion.ledger import Spend
@@ -25,30 +25,6 @@ from mixfuse.recipe import validate
 from mixfuse.trace import Call, Trace, Usage
 
 HELLO: list[Any] = [{"role": "user", "content": "why?"}]
-
-
-@pytest.fixture(scope="session")
-def server() -> Iterator[Postgres]:
-    with postgres() as running:
-        yield running
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """An empty database of each kind."""
-    if request.param == "sqlite":
-        return str(tmp_path / "traces.sqlite3")
-    return _emptied(request.getfixturevalue("server"))
-
-
-def _emptied(server: Postgres) -> str:
-    url = server.url
-    engine = sqlalchemy.create_engine(url.replace("postgresql://", "postgresql+psycopg://"))
-    with engine.begin() as connection:
-        connection.execute(sqlalchemy.text("DROP SCHEMA public CASCADE"))
-        connection.execute(sqlalchemy.text("CREATE SCHEMA public"))
-    engine.dispose()
-    return url
 
 
 @asynccontextmanager
@@ -149,7 +125,7 @@ async def test_a_database_that_is_away_is_waited_for(
     server: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fusion.traces._RETRY_S", 0.01)
-    async with store(_emptied(server), tmp_path) as traces:
+    async with store(emptied(server), tmp_path) as traces:
         one = trace()
         await asyncio.to_thread(server.stop)
         try:

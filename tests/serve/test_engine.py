@@ -212,7 +212,7 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 
     def put(program: str, **changes) -> Engine:
         command = [sys.executable, "-c", program]
-        monkeypatch.setattr(engine_module, "_command", lambda config, port: [*command, str(port)])
+        monkeypatch.setattr(engine_module, "command", lambda config, port: [*command, str(port)])
         monkeypatch.setattr(engine_module, "find_spec", lambda name: name)
         return Engine(config(tmp_path, **changes), log_path=tmp_path / "log")
 
@@ -249,7 +249,7 @@ async def test_a_child_that_dies_leaves_its_error_in_one_line(server, tmp_path: 
 )
 def test_the_error_named_is_the_one_that_tells(log: str, reason: str, tmp_path: Path):
     (tmp_path / "log").write_text(log)
-    assert engine_module._last_error(tmp_path / "log") == reason
+    assert engine_module.last_error(tmp_path / "log") == reason
 
 
 async def test_a_start_that_takes_too_long_is_ended(server):
@@ -312,27 +312,42 @@ time.sleep(600)
 
 
 @pytest.mark.engine
-def test_a_killed_parent_leaves_no_vllm(tiny, tmp_path: Path):
+def test_a_crashed_vllm_comes_back_with_its_adapter_and_dies_with_its_parent(tiny, tmp_path: Path):
+    """The engine core is killed, vLLM starts anew with the adapter, and then the parent is killed."""
     script = inspect.cleandoc("""
-        import asyncio, sys
+        import asyncio, json, sys
         from pathlib import Path
-        from serve.engine import Engine, EngineConfig
+        from serve.engine import EngineConfig, Restart
+        from serve.engine_group import EngineGroup
+        base, adapter, logs = map(Path, sys.argv[1:4])
+        prompt = json.loads(sys.argv[4])
         async def main():
-            config = EngineConfig(base=Path(sys.argv[1]), max_model_len=1024)
-            async with Engine(config, log_path=Path(sys.argv[2])) as engine:
+            config = EngineConfig(base=base, max_model_len=1024, restart=Restart(first_delay_s=0, wait_s=300))
+            async with EngineGroup(config, logs=logs) as group:
+                await group.load_adapter("domain@1", adapter)
                 print("up", flush=True)
-                await engine.wait()
+                while group.running:
+                    await asyncio.sleep(0.1)
+                async with group.at("domain@1"):
+                    print(json.dumps(await group.prompt_logprobs("domain@1", prompt)), flush=True)
+                await group.failed()
         asyncio.run(main())
     """)
-    with subprocess.Popen(
-        [sys.executable, "-c", script, str(tiny.base), str(tmp_path / "log")], stdout=subprocess.PIPE, text=True
-    ) as parent:
+    prompt = AutoTokenizer.from_pretrained(tiny.base)(TEXTS[0]).input_ids
+    arguments = [str(tiny.base), str(tiny.served["one"]), str(tmp_path), json.dumps(prompt)]
+    with subprocess.Popen([sys.executable, "-c", script, *arguments], stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout
         assert parent.stdout.readline() == "up\n"
-        family = descendants(parent.pid)
-        assert len(family) >= 3, "guard, API server and engine core at least"
+        first = descendants(parent.pid)
+        assert len(first) >= 3, "guard, API server and engine core at least"
+        os.kill(first[-1], signal.SIGKILL)
+        again = json.loads(parent.stdout.readline())
+        assert distance(again, tiny.logprobs("one", TEXTS[0])) < TOLERANCE
+        assert not any(alive(pid) for pid in first)
+        second = descendants(parent.pid)
+        assert len(second) >= 3
         parent.kill()
-        until(lambda: not any(alive(pid) for pid in family))
+        until(lambda: not any(alive(pid) for pid in second))
 
 
 def until(condition, *, seconds: float = 60):

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import re
 import shutil
 import signal
@@ -9,13 +10,18 @@ import socket
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
 import pytest
 import yaml
+
+from mixfuse import adapter
 
 MIXFUSE = [sys.executable, "-P", "-m", "mixfuse"]
 
@@ -33,9 +39,11 @@ def one_line_error(done: subprocess.CompletedProcess[str]) -> str:
 
 def serve_config(tiny, folder: Path, **changes) -> Path:
     config = {
-        "engine": {"base": str(tiny.base), "max_loras": 4, "max_num_seqs": 16, "max_lora_rank": 8},
+        "engine": {"base": str(tiny.base), "max_loras": 2, "max_loaded": 2, "max_num_seqs": 16, "max_lora_rank": 8},
         "gateway": {"port": 0},
-        "roles": {"domain": str(tiny.served["one"]), "judge": None},
+        "roles": {"domain": str(tiny.served["one"]), "judge": None, "spare": None},
+        "roles_poll_s": 0.2,
+        "watch": str(folder / "watched"),
         "fusion": {
             "members": [{"name": "base", "role": "base"}, {"name": "expert", "role": "domain", "samples": 2}],
             "judge": {"role": "judge"},
@@ -54,6 +62,7 @@ def serve_config(tiny, folder: Path, **changes) -> Path:
 class Server:
     url: str
     process: subprocess.Popen[str]
+    watched: Path
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +76,8 @@ def server(tiny, tmp_path_factory: pytest.TempPathFactory):
             # Read on, or the pipe fills and the server stands still.
             reader = threading.Thread(target=lambda: lines.extend(process.stderr), daemon=True)
             reader.start()
-            yield Server(found[1], process)
+            assert f"domain={revision(tiny.served['one'])} from the config" in line
+            yield Server(found[1], process, folder / "watched")
             break
     else:
         pytest.fail("".join(lines))
@@ -174,6 +184,99 @@ def test_the_judge_role_is_swapped_listed_and_evaluated(server: Server, tiny, tm
     assert {"both_orders_correct", "first_order", "consistency", "parse_failures"} <= figures.keys()
 
 
+def history(server: Server, role: str) -> list[dict]:
+    done = mixfuse("roles", "history", role, "--json", "--url", server.url)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_a_role_goes_back_and_its_history_says_so(server: Server, tiny):
+    before = serving(server)["domain"]
+    other = next(tiny.served[name] for name in ("one", "experts") if revision(tiny.served[name]) != before)
+    assert mixfuse("roles", "swap", "domain", other, "--url", server.url).returncode == 0
+    done = mixfuse("roles", "rollback", "domain", "--json", "--url", server.url)
+    assert json.loads(done.stdout) == {"role": "domain", "old": revision(other), "new": before, "drained": 0}
+    assert serving(server)["domain"] == before
+    newest, swap, *_ = history(server, "domain")
+    assert (newest["why"], newest["old"], newest["new"]) == ("rollback", revision(other), before)
+    assert (swap["why"], swap["outcome"], swap["directory"]) == ("swap", "ok", str(other))
+
+
+def test_more_adapters_than_places(server: Server, client: openai.OpenAI, tiny):
+    """Three roles in an engine of two places: each answers by its own adapter, the pinned one stays."""
+    for role, name in (("spare", "chosen"), ("judge", "two")):
+        assert mixfuse("roles", "swap", role, tiny.served[name], "--url", server.url).returncode == 0
+
+    def loaded() -> set[str]:
+        rows = httpx.get(f"{server.url}/admin/roles").json()["roles"]
+        return {row["role"] for row in rows if row["loaded"] and row["revision"]}
+
+    assert mixfuse("roles", "pin", "domain", "--url", server.url).returncode == 0
+    for role in ("spare", "judge", "domain", "spare", "judge"):
+        trace = client.chat.completions.create(
+            model=role, messages=[{"role": "user", "content": "hi"}], max_tokens=2
+        ).model_extra["fusion"]["trace_id"]
+        (call,) = httpx.get(f"{server.url}/v1/traces/{trace}").json()["calls"]
+        assert call["revision"] == serving(server)[role]
+        assert {"domain", role} == loaded()
+    assert "could not be served" in one_line_error(mixfuse("roles", "pin", "judge", "--url", server.url))
+    assert mixfuse("roles", "unpin", "domain", "--url", server.url).returncode == 0
+    metrics = httpx.get(f"{server.url}/metrics").text
+    assert float(re.search(r"^mixfuse_adapter_evictions_total (\S+)", metrics, re.MULTILINE)[1]) >= 3
+    assert f'mixfuse_role_revision{{revision="{serving(server)["spare"]}",role="spare"}} 1.0' in metrics
+
+
+def test_what_is_put_into_the_watched_folder_is_swapped_in(server: Server, tiny):
+    place = server.watched / "spare" / "new"
+    shutil.copytree(tiny.served["experts"], place)
+    wanted, deadline = revision(place), time.monotonic() + 60
+    while serving(server)["spare"] != wanted and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert serving(server)["spare"] == wanted
+    assert history(server, "spare")[0]["why"] == "watch"
+
+
+async def test_a_swap_goes_through_shadow_and_canary_and_another_is_refused(server: Server, tiny):
+    client = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120)
+    stop = asyncio.Event()
+
+    async def keep_asking() -> None:
+        while not stop.is_set():
+            await client.chat.completions.create(
+                model="domain", messages=[{"role": "user", "content": "count to ten"}], max_tokens=4
+            )
+
+    async def swap(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return await asyncio.to_thread(
+            mixfuse, "roles", "swap", "domain", directory, "--url", server.url, "--limit", "max_latency_ratio=null",
+            *arguments,
+        )  # fmt: skip
+
+    async def swaps() -> None:
+        try:
+            before = serving(server)["domain"]
+            new = next(tiny.served[name] for name in ("one", "chosen") if revision(tiny.served[name]) != before)
+            # Random adapters do not answer alike.
+            done = await swap(new, "--shadow", "2", "--limit", "min_answer_agreement=1")
+            assert "no swap: in the shadow of 2 requests, the share of like answers was 0" in one_line_error(done)
+            assert serving(server)["domain"] == before
+            done = await swap(new, "--shadow", "2", "--canary", "50%", "--requests", "3")
+            assert done.returncode == 0, done.stderr
+            assert f"domain: {before} -> {revision(new)} (within its limits" in done.stdout
+            assert serving(server)["domain"] == revision(new)
+        finally:
+            stop.set()
+
+    async with client, asyncio.TaskGroup() as group:
+        group.create_task(swaps())
+        for _ in range(2):
+            group.create_task(keep_asking())
+    promoted, refused, *_ = history(server, "domain")
+    assert (promoted["why"], promoted["outcome"]) == ("canary", "ok")
+    assert (refused["why"], refused["outcome"]) == ("shadow-rollback", "refused")
+    assert "min_answer_agreement" in refused["error"]
+
+
 def test_refused_swaps_leave_the_old_revision_serving(server: Server, client: openai.OpenAI, tiny, tmp_path: Path):
     from train.export import export
 
@@ -193,6 +296,9 @@ def test_refused_swaps_leave_the_old_revision_serving(server: Server, client: op
     wide = _with_rank(tiny, tmp_path, rank=16)
     export(wide, tmp_path / "wide", base=tiny.base)
 
+    silent = _changed(tiny.served["experts"], tmp_path / "silent", lambda name, w: w * ("lora_A" in name))
+    broken = _changed(tiny.served["experts"], tmp_path / "broken", lambda name, w: w * math.nan)
+
     before = serving(server)
     refusals = {
         ("domain", tampered): "was changed after export",
@@ -200,6 +306,8 @@ def test_refused_swaps_leave_the_old_revision_serving(server: Server, client: op
         ("domain", tmp_path / "wide"): "rank 16 is above the engine's max_lora_rank 8",
         ("domain", tmp_path / "nothing"): "no such adapter directory",
         ("domain", tiny.fused["one"]): "mixfuse adapter export",
+        ("domain", silent): "it ignores the adapter",
+        ("domain", broken): "with it the engine",
         ("judge", tiny.served["experts"]): "judge protocol",
         ("nobody", tiny.served["one"]): "unknown role 'nobody'",
         ("base", tiny.served["one"]): "cannot be swapped",
@@ -207,6 +315,10 @@ def test_refused_swaps_leave_the_old_revision_serving(server: Server, client: op
     for (role, directory), words in refusals.items():
         done = mixfuse("roles", "swap", role, directory, "--url", server.url)
         assert words in one_line_error(done)
+        if role == "domain":
+            newest = history(server, role)[0]
+            assert newest["outcome"] == "refused"
+            assert words in newest["error"]
     assert serving(server) == before
     answer = client.chat.completions.create(
         model="domain", messages=[{"role": "user", "content": "still there?"}], max_tokens=4
@@ -259,3 +371,16 @@ def _with_rank(tiny, folder: Path, *, rank: int) -> Path:
     config = LoraConfig(r=rank, target_modules=["q_proj"], init_lora_weights=False)
     get_peft_model(model, config).save_pretrained(folder / "rank")
     return folder / "rank"
+
+
+def _changed(source: Path, target: Path, change: Callable[[str, Any], Any]) -> Path:
+    """A whole adapter directory with other weights."""
+    from safetensors.numpy import load_file, save_file
+
+    shutil.copytree(source, target)
+    weights = load_file(target / adapter.WEIGHTS)
+    save_file({name: change(name, weight) for name, weight in weights.items()}, target / adapter.WEIGHTS)
+    files = adapter.file_hashes(target)
+    manifest = adapter.read_manifest(source).model_copy(update={"files": files, "revision": adapter.revision_of(files)})
+    (target / adapter.MANIFEST).write_text(manifest.model_dump_json())
+    return target

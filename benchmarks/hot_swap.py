@@ -1,0 +1,634 @@
+"""Swapping adapters under load: what fails, what clients are given, how long it takes, and what it leaves in memory.
+
+    nice python benchmarks/hot_swap.py [--base DIR] [--swaps 100] [--json] [--smoke]
+
+Runs the real `mixfuse serve` (vLLM and the gateway) and keeps three roles busy without pause: `domain` asked for by
+name, `judge` through `best_of`, `synthesizer` through `merge`. Meanwhile 20 swaps and 5 rollbacks, some of which cannot
+go well: a tampered file, a wrong base, a tensor that is not finite, an adapter that vLLM would load and ignore, a full
+disk under the trace database, an engine killed in mid-swap. Before each swap the same length of time is measured with
+nothing swapped, so that the latencies compared are of one load and one length. Then `--swaps` good ones without pause,
+for memory; what has been measured by `--minutes` is reported.
+
+The disk is a file system of its own (`unshare -Urm`); where there are no user namespaces that case is left out.
+"""
+
+import argparse
+import asyncio
+import itertools
+import json
+import math
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import psutil
+import uvloop
+from aiohttp import ClientError, ClientSession
+from harness import ROOT, BenchmarkError, note, open_session, process, rss_mib, table
+
+INSIDE = "MIXFUSE_BENCH_NAMESPACE"
+_PAUSE_S = 0.5  # before and after a time with nothing swapped
+DEADLINE_S = 90
+KINDS = {"domain": "domain", "fusion/best-of": "judge", "fusion/merge": "synthesizer"}
+"""What is asked for, and the role it keeps busy."""
+ROLE_OF = {"domain": "domain", "expert": "domain", "judge": "judge", "synthesizer": "synthesizer"}
+"""Who is named in a trace's calls, and the role that is."""
+
+PLAN = (
+    *(("good", "domain"), ("good", "judge"), ("good", "synthesizer"), ("tampered file", "domain")),
+    *(("good", "domain"), ("rollback", "domain"), ("wrong base", "judge"), ("good", "judge"), ("rollback", "judge")),
+    *(("tensor not finite", "synthesizer"), ("good", "synthesizer"), ("rollback", "synthesizer")),
+    *(("ignored by the engine", "domain"), ("good", "domain"), ("good", "judge"), ("full disk", "synthesizer")),
+    *(("good", "synthesizer"), ("good", "domain"), ("rollback", "domain"), ("engine killed", "domain")),
+    *(("good", "judge"), ("good", "synthesizer"), ("good", "domain"), ("good", "judge"), ("rollback", "judge")),
+)
+SMOKE = (("good", "domain"), ("tampered file", "domain"), ("good", "judge"), ("rollback", "judge"))
+REFUSED = ("tampered file", "wrong base", "tensor not finite", "ignored by the engine")
+
+
+# --- adapters --------------------------------------------------------------------------------------------------------
+
+
+def make_adapters(base: Path, folder: Path, each: int) -> None:
+    """Writes `each` good adapter directories a role, and the bad ones; random LoRA factors, attention and experts.
+
+    Run in a process of its own, which takes torch with it when it ends.
+    """
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import MixtralForCausalLM
+
+    from train.export import export
+
+    config = LoraConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    )
+    model = get_peft_model(MixtralForCausalLM.from_pretrained(base, dtype=torch.float32), config)
+    torch.manual_seed(0)
+    fused = folder / "fused"
+    for role in KINDS.values():
+        for number in range(each):
+            for name, weight in model.named_parameters():
+                if "lora_" in name:
+                    torch.nn.init.normal_(weight, std=0.1)
+            model.save_pretrained(fused)
+            export(fused, folder / f"{role}-{number}", base=base, role=role)
+    # As PEFT saved them, with a manifest that finds nothing wrong: what `export` exists to prevent.
+    ignored = folder / "ignored by the engine"
+    shutil.copytree(folder / "domain-0", ignored)
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        shutil.copy(fused / file, ignored / file)
+    _rehash(ignored, experts_trained=False)
+    for name, role in (("tampered file", "domain"), ("wrong base", "judge"), ("tensor not finite", "synthesizer")):
+        shutil.copytree(folder / f"{role}-1", folder / name)
+    weights = folder / "tampered file" / "adapter_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    _spoil(folder / "tensor not finite")
+    manifest = json.loads((folder / "wrong base" / "manifest.json").read_text())
+    manifest["base"]["weights"] = "0" * 64
+    (folder / "wrong base" / "manifest.json").write_text(json.dumps(manifest))
+
+
+def _spoil(adapter: Path) -> None:
+    """Puts a NaN into one tensor, and the hashes right again."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(adapter / "adapter_model.safetensors")
+    next(weight for name, weight in weights.items() if "lora_B" in name)[0, 0] = torch.nan
+    save_file(weights, adapter / "adapter_model.safetensors")
+    _rehash(adapter)
+
+
+def _rehash(adapter: Path, **changes: Any) -> None:
+    from mixfuse.adapter import file_hashes, revision_of
+
+    manifest = json.loads((adapter / "manifest.json").read_text())
+    manifest["files"] = file_hashes(adapter)
+    manifest |= {"revision": revision_of(manifest["files"]), **changes}
+    (adapter / "manifest.json").write_text(json.dumps(manifest))
+
+
+def revision(adapter: Path) -> str:
+    return json.loads((adapter / "manifest.json").read_text())["revision"]
+
+
+# --- traffic ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Asked:
+    """One request: what for, when, how it ended, and by which revisions its calls were answered."""
+
+    kind: str
+    began: float
+    ended: float
+    error: str | None = None
+    typed: bool = True
+    revisions: list[tuple[str, str | None]] = field(default_factory=list)
+    failed_calls: list[str] = field(default_factory=list)
+
+
+class Traffic:
+    """Clients that ask without pause, `each` for each role; an async context manager."""
+
+    def __init__(self, session: ClientSession, url: str, each: int, max_tokens: int) -> None:
+        self._session, self._url, self._max_tokens = session, url, max_tokens
+        self._each = each
+        self._tasks: list[asyncio.Task[None]] = []
+        self.asked: list[Asked] = []
+        self._numbers = itertools.count()
+
+    async def __aenter__(self) -> "Traffic":
+        self._tasks = [asyncio.create_task(self._client(kind)) for kind in KINDS for _ in range(self._each)]
+        return self
+
+    async def __aexit__(self, *_error: object) -> None:
+        for task in self._tasks:
+            task.cancel()
+        for ended in await asyncio.gather(*self._tasks, return_exceptions=True):
+            if isinstance(ended, Exception):
+                raise ended
+
+    async def _client(self, kind: str) -> None:
+        while True:
+            asked = await self._ask(kind)
+            self.asked.append(asked)
+            if asked.error:
+                await asyncio.sleep(0.25)  # as a client would; not to count one outage a thousand times
+
+    async def _ask(self, kind: str) -> Asked:
+        asked = Asked(kind, time.monotonic(), 0.0)
+        body = {
+            "model": kind,
+            "messages": [{"role": "user", "content": f"Question {next(self._numbers)}: what comes next, and why?"}],
+            "max_tokens": self._max_tokens,
+            "temperature": 0.8,
+            "fusion": {"expose": "full"},
+        }
+        try:
+            async with self._session.post(f"{self._url}/chat/completions", json=body) as response:
+                answer = await response.json(content_type=None)
+        except (ClientError, TimeoutError, ValueError) as error:
+            asked.error, asked.typed = f"{type(error).__name__}: {error}", False
+        else:
+            if response.status == 200:
+                self._read(answer["fusion"]["calls"], asked)
+            else:
+                failure = answer.get("error") or {}
+                asked.typed = bool(failure.get("type"))
+                asked.error = f"HTTP {response.status} {failure.get('type')}: {failure.get('message')}"
+        asked.ended = time.monotonic()
+        return asked
+
+    @staticmethod
+    def _read(calls: list[dict[str, Any]], asked: Asked) -> None:
+        for call in calls:
+            role = ROLE_OF.get(call["member"])
+            if call["outcome"] == "ok" and role:
+                asked.revisions.append((role, call["revision"]))
+            elif not call["outcome"].startswith("cancelled") and call["outcome"] != "ok":
+                asked.failed_calls.append(f"{call['member']}: {call['outcome']}: {call['error']}")
+
+
+# --- swaps -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Step:
+    """One swap or rollback; `began` and `ended` as monotonic seconds, `sham` those of the time before it."""
+
+    kind: str
+    role: str
+    began: float = 0.0
+    ended: float = 0.0
+    sham: tuple[float, float] = (0.0, 0.0)
+    said: str = ""
+    done: bool = False
+
+
+class House:
+    """A running server, its roles as they should be, and when which revision may have answered."""
+
+    def __init__(
+        self, session: ClientSession, url: str, server: psutil.Process, adapters: Path, disk: Path | None
+    ) -> None:
+        self.session, self.admin, self.server = session, url.removesuffix("/v1") + "/admin/roles", server
+        self.adapters, self.disk = adapters, disk
+        self.serving = {role: revision(adapters / f"{role}-0") for role in KINDS.values()}
+        self.before: dict[str, str] = {}
+        self.times = {role: [(first, -math.inf, math.inf)] for role, first in self.serving.items()}
+        self._next = {role: itertools.cycle(self._good(role)) for role in KINDS.values()}
+        self.steps: list[Step] = []
+        self.outage: tuple[float, float] | None = None
+
+    def _good(self, role: str) -> list[Path]:
+        return sorted(self.adapters.glob(f"{role}-[0-9]*"))
+
+    async def step(self, kind: str, role: str, *, sham: bool = False) -> Step:
+        """Swaps; with `sham`, measures as long as swaps have usually taken with nothing swapped first."""
+        step = Step(kind, role)
+        if sham:
+            await asyncio.sleep(_PAUSE_S)
+            began = time.monotonic()
+            await asyncio.sleep(statistics.median([one.ended - one.began for one in self.steps if one.done] or [1.0]))
+            step.sham = (began, time.monotonic())
+            await asyncio.sleep(_PAUSE_S)
+        how: dict[str, Callable[[Step], Awaitable[None]]] = {
+            "rollback": self._roll_back,
+            "full disk": self._on_full_disk,
+            "engine killed": self._killed,
+        }
+        await how.get(kind, self._swap)(step)
+        self.steps.append(step)
+        actual = await self.actual()
+        if step.done:
+            self._flipped(step, actual[role])
+        if actual != self.serving:
+            raise BenchmarkError(f"after {kind!r} the roles are {actual}, they should be {self.serving}: {step.said}")
+        note(f"{kind}, {role}: {step.ended - step.began:.2f} s {step.said}")
+        return step
+
+    async def actual(self) -> dict[str, str | None]:
+        """Which revisions the server says it serves."""
+        async with self.session.get(self.admin) as response:
+            rows = (await response.json())["roles"]
+        return {row["role"]: row["revision"] for row in rows if row["role"] in self.serving}
+
+    async def _swap(self, step: Step) -> None:
+        directory = self.adapters / step.kind
+        if step.kind not in REFUSED:
+            directory = next(one for one in self._next[step.role] if revision(one) != self.serving[step.role])
+        await self._asked(step, self.session.put(f"{self.admin}/{step.role}", json={"directory": str(directory)}))
+        if step.done == (step.kind in REFUSED):
+            raise BenchmarkError(f"{step.kind}, {step.role}: it should {'not ' * step.done}have gone well: {step.said}")
+        if step.done:
+            self.before[step.role], self.serving[step.role] = self.serving[step.role], revision(directory)
+
+    async def _roll_back(self, step: Step) -> None:
+        await self._asked(step, self.session.post(f"{self.admin}/{step.role}/rollback", json={}))
+        if not step.done:
+            raise BenchmarkError(f"rollback of {step.role}: {step.said}")
+        self.serving[step.role] = self.before[step.role]
+
+    async def _on_full_disk(self, step: Step) -> None:
+        """Fills the trace database's file system first, and empties it after; either outcome of the swap is fine."""
+        assert self.disk is not None
+        filler = self.disk / "filler"
+        with filler.open("wb", buffering=0) as stream:
+            try:
+                while True:
+                    stream.write(bytes(1 << 20))
+            except OSError:
+                note("the disk is full")
+        directory = next(one for one in self._next[step.role] if revision(one) != self.serving[step.role])
+        await self._asked(step, self.session.put(f"{self.admin}/{step.role}", json={"directory": str(directory)}))
+        await asyncio.sleep(1)
+        filler.unlink()
+        if step.done:
+            self.before[step.role], self.serving[step.role] = self.serving[step.role], revision(directory)
+
+    async def _killed(self, step: Step) -> None:
+        """Kills the engine while the adapter is being loaded; waits until all roles answer again."""
+        directory = next(one for one in self._next[step.role] if revision(one) != self.serving[step.role])
+        put = self.session.put(f"{self.admin}/{step.role}", json={"directory": str(directory)})
+        swapping = asyncio.create_task(self._asked(step, put))
+        await asyncio.sleep(0.02)
+        killed = time.monotonic()
+        for one in engine_processes(self.server):
+            one.kill()
+        await swapping
+        async with asyncio.timeout(300):
+            while not await self._well():  # noqa: ASYNC110 - it is another process's
+                await asyncio.sleep(0.25)
+        self.outage = (killed, time.monotonic())
+        if step.done:
+            self.before[step.role], self.serving[step.role] = self.serving[step.role], revision(directory)
+
+    async def _well(self) -> bool:
+        async with self.session.get(self.admin.removesuffix("/admin/roles") + "/readyz") as response:
+            return response.status == 200
+
+    async def _asked(self, step: Step, asking: Any) -> None:
+        step.began = time.monotonic()
+        async with asking as response:
+            answer = await response.json(content_type=None)
+        step.ended = time.monotonic()
+        step.done = response.status == 200
+        failure = answer.get("error") or {}
+        step.said = "" if step.done else f"HTTP {response.status} {failure.get('type')}: {failure.get('message')}"
+        if not step.done and not failure.get("type"):
+            raise BenchmarkError(f"{step.kind}: an untyped refusal: {answer}")
+
+    def _flipped(self, step: Step, to: str | None) -> None:
+        """Notes from and until when revisions may have answered: at most from the asking to the answer."""
+        spans = self.times[step.role]
+        last, since, _ = spans[-1]
+        spans[-1] = (last, since, step.ended)
+        spans.append((str(to), step.began, math.inf))
+
+    def may_have_answered(self, role: str, found: str | None, asked: Asked) -> bool:
+        """Whether a revision may have served the role at some time while the request was under way."""
+        return any(
+            one == found and since < asked.ended and asked.began < until for one, since, until in self.times[role]
+        )
+
+
+def engine_processes(server: psutil.Process) -> list[psutil.Process]:
+    """All processes of vLLM: those below the server."""
+    return server.children(recursive=True)
+
+
+# --- figures ---------------------------------------------------------------------------------------------------------
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """The nearest rank."""
+    ordered = sorted(values)
+    return ordered[max(0, math.ceil(percent / 100 * len(ordered)) - 1)]
+
+
+def slope(values: Sequence[float]) -> tuple[float, float]:
+    """(least-squares slope a step, its standard error)."""
+    n = len(values)
+    steps = range(n)
+    fit = statistics.linear_regression(steps, values)
+    rest = sum((value - fit.intercept - fit.slope * step) ** 2 for step, value in zip(steps, values, strict=True))
+    return fit.slope, math.sqrt(rest / (n - 2) / (n * (n * n - 1) / 12))
+
+
+def latencies(steps: Sequence[Step], asked: Sequence[Asked]) -> dict[str, Any]:
+    """p95 of requests that a swap fell into, over p95 of those that an equal time without one fell into.
+
+    Each request counts relative to the median of its kind without a swap, so that kinds can be taken together. The
+    interval is of 1000 draws of the windows, with replacement: 5th to 95th percentile.
+    """
+    good = [one for one in asked if not one.error]
+
+    def within(began: float, ended: float) -> list[Asked]:
+        return [one for one in good if one.began < ended and one.ended > began]
+
+    windows = [(within(*step.sham), within(step.began, step.ended)) for step in steps]
+    usual = {
+        kind: statistics.median(
+            [one.ended - one.began for sham, _ in windows for one in sham if one.kind == kind] or [1]
+        )
+        for kind in KINDS
+    }
+
+    def p95(chosen: Sequence[tuple[list[Asked], list[Asked]]], side: int, kind: str | None = None) -> float:
+        return percentile(
+            [
+                (one.ended - one.began) / usual[one.kind]
+                for pair in chosen
+                for one in pair[side]
+                if kind in (None, one.kind)
+            ],
+            95,
+        )
+
+    draws = random.Random(0)
+    drawn = [draws.choices(windows, k=len(windows)) for _ in range(1000)]
+    ratios = [p95(chosen, 1) / p95(chosen, 0) for chosen in drawn]
+    return {
+        "ratio": p95(windows, 1) / p95(windows, 0),
+        "interval": [percentile(ratios, 5), percentile(ratios, 95)],
+        "requests": [sum(len(pair[side]) for pair in windows) for side in (0, 1)],
+        "by_kind": {kind: p95(windows, 1, kind) / p95(windows, 0, kind) for kind in KINDS},
+        "median_s": usual,
+    }
+
+
+def report(house: House, asked: list[Asked], memory: dict[str, list[float]], planned: int) -> dict[str, Any]:
+    """All figures, from what was seen."""
+    strangers = [
+        f"{role}@{found} in a {one.kind} request"
+        for one in asked
+        for role, found in one.revisions
+        if not house.may_have_answered(role, found, one)
+    ]
+    killed, back = house.outage or (math.inf, -math.inf)
+    failed = [one for one in asked if one.error]
+    by_kill = [one for one in failed if one.ended > killed and one.began < back]
+    others = [one for one in failed if one not in by_kill]
+    broken = [
+        one for one in asked if one.failed_calls and not one.error and not (one.ended > killed and one.began < back)
+    ]
+    smooth = [step for step in house.steps if step.kind in ("good", "rollback")]
+    took = [step.ended - step.began for step in smooth]
+    refused = {step.kind: step.said for step in house.steps[:planned] if not step.done}
+    return {
+        "steps": dict(Counter(step.kind for step in house.steps[:planned])),
+        "further_swaps": len(house.steps) - planned,
+        "requests": dict(Counter(one.kind for one in asked)),
+        "refused": refused,
+        "failed": [one.error for one in others],
+        "failed_calls": [line for one in broken for line in one.failed_calls],
+        "failed_by_kill": dict(Counter((one.error or "")[:80] for one in by_kill)),
+        "failed_by_kill_untyped": sum(not one.typed for one in by_kill),
+        "failed_by_kill_longest_s": max((one.ended - one.began for one in by_kill), default=0.0),
+        "outage_s": back - killed if house.outage else None,
+        "strangers": strangers,
+        "swap_s": {"p50": statistics.median(took), "p95": percentile(took, 95), "max": max(took)},
+        "latency": latencies([step for step in smooth if step.sham[1]], asked),
+        "memory_mib": {
+            name: {
+                "first": values[0],
+                "last": values[-1],
+                "slope": slope(values)[0],
+                "standard_error": slope(values)[1],
+            }
+            for name, values in memory.items()
+            if len(values) > 2
+        },
+    }
+
+
+def show(found: dict[str, Any]) -> list[str]:
+    """Prints the tables; returns the goals that were missed."""
+    latency, swap = found["latency"], found["swap_s"]
+    low, high = latency["interval"]
+    goals: list[tuple[str, str, str, bool]] = [
+        ("failed requests, but for the killed engine's", "0", str(len(found["failed"])), not found["failed"]),
+        (
+            "failed calls in requests that were answered",
+            "0",
+            str(len(found["failed_calls"])),
+            not found["failed_calls"],
+        ),
+        ("answers from a revision not in the table", "0", str(len(found["strangers"])), not found["strangers"]),
+        (
+            "requests of the killed engine that failed",
+            f"typed, within {DEADLINE_S} s",
+            f"{sum(found['failed_by_kill'].values())}, {found['failed_by_kill_untyped']} untyped, the longest "
+            f"{found['failed_by_kill_longest_s']:.1f} s",
+            not found["failed_by_kill_untyped"] and found["failed_by_kill_longest_s"] < DEADLINE_S + 5,
+        ),
+        (
+            "p95 during a swap over p95 without",
+            "≤ 1.2",
+            f"{latency['ratio']:.2f} [{low:.2f}..{high:.2f}]",
+            latency["ratio"] <= 1.2,
+        ),
+    ]
+    for name, memory in found["memory_mib"].items():
+        spread = 2 * memory["standard_error"]
+        goals.append(
+            (
+                f"{name}'s memory a swap, MiB",
+                "flat",
+                f"{memory['slope']:+.3f} ± {spread:.3f} ({memory['first']:.0f} → {memory['last']:.0f})",
+                memory["slope"] - spread <= 0.02,
+            )
+        )
+    table(
+        "Hot swap",
+        ["", "goal", "measured", ""],
+        [[what, goal, value, "met" if met else "MISSED"] for what, goal, value, met in goals],
+    )
+    rows = [[kind, count, found["refused"].get(kind, "swapped")] for kind, count in found["steps"].items()]
+    table("What was swapped", ["", "times", "the server said"], rows)
+    print(
+        f"\nA swap took {swap['p50']:.2f} s (median), {swap['max']:.2f} s at most, over "
+        f"{found['steps'].get('good', 0) + found['further_swaps'] + found['steps'].get('rollback', 0)}. "
+        f"{sum(found['requests'].values())} requests; medians without a swap, s: "
+        + ", ".join(f"{kind} {value:.2f}" for kind, value in latency["median_s"].items())
+        + "; p95 ratio by kind: "
+        + ", ".join(f"{kind} {value:.2f}" for kind, value in latency["by_kind"].items())
+        + (f". The engine was back {found['outage_s']:.0f} s after it was killed." if found["outage_s"] else ".")
+    )
+    return [what for what, _, _, met in goals if not met]
+
+
+# --- the run ---------------------------------------------------------------------------------------------------------
+
+
+async def measure(
+    url: str, server: psutil.Process, adapters: Path, disk: Path | None, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    plan = [step for step in (SMOKE if arguments.smoke else PLAN) if disk or step[0] != "full disk"]
+    more = 3 if arguments.smoke else arguments.swaps
+    memory: dict[str, list[float]] = {"gateway": [], "engine": []}
+    began = time.monotonic()
+    async with open_session() as session:
+        house = House(session, url, server, adapters, disk)
+        async with Traffic(session, url, arguments.clients, arguments.max_tokens) as traffic:
+            await asyncio.sleep(0.5 if arguments.smoke else 10)  # caches fill, the first requests are the slowest
+            warm = len(traffic.asked)
+            for number, (kind, role) in enumerate(plan):
+                note(f"{number + 1} of {len(plan)}, {len(traffic.asked)} requests")
+                await house.step(kind, role, sham=True)
+            for number, role in zip(range(more), itertools.cycle(KINDS.values()), strict=False):
+                if time.monotonic() - began > arguments.minutes * 60:
+                    break
+                await house.step("good", role)
+                memory["gateway"].append(server.memory_info().rss / 2**20)
+                memory["engine"].append(sum(rss_mib(child) for child in server.children()))
+                if number % 10 == 9:
+                    note(f"{number + 1} of {more} further swaps, {len(traffic.asked)} requests")
+            asked = traffic.asked[warm:]
+    return report(house, asked, memory, len(plan))
+
+
+def serve_config(base: Path, folder: Path, adapters: Path, disk: Path | None, arguments: argparse.Namespace) -> Path:
+    limits = {"max_tokens": arguments.max_tokens, "timeout_s": DEADLINE_S}
+    config = {
+        "engine": {"base": str(base), "max_model_len": 1024, "max_lora_rank": 16, "max_loras": 4, "threads": 1},
+        "gateway": {"port": 0},
+        "roles": {role: str(adapters / f"{role}-0") for role in KINDS.values()},
+        "fusion": {
+            "members": [{"name": "plain", "role": "base", **limits}, {"name": "expert", "role": "domain", **limits}],
+            "judge": {"role": "judge", "timeout_s": DEADLINE_S},
+            "synthesizer": {"role": "synthesizer", **limits},
+            "modes": {"min_responses": 2, "deadline_ms": DEADLINE_S * 1000},
+            "trace_db": str((disk or folder) / "traces.sqlite3"),
+        },
+        "logs": str(folder),
+    }
+    path = folder / "serve.yaml"
+    path.write_text(json.dumps(config), encoding="utf-8")  # JSON is YAML
+    return path
+
+
+def main(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Builds a base where none is given, and adapters; serves, measures."""
+    with tempfile.TemporaryDirectory(prefix="mixfuse-bench-") as name, small_disk(Path(name)) as disk:
+        folder = Path(name)
+        base: Path = arguments.base or folder / "base"
+        if arguments.base is None:
+            build = [sys.executable, "-m", "mixfuse", "base", "build", str(base), "--tiny"]
+            subprocess.run(build, cwd=ROOT, check=True)
+        adapters = folder / "adapters"
+        note("making adapters")
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            pool.submit(make_adapters, base, adapters, 2 if arguments.smoke else 4).result()
+        note("starting the server")
+        command = [sys.executable, "-m", "mixfuse", "serve", str(serve_config(base, folder, adapters, disk, arguments))]
+        with process(command, folder / "serve.log", wait_s=600) as (url, server):
+            try:
+                return uvloop.run(measure(url, server, adapters, disk, arguments))
+            except Exception:
+                print((folder / "serve.log").read_text(errors="replace")[-4000:], file=sys.stderr)
+                raise
+
+
+@contextmanager
+def small_disk(folder: Path) -> Iterator[Path | None]:
+    """A file system of 256 MiB, where this process has a mount namespace of its own; else None."""
+    if INSIDE not in os.environ:
+        yield None
+        return
+    disk = folder / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256m", "none", str(disk)], check=True)
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def enter_namespace() -> None:
+    """Begins anew in a mount namespace of its own, where that is allowed."""
+    unshare = shutil.which("unshare")
+    if INSIDE in os.environ or unshare is None:
+        return
+    if subprocess.run([unshare, "-Urm", "true"], capture_output=True, check=False).returncode == 0:
+        os.execve(unshare, [unshare, "-Urm", sys.executable, *sys.argv], {**os.environ, INSIDE: "1"})
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--base", type=Path, help="the base model (default: a random two-layer one)")
+    parser.add_argument("--swaps", type=int, default=100, help="further good swaps, for memory (default 100)")
+    parser.add_argument("--minutes", type=float, default=60, help="no further swap after so long (default 60)")
+    parser.add_argument("--clients", type=int, default=1, help="that ask at once, for each role (default 1)")
+    parser.add_argument("--max-tokens", type=int, default=16, help="of an answer (default 16)")
+    parser.add_argument("--json", action="store_true", help="one JSON object on the last line")
+    parser.add_argument("--smoke", action="store_true", help="few swaps: to see that it runs")
+    options = parser.parse_args()
+    enter_namespace()
+    try:
+        figures = main(options)
+    except BenchmarkError as error:
+        sys.exit(f"error: {error}")
+    missed = show(figures)
+    if options.json:
+        print(json.dumps({**figures, "missed": missed}))

@@ -1,0 +1,277 @@
+"""The engines of one base model as one: adapters reach all of them or none, requests any that is ready.
+
+An engine that is started here, several replicas of it, and engines that someone else runs differ in
+`serve/supervisor.py` only.
+"""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Awaitable, Iterable
+from contextlib import asynccontextmanager
+from itertools import count
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple, Self
+
+from mixfuse.errors import MixfuseError
+from serve.engine import BASE_MODEL_NAME, Engine, EngineConfig, cpu_build
+from serve.plan import split_of
+from serve.supervisor import Adapter, Elsewhere, Replica, Source, Started
+from serve.vllm_api import VllmApi, engine_error
+
+# Nats. Engines of one base and adapter differ by rounding, in bfloat16 by hundredths; with another adapter or base by
+# whole nats.
+_SAME = 0.3
+
+
+class Address(NamedTuple):
+    """Where one request goes: the base URL of an OpenAI API, and its key."""
+
+    url: str
+    api_key: str | None
+
+
+class EngineGroup:
+    """The engines of a serve config; an async context manager around `start` and `stop`.
+
+    Args:
+        config: How many of which kind.
+        logs: The folder of their logs.
+    """
+
+    def __init__(self, config: EngineConfig, *, logs: Path) -> None:
+        self.config = config
+        self.base_model_name = BASE_MODEL_NAME
+        self._logs = logs
+        self._adapters: dict[str, Adapter] = {}
+        self._changing = asyncio.Lock()
+        self._turn = count()
+        self._changed = asyncio.Event()
+        self.replicas: list[Replica] = []
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.stop()
+
+    @property
+    def running(self) -> bool:
+        """Whether an engine is ready for requests."""
+        return any(replica.ready for replica in self.replicas)
+
+    async def start(self) -> None:
+        """Starts the engines, or finds those that someone else runs: one of them is enough, others may come later.
+
+        Raises:
+            MixfuseError: One that is started here does not start, none of someone else's answers, or their API key is
+                not in the environment. Nothing is left running.
+        """
+        try:
+            self.replicas = await self._external() if self.config.external else self._own()
+            started = await asyncio.gather(*(replica.start() for replica in self.replicas), return_exceptions=True)
+            for error in started:
+                if error is not None and not (
+                    self.config.external and self.running and isinstance(error, MixfuseError)
+                ):
+                    raise error
+            for replica, error in zip(self.replicas, started, strict=True):
+                replica.away = str(error or "")
+                replica.keep()
+        except BaseException:  # cancelled, too
+            await self.stop()
+            raise
+
+    async def stop(self) -> None:
+        """Stops the engines that were started here."""
+        await asyncio.gather(*(replica.stop() for replica in self.replicas))
+
+    async def failed(self) -> MixfuseError:
+        """Returns when every engine has been given up, with the reason."""
+        while True:
+            self._changed.clear()
+            failures = [replica.failure for replica in self.replicas]
+            if failures and all(failures):
+                return next(failure for failure in failures if failure is not None)
+            await self._changed.wait()
+
+    @asynccontextmanager
+    async def at(self, model: str) -> AsyncIterator[Address]:
+        """Yields where a request to `model` goes: of the engines that are ready, to the one with the least to do.
+
+        Waits for one, up to the config's `restart.wait_s`.
+
+        Raises:
+            MixfuseError: None is ready in time, or none has the adapter any more (kind `engine`).
+        """
+        replica = await self._pick(model)
+        replica.in_flight += 1
+        try:
+            yield Address(replica.api.url, replica.api.api_key)
+        finally:
+            replica.in_flight -= 1
+
+    async def load_adapter(self, name: str, path: Path) -> None:
+        """Loads an adapter into every engine that is ready, or into none. Others get it before they are ready again.
+
+        Raises:
+            MixfuseError: An engine refuses it, or is gone, or none is ready.
+        """
+        async with self._changing:
+            adapter = await asyncio.to_thread(Adapter.at, path)
+            ready = self._ready()
+            loading = [replica.load(name, path) for replica in ready]
+            if failures := await _all(loading):
+                # Whoever failed may have it nevertheless: the answer can be what was lost.
+                await _all(replica.unload(name) for replica in ready)
+                raise failures[0]
+            self._adapters[name] = adapter
+
+    async def unload_adapter(self, name: str) -> None:
+        """Unloads an adapter everywhere; engines that are away do not get it back.
+
+        Raises:
+            MixfuseError: No adapter of that name is loaded, or an engine refuses.
+        """
+        async with self._changing:
+            if self._adapters.pop(name, None) is None:
+                raise MixfuseError(f"no adapter {name!r} is loaded", kind="adapter")
+            if failures := await _all(replica.unload(name) for replica in self.replicas if replica.ready):
+                raise failures[0]
+
+    async def probe(self, name: str) -> None:
+        """Has a model answer one token in every engine that is ready.
+
+        Raises:
+            MixfuseError: One does not answer, or none is ready.
+        """
+        if failures := await _all(replica.api.probe(name) for replica in self._ready()):
+            raise failures[0]
+
+    async def prompt_logprobs(self, name: str, prompt: list[int]) -> list[float]:
+        """As `VllmApi.prompt_logprobs`, asked of every engine that is ready.
+
+        Raises:
+            MixfuseError: One does not answer, none is ready, or two say different things: not the same is loaded there.
+        """
+        ready = self._ready()
+        answers = await asyncio.gather(*(replica.api.prompt_logprobs(name, prompt) for replica in ready))
+        for replica, answer in zip(ready[1:], answers[1:], strict=True):
+            apart = max((abs(a - b) for a, b in zip(answers[0], answer, strict=True)), default=0)
+            if apart > _SAME:
+                raise engine_error(
+                    f"{name!r} is not the same at {ready[0].api.url} and {replica.api.url}: log-probabilities are "
+                    f"{apart:.2g} nats apart; do both serve the same base?"
+                )
+        return answers[0]
+
+    async def first_token_logprobs(self, name: str, messages: list[dict[str, str]]) -> dict[str, float]:
+        """As `VllmApi.first_token_logprobs`, asked of one engine that is ready.
+
+        Raises:
+            MixfuseError: It does not answer, or none is ready.
+        """
+        return await self._ready()[0].api.first_token_logprobs(name, messages)
+
+    def _ready(self) -> list[Replica]:
+        ready = [replica for replica in self.replicas if replica.ready]
+        if not ready:
+            raise engine_error(f"no engine is ready ({self._why_away()}); try again")
+        return ready
+
+    async def _pick(self, model: str) -> Replica:
+        clock = asyncio.get_running_loop().time
+        end = clock() + self.config.restart.wait_s
+        while True:
+            self._changed.clear()
+            ready = [replica for replica in self.replicas if replica.ready]
+            able = [replica for replica in ready if model not in replica.lost]
+            if able:
+                turn = next(self._turn)
+                order = [able[(turn + place) % len(able)] for place in range(len(able))]
+                return min(order, key=lambda replica: replica.in_flight)
+            if ready:
+                raise engine_error(ready[0].lost[model])
+            if self.replicas and all(replica.failure for replica in self.replicas):
+                raise engine_error(self._why_away())
+            try:
+                async with asyncio.timeout(max(0.0, end - clock())):
+                    await self._changed.wait()
+            except TimeoutError:
+                raise engine_error(
+                    f"no engine was ready within {self.config.restart.wait_s:g} s ({self._why_away()})"
+                ) from None
+
+    def _why_away(self) -> str:
+        return next((str(replica.failure or replica.away) for replica in self.replicas if not replica.ready), "stopped")
+
+    def _own(self) -> list[Replica]:
+        several = self.config.replicas > 1
+        engines = [
+            Engine(config, log_path=self._logs / (f"engine-{number}.log" if several else "engine.log"))
+            for number, config in enumerate(per_replica(self.config))
+        ]
+        return [self._replica(Started(engine, self.config.restart)) for engine in engines]
+
+    async def _external(self) -> list[Replica]:
+        key = _api_key(self.config)
+        apis = [
+            VllmApi(url, key, base_model_name="", hint="is it running, and reachable from here?")
+            for url in self.config.external
+        ]
+        answers = await asyncio.gather(*(api.models() for api in apis), return_exceptions=True)
+        names = [answer[0] for answer in answers if not isinstance(answer, BaseException)]
+        if not names:
+            raise next(answer for answer in answers if isinstance(answer, BaseException))
+        self.base_model_name = names[0]
+        for api in apis:
+            api.base_model_name = names[0]
+        return [self._replica(Elsewhere(api, self.config.restart, self._adapters)) for api in apis]
+
+    def _replica(self, source: Source) -> Replica:
+        return Replica(source, self._adapters, self._changing, self.config.restart, self._changed.set)
+
+
+def per_replica(config: EngineConfig) -> list[EngineConfig]:
+    """The config of each engine that is started here: on a machine with GPUs, each gets its own.
+
+    Raises:
+        MixfuseError: `CUDA_VISIBLE_DEVICES` names too few.
+    """
+    if config.replicas == 1 or cpu_build() or "CUDA_VISIBLE_DEVICES" in config.env:
+        return [config] * config.replicas
+    t, p = split_of(config.extra_args)
+    needed = config.replicas * t * p
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = visible.split(",") if visible else [str(number) for number in range(needed)]
+    if len(devices) < needed:
+        raise engine_error(
+            f"{config.replicas} replicas of TP {t} x PP {p} need {needed} GPUs; CUDA_VISIBLE_DEVICES has {len(devices)}"
+        )
+    shares = [devices[start : start + t * p] for start in range(0, needed, t * p)]
+    return [
+        config.model_copy(update={"env": {**config.env, "CUDA_VISIBLE_DEVICES": ",".join(share)}}) for share in shares
+    ]
+
+
+def _api_key(config: EngineConfig) -> str | None:
+    if config.api_key_env is None:
+        return None
+    key = os.environ.get(config.api_key_env)
+    if not key:
+        raise engine_error(f"engine.api_key_env: {config.api_key_env} is not set in the environment")
+    return key
+
+
+async def _all(calls: Iterable[Awaitable[None]]) -> list[MixfuseError]:
+    """Makes the calls at once, waits for all, and returns how some failed."""
+    failures = []
+    for result in await asyncio.gather(*calls, return_exceptions=True):
+        if isinstance(result, MixfuseError):
+            failures.append(result)
+        elif result is not None:
+            raise result
+    return failures

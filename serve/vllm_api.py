@@ -1,0 +1,198 @@
+"""A vLLM server as it is reached over HTTP: its adapters, and what is asked of it to check them.
+
+It does not know who runs the server: `serve/engine.py` starts one, `serve/supervisor.py` also keeps others' in view.
+"""
+
+import asyncio
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from mixfuse.errors import MixfuseError
+
+TOP_LOGPROBS = 20  # what a judge's verdict is read from
+# Everything an adapter may change. vLLM's default adds the router, which no recipe trains, and the output
+# layer, with which the engine dies at the first batch where one of several requests asks for prompt
+# log-probabilities (vLLM issue 16668).
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "experts")
+_SERVED_WEIGHT = re.compile(r"\.(?:[qkvo]_proj|gate_proj|up_proj|down_proj|experts\.\d+\.w[123])\.lora_[AB]\.weight$")
+
+
+class VllmApi:
+    """A vLLM server's HTTP interface.
+
+    Args:
+        url: The base URL of its OpenAI API, `…/v1`; None where it is not known yet.
+        api_key: What every call to it carries as a bearer token, if anything.
+        base_model_name: The name under which the base model answers; adapters answer under their own.
+        hint: Where to look when it does not answer, e.g. "see runs/logs/engine.log".
+    """
+
+    def __init__(self, url: str | None, api_key: str | None, *, base_model_name: str, hint: str) -> None:
+        self._url = url
+        self.api_key = api_key
+        self.base_model_name = base_model_name
+        self._hint = hint
+
+    @property
+    def url(self) -> str:
+        """The base URL of the OpenAI API, known once the engine has been started."""
+        if self._url is None:
+            raise RuntimeError("the engine has not been started")
+        return self._url
+
+    async def load_adapter(self, name: str, path: Path) -> None:
+        """Loads an adapter, which then answers as model `name`.
+
+        Args:
+            name: Not loaded yet, and not the base model's.
+            path: A PEFT adapter folder in the layout that vLLM reads.
+
+        Raises:
+            MixfuseError: The folder has weights that vLLM would leave out without a word, or vLLM refuses it.
+        """
+        if name == self.base_model_name:
+            raise MixfuseError(f"{name!r} is the base model's name; give the adapter another", kind="adapter")
+        folder = await asyncio.to_thread(_served_adapter, path)
+        await self._adapter_call("load_lora_adapter", lora_name=name, lora_path=str(folder))
+
+    async def unload_adapter(self, name: str) -> None:
+        """Unloads an adapter; requests that still use it are lost, so drain them first.
+
+        Raises:
+            MixfuseError: No adapter of that name is loaded.
+        """
+        await self._adapter_call("unload_lora_adapter", lora_name=name)
+
+    async def probe(self, name: str) -> None:
+        """Has a model answer one token, so that an adapter that cannot is found before it serves.
+
+        Raises:
+            MixfuseError: It does not answer.
+        """
+        await self._post("completions", {"model": name, "prompt": [0], "max_tokens": 1})
+
+    async def prompt_logprobs(self, name: str, prompt: list[int]) -> list[float]:
+        """Log-probabilities, in nats, of a prompt's tokens but the first, each given those before it.
+
+        Args:
+            name: The base model's name, or an adapter's.
+            prompt: Token ids.
+
+        Raises:
+            MixfuseError: The engine does not answer.
+        """
+        body = {"model": name, "prompt": prompt, "max_tokens": 1, "prompt_logprobs": 0}
+        answer = await self._post("completions", body)
+        positions = answer["choices"][0]["prompt_logprobs"][1:]  # the first position has none
+        return [position[str(token)]["logprob"] for position, token in zip(positions, prompt[1:], strict=True)]
+
+    async def first_token_logprobs(self, name: str, messages: list[dict[str, str]]) -> dict[str, float]:
+        """Token text → log-probability, in nats, of the likeliest first tokens of the answer to chat messages.
+
+        Args:
+            name: The base model's name, or an adapter's.
+            messages: The conversation.
+
+        Raises:
+            MixfuseError: The engine does not answer.
+        """
+        asked = {"max_tokens": 1, "temperature": 0, "logprobs": True, "top_logprobs": TOP_LOGPROBS}
+        answer = await self._post("chat/completions", {"model": name, "messages": messages, **asked})
+        found: dict[str, float] = {}
+        for one in answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]:
+            # SentencePiece's "A" and "▁A" both decode to "A".
+            before = math.exp(found[one["token"]]) if one["token"] in found else 0.0
+            found[one["token"]] = math.log(before + math.exp(one["logprob"])) if before else one["logprob"]
+        return found
+
+    async def models(self, *, timeout_s: float = 10) -> tuple[str, frozenset[str]]:
+        """What is served: the base model's name, and the names of the adapters.
+
+        Raises:
+            MixfuseError: The server does not answer within `timeout_s`, refuses the key, or serves no base model.
+        """
+        response = await self._send("GET", "models", timeout_s=timeout_s)
+        if response.is_error:
+            raise engine_error(f"{self.url} refused to list its models: {_reason(response)}")
+        try:
+            rows = {row["id"]: row.get("parent") for row in response.json()["data"]}
+        except (ValueError, KeyError, TypeError):
+            raise engine_error(f"{self.url} is no vLLM: it does not list its models") from None
+        bases = [name for name, parent in rows.items() if parent is None]
+        if not bases:
+            raise engine_error(f"{self.url} serves no base model")
+        return bases[0], frozenset(rows) - frozenset(bases)
+
+    async def healthy(self, *, timeout_s: float) -> bool:
+        """Whether the server says within `timeout_s` that it is well."""
+        try:
+            response = await self._send("GET", "../health", timeout_s=timeout_s)
+        except MixfuseError:
+            return False
+        return response.is_success
+
+    async def _adapter_call(self, endpoint: str, **body: str) -> None:
+        response = await self._send("POST", endpoint, body)
+        if response.is_error:
+            raise MixfuseError(f"vLLM refused {endpoint} of {body['lora_name']!r}: {_reason(response)}", kind="adapter")
+
+    async def _post(self, endpoint: str, body: dict[str, Any]) -> dict[str, Any]:
+        response = await self._send("POST", endpoint, body)
+        if response.is_error:
+            raise engine_error(f"vLLM refused {endpoint} of {body['model']!r}: {_reason(response)}")
+        answer: dict[str, Any] = response.json()
+        return answer
+
+    async def _send(
+        self, method: str, endpoint: str, body: Mapping[str, Any] | None = None, *, timeout_s: float = 120
+    ) -> httpx.Response:
+        headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+        try:
+            async with httpx.AsyncClient(timeout=timeout_s, trust_env=False) as client:
+                return await client.request(method, f"{self.url}/{endpoint}", json=body, headers=headers)
+        except httpx.HTTPError as error:
+            raise engine_error(
+                f"the engine at {self.url} does not answer ({type(error).__name__}); {self._hint}"
+            ) from None
+
+
+def engine_error(message: str) -> MixfuseError:
+    """An error of the kind that stands for the engine."""
+    return MixfuseError(message, kind="engine")
+
+
+def _served_adapter(folder: Path) -> Path:
+    """Refuses weights that vLLM would load with "Success" and then not use; returns the absolute path.
+
+    vLLM does so with experts in PEFT's fused layout (`check_unexpected_modules` in vllm/lora/lora_model.py
+    lets them pass, and a Mixtral's layers never ask for them) and with modules outside of
+    `--lora-target-modules`.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(folder).resolve() / "adapter_model.safetensors"
+    try:
+        with safe_open(path, framework="np") as weights:
+            names = list(weights.keys())
+    except (OSError, SafetensorError) as error:
+        raise MixfuseError(f"cannot read {path}: {error}", kind="adapter") from None
+    if unserved := [name for name in names if not _SERVED_WEIGHT.search(name)]:
+        raise MixfuseError(
+            f"{path}: vLLM would silently ignore {unserved[0]}; name experts as vLLM does (experts.0.w1, …) "
+            f"and adapt no other modules than {', '.join(LORA_TARGETS)}",
+            kind="adapter",
+        )
+    return path.parent
+
+
+def _reason(response: httpx.Response) -> str:
+    try:
+        message = response.json()["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        message = response.text
+    return " ".join(str(message).split())[:500]

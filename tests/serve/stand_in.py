@@ -1,0 +1,92 @@
+"""What a vLLM server says of its models and adapters, without a model: for tests of who keeps and asks it.
+
+As a program (`python stand_in.py PORT`) it is put in vLLM's place; as `StandIn` it is an engine that someone else runs.
+"""
+
+import json
+import os
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+class StandIn:
+    """A server on loopback that can be stopped and started again on its port.
+
+    Attributes:
+        adapters: Name → path of what is loaded.
+        refused: Names that it refuses to load.
+        logprob: What it says of every token of a prompt.
+    """
+
+    def __init__(self, *, name: str = "base", api_key: str | None = None, port: int = 0) -> None:
+        self.name, self.api_key = name, api_key
+        self.adapters: dict[str, str] = {}
+        self.refused: set[str] = set()
+        self.logprob = -1.0
+        self._server: ThreadingHTTPServer | None = None
+        self.start(port)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self, port: int | None = None) -> None:
+        self._server = ThreadingHTTPServer(("127.0.0.1", self.port if port is None else port), self._handler())
+        self.port = self._server.server_port
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02})
+        self._thread.start()
+
+    def stop(self) -> None:
+        if self._server is not None:
+            self._server.shutdown()
+            self._server.server_close()
+            self._thread.join()
+            self._server = None
+
+    def _handler(self) -> type[BaseHTTPRequestHandler]:
+        stand_in = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                rows = [{"id": stand_in.name, "parent": None}]
+                rows += [{"id": name, "parent": stand_in.name} for name in stand_in.adapters]
+                self._answer(200, {"data": rows} if self.path == "/v1/models" else {})
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                name = body.get("lora_name", body.get("model"))
+                if stand_in.api_key and self.headers["authorization"] != f"Bearer {stand_in.api_key}":
+                    self._answer(401, {"error": {"message": "no key"}})
+                elif self.path == "/v1/load_lora_adapter":
+                    if name in stand_in.refused or name in stand_in.adapters:
+                        self._answer(400, {"error": {"message": f"{name} is not welcome"}})
+                    else:
+                        stand_in.adapters[name] = body["lora_path"]
+                        self._answer(200, {})
+                elif name not in (stand_in.name, *stand_in.adapters):
+                    self._answer(404, {"error": {"message": f"there is no {name}"}})
+                else:
+                    if self.path == "/v1/unload_lora_adapter":
+                        del stand_in.adapters[name]
+                    said = [None] + [
+                        {str(token): {"logprob": stand_in.logprob}} for token in body.get("prompt", [])[1:]
+                    ]
+                    self._answer(200, {"choices": [{"prompt_logprobs": said}]})
+
+            def _answer(self, status: int, body: object) -> None:
+                text = json.dumps(body).encode()
+                self.send_response(status)
+                self.send_header("content-length", str(len(text)))
+                self.end_headers()
+                self.wfile.write(text)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        return Handler
+
+
+if __name__ == "__main__":
+    os.write(1, f"{os.getpid()}\n".encode())
+    StandIn(port=int(sys.argv[1]), api_key=os.environ["VLLM_API_KEY"])

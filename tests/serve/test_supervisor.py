@@ -1,0 +1,344 @@
+"""An engine that crashes or hangs comes back with its adapters, several are one, and who asks waits or is told why."""
+
+import asyncio
+import inspect
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import pytest_asyncio
+from pydantic import ValidationError
+from safetensors.numpy import save_file
+from stand_in import StandIn
+from test_engine import alive, until
+
+from fusion.pool import Endpoint
+from mixfuse.adapter import Fingerprint
+from mixfuse.errors import MixfuseError
+from mixfuse.server import LeasedRoles
+from serve import engine as engine_module
+from serve import engine_group
+from serve.engine import EngineConfig, Restart
+from serve.engine_group import EngineGroup, per_replica
+from serve.roles import RoleTable
+
+PROGRAM = [sys.executable, "-P", str(Path(__file__).parent / "stand_in.py")]
+SOON = Restart(first_delay_s=0.01, check_s=0.05, hung_after_s=1, wait_s=20)
+
+
+def adapter(folder: Path, name: str, *, value: float = 0) -> Path:
+    path = folder / name
+    path.mkdir(exist_ok=True)
+    (path / "adapter_config.json").write_text("{}")
+    weight = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    save_file({weight: np.full((1, 1), value, np.float32)}, path / "adapter_model.safetensors")
+    return path
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text("{}")
+    return tmp_path
+
+
+@pytest.fixture
+def in_place_of_vllm(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], None]:
+    """Puts a program in vLLM's place."""
+    monkeypatch.setattr(engine_module, "find_spec", lambda name: name)
+    monkeypatch.setattr(engine_module, "_STOP_GRACE_S", 0.2)
+
+    def put(program: list[str]) -> None:
+        monkeypatch.setattr(engine_module, "command", lambda config, port: [*program, str(port)])
+
+    put(PROGRAM)
+    return put
+
+
+@pytest_asyncio.fixture
+async def group(base: Path, in_place_of_vllm) -> AsyncIterator[EngineGroup]:
+    """An engine that is a child of ours, with two adapters."""
+    async with EngineGroup(EngineConfig(base=base, restart=SOON), logs=base / "logs") as running:
+        for name in ("a", "b"):
+            await running.load_adapter(name, adapter(base, name))
+        yield running
+
+
+def server_pid(group: EngineGroup) -> int:
+    return int((group.config.base / "logs" / "engine.log").read_text().split()[0])
+
+
+async def eventually(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(30):
+        while not condition():  # noqa: ASYNC110 - other processes set no events
+            await asyncio.sleep(0.01)
+
+
+async def away(group: EngineGroup) -> None:
+    await eventually(lambda: not group.running)
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGSTOP], ids=["it crashes", "it hangs"])
+async def test_requests_wait_for_an_engine_that_comes_back_with_its_adapters(group: EngineGroup, end: signal.Signals):
+    first = server_pid(group)
+    async with group.at("a") as before:
+        pass
+    os.kill(first, end)
+    await away(group)
+    async with group.at("a") as after:
+        assert after.url != before.url
+        _, names = await group.replicas[0].api.models()
+        assert names == {"a", "b"}
+    assert not alive(first)
+    assert str(first) in (group.config.base / "logs" / "engine.log.1").read_text()
+
+
+async def test_an_adapter_unloaded_meanwhile_does_not_come_back(group: EngineGroup):
+    os.kill(server_pid(group), signal.SIGKILL)
+    await away(group)
+    await group.unload_adapter("a")
+    async with group.at("base"):
+        assert (await group.replicas[0].api.models())[1] == {"b"}
+
+
+async def test_an_adapter_whose_files_were_changed_does_not_come_back_under_its_name(group: EngineGroup):
+    adapter(group.config.base, "a", value=1)
+    os.kill(server_pid(group), signal.SIGKILL)
+    await away(group)
+    async with group.at("b"):
+        pass
+    with pytest.raises(MixfuseError, match="a was changed after it was loaded") as caught:
+        async with group.at("a"):
+            pass
+    assert caught.value.kind == "engine"
+    await group.unload_adapter("a")
+    await group.load_adapter("a", adapter(group.config.base, "a", value=1))
+    async with group.at("a"):
+        pass
+
+
+async def test_who_waits_too_long_is_told_so(base: Path, in_place_of_vllm):
+    never = SOON.model_copy(update={"first_delay_s": 600, "max_delay_s": 600, "wait_s": 0.1})
+    async with EngineGroup(EngineConfig(base=base, restart=never), logs=base / "logs") as group:
+        os.kill(server_pid(group), signal.SIGKILL)
+        await away(group)
+        with pytest.raises(MixfuseError, match=r"no engine was ready within 0\.1 s \(the engine died") as caught:
+            async with group.at("base"):
+                pass
+        assert caught.value.kind == "engine"
+        with pytest.raises(MixfuseError, match="no engine is ready"):
+            await group.load_adapter("a", adapter(base, "a"))
+
+
+async def test_an_engine_that_crashes_again_and_again_is_given_up(group: EngineGroup, in_place_of_vllm):
+    in_place_of_vllm([sys.executable, "-c", "raise ValueError('no memory left')"])
+    os.kill(server_pid(group), signal.SIGKILL)
+    async with asyncio.timeout(60):
+        failure = await group.failed()
+    assert "given up after 5 crashes within 900 s; the last: " in str(failure)
+    assert "ValueError: no memory left" in str(failure)
+    with pytest.raises(MixfuseError, match="given up after 5 crashes"):
+        async with group.at("base"):
+            pass
+
+
+def test_pauses_double_to_a_limit_and_differ(base: Path):
+    restart = Restart(first_delay_s=1, max_delay_s=8)
+    replica = EngineGroup(EngineConfig(base=base, restart=restart), logs=base)._own()[0]
+    for longest in (1, 2, 4, 8, 8):
+        replica._crashes.append(0)
+        pauses = {replica._pause() for _ in range(50)}
+        assert len(pauses) > 1
+        assert longest / 2 <= min(pauses)
+        assert longest / 2 * 1.2 < max(pauses) <= longest
+
+
+def test_a_killed_parent_leaves_no_process_amid_a_restart(base: Path):
+    """The parent is killed while the engine that is to replace a crashed one starts."""
+    script = inspect.cleandoc(f"""
+        import asyncio, os, sys
+        from pathlib import Path
+        from serve import engine
+        from serve.engine_group import EngineGroup
+        base = Path(sys.argv[1])
+        once = "import os, time; os.write(1, b'%d' % os.getpid()); time.sleep(600)"
+        programs = [{PROGRAM}, [sys.executable, "-c", once]]
+        engine.find_spec = lambda name: name
+        engine.command = lambda config, port: [*(programs.pop(0)), str(port)]
+        async def main():
+            config = engine.EngineConfig(base=base, restart=engine.Restart(first_delay_s=0))
+            async with EngineGroup(config, logs=base) as group:
+                print("up", flush=True)
+                await group.failed()
+        asyncio.run(main())
+    """)
+    log = base / "engine.log"
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(base)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as parent:
+        assert parent.stdout
+        assert parent.stdout.readline() == "up\n"
+        first = int(log.read_text())
+        os.kill(first, signal.SIGKILL)
+        until(lambda: log.with_name("engine.log.1").exists() and log.exists() and log.read_text())
+        second = int(log.read_text())
+        assert alive(second)
+        parent.kill()
+        until(lambda: not alive(first) and not alive(second))
+
+
+@pytest.fixture
+def others() -> Iterator[list[StandIn]]:
+    """Two engines that someone else runs."""
+    made = [StandIn(api_key="secret"), StandIn(api_key="secret")]
+    yield made
+    for stand_in in made:
+        stand_in.stop()
+
+
+@pytest.fixture
+def external(base: Path, others: list[StandIn], monkeypatch: pytest.MonkeyPatch) -> EngineConfig:
+    monkeypatch.setenv("ENGINE_KEY", "secret")
+    return EngineConfig(base=base, urls=[stand_in.url for stand_in in others], api_key_env="ENGINE_KEY", restart=SOON)
+
+
+async def test_an_adapter_reaches_all_engines_or_none(external: EngineConfig, others: list[StandIn]):
+    async with EngineGroup(external, logs=external.base) as group:
+        others[1].refused.add("a")
+        with pytest.raises(MixfuseError, match="a is not welcome") as caught:
+            await group.load_adapter("a", adapter(external.base, "a"))
+        assert caught.value.kind == "adapter"
+        assert [stand_in.adapters for stand_in in others] == [{}, {}]
+
+        others[1].refused.clear()
+        await group.load_adapter("a", adapter(external.base, "a"))
+        await group.probe("a")
+        assert [set(stand_in.adapters) for stand_in in others] == [{"a"}, {"a"}]
+        await group.unload_adapter("a")
+        assert [stand_in.adapters for stand_in in others] == [{}, {}]
+        with pytest.raises(MixfuseError, match="no adapter 'a' is loaded"):
+            await group.unload_adapter("a")
+
+
+async def test_requests_go_where_the_least_is_under_way(external: EngineConfig):
+    async with EngineGroup(external, logs=external.base) as group:
+        async with group.at("base") as first, group.at("base") as second:
+            assert {first.url, second.url} == set(external.external)
+            assert first.api_key == "secret"
+        async with group.at("base") as held:
+            for _ in range(3):
+                async with group.at("base") as other:
+                    assert other.url != held.url
+        idle = set()
+        for _ in range(2):
+            async with group.at("base") as address:
+                idle.add(address.url)
+        assert idle == set(external.external)
+
+
+async def test_an_engine_that_comes_back_takes_requests_once_it_has_every_adapter(
+    external: EngineConfig, others: list[StandIn]
+):
+    async with EngineGroup(external, logs=external.base) as group:
+        await group.load_adapter("a", adapter(external.base, "a"))
+        others[0].stop()
+        others[0].adapters.clear()
+        replica = group.replicas[0]
+        await eventually(lambda: not replica.ready)
+        for _ in range(3):
+            async with group.at("a") as address:
+                assert address.url == external.external[1]
+        await group.load_adapter("b", adapter(external.base, "b"))
+        await group.unload_adapter("a")
+        others[0].start()
+        seen: list[set[str]] = []
+        await eventually(lambda: seen.append(set(others[0].adapters)) or replica.ready)
+        assert {"a"} not in seen
+        assert set(others[0].adapters) == {"b"}
+
+
+async def test_an_engine_that_was_started_anew_between_two_looks_gets_its_adapters(
+    external: EngineConfig, others: list[StandIn]
+):
+    async with EngineGroup(external, logs=external.base) as group:
+        await group.load_adapter("a", adapter(external.base, "a"))
+        others[0].adapters.clear()
+        await eventually(lambda: others[0].adapters)
+
+
+async def test_an_adapter_left_from_before_is_replaced(external: EngineConfig, others: list[StandIn]):
+    others[0].adapters["a"] = "/elsewhere"
+    async with EngineGroup(external, logs=external.base) as group:
+        await group.load_adapter("a", adapter(external.base, "a"))
+    assert others[0].adapters["a"] == str((external.base / "a").resolve())
+
+
+async def test_one_engine_of_someone_else_is_enough_to_begin(external: EngineConfig, others: list[StandIn]):
+    others[1].stop()
+    async with EngineGroup(external, logs=external.base) as group:
+        await group.load_adapter("a", adapter(external.base, "a"))
+        others[1].start()
+        await eventually(lambda: group.replicas[1].ready)
+        assert set(others[1].adapters) == {"a"}
+    others[0].stop()
+    others[1].stop()
+    with pytest.raises(MixfuseError, match="does not answer"):
+        await EngineGroup(external, logs=external.base).start()
+
+
+async def test_engines_of_different_models_are_told_apart(external: EngineConfig, others: list[StandIn]):
+    async with EngineGroup(external, logs=external.base) as group:
+        others[1].logprob = -3.0
+        with pytest.raises(MixfuseError, match="do both serve the same base"):
+            await group.prompt_logprobs("base", [1, 2])
+        others[1].logprob = -1.01
+        assert await group.prompt_logprobs("base", [1, 2]) == [-1.0]
+    others[1].name = "another"
+    async with EngineGroup(external, logs=external.base) as group:
+        assert [replica.ready for replica in group.replicas] == [True, False]
+        assert "serves 'another'" in group.replicas[1].away
+
+
+async def test_a_lease_of_a_role_waits_for_the_engine(group: EngineGroup):
+    fingerprint = Fingerprint(config="", tokenizer="", chat_template="", weights="")
+    roles = LeasedRoles(RoleTable(group, fingerprint, ["domain"], max_rank=8), group)
+    os.kill(server_pid(group), signal.SIGKILL)
+    await away(group)
+    async with roles.lease("domain") as endpoint:
+        assert endpoint == Endpoint(group.replicas[0].api.url, "base", group.replicas[0].api.api_key, None)
+
+
+async def test_a_missing_key_of_an_external_engine_is_named(external: EngineConfig, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("ENGINE_KEY")
+    with pytest.raises(MixfuseError, match="ENGINE_KEY is not set"):
+        await EngineGroup(external, logs=external.base).start()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"url": "10.0.0.5:8000"}, "no URL"),
+        ({"url": "http://a", "urls": ["http://b"]}, "not both"),
+        ({"urls": ["http://a/v1", "http://a"]}, "twice"),
+        ({"url": "http://a", "replicas": 2}, "started here"),
+        ({"api_key_env": "X"}, "api_key_env"),
+        ({"port": 8000, "replicas": 2}, "share one port"),
+    ],
+)
+def test_contradictions_are_refused(base: Path, changes: dict[str, object], words: str):
+    with pytest.raises(ValidationError, match=words):
+        EngineConfig(base=base, **changes)
+
+
+def test_each_replica_has_its_own_gpus(base: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(engine_group, "cpu_build", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    config = EngineConfig(base=base, replicas=2, extra_args=["--tensor-parallel-size=2"])
+    assert [one.env["CUDA_VISIBLE_DEVICES"] for one in per_replica(config)] == ["0,1", "2,3"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
+    with pytest.raises(MixfuseError, match="need 4 GPUs"):
+        per_replica(config)
