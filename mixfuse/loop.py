@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -196,12 +197,12 @@ def run(config: LoopConfig, tools: Tools | None = None) -> dict[str, Any] | None
     Raises:
         MixfuseError: A step failed; the round goes on from it the next time.
     """
-    with _alone(config.rounds):
+    with _alone(config.rounds) as lock:
         folder = _unfinished(config.rounds) or _begin(config)
         if folder is None:
             return None
         begun = validate(read_json(folder / ROUND)["config"], LoopConfig, source=str(folder / ROUND))
-        return _Round(folder, begun, tools or commands(begun)).finish()
+        return _Round(folder, begun, tools or commands(begun, lock)).finish()
 
 
 def decide(frozen: Mapping[str, Any], fresh: Mapping[str, Any] | None, promote: Promote) -> Decision:
@@ -227,21 +228,27 @@ def decide(frozen: Mapping[str, Any], fresh: Mapping[str, Any] | None, promote: 
     return Decision(True, f"better: {shown}")
 
 
-def commands(config: LoopConfig) -> Tools:
-    """The steps as `mixfuse` commands, their output in a log."""
+def commands(config: LoopConfig, lock: int) -> Tools:
+    """The steps as `mixfuse` commands, their output in a log.
+
+    Args:
+        config: The round's.
+        lock: The rounds' lock. The commands hold it as well: what outlives a killed loop keeps the next one waiting.
+    """
+    command = partial(_run_command, lock)
 
     def train(recipe: Path, overrides: Sequence[str], log: Path) -> None:
-        _command(log, "train", "judge", recipe, *overrides)
+        command(log, "train", "judge", recipe, *overrides)
 
     def export(run_folder: Path, adapter: Path, log: Path) -> None:
         if not adapter.exists():  # written whole or not at all
-            _command(log, "adapter", "export", run_folder, adapter)
+            command(log, "adapter", "export", run_folder, adapter)
         base = ("--base", read_json(adapter / "manifest.json")["base_path"]) if config.parity else ()
-        _command(log, "adapter", "verify", adapter, *base)
+        command(log, "adapter", "verify", adapter, *base)
 
     def evaluate(judge: Path, serving: Path | None, data: Sequence[Path], out: Path, log: Path) -> None:
         beside = ("--baseline", "untrained") if serving is None else ("--against", serving)
-        _command(log, "eval", "judge", "--judge", judge, *beside, "--data", *data, "--out", out)
+        command(log, "eval", "judge", "--judge", judge, *beside, "--data", *data, "--out", out)
 
     return Tools(train, export, evaluate)
 
@@ -312,7 +319,8 @@ class _Round:
         if isinstance(evaluation, dict) and "share" not in evaluation:
             recipe["evaluation"] = {**evaluation, "data": str(dev_path(data / "pairs.jsonl"))}
         write_text(path, yaml.safe_dump(recipe, sort_keys=False))
-        self._tools.train(path, config.overrides, self._log("train"))
+        if not (self._out / "run" / "run.json").is_file():  # a run's last file
+            self._tools.train(path, config.overrides, self._log("train"))
         return {"run": str(self._out / "run")}
 
     def _export(self) -> dict[str, Any]:
@@ -374,7 +382,7 @@ class _Round:
         while True:
             gate = _role(server).get("gate")
             if not isinstance(gate, dict):
-                return {"state": "failed", "reason": "the server was restarted during the gate"}
+                raise MixfuseError(f"{server.url} was restarted during the gate; run mixfuse loop again to go on")
             if gate["state"] in _STATES_OF_A_GATE:
                 return gate
             time.sleep(_POLL_S)
@@ -454,8 +462,8 @@ def _unfinished(folder: Path) -> Path | None:
 
 
 @contextmanager
-def _alone(rounds: Path) -> Iterator[None]:
-    """Holds the rounds' lock, which ends with the process.
+def _alone(rounds: Path) -> Iterator[int]:
+    """Holds the rounds' lock, which ends with the process and those it started; yields its file descriptor.
 
     Raises:
         MixfuseError: Another process has it.
@@ -466,7 +474,7 @@ def _alone(rounds: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise MixfuseError(f"{rounds}: another mixfuse loop is at work there; wait for it") from None
-        yield
+        yield lock.fileno()
 
 
 def _mapping(path: Path) -> dict[str, Any]:
@@ -480,7 +488,7 @@ def _mapping(path: Path) -> dict[str, Any]:
     return recipe
 
 
-def _command(log: Path, *arguments: str | Path) -> None:
+def _run_command(lock: int, log: Path, *arguments: str | Path) -> None:
     """Runs a mixfuse command, its output added to a log.
 
     Raises:
@@ -490,7 +498,7 @@ def _command(log: Path, *arguments: str | Path) -> None:
     with log.open("ab") as stream:
         begin = stream.tell()
         command = [sys.executable, "-P", "-m", "mixfuse", *map(str, arguments)]
-        done = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, check=False)
+        done = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, pass_fds=(lock,), check=False)
     if done.returncode == 0:
         return
     with log.open("rb") as stream:

@@ -8,6 +8,7 @@ import asyncio
 import json
 import math
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,10 @@ from typing import Any
 import pytest
 import yaml
 from fake_upstream import COMPARISON, FakeUpstream, Script
+from fake_upstream import serving as serving_app
+from fusion_harness import prefers
+from starlette.applications import Starlette
+from test_gates import House, house
 
 from fusion import eval_judge, judge_page
 from fusion.comparisons import Comparison, Views
@@ -33,7 +38,11 @@ from mixfuse.errors import MixfuseError
 from mixfuse.files import read_json, read_jsonl, write_json, write_jsonl
 from mixfuse.loop import LoopConfig, Promote, Tools, decide
 from mixfuse.recipe import validate
+from mixfuse.roles_admin import routes
+from mixfuse.roles_store import StoredRoles
 from mixfuse.trace import Call, Trace
+
+__all__ = ["house"]  # a fixture
 
 # The quality of an answer is the sum of its words': half of them good, half bad, some more than others.
 WORDS = {
@@ -395,10 +404,12 @@ async def test_a_killed_process_leaves_a_round_that_goes_on(tmp_path: Path, froz
 
 
 def test_a_failing_command_says_where_to_look(tmp_path: Path) -> None:
-    with_ = loop.commands(config(tmp_path))
-    log = tmp_path / "logs" / "train.log"
-    with pytest.raises(MixfuseError, match=rf"train judge ended with 2 \(log: {log}\): mixfuse: error: .*no such file"):
-        with_.train(tmp_path / "none.yaml", [], log)
+    with (tmp_path / "lock").open("w") as lock:
+        with_ = loop.commands(config(tmp_path), lock.fileno())
+        log = tmp_path / "logs" / "train.log"
+        said = rf"train judge ended with 2 \(log: {log}\): mixfuse: error: .*no such file"
+        with pytest.raises(MixfuseError, match=said):
+            with_.train(tmp_path / "none.yaml", [], log)
     assert "no such file" in log.read_text()
 
 
@@ -412,3 +423,93 @@ def test_a_mistake_in_the_config_is_one_line(tmp_path: Path, capsys: pytest.Capt
     ):
         assert cli.main(["loop", str(path), override]) == 2
         assert message in capsys.readouterr().err
+
+
+# The swap, on a real role table with the gates before it
+
+
+def liking(word: str, weights: Weights) -> Callable[[str, str], float]:
+    """A judge of the frozen set's words who, of what the live members say, prefers this one's."""
+    known = judging(weights)
+    return lambda first, second: prefers(word)(first, second) if "answer" in first else known(first, second)
+
+
+@pytest.mark.parametrize(
+    ("likes", "promoted", "reason"),
+    [
+        ("beta", True, "better"),
+        ("alpha", False, "the server did not take it: "),
+    ],
+)
+async def test_a_better_judge_is_swapped_in_if_it_stands_beside_the_old_one_on_live_requests(
+    likes: str, promoted: bool, reason: str, tmp_path: Path, frozen: Path, house: House
+) -> None:
+    poor, good = json.loads(Path(serving(tmp_path, 20), "weights.json").read_text()), dict(WORDS)
+    first = house.table.serving()["judge"]
+    scripts = {"poor": liking("beta", poor), "good": liking(likes, good)}
+    made = house.make("judge", Script(verdict=scripts["good"]))
+
+    def export(_run: Path, adapter: Path, _log: Path) -> None:
+        shutil.copytree(made, adapter)
+        house.engine._scripts[adapter] = Script(verdict=scripts["good"])
+
+    def evaluate(new: Path, old: Path | None, data: Sequence[Path], out: Path, _log: Path) -> None:
+        assert old == first.directory, "it is to be compared with what serves"
+        rows = [row for path in data for row in load(path)]
+        views = [
+            [Views(verdict(row.first, row.second), verdict(row.second, row.first)) for row in rows]
+            for verdict in (scripts["good"], scripts["poor"])
+        ]
+        beside = {str(old): eval_judge.report(rows, views[1])}
+        judge_page.write(out, eval_judge.report(rows, views[0], against=beside), rows, judge=str(new))
+
+    await store(tmp_path / "fed.sqlite3", traces(30, at_random(0.0), seed=1))
+    with opened(tmp_path / "roles.sqlite3") as database:
+        admin = Starlette(routes=routes(house.table, StoredRoles(database, "test"), house.gates))
+        async with serving_app(admin) as url:
+            settings = config(
+                tmp_path,
+                server={"url": url, "shadow": 3, "timeout_s": 60},
+                traces={"database": str(tmp_path / "fed.sqlite3"), "min_rows": 20, "settle_s": 0},
+            )
+            with_ = Tools(lambda *_: None, export, evaluate)
+            at_work = asyncio.create_task(a_round(settings, with_))
+            while not at_work.done():
+                await (house.ask() if house.gates.of("judge") else asyncio.sleep(0.05))
+            decision = await at_work
+    assert decision["promoted"] is promoted
+    assert decision["reason"].startswith(reason)
+    assert decision["swap"]["state"] == ("promoted" if promoted else "refused")
+    assert decision["swap"]["asked"]["shadow"] == 3
+    now = house.table.serving()["judge"]
+    assert now.directory == (Path(decision["adapter"]) if promoted else first.directory)
+
+
+async def test_a_judge_is_not_swapped_for_one_it_was_not_compared_with(
+    tmp_path: Path, frozen: Path, house: House
+) -> None:
+    """Somebody swaps another judge in while the round trains."""
+    await store(tmp_path / "fed.sqlite3", traces(30, at_random(0.0), seed=1))
+    other = house.make("judge", Script(verdict=prefers("beta")))
+    real = tools()
+    running = asyncio.get_running_loop()
+
+    def train(recipe: Path, overrides: Sequence[str], log: Path) -> None:
+        asyncio.run_coroutine_threadsafe(house.table.swap("judge", other), running).result(60)
+        real.train(recipe, overrides, log)
+
+    def evaluate(new: Path, _old: Path | None, data: Sequence[Path], out: Path, log: Path) -> None:
+        real.evaluate(new, None, data, out, log)
+
+    with opened(tmp_path / "roles.sqlite3") as database:
+        admin = Starlette(routes=routes(house.table, StoredRoles(database, "test"), house.gates))
+        async with serving_app(admin) as url:
+            settings = config(
+                tmp_path,
+                server={"url": url},
+                traces={"database": str(tmp_path / "fed.sqlite3"), "min_rows": 20, "settle_s": 0},
+            )
+            decision = await a_round(settings, Tools(train, real.export, evaluate))
+    assert not decision["promoted"]
+    assert f"{other} serves since the round began" in decision["reason"]
+    assert house.table.serving()["judge"].directory == other
