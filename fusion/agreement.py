@@ -41,9 +41,14 @@ def key(candidate: Candidate, how: How) -> str:
     """
     if candidate.tool_calls:
         return "calls " + " ".join(described(call) for call in candidate.tool_calls)
+    return said(candidate.text, how)
+
+
+def said(text: str, how: How) -> str:
+    """What a text says, such that two that say the same give equal strings; see `key`."""
     read = {"number": _number, "json": _json, "choice": _choice}.get(how)
-    said = read(candidate.text) if read else None
-    return f"text {' '.join(candidate.text.split())}" if said is None else f"{how} {said}"
+    found = read(text) if read else None
+    return f"text {' '.join(text.split())}" if found is None else f"{how} {found}"
 
 
 def described(call: dict[str, Any]) -> str:

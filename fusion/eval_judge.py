@@ -5,10 +5,11 @@ than `longer`, and one that knows an author's style no better than `strongest_me
 """
 
 import asyncio
+import hashlib
 import math
 import random
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,49 +17,91 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fusion.comparisons import Comparison, load
-from fusion.judge import verdict
+from fusion.cache import Cache
+from fusion.comparisons import Comparison, Measure, Views, credit, load, marks
+from fusion.judge import VERDICT_PARAMETERS, verdict
+from fusion.official import official
 from fusion.pool import all_or_raise, fan_out, http_client
+from fusion.statistics import Clusters, Difference, Figure, paired
 from fusion.upstream import CallError, Client, Endpoint, Ledger, Purpose
 from mixfuse.errors import MixfuseError
-from mixfuse.judge_protocol import combine
+from mixfuse.judge_protocol import Calibration, comparison, new_nonce
 
-__all__ = ["Comparison", "JudgeReport", "evaluate", "load"]
+__all__ = ["Comparison", "JudgeReport", "Views", "evaluate", "load", "paired", "report"]
 
-RESAMPLES = 1000
-SEED = 0
+BINS = 10
+MEASURES: tuple[Measure, ...] = ("both_orders_correct", "first_order", "order_averaged", "consistency")
+# How long the better answer is beside the worse one: the ratio up to which each bin reaches.
+LENGTHS = (
+    ("half as long or less", 0.5),
+    ("shorter", 0.9),
+    ("as long, within a tenth", 1 / 0.9),
+    ("longer", 2.0),
+    ("over twice as long", math.inf),
+)
 
 
-class Figure(NamedTuple):
-    """A share with its 95 % interval: bootstrap over prompts, percentiles."""
+class Bin(NamedTuple):
+    """Pairs with verdicts of like confidence.
 
-    value: float
+    Attributes:
+        low: The least confidence, from ½ on.
+        high: The most.
+        n: How many pairs.
+        confidence: Their mean probability that the answer preferred is the better one.
+        accuracy: How often it is.
+    """
+
     low: float
     high: float
+    n: int
+    confidence: float
+    accuracy: float
 
-    def to_json(self) -> dict[str, float]:
-        """As `{"value", "low", "high"}`."""
-        return self._asdict()
 
-    def __str__(self) -> str:
-        return f"{self.value:.3f}  [{self.low:.3f}, {self.high:.3f}]"
+class Reliability(NamedTuple):
+    """Whether a judge is right as often as it says.
+
+    Attributes:
+        ece: Expected calibration error (Guo et al. 2017, arXiv 1706.04599): the mean gap between confidence and
+            accuracy over bins of equal width, of the order-averaged probability. Resampling can only widen gaps, so its
+            interval lies high.
+        bins: Those that hold pairs.
+    """
+
+    ece: Figure
+    bins: list[Bin]
+
+    def to_json(self) -> dict[str, Any]:
+        """`{"ece", "bins"}`."""
+        return {"ece": self.ece.to_json(), "bins": [one._asdict() for one in self.bins]}
 
 
 @dataclass(frozen=True)
 class JudgeReport:
-    """What an evaluation came to; shares are of the pairs that people did not call a tie.
+    """What an evaluation came to; shares are of the pairs that people did not call a tie, unless they say otherwise.
 
     Attributes:
-        n: Pairs judged.
+        n: Pairs judged that people did not call a tie.
         prompts: Prompts they are of.
-        human_ties: Pairs left out because people called them a tie.
+        human_ties: Pairs that people called a tie.
         both_orders_correct: Right whichever answer was shown first.
         first_order: Right in the first order; a verdict of exactly ½ or none counts as wrong.
         order_averaged: The mean over both orders is on the right side; exactly ½ counts half.
         consistency: Both orders name the same answer.
-        parse_failures: Verdicts, of 2n, that could not be read; those of failed calls among them.
+        parse_failures: Verdicts, two a pair, that could not be read; those of failed calls among them.
+        ties: The judge's ties: `share` of the pairs; where people have ties, too, `of_human_ties` (how many of those
+            the judge calls a tie) and `three_way` (first, second or tie as people say, over all pairs).
+        reliability: Of the judge's probabilities as they are.
+        calibrated: The same after its calibration, where it has one; the other figures are with it as well.
+        by_length: By how long the better answer is beside the worse one.
+        by_source: By file, and by what the rows call their source.
+        official: Public benchmarks' own metrics, of the rows that are theirs.
         failed_calls: Calls that failed, by type.
         baselines: The same pairs by rules that read nothing; each names its measure.
+        against: Other judges on the same pairs, each with its figures and the paired difference.
+        views: The verdicts, in the order of the rows.
+        calibration: The judge's.
     """
 
     n: int
@@ -69,37 +112,56 @@ class JudgeReport:
     order_averaged: Figure
     consistency: Figure
     parse_failures: int
+    ties: dict[str, Figure]
+    reliability: Reliability
+    calibrated: Reliability | None = None
+    by_length: dict[str, dict[str, Any]] = field(default_factory=dict)
+    by_source: dict[str, dict[str, Any]] = field(default_factory=dict)
+    official: dict[str, dict[str, Any]] = field(default_factory=dict)
     failed_calls: dict[str, int] = field(default_factory=dict)
     baselines: dict[str, dict[str, Any]] = field(default_factory=dict)
+    against: dict[str, dict[str, Any]] = field(default_factory=dict)
+    views: list[Views] = field(default_factory=list, repr=False)
+    calibration: Calibration | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """One JSON object; every accuracy is `{"value", "low", "high"}`."""
+        """One JSON object, without the verdicts; every accuracy is `{"value", "low", "high"}`."""
         return {
             "n": self.n,
             "prompts": self.prompts,
             "human_ties": self.human_ties,
-            "both_orders_correct": self.both_orders_correct.to_json(),
-            "first_order": self.first_order.to_json(),
-            "order_averaged": self.order_averaged.to_json(),
-            "consistency": self.consistency.to_json(),
+            **{name: getattr(self, name).to_json() for name in MEASURES},
             "parse_failures": self.parse_failures,
             "failed_calls": self.failed_calls,
+            "ties": {name: figure.to_json() for name, figure in self.ties.items()},
+            "calibration": {
+                "raw": self.reliability.to_json(),
+                "calibrated": self.calibrated and self.calibrated.to_json(),
+                "parameters": self.calibration and self.calibration.model_dump(),
+            },
+            "by_length": self.by_length,
+            "by_source": self.by_source,
+            "official": self.official,
             "baselines": self.baselines,
+            "against": self.against,
         }
 
     def table(self) -> Table:
         """The report for the terminal."""
-        title = f"{self.n} pairs of {self.prompts} prompts, {self.human_ties} human ties left out"
+        title = f"{self.n} pairs of {self.prompts} prompts, and {self.human_ties} human ties"
         table = Table(title=title, title_justify="left")
         table.add_column("")
         table.add_column("share, 95 % interval over prompts")
-        table.add_row("right in both orders", str(self.both_orders_correct))
-        table.add_row("right in the first order", str(self.first_order))
-        table.add_row("right, orders averaged", str(self.order_averaged))
-        table.add_row("consistent", str(self.consistency))
-        table.add_row("verdicts not read", f"{self.parse_failures} of {2 * self.n}")
+        for words, figure in self.lines():
+            table.add_row(words, str(figure))
+        table.add_row("verdicts not read", f"{self.parse_failures} of {2 * (self.n + self.human_ties)}")
         for kind, count in self.failed_calls.items():
             table.add_row(f"calls failed: {kind}", str(count))
+        for benchmark, metrics in self.official.items():
+            table.add_section()
+            for name, value in metrics.items():
+                shown = Figure(**value) if isinstance(value, dict) else f"{value:.3f}"
+                table.add_row(f"{benchmark}, official: {name.replace('_', ' ')}", str(shown))
         table.add_section()
         random_ = self.baselines["random"]
         table.add_row("random, both orders", f"{random_['both_orders_correct']:.3f}")
@@ -109,132 +171,254 @@ class JudgeReport:
                 row = self.baselines[name]
                 note = f"  ({row['member']}; chosen on these very pairs)" if "member" in row else ""
                 table.add_row(name.replace("_", " "), f"{Figure(**row['both_orders_correct'])}{note}")
+        for name, other in self.against.items():
+            table.add_section()
+            for measure in ("both_orders_correct", "order_averaged"):
+                words = measure.replace("_", " ")
+                table.add_row(f"{name}, {words}", str(Figure(**other[measure])))
+                table.add_row(f"this judge minus {name}, {words}", str(Difference(**other["difference"][measure])))
         return table
 
-
-class Views(NamedTuple):
-    """P(the answer shown first is better), each way round; None where it could not be read."""
-
-    forward: float | None
-    backward: float | None
+    def lines(self) -> list[tuple[str, Figure]]:
+        """The judge's own figures, in words."""
+        words = ("right in both orders", "right in the first order", "right, orders averaged", "consistent")
+        own = [(word, getattr(self, name)) for word, name in zip(words, MEASURES, strict=True)]
+        said = {
+            "share": "called a tie",
+            "of_human_ties": "human ties called a tie",
+            "three_way": "right, with ties",
+        }
+        own += [(said[name], figure) for name, figure in self.ties.items()]
+        own.append(("calibration error", self.reliability.ece))
+        if self.calibrated:
+            own.append(("calibration error, calibrated", self.calibrated.ece))
+        return own
 
 
 async def evaluate(
-    judge_endpoint: Endpoint, rows: Sequence[Comparison], *, concurrency: int = 8, progress: bool = True
+    judge_endpoint: Endpoint,
+    rows: Sequence[Comparison],
+    *,
+    concurrency: int = 8,
+    progress: bool = True,
+    cache: Cache | None = None,
+    name: str = "the judge",
 ) -> JudgeReport:
-    """Has a judge compare every pair in both orders.
+    """Has a judge compare every pair in both orders, human ties as well.
 
     Args:
-        judge_endpoint: The judge.
-        rows: From `load`; human ties are counted, not judged.
+        judge_endpoint: The judge, with its calibration where it has one.
+        rows: From `load`.
         concurrency: Calls under way at once.
         progress: Show a bar on stderr.
+        cache: Entered; verdicts that are in it are not asked for again. Where the endpoint has no revision, its URL
+            and model stand for it.
+        name: What the bar calls it.
 
     Raises:
         MixfuseError: There is nothing to judge, the judge cannot be reached, or all its calls failed.
     """
-    judged = [row for row in rows if row.label != "tie"]
-    if not judged:
+    if all(row.label == "tie" for row in rows):
         raise MixfuseError("no pair is left to judge: none has a label other than a tie")
     free = asyncio.Semaphore(concurrency)
     failures: list[CallError] = []
     purpose = Purpose("verdict", "judge")
 
-    async def one(client: Client, prompt: str, first: str, second: str) -> float | None:
-        async with free:
-            try:
-                return await verdict(client, judge_endpoint, prompt, first, second, purpose=purpose, ledger=Ledger())
-            except CallError as error:
-                if error.kind == "unreachable":  # nor will the next thousand calls reach it
-                    raise
-                failures.append(error)
-                return None
-            finally:
-                bar.advance(shown)
+    async def one(client: Client, prompt: str, first: str, second: str, nonce: str) -> float | None:
+        question = {
+            "judge": judge_endpoint.revision or f"{judge_endpoint.base_url} {judge_endpoint.model}",
+            "messages": comparison(prompt, first, second, nonce=nonce),
+            "parameters": VERDICT_PARAMETERS,
+        }
+        try:
+            if known := cache and cache.get(question):
+                return None if known.value is None else float(known.value)
+            async with free:
+                texts = (prompt, first, second)
+                p = await verdict(client, judge_endpoint, *texts, purpose=purpose, ledger=Ledger(), nonce=nonce)
+            if cache:
+                cache.put(question, p)
+            return p
+        except CallError as error:
+            if error.kind == "unreachable":  # nor will the next thousand calls reach it
+                raise
+            failures.append(error)
+            return None
+        finally:
+            bar.advance(shown)
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
-        shown = bar.add_task("verdicts", total=2 * len(judged))
+        shown = bar.add_task(f"verdicts of {name}", total=2 * len(rows))
         async with http_client() as client:
             orders = [
-                one(client, row.prompt, first, second)
-                for row in judged
+                one(client, row.prompt, first, second, nonce)
+                for row in rows
+                for nonce in [_nonce(row)]
                 for first, second in ((row.first, row.second), (row.second, row.first))
             ]
             read = all_or_raise(await fan_out(orders, quorum=len(orders)))
-    if len(failures) == 2 * len(judged):
+    if len(failures) == len(orders):
         raise MixfuseError(f"every call to the judge failed, the last: {failures[-1]}", kind="judge_failed")
     return report(
-        judged,
+        rows,
         [Views(*both) for both in zip(read[::2], read[1::2], strict=True)],
-        human_ties=len(rows) - len(judged),
         failed_calls=Counter(failure.kind for failure in failures),
+        calibration=judge_endpoint.calibration,
     )
+
+
+def _nonce(row: Comparison) -> str:
+    """The same in every run, so that a run can be repeated; nobody could have known it who wrote these answers."""
+    texts = (row.prompt, row.first, row.second)
+    seed = hashlib.sha256("\0".join(texts).encode(errors="surrogatepass")).digest()
+    return new_nonce(*texts, draw=random.Random(seed).randbytes)  # noqa: S311 - guards a measurement, not a service
 
 
 def report(
     rows: Sequence[Comparison],
     views: Sequence[Views],
     *,
-    human_ties: int = 0,
     failed_calls: Mapping[str, int] | None = None,
+    calibration: Calibration | None = None,
+    against: "Mapping[str, JudgeReport] | None" = None,
 ) -> JudgeReport:
-    """Works out the figures.
+    """Works out the figures; pure.
 
     Args:
-        rows: What was judged, without human ties.
+        rows: What was judged.
         views: The judge's, in the same order.
-        human_ties: How many pairs were left out.
         failed_calls: Calls that failed, by type.
+        calibration: The judge's.
+        against: Other judges' reports on the same rows, by what they are to be called.
+
+    Raises:
+        MixfuseError: No row has a label other than a tie.
     """
-    outcomes = [combine(view.forward, view.backward) for view in views]
-    share = _bootstrap([row.prompt for row in rows])
-    pairs = list(zip(rows, views, outcomes, strict=True))
-    baselines: dict[str, dict[str, Any]] = {"random": {"both_orders_correct": 0.25, "first_order": 0.5}}
-    rules = {
-        "longer": share([_credit(len(row.first) - len(row.second), row) for row in rows]),
-        "shorter": share([_credit(len(row.second) - len(row.first), row) for row in rows]),
+    both = [(row, view) for row, view in zip(rows, views, strict=True) if row.label != "tie"]
+    if not both:
+        raise MixfuseError("no pair is left to judge: none has a label other than a tie")
+    decided, seen = [row for row, _ in both], [view for _, view in both]
+    clusters = Clusters([row.prompt for row in decided])
+    outcomes = [view.outcome(calibration) for view in views]
+    return JudgeReport(
+        n=len(decided),
+        prompts=len({row.prompt for row in decided}),
+        human_ties=len(rows) - len(decided),
+        **{name: clusters.mean(marks(decided, seen, name, calibration)) for name in MEASURES},
+        parse_failures=sum(outcome.parse_failures for outcome in outcomes),
+        ties=_ties(rows, views, calibration),
+        reliability=_reliability(decided, seen, None, clusters),
+        calibrated=_reliability(decided, seen, calibration, clusters) if calibration else None,
+        by_length=_by_length(decided, seen, calibration),
+        by_source=_by_source(decided, seen, calibration),
+        official=official(rows, views),
+        failed_calls=dict(failed_calls or {}),
+        baselines=_baselines(decided, clusters),
+        against={name: _against(rows, views, calibration, other) for name, other in (against or {}).items()},
+        views=list(views),
+        calibration=calibration,
+    )
+
+
+def _against(
+    rows: Sequence[Comparison], views: Sequence[Views], calibration: Calibration | None, other: JudgeReport
+) -> dict[str, Any]:
+    differences = {
+        name: paired(rows, views, other.views, measure=name, calibrations=(calibration, other.calibration)).to_json()
+        for name in MEASURES
     }
-    for name, figure in rules.items():
-        baselines[name] = _rule(figure)
+    return {**{name: getattr(other, name).to_json() for name in MEASURES}, "difference": differences}
+
+
+def _ties(rows: Sequence[Comparison], views: Sequence[Views], calibration: Calibration | None) -> dict[str, Figure]:
+    said = [view.outcome(calibration).winner for view in views]
+    prompts = [row.prompt for row in rows]
+    decided = [place for place, row in enumerate(rows) if row.label != "tie"]
+    human = [place for place, row in enumerate(rows) if row.label == "tie"]
+
+    def called_a_tie(places: Sequence[int]) -> Figure:
+        return Clusters([prompts[place] for place in places]).mean([float(said[place] == "tie") for place in places])
+
+    found = {"share": called_a_tie(decided)}
+    if human:
+        found["of_human_ties"] = called_a_tie(human)
+        right = [float(one == row.label) for one, row in zip(said, rows, strict=True)]
+        found["three_way"] = Clusters(prompts).mean(right)
+    return found
+
+
+def _reliability(
+    rows: Sequence[Comparison], views: Sequence[Views], calibration: Calibration | None, clusters: Clusters
+) -> Reliability:
+    scores = [view.outcome(calibration).score for view in views]
+    sure = [max(score, 1 - score) for score in scores]
+    right = [credit(score - 0.5, row) for score, row in zip(scores, rows, strict=True)]
+    place = [min(BINS - 1, int((confidence - 0.5) * 2 * BINS)) for confidence in sure]
+
+    def error(indices: Sequence[int]) -> float:
+        gaps = [0.0] * BINS
+        for index in indices:
+            gaps[place[index]] += right[index] - sure[index]
+        return sum(map(abs, gaps)) / len(indices)
+
+    bins = []
+    for number in range(BINS):
+        inside = [index for index, found in enumerate(place) if found == number]
+        if inside:
+            low, high = 0.5 + number / (2 * BINS), 0.5 + (number + 1) / (2 * BINS)
+            means = (sum(values[index] for index in inside) / len(inside) for values in (sure, right))
+            bins.append(Bin(low, high, len(inside), *means))
+    return Reliability(clusters.of(error), bins)
+
+
+def _by_length(
+    rows: Sequence[Comparison], views: Sequence[Views], calibration: Calibration | None
+) -> dict[str, dict[str, Any]]:
+    groups: dict[str, list[int]] = {name: [] for name, _ in LENGTHS}
+    for place, row in enumerate(rows):
+        better, worse = (row.first, row.second) if row.label == "first" else (row.second, row.first)
+        ratio = (len(better) + 1) / (len(worse) + 1)
+        groups[next(name for name, most in LENGTHS if ratio <= most)].append(place)
+    return {name: _part(places, rows, views, calibration) for name, places in groups.items() if places}
+
+
+def _by_source(
+    rows: Sequence[Comparison], views: Sequence[Views], calibration: Calibration | None
+) -> dict[str, dict[str, Any]]:
+    groups: dict[str, list[int]] = defaultdict(list)
+    for place, row in enumerate(rows):
+        groups[row.file].append(place)
+        if row.source:
+            groups[f"{row.file}: {row.source}"].append(place)
+    return {name: _part(places, rows, views, calibration) for name, places in sorted(groups.items())}
+
+
+def _part(
+    places: Sequence[int], rows: Sequence[Comparison], views: Sequence[Views], calibration: Calibration | None
+) -> dict[str, Any]:
+    inside, seen = [rows[place] for place in places], [views[place] for place in places]
+    clusters = Clusters([row.prompt for row in inside])
+    figures: dict[str, Any] = {name: clusters.mean(marks(inside, seen, name, calibration)) for name in MEASURES}
+    return {"n": len(inside), **{name: figure.to_json() for name, figure in figures.items()}}
+
+
+def _baselines(rows: Sequence[Comparison], clusters: Clusters) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {"random": {"both_orders_correct": 0.25, "first_order": 0.5}}
+    found["longer"] = _rule(clusters.mean([credit(len(row.first) - len(row.second), row) for row in rows]))
+    found["shorter"] = _rule(clusters.mean([credit(len(row.second) - len(row.first), row) for row in rows]))
     if all(row.models for row in rows):
         strength = _win_rates(rows)
-        figure = share([_credit(strength[a] - strength[b], row) for row in rows for a, b in [row.models or ("", "")]])
-        baselines["strongest_member"] = {
-            **_rule(figure),
-            "member": max(sorted(strength), key=lambda name: strength[name]),
-            "in_sample": True,
-        }
-    return JudgeReport(
-        n=len(rows),
-        prompts=len({row.prompt for row in rows}),
-        human_ties=human_ties,
-        both_orders_correct=share([float(outcome.winner == row.label) for row, _, outcome in pairs]),
-        first_order=share([float(_first_says(view.forward) == row.label) for row, view, _ in pairs]),
-        order_averaged=share([_credit(outcome.score - 0.5, row) for row, _, outcome in pairs]),
-        consistency=share([float(outcome.consistent) for outcome in outcomes]),
-        parse_failures=sum(outcome.parse_failures for outcome in outcomes),
-        failed_calls=dict(failed_calls or {}),
-        baselines=baselines,
-    )
+        leanings = [strength[a] - strength[b] for row in rows for a, b in [row.models or ("", "")]]
+        figure = clusters.mean([credit(leaning, row) for leaning, row in zip(leanings, rows, strict=True)])
+        member = max(sorted(strength), key=lambda name: strength[name])
+        found["strongest_member"] = {**_rule(figure), "member": member, "in_sample": True}
+    return found
 
 
 def _rule(figure: Figure) -> dict[str, Any]:
     """A rule that looks at no position says the same in both orders."""
     return {"both_orders_correct": figure.to_json(), "first_order": figure.to_json()}
-
-
-def _first_says(forward: float | None) -> str:
-    if forward is None or forward == 0.5:
-        return "nothing"
-    return "first" if forward > 0.5 else "second"
-
-
-def _credit(leaning: float, row: Comparison) -> float:
-    """1 where a leaning to the first answer (negative: the second) is right, 0 where wrong, ½ for none."""
-    if math.isclose(leaning, 0.0, abs_tol=1e-9):
-        return 0.5
-    return float((leaning > 0) == (row.label == "first"))
 
 
 def _win_rates(rows: Sequence[Comparison]) -> dict[str, float]:
@@ -244,25 +428,3 @@ def _win_rates(rows: Sequence[Comparison]) -> dict[str, float]:
             won[row.models[0]].append(row.label == "first")
             won[row.models[1]].append(row.label == "second")
     return {name: sum(results) / len(results) for name, results in won.items()}
-
-
-def _bootstrap(prompts: Sequence[str]) -> Callable[[Sequence[float]], Figure]:
-    """Returns what gives a mean its interval; whole prompts are drawn: their pairs are not independent."""
-    clusters: dict[str, list[int]] = defaultdict(list)
-    for index, prompt in enumerate(prompts):
-        clusters[prompt].append(index)
-    members = list(clusters.values())
-    generator = random.Random(SEED)  # noqa: S311 - statistics, not secrets
-    draws = [generator.choices(range(len(members)), k=len(members)) for _ in range(RESAMPLES)]
-    sizes = [len(indices) for indices in members]
-    drawn_sizes = [sum(sizes[cluster] for cluster in draw) for draw in draws]
-
-    def share(values: Sequence[float]) -> Figure:
-        sums = [sum(values[index] for index in indices) for indices in members]
-        means = sorted(
-            sum(sums[cluster] for cluster in draw) / size for draw, size in zip(draws, drawn_sizes, strict=True)
-        )
-        low, high = means[int(0.025 * RESAMPLES)], means[int(0.975 * RESAMPLES) - 1]
-        return Figure(sum(values) / len(values), low, high)
-
-    return share

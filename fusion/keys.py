@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 Period = Literal["day", "month", "total"]
 PERIODS: tuple[Period, ...] = get_args(Period)
 PREFIX = "mf-"
+API_KEY = "MIXFUSE_API_KEY"
+"""The environment variable of the API key that `mixfuse eval` sends."""
 ADMIN_KEY = "MIXFUSE_ADMIN_KEY"
 """The environment variable of the admin key. It is no API key: it opens `/admin`, `/metrics` and all traces."""
 

@@ -134,12 +134,19 @@ def _parser() -> argparse.ArgumentParser:
     collect.set_defaults(command=_pool_collect)
 
     pairs = _group(top, "pairs", "preference pairs")
-    pairs_build = pairs.add_parser("build", help="both orders of every usable pair of pool answers")
-    pairs_build.add_argument("pool", type=Path, metavar="POOL_FILE")
+    pairs_build = pairs.add_parser("build", help="both orders of every usable pair of answers, and a data card")
+    pairs_build.add_argument("pool", type=Path, metavar="POOL_FILE|SPEC.yaml", help="pool rows, or several sources")
+    pairs_build.add_argument("overrides", nargs="*", metavar="key=value", help="of the spec")
     pairs_build.add_argument("--out", type=Path, required=True, metavar="FILE")
-    pairs_build.add_argument("--per-prompt", type=int, default=2, help="pairs of answers a prompt at most (default 2)")
-    pairs_build.add_argument("--dev-share", type=float, default=0.1, help="share of the prompts for dev (default 0.1)")
-    pairs_build.add_argument("--seed", type=int, default=0)
+    pairs_build.add_argument("--per-prompt", type=int, help="pairs of answers a prompt at most (default 2)")
+    pairs_build.add_argument("--dev-share", type=float, help="share of the prompts for dev (default 0.1)")
+    pairs_build.add_argument("--balance", metavar="TRAITS", help="length,style,model (default for a pool file: none)")
+    pairs_build.add_argument("--near", type=float, help="prompts this alike are near duplicates (pool file: 1.0)")
+    pairs_build.add_argument(
+        "--against", type=Path, action="append", default=[], metavar="FILE", help="an evaluation set: kept apart"
+    )
+    pairs_build.add_argument("--seed", type=int)
+    pairs_build.add_argument("--json", action="store_true", help="the data card as one JSON object on the last line")
     pairs_build.set_defaults(command=_pairs_build)
 
     adapter = _group(top, "adapter", "adapter directories")
@@ -317,6 +324,12 @@ def _parser() -> argparse.ArgumentParser:
     traces_export.add_argument("--count", type=int, default=100, help="how many tasks of the file (default 100)")
     traces_export.add_argument("--seed", type=int, default=0, help="of the tasks")
     traces_export.add_argument("--days", type=float, help="only traces of the last so many days")
+    traces_export.add_argument(
+        "--min-agreement",
+        type=float,
+        metavar="SHARE",
+        help="leave out users who agree with others less often than this",
+    )
     _database(traces_export)
     traces_export.set_defaults(command=_traces_export)
 
@@ -328,18 +341,58 @@ def _parser() -> argparse.ArgumentParser:
     _server(ask)
     ask.set_defaults(command=_ask)
 
+    loop = top.add_parser("loop", help="from the traces since the last round to a better judge, or why not")
+    loop.add_argument("config", type=Path, metavar="CONFIG")
+    loop.add_argument("overrides", nargs="*", metavar="key=value")
+    loop.add_argument("--json", action="store_true", help="the decision as one JSON object on the last line")
+    loop.set_defaults(command=_loop)
+
     evaluate = _group(top, "eval", "measure")
     judge = evaluate.add_parser("judge", help="both-orders-correct and more, beside the simple baselines")
     judge.add_argument(
         "--judge", required=True, metavar="REF", help="an adapter directory, or a role of a running server"
     )
-    judge.add_argument("--data", required=True, type=Path, metavar="FILE")
+    judge.add_argument(
+        "--data", required=True, type=Path, nargs="+", metavar="FILE", help="labelled pairs, of ours or a benchmark's"
+    )
+    judge.add_argument("--against", action="append", default=[], metavar="REF", help="a judge to compare it with")
+    judge.add_argument("--baseline", choices=("untrained",), help="compare it with its base as well")
+    judge.add_argument("--out", type=Path, metavar="DIR", help="write the report, with plots, and every verdict here")
+    judge.add_argument("--cache", type=Path, metavar="FILE", help="keeps verdicts (default: in --out)")
     judge.add_argument("--base", type=Path, help="the base of an adapter directory (default: the one it was made on)")
-    judge.add_argument("--limit", type=int, help="only the first N rows")
+    judge.add_argument("--limit", type=int, metavar="N", help="only the first N rows of each file")
     judge.add_argument("--concurrency", type=int, default=8)
     judge.add_argument("--json", action="store_true", help="one JSON object on the last line")
     _server(judge)
     judge.set_defaults(command=_eval_judge)
+    fusing = evaluate.add_parser("fusion", help="does fusing help? each mode beside members, majority, equal compute")
+    fusing.add_argument("config", type=Path, metavar="CONFIG", help="the fusion config the gateway runs with")
+    what = fusing.add_mutually_exclusive_group(required=True)
+    what.add_argument("--tasks", type=Path, metavar="FILE", help="a task file (configs/tiny/tasks.yaml)")
+    what.add_argument("--data", type=Path, nargs="+", metavar="FILE", help="rows with a prompt and a reference")
+    fusing.add_argument(
+        "--verifier",
+        choices=("exact", "number", "json", "regex", "reasoning-gym"),
+        help="who says what is right: the answer and the reference say the same (--data), or reasoning-gym (--tasks)",
+    )
+    fusing.add_argument("--split", choices=("train", "pool", "heldout"), default="heldout", help="of a task file")
+    fusing.add_argument("--count", type=int, default=100, help="how many tasks of a task file (default 100)")
+    fusing.add_argument("--limit", type=int, metavar="N", help="only the first N rows of each file of --data")
+    fusing.add_argument(
+        "--modes", nargs="+", choices=("best_of", "merge", "debate"), default=["best_of", "merge", "debate"]
+    )
+    fusing.add_argument(
+        "--choose-share", type=float, default=0.3, help="of the tasks, to choose the best member on (default 0.3)"
+    )
+    fusing.add_argument("--temperature", type=float, help="default: each member's own")
+    fusing.add_argument("--max-tokens", type=int, help="default: each member's own")
+    fusing.add_argument("--seed", type=int, default=0, help="of the tasks and the answers")
+    fusing.add_argument("--concurrency", type=int, default=4, help="requests at once; latencies are with so many")
+    fusing.add_argument("--out", type=Path, metavar="DIR", help="write the report, with plots, and every answer here")
+    fusing.add_argument("--cache", type=Path, metavar="FILE", help="keeps answers (default: in --out)")
+    fusing.add_argument("--json", action="store_true", help="one JSON object on the last line")
+    _server(fusing)
+    fusing.set_defaults(command=_eval_fusion)
     return parser
 
 
@@ -440,16 +493,26 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 
 def _pairs_build(arguments: argparse.Namespace) -> None:
-    from train.pairs import build
+    from mixfuse import preferences
+    from train import data_card
 
-    counts = build(
-        arguments.pool,
-        arguments.out,
-        per_prompt=arguments.per_prompt,
-        dev_share=arguments.dev_share,
-        seed=arguments.seed,
+    names = ("per_prompt", "dev_share", "near", "seed")
+    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    if arguments.balance is not None:
+        given["balance"] = [trait for trait in arguments.balance.split(",") if trait and trait != "none"]
+    if arguments.against:
+        given["against"] = [str(path) for path in arguments.against]
+    spec = preferences.read_spec(arguments.pool, given, arguments.overrides)
+    card = preferences.build(spec, arguments.out)
+    for line in data_card.lines(card):
+        print(line)
+    prompts = card["prompts"]
+    print(
+        f"{arguments.out}: train pairs {card['train_pairs']}, dev pairs {card['dev_pairs']} (two rows a pair), of "
+        f"{prompts['train']} and {prompts['dev']} prompts; {arguments.out.stem}.card.md says more"
     )
-    print(f"{arguments.out}: " + ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in counts.items()))
+    if arguments.json:
+        print(json.dumps(card))
 
 
 def _pool_collect(arguments: argparse.Namespace) -> None:
@@ -699,7 +762,14 @@ def _traces_export(arguments: argparse.Namespace) -> None:
 
         tasks = make(arguments.tasks, arguments.split, arguments.count, seed=arguments.seed)
     with opened(arguments.db, create=False) as database:
-        counts = export(database, arguments.out, label=arguments.label, tasks=tasks, days=arguments.days)
+        counts = export(
+            database,
+            arguments.out,
+            label=arguments.label,
+            tasks=tasks,
+            days=arguments.days,
+            min_agreement=arguments.min_agreement,
+        )
     print(f"{arguments.out}: " + ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in counts.items()))
 
 
@@ -760,6 +830,17 @@ def _ask(arguments: argparse.Namespace) -> None:
     )
 
 
+def _loop(arguments: argparse.Namespace) -> None:
+    from mixfuse import loop
+    from mixfuse.recipe import load
+
+    decision = loop.run(load(arguments.config, loop.LoopConfig, arguments.overrides))
+    for line in loop.lines(decision) if decision else ():
+        print(line)
+    if arguments.json:
+        print(json.dumps(decision))
+
+
 def _eval_judge(arguments: argparse.Namespace) -> None:
     from mixfuse.verify import eval_judge
 
@@ -770,6 +851,35 @@ def _eval_judge(arguments: argparse.Namespace) -> None:
         url=arguments.url,
         limit=arguments.limit,
         concurrency=arguments.concurrency,
+        against=arguments.against,
+        untrained=arguments.baseline == "untrained",
+        out=arguments.out,
+        cache=arguments.cache,
+    )
+    if arguments.json:
+        print(json.dumps(report.to_json()))
+
+
+def _eval_fusion(arguments: argparse.Namespace) -> None:
+    from mixfuse.verify import eval_fusion
+
+    report = eval_fusion(
+        arguments.config,
+        tasks=arguments.tasks,
+        data=arguments.data,
+        verifier=arguments.verifier,
+        split=arguments.split,
+        count=arguments.count,
+        limit=arguments.limit,
+        modes=arguments.modes,
+        choose_share=arguments.choose_share,
+        temperature=arguments.temperature,
+        max_tokens=arguments.max_tokens,
+        seed=arguments.seed,
+        concurrency=arguments.concurrency,
+        url=arguments.url,
+        out=arguments.out,
+        cache=arguments.cache,
     )
     if arguments.json:
         print(json.dumps(report.to_json()))

@@ -44,6 +44,8 @@ COMMANDS = (
     "roles unpin",
     "ask",
     "eval judge",
+    "loop",
+    "eval fusion",
 )
 
 

@@ -33,6 +33,7 @@ class Script:
 
     Attributes:
         text: What it answers; a list is used up answer by answer, its last one for ever.
+        reply: Question → what it answers, instead of `text`.
         status: Its HTTP status.
         body: Sent instead of a completion, as it is.
         hold: It answers only once this is set; a caller who leaves before is counted as aborted.
@@ -54,6 +55,7 @@ class Script:
     """
 
     text: str | list[str] = "an answer"
+    reply: Callable[[str], str] | None = None
     status: int = 200
     body: bytes | None = None
     hold: asyncio.Event | None = None
@@ -147,7 +149,8 @@ class FakeUpstream:
         return left
 
     def _completion(self, payload: dict[str, Any], script: Script) -> dict[str, Any]:
-        text, logprobs = script.next_text(), None
+        text = script.reply(payload["messages"][-1]["content"]) if script.reply else script.next_text()
+        logprobs = None
         calls = script.tool_calls if payload.get("tools") else None
         if (payload.get("response_format") or {}).get("json_schema", {}).get("name") == "verdict" and script.verdict:
             text = json.dumps({"verdict": next(iter(_verdict(payload, script)))})

@@ -2,17 +2,28 @@
 
 import asyncio
 import json
+import math
+import re
+import xml.etree.ElementTree
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fake_upstream import FakeUpstream, Script
+from fusion_harness import StartGateway
+from reading_pages import every_value_missing_from, page_text
 from rich.console import Console
 
-from fusion.eval_judge import Comparison, JudgeReport, evaluate, load
+from fusion.cache import Cache
+from fusion.eval_judge import Comparison, JudgeReport, Views, evaluate, load
+from fusion.eval_judge import report as report_on
 from fusion.upstream import Endpoint
+from mixfuse.cli import main
 from mixfuse.errors import MixfuseError
+from mixfuse.files import read_jsonl
+from mixfuse.judge_protocol import Calibration
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the shared data folder is absent (../shared/data)")
@@ -83,11 +94,17 @@ async def test_no_strongest_member_where_models_are_unnamed(upstream: FakeUpstre
     assert "strongest_member" not in report.baselines
 
 
-async def test_human_ties_are_counted_and_not_judged(upstream: FakeUpstream) -> None:
-    rows = [*PAIRS[:1], Comparison("p9", "one", "other", "tie")]
+async def test_human_ties_count_for_no_accuracy_but_for_the_judges_ties(upstream: FakeUpstream) -> None:
+    rows = [*PAIRS, Comparison("p9", "one", "other", "tie"), Comparison("p10", "a", "good", "tie")]
+    upstream.models["judge"].verdict = lambda first, second: 0.5 + 0.4 * (("good" in first) - ("good" in second))
     report = await judged(upstream, rows)
-    assert (report.n, report.human_ties) == (1, 1)
-    assert len(upstream.asked("judge")) == 2
+    assert (report.n, report.human_ties, report.both_orders_correct.value) == (4, 2, 1)
+    assert {name: figure.value for name, figure in report.ties.items()} == {
+        "share": 0,
+        "of_human_ties": 0.5,
+        "three_way": pytest.approx(5 / 6),
+    }
+    rows = [*PAIRS[:1], Comparison("p9", "one", "other", "tie")]
     with pytest.raises(MixfuseError, match="no pair is left"):
         await judged(upstream, rows[1:])
 
@@ -177,7 +194,7 @@ def test_pool_responses_give_every_usable_pair_up_to_a_cap(tmp_path: Path) -> No
         ({"prompt": "p", "response_a": "x", "response_b": "y", "label": "A"}, "expected an object"),
         ({"prompt": "p", "response_a": {"text": 1}, "response_b": {"text": "y"}, "label": "A"}, "expected text"),
         ({"prompt": "p", "responses": [{"text": "x"}]}, "missing key 'model'"),
-        ({"question": "p"}, "missing key 'prompt'"),
+        ({"response_a": {"text": "x"}, "response_b": {"text": "y"}, "label": "A"}, "missing key 'prompt'"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, row: dict[str, Any], words: str) -> None:
@@ -218,3 +235,161 @@ def test_the_longer_answer_is_preferred_as_often_as_documented() -> None:
     rows = [row for row in load(DATA / "llmbar" / "natural.jsonl") if row.label != "tie"]
     longer = [(len(row.first) > len(row.second)) == (row.label == "first") for row in rows]
     assert sum(longer) / len(longer) == pytest.approx(0.57, abs=0.02)
+
+
+# Calibration, lengths, other judges
+
+
+def test_a_judge_as_right_as_it_says_has_no_calibration_error() -> None:
+    rows = [Comparison(f"p{n}", "x", "y", "first" if n < 8 else "second") for n in range(10)]
+    found = report_on(rows, [Views(0.8, 0.2)] * 10).reliability
+    assert found.ece.value == pytest.approx(0)
+    assert [(one.n, one.confidence, one.accuracy) for one in found.bins] == [(10, pytest.approx(0.8), 0.8)]
+
+
+def test_the_calibration_error_is_the_gap_by_confidence() -> None:
+    rows = [Comparison(f"p{n}", "x", "y", "first") for n in range(4)]
+    views = [Views(0.97, 0.03), Views(0.03, 0.97), Views(0.56, 0.44), Views(0.56, 0.44)]
+    found = report_on(rows, views).reliability
+    # Sure in two, right in one: .47; unsure in two, right in both: .44.
+    assert found.ece.value == pytest.approx((0.47 + 0.44) / 2)
+    assert [(one.n, one.accuracy) for one in found.bins] == [(2, 1.0), (2, 0.5)]
+
+
+def test_accuracy_by_how_long_the_better_answer_is() -> None:
+    rows = [
+        Comparison("p1", "x" * 100, "y" * 10, "first"),
+        Comparison("p2", "x" * 100, "y" * 10, "second"),
+        Comparison("p3", "x" * 100, "y" * 100, "first"),
+        Comparison("p4", "x" * 60, "y" * 100, "second"),
+    ]
+    found = report_on(rows, [Views(0.9, 0.1), Views(0.9, 0.1), Views(0.9, 0.1), Views(0.1, 0.9)]).by_length
+    assert {name: (part["n"], part["order_averaged"]["value"]) for name, part in found.items()} == {
+        "half as long or less": (1, 0),
+        "as long, within a tenth": (1, 1),
+        "longer": (1, 1),
+        "over twice as long": (1, 1),
+    }
+
+
+def test_against_another_judge() -> None:
+    knows = report_on(PAIRS, [Views(0.9, 0.1) if row.label == "first" else Views(0.1, 0.9) for row in PAIRS])
+    guesses = report_on(PAIRS, [Views(0.9, 0.9)] * 4)
+    both = report_on(PAIRS, knows.views, against={"a guesser": guesses})
+    told = both.to_json()["against"]["a guesser"]
+    assert told["both_orders_correct"]["value"] == 0
+    assert told["difference"]["both_orders_correct"]["value"] == 1
+    assert told["difference"]["order_averaged"]["value"] == 0.5
+    assert set(told["difference"]["consistency"]) == {"value", "low", "high", "p", "test", "better", "worse"}
+
+
+async def test_a_calibrated_judge(upstream: FakeUpstream) -> None:
+    # Right in 8 of 10 and always sure of it at .98: log-odds of 3.9 are to be 1.39, a temperature of 2.8.
+    rows = [Comparison(f"p{n}", f"good {n}", "bad", "first" if n < 8 else "second") for n in range(10)]
+    upstream.models["judge"].verdict = lambda first, _second: 0.98 if "good" in first else 0.02
+    calibration = Calibration(temperature=math.log(0.98 / 0.02) / math.log(0.8 / 0.2))
+    endpoint = Endpoint(upstream.base_url, "judge", calibration=calibration)
+    found = await evaluate(endpoint, rows, progress=False)
+    assert found.reliability.ece.value == pytest.approx(0.18)
+    assert found.calibrated is not None
+    assert found.calibrated.ece.value == pytest.approx(0, abs=1e-9)
+    assert found.both_orders_correct.value == 0.8
+    assert found.to_json()["calibration"]["parameters"]["temperature"] == calibration.temperature
+    unsure = replace(endpoint, calibration=Calibration(tie_margin=0.49))
+    found = await evaluate(unsure, rows, progress=False)
+    assert (found.ties["share"].value, found.both_orders_correct.value, found.consistency.value) == (1, 0, 1)
+
+
+# The cache
+
+
+async def test_a_second_run_asks_nothing(upstream: FakeUpstream, tmp_path: Path) -> None:
+    endpoint = Endpoint(upstream.base_url, "judge", revision="r1")
+    with Cache(tmp_path / "deep" / "cache.sqlite3") as cache:
+        first = await evaluate(endpoint, PAIRS, progress=False, cache=cache)
+    assert (cache.added, cache.found) == (8, 0)
+    with Cache(tmp_path / "deep" / "cache.sqlite3") as cache:
+        assert await evaluate(endpoint, PAIRS, progress=False, cache=cache) == first
+        assert (cache.added, cache.found) == (0, 8)
+        assert len(upstream.requests) == 8
+        other = replace(endpoint, revision="r2")  # a swapped judge is another one
+        await evaluate(other, PAIRS[:1], progress=False, cache=cache)
+        assert len(upstream.requests) == 10
+
+
+async def test_a_run_that_is_cut_off_goes_on(upstream: FakeUpstream, tmp_path: Path) -> None:
+    judge = upstream.models["judge"]
+    judge.hold, judge.hold_from = asyncio.Event(), 4
+    endpoint = Endpoint(upstream.base_url, "judge")
+    with Cache(tmp_path / "cache.sqlite3") as cache:
+        running = asyncio.create_task(evaluate(endpoint, PAIRS, progress=False, cache=cache, concurrency=1))
+        await upstream.wait_asked("judge", 4)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+    judge.hold = None
+    with Cache(tmp_path / "cache.sqlite3") as cache:
+        await evaluate(endpoint, PAIRS, progress=False, cache=cache)
+        assert (cache.found, cache.added) == (3, 5)
+
+
+async def test_a_failed_call_is_asked_again(upstream: FakeUpstream, tmp_path: Path) -> None:
+    upstream.models["judge"].fail_after = 5
+    endpoint = Endpoint(upstream.base_url, "judge")
+    with Cache(None) as cache:
+        assert (await evaluate(endpoint, PAIRS, progress=False, cache=cache)).failed_calls == {"upstream_error": 3}
+        upstream.models["judge"].fail_after = None
+        assert (await evaluate(endpoint, PAIRS, progress=False, cache=cache)).failed_calls == {}
+    (tmp_path / "text.txt").write_text("a text file, and by its first bytes no database " * 20)
+    with pytest.raises(MixfuseError, match="cannot be used as a cache"), Cache(tmp_path / "text.txt"):
+        pass
+
+
+# The command
+
+
+async def test_the_command_writes_a_report_of_two_judges(
+    start_gateway: StartGateway, upstream: FakeUpstream, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    upstream.models["judge"].verdict = lambda first, second: 0.5 + 0.4 * (("good" in first) - ("good" in second))
+    upstream.models["other"] = Script(verdict=lambda first, _second: 0.8 if "x" in first else 0.7)
+    places: list[Any] = [{"name": name, "base_url": upstream.base_url, "model": name} for name in ("judge", "other")]
+    gateway = await start_gateway(places)
+    labelled = [
+        {"prompt": f"p{n}", "response_a": {"text": f"good {n}"}, "response_b": {"text": f"x {n}"}, "label": label}
+        for n, label in enumerate(["A", "A", "A", "B", "tie"])
+    ]
+    data = write(tmp_path / "pairs.jsonl", *labelled)
+    public = write(
+        tmp_path / "judgebench.jsonl",
+        {"pair_id": "1", "question": "q", "response_A": "bad", "response_B": "good", "label": "B>A", "source": "s"},
+    )
+
+    def command(*more: str) -> dict[str, Any]:
+        arguments = ["eval", "judge", "--judge", "judge", "--data", str(data), str(public), "--url", gateway.url]
+        assert main([*arguments, "--against", "other", "--out", str(tmp_path / "out"), "--json", *more]) == 0
+        told: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+        return told
+
+    told = await asyncio.to_thread(command)
+    asked = len(upstream.requests)
+    assert asked == 2 * 2 * 6
+    assert (told["n"], told["human_ties"], told["both_orders_correct"]["value"]) == (5, 1, 0.8)
+    assert told["official"]["judgebench"]["accuracy"]["value"] == 1
+    assert told["against"]["other"]["difference"]["both_orders_correct"]["value"] == pytest.approx(0.8)
+    assert await asyncio.to_thread(command) == told
+    assert len(upstream.requests) == asked
+    shown = (tmp_path / "out" / "report.md").read_text()
+    assert "right in both orders on 80.0 %" in shown
+    assert "better on 4 prompts, worse on 0" in shown
+    plots = re.findall(r"\((\w+\.svg)\)", shown)
+    assert set(plots) == {"accuracy.svg", "reliability.svg", "by_length.svg"}
+    for plot in plots:
+        xml.etree.ElementTree.parse(tmp_path / "out" / plot)
+    page = page_text((tmp_path / "out" / "report.html").read_text())
+    saved = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert saved == {"judge": "judge", **told}
+    assert every_value_missing_from(page, saved) == []
+    verdicts = read_jsonl(tmp_path / "out" / "verdicts.jsonl")
+    assert [row["winner"] for row in verdicts] == ["first", "first", "first", "first", "first", "second"]
+    assert [row["label"] for row in verdicts] == ["first", "first", "first", "second", "tie", "second"]

@@ -80,12 +80,12 @@ def test_no_prompt_stands_on_both_sides_of_the_split(pool: Path, tmp_path: Path)
     assert dev, "nothing was held out"
     questions = [{content(pair).split("?")[0] for pair in side} for side in (train, dev)]
     assert not questions[0] & questions[1]
-    # More answers to the same prompts leave every prompt on its side.
-    again = [{**entry, "id": f"again-{entry['id']}"} for entry in map(row, range(40))]
+    # More prompts, under other ids, leave every prompt on its side.
+    again = [{**entry, "id": f"again-{entry['id']}"} for entry in map(row, range(60))]
     pairs.build(write_jsonl(tmp_path / "again.jsonl", again), tmp_path / "again_pairs.jsonl", dev_share=0.3)
-    assert {pair["id"].removeprefix("again-") for pair in read(tmp_path / "again_pairs.dev.jsonl")} == {
-        pair["id"] for pair in dev
-    }
+    more = {pair["id"] for pair in read(tmp_path / "again_pairs.dev.jsonl")}
+    assert {pair["id"] for pair in dev} < more
+    assert not more & {pair["id"] for pair in train}
 
 
 def test_models_are_never_named(pool: Path, tmp_path: Path) -> None:
@@ -173,6 +173,7 @@ def test_the_real_pool_gives_pairs_of_every_usable_prompt(tmp_path: Path) -> Non
     assert counts["usable_prompts"] == usable
     rows = pairs.read_pairs(tmp_path / "pairs.jsonl")
     names = {answer["model"] for entry in read(GSM8K_POOL) for answer in entry["responses"]}
+    assert len(names) == 6
     assert not [pair for pair in rows if any(name in json.dumps(pair) for name in names)]
 
 
@@ -217,7 +218,7 @@ def test_the_judge_mixes_and_holds_out_whole_pairs(tiny_base: Path, judge_recipe
 
     sources = []
     for name, count in (("small", 4), ("large", 40)):
-        entries = [{**row(number), "id": f"{name}-{number}"} for number in range(count)]
+        entries = [{**row(number), "prompt": f"Of the {name} set: {number}?"} for number in range(count)]
         pool = write_jsonl(tmp_path / f"{name}.pool.jsonl", entries)
         pairs.build(pool, tmp_path / f"{name}.jsonl", per_prompt=1, dev_share=0.0)
         sources.append({"path": str(tmp_path / f"{name}.jsonl"), "weight": 1 if name == "large" else 3})
@@ -231,7 +232,7 @@ def test_the_judge_mixes_and_holds_out_whole_pairs(tiny_base: Path, judge_recipe
     sides = set(train["id"]), set(evaluation["id"])
     assert not sides[0] & sides[1]
     assert len(sides[0] | sides[1]) == 44
-    small = sum(name.startswith("small") for name in train["id"])
+    small = sum("the small set" in prompt[-1]["content"] for prompt in train["prompt"])
     assert 0.6 < small / len(train) < 0.9, "three of four rows should come from the small set"
 
 

@@ -1,0 +1,80 @@
+"""docs/judging.md, evaluation: its commands run, and its tables name what there is."""
+
+import asyncio
+import json
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import yaml
+from fake_upstream import FakeUpstream, Script
+from fusion_harness import StartGateway, prefers
+
+from fusion.comparisons import load
+from fusion.config import FusionConfig
+from fusion.questions import Verifier
+from mixfuse.cli import main
+from mixfuse.files import write_jsonl
+
+PAGE = (Path(__file__).parents[2] / "docs" / "judging.md").read_text(encoding="utf-8")
+COMMANDS = re.findall(r"^mixfuse (eval .*)$", PAGE, re.MULTILINE)
+
+
+def first_cells(heading: str) -> list[list[str]]:
+    table = re.search(rf"^\| {re.escape(heading)} \|.*\n\|[- |]+\|\n((?:\|.*\n)+)", PAGE, re.MULTILINE)
+    assert table, heading
+    return [[cell.strip() for cell in line.strip("|\n").split("|")] for line in table[1].splitlines()]
+
+
+async def test_the_commands_of_the_page_run(
+    upstream: FakeUpstream,
+    start_gateway: StartGateway,
+    config: Callable[..., FusionConfig],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    upstream.models["judge"].verdict = prefers("42")
+    upstream.models["base"] = Script("it is 42", verdict=lambda _first, _second: 0.8)
+    names = ("judge", "base", "alpha")
+    members: list[Any] = [{"name": name, "base_url": upstream.base_url, "model": name} for name in names]
+    gateway = await start_gateway(members)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MIXFUSE_URL", gateway.url)
+    Path("fusion.yaml").write_text(yaml.safe_dump(config(members).model_dump(mode="json", exclude_defaults=True)))
+    write_jsonl(Path("questions.jsonl"), [{"prompt": f"{n} + {42 - n}?", "reference": "42"} for n in range(4)])
+    pair = {"response_a": {"text": "it is 42"}, "response_b": {"text": "it is 41"}, "label": "A"}
+    write_jsonl(Path("pairs.jsonl"), [{"prompt": f"p{n}", **pair} for n in range(4)])
+    assert len(COMMANDS) == 2
+    for command in COMMANDS:
+        assert await asyncio.to_thread(main, shlex.split(command)) == 0, command
+    told = json.loads(Path("runs/judged/report.json").read_text())
+    assert told["against"]["untrained"]["difference"]["both_orders_correct"]["value"] == 1
+    assert json.loads(Path("runs/fused/report.json").read_text())["best_member"] == "base"
+    for folder in ("judged", "fused"):
+        assert {"report.html", "report.md", "cache.sqlite3"} <= {file.name for file in Path("runs", folder).iterdir()}
+
+
+def test_every_shape_of_data_is_read_by_the_keys_the_page_names(tmp_path: Path) -> None:
+    values: dict[str, Any] = {
+        "response_a": {"text": "x"},
+        "response_b": {"text": "y"},
+        "responses": [{"model": "m", "text": "x", "correct": True}, {"model": "n", "text": "y", "correct": False}],
+        "chosen": ["x"],
+        "rejected": ["y"],
+    }
+    labels = {"labelled pairs": "A", "JudgeBench": "A>B", "LLMBar": 1}
+    cells = first_cells("Data")
+    assert len(cells) == 5
+    for name, keys, _ in cells:
+        required = re.findall(r"`(\w+)`", re.sub(r"\(.*?\)|, each with .*|; perhaps .*", "", keys))
+        row = {key: values.get(key, labels.get(name, "") if key == "label" else "text") for key in required}
+        write_jsonl(tmp_path / "d.jsonl", [row])
+        assert len(load(tmp_path / "d.jsonl")) == 1, name
+
+
+def test_every_verifier_is_on_the_page() -> None:
+    named = [cells[0].strip("`") for cells in first_cells("`--verifier`")]
+    assert named == [*get_args(Verifier), "reasoning-gym"]

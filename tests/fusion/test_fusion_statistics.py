@@ -1,0 +1,85 @@
+"""Intervals and paired tests: values known from formulas, and whole prompts as what is drawn and flipped."""
+
+import math
+import random
+
+import pytest
+
+from fusion.comparisons import Comparison, Views
+from fusion.statistics import Clusters, difference, paired, sign_flip
+
+
+def mcnemar(b: int, c: int) -> float:
+    """The exact two-sided p-value (McNemar 1947; a binomial test of the discordant pairs)."""
+    n, k = b + c, min(b, c)
+    return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
+
+
+@pytest.mark.parametrize(("b", "c"), [(0, 0), (5, 5), (9, 2), (1, 12), (40, 20), (700, 600)])
+def test_one_mark_a_prompt_is_exact_mcnemar(b: int, c: int) -> None:
+    a = [1.0] * b + [0.0] * c + [1.0] * 30
+    other = [0.0] * b + [1.0] * c + [1.0] * 30
+    found = difference(range(len(a)), a, other)
+    assert found.test == "mcnemar"
+    assert (found.better, found.worse) == (b, c)
+    assert found.p == pytest.approx(mcnemar(b, c), rel=1e-9)
+    assert found.value == pytest.approx((b - c) / len(a))
+
+
+def test_pairs_of_one_prompt_change_sides_together() -> None:
+    keys = ["p"] * 4 + ["q"] * 4
+    found = difference(keys, [1.0] * 8, [0.0] * 8)
+    assert found.test == "sign_flip"
+    assert found.p == pytest.approx(0.5)  # two prompts: 2 of 4 ways of signs are as extreme
+    assert difference(range(8), [1.0] * 8, [0.0] * 8).p == pytest.approx(2 / 2**8)
+
+
+def test_many_different_gains_are_flipped_at_random_and_give_nearly_the_exact_value() -> None:
+    generator = random.Random(3)
+    gains = [generator.gauss(0.4, 1) for _ in range(24)]
+    exact_like = sign_flip(gains)
+    # The normal approximation of the sign-flip distribution.
+    z = abs(sum(gains)) / math.sqrt(sum(gain**2 for gain in gains))
+    assert exact_like == pytest.approx(math.erfc(z / math.sqrt(2)), abs=0.03)
+    assert exact_like == sign_flip(gains)
+
+
+def test_no_difference_is_no_evidence() -> None:
+    found = difference(range(5), [1.0] * 5, [1.0] * 5)
+    assert (found.value, found.low, found.high, found.p) == (0, 0, 0, 1)
+
+
+def test_a_means_interval_is_about_the_normal_one() -> None:
+    generator = random.Random(1)
+    values = [float(generator.random() < 0.7) for _ in range(400)]
+    figure = Clusters(range(400)).mean(values)
+    spread = 1.96 * math.sqrt(figure.value * (1 - figure.value) / 400)
+    assert figure.low == pytest.approx(figure.value - spread, abs=0.012)
+    assert figure.high == pytest.approx(figure.value + spread, abs=0.012)
+
+
+def test_a_statistic_of_rows_sees_each_as_often_as_it_was_drawn() -> None:
+    values = [float(number % 3) for number in range(30)]
+    clusters = Clusters([number // 2 for number in range(30)])
+    by_rows = clusters.of(lambda rows: sum(values[row] for row in rows) / len(rows))
+    assert by_rows == pytest.approx(clusters.mean(values))
+    never = clusters.of(lambda rows: 1.0 if sorted(rows) == list(range(30)) else None)
+    assert never == (1, 1, 1)
+    with pytest.raises(ValueError, match="no value"):
+        clusters.of(lambda _rows: None)
+    with pytest.raises(ValueError, match="no rows"):
+        Clusters([]).mean([])
+
+
+def test_two_judges_on_the_same_pairs() -> None:
+    rows = [Comparison(f"p{n // 2}", "x", "y", "first" if n % 2 else "second") for n in range(12)]
+    knows = [Views(0.9, 0.1) if row.label == "first" else Views(0.1, 0.9) for row in rows]
+    favours_a = [Views(0.9, 0.8)] * 12
+    tie = [Comparison("p0", "x", "y", "tie")]
+    found = paired([*rows, *tie], [*knows, Views(0.5, 0.5)], [*favours_a, Views(0.5, 0.5)])
+    assert (found.value, found.low, found.high) == (1, 1, 1)
+    assert (found.better, found.worse, found.test) == (6, 0, "sign_flip")
+    assert found.p == pytest.approx(2 / 2**6)
+    averaged = paired(rows, knows, favours_a, measure="order_averaged")
+    assert averaged.value == pytest.approx(0.5)
+    assert paired(rows, favours_a, knows).value == -1
