@@ -22,7 +22,7 @@ from fusion.comparisons import Comparison, Measure, Views, credit, load, marks
 from fusion.judge import VERDICT_PARAMETERS, verdict
 from fusion.official import official
 from fusion.pool import all_or_raise, fan_out, http_client
-from fusion.statistics import Clusters, Difference, Figure, paired
+from fusion.statistics import Clusters, Difference, Figure, difference, paired
 from fusion.upstream import CallError, Client, Endpoint, Ledger, Purpose
 from mixfuse.errors import MixfuseError
 from mixfuse.judge_protocol import Calibration, comparison, new_nonce
@@ -98,7 +98,8 @@ class JudgeReport:
         by_source: By file, and by what the rows call their source.
         official: Public benchmarks' own metrics, of the rows that are theirs.
         failed_calls: Calls that failed, by type.
-        baselines: The same pairs by rules that read nothing; each names its measure.
+        baselines: The same pairs by rules that read nothing; each names its measure, and by how much the judge, orders
+            averaged, does better (`judge_minus_rule`).
         against: Other judges on the same pairs, each with its figures and the paired difference.
         views: The verdicts, in the order of the rows.
         calibration: The judge's.
@@ -314,7 +315,7 @@ def report(
         by_source=_by_source(decided, seen, calibration),
         official=official(rows, views),
         failed_calls=dict(failed_calls or {}),
-        baselines=_baselines(decided, clusters),
+        baselines=_baselines(decided, clusters, marks(decided, seen, "order_averaged", calibration)),
         against={name: _against(rows, views, calibration, other) for name, other in (against or {}).items()},
         views=list(views),
         calibration=calibration,
@@ -403,22 +404,24 @@ def _part(
     return {"n": len(inside), **{name: figure.to_json() for name, figure in figures.items()}}
 
 
-def _baselines(rows: Sequence[Comparison], clusters: Clusters) -> dict[str, dict[str, Any]]:
+def _baselines(rows: Sequence[Comparison], clusters: Clusters, judged: Sequence[float]) -> dict[str, dict[str, Any]]:
+    """Every rule's figures; `judged` are the judge's marks, orders averaged: a rule knows no order, so that is fair."""
+
+    def rule(leanings: Sequence[float]) -> dict[str, Any]:
+        marked = [credit(leaning, row) for leaning, row in zip(leanings, rows, strict=True)]
+        figure = clusters.mean(marked).to_json()
+        gap = difference([row.prompt for row in rows], judged, marked)
+        return {"both_orders_correct": figure, "first_order": figure, "judge_minus_rule": gap.to_json()}
+
     found: dict[str, dict[str, Any]] = {"random": {"both_orders_correct": 0.25, "first_order": 0.5}}
-    found["longer"] = _rule(clusters.mean([credit(len(row.first) - len(row.second), row) for row in rows]))
-    found["shorter"] = _rule(clusters.mean([credit(len(row.second) - len(row.first), row) for row in rows]))
+    found["longer"] = rule([len(row.first) - len(row.second) for row in rows])
+    found["shorter"] = rule([len(row.second) - len(row.first) for row in rows])
     if all(row.models for row in rows):
         strength = _win_rates(rows)
-        leanings = [strength[a] - strength[b] for row in rows for a, b in [row.models or ("", "")]]
-        figure = clusters.mean([credit(leaning, row) for leaning, row in zip(leanings, rows, strict=True)])
+        by_name = rule([strength[a] - strength[b] for row in rows for a, b in [row.models or ("", "")]])
         member = max(sorted(strength), key=lambda name: strength[name])
-        found["strongest_member"] = {**_rule(figure), "member": member, "in_sample": True}
+        found["strongest_member"] = {**by_name, "member": member, "in_sample": True}
     return found
-
-
-def _rule(figure: Figure) -> dict[str, Any]:
-    """A rule that looks at no position says the same in both orders."""
-    return {"both_orders_correct": figure.to_json(), "first_order": figure.to_json()}
 
 
 def _win_rates(rows: Sequence[Comparison]) -> dict[str, float]:
