@@ -9,7 +9,7 @@ import hashlib
 import math
 import random
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -225,18 +225,22 @@ async def evaluate(
     failures: list[CallError] = []
     purpose = Purpose("verdict", "judge")
 
-    async def one(client: Client, prompt: str, first: str, second: str, nonce: str) -> float | None:
-        question = {
-            "judge": judge_endpoint.revision or f"{judge_endpoint.base_url} {judge_endpoint.model}",
-            "messages": comparison(prompt, first, second, nonce=nonce),
-            "parameters": VERDICT_PARAMETERS,
-        }
+    async def one(client: Client, order: _Order) -> float | None:
+        question = order.question(judge_endpoint.revision or f"{judge_endpoint.base_url} {judge_endpoint.model}")
         try:
-            if known := cache and cache.get(question):
-                return None if known.value is None else float(known.value)
+            if told := cache and cache.get(question):
+                return None if told.value is None else float(told.value)
             async with free:
-                texts = (prompt, first, second)
-                p = await verdict(client, judge_endpoint, *texts, purpose=purpose, ledger=Ledger(), nonce=nonce)
+                p = await verdict(
+                    client,
+                    judge_endpoint,
+                    order.prompt,
+                    order.first,
+                    order.second,
+                    purpose=purpose,
+                    ledger=Ledger(),
+                    nonce=order.nonce,
+                )
             if cache:
                 cache.put(question, p)
             return p
@@ -252,14 +256,9 @@ async def evaluate(
     with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
         shown = bar.add_task(f"verdicts of {name}", total=2 * len(rows))
         async with http_client() as client:
-            orders = [
-                one(client, row.prompt, first, second, nonce)
-                for row in rows
-                for nonce in [_nonce(row)]
-                for first, second in ((row.first, row.second), (row.second, row.first))
-            ]
-            read = all_or_raise(await fan_out(orders, quorum=len(orders)))
-    if len(failures) == len(orders):
+            asked = [one(client, order) for order in _orders(rows)]
+            read = all_or_raise(await fan_out(asked, quorum=len(asked)))
+    if len(failures) == len(asked):
         raise MixfuseError(f"every call to the judge failed, the last: {failures[-1]}", kind="judge_failed")
     return report(
         rows,
@@ -267,6 +266,33 @@ async def evaluate(
         failed_calls=Counter(failure.kind for failure in failures),
         calibration=judge_endpoint.calibration,
     )
+
+
+def known(revision: str, rows: Sequence[Comparison], cache: Cache) -> bool:
+    """Whether a cache holds every verdict of a judge's revision on these rows, so that nobody needs to serve it."""
+    return all(cache.holds(order.question(revision)) for order in _orders(rows))
+
+
+class _Order(NamedTuple):
+    """One order of one pair."""
+
+    prompt: str
+    first: str
+    second: str
+    nonce: str
+
+    def question(self, judge: str) -> dict[str, Any]:
+        """What a verdict is kept under."""
+        messages = comparison(self.prompt, self.first, self.second, nonce=self.nonce)
+        return {"judge": judge, "messages": messages, "parameters": VERDICT_PARAMETERS}
+
+
+def _orders(rows: Sequence[Comparison]) -> Iterator[_Order]:
+    """Both orders of every pair, side by side; they share a nonce, so that a prefix cache serves both."""
+    for row in rows:
+        nonce = _nonce(row)
+        yield _Order(row.prompt, row.first, row.second, nonce)
+        yield _Order(row.prompt, row.second, row.first, nonce)
 
 
 def _nonce(row: Comparison) -> str:
