@@ -33,7 +33,7 @@ from mixfuse.files import sha256_json
 from mixfuse.judge_protocol import Calibration
 from mixfuse.recipe import load
 from mixfuse.tasks import Split, Task, make
-from serve.engine import Engine, EngineConfig, LoraRank
+from serve.engine import BASE_MODEL_NAME, Engine, EngineConfig, LoraRank
 from serve.roles import BASE
 
 UNTRAINED = "untrained"
@@ -124,7 +124,7 @@ def eval_judge(
                 for ref, (_, manifest) in judges.items()
             }
             if untrained and judge in judges:
-                wanted[UNTRAINED] = (Engine.base_model_name, f"base {sha256_json(fingerprint.model_dump())}", None)
+                wanted[UNTRAINED] = (BASE_MODEL_NAME, f"base {sha256_json(fingerprint.model_dump())}", None)
             async with AsyncExitStack() as stack:
                 place, key = "", None  # of nobody, where every verdict is known
                 if not all(judging.known(revision, rows, kept) for _, revision, _ in wanted.values()):
