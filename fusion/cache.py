@@ -56,6 +56,11 @@ class Cache:
     ) -> None:
         self._database.close()
 
+    def holds(self, question: dict[str, Any]) -> bool:
+        """Whether there is an answer; does not count as finding it."""
+        key = (sha256_json(question),)
+        return self._database.execute("SELECT 1 FROM answers WHERE key = ?", key).fetchone() is not None
+
     def get(self, question: dict[str, Any]) -> Known | None:
         """What came of the same question before; None where it was never asked."""
         key = (sha256_json(question),)

@@ -9,7 +9,7 @@ import hashlib
 import math
 import random
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from fusion.comparisons import Comparison, Measure, Views, credit, load, marks
 from fusion.judge import VERDICT_PARAMETERS, verdict
 from fusion.official import official
 from fusion.pool import all_or_raise, fan_out, http_client
-from fusion.statistics import Clusters, Difference, Figure, paired
+from fusion.statistics import Clusters, Difference, Figure, difference, paired
 from fusion.upstream import CallError, Client, Endpoint, Ledger, Purpose
 from mixfuse.errors import MixfuseError
 from mixfuse.judge_protocol import Calibration, comparison, new_nonce
@@ -98,7 +98,8 @@ class JudgeReport:
         by_source: By file, and by what the rows call their source.
         official: Public benchmarks' own metrics, of the rows that are theirs.
         failed_calls: Calls that failed, by type.
-        baselines: The same pairs by rules that read nothing; each names its measure.
+        baselines: The same pairs by rules that read nothing; each names its measure, and by how much the judge, orders
+            averaged, does better (`judge_minus_rule`).
         against: Other judges on the same pairs, each with its figures and the paired difference.
         views: The verdicts, in the order of the rows.
         calibration: The judge's.
@@ -224,18 +225,22 @@ async def evaluate(
     failures: list[CallError] = []
     purpose = Purpose("verdict", "judge")
 
-    async def one(client: Client, prompt: str, first: str, second: str, nonce: str) -> float | None:
-        question = {
-            "judge": judge_endpoint.revision or f"{judge_endpoint.base_url} {judge_endpoint.model}",
-            "messages": comparison(prompt, first, second, nonce=nonce),
-            "parameters": VERDICT_PARAMETERS,
-        }
+    async def one(client: Client, order: _Order) -> float | None:
+        question = order.question(judge_endpoint.revision or f"{judge_endpoint.base_url} {judge_endpoint.model}")
         try:
-            if known := cache and cache.get(question):
-                return None if known.value is None else float(known.value)
+            if told := cache and cache.get(question):
+                return None if told.value is None else float(told.value)
             async with free:
-                texts = (prompt, first, second)
-                p = await verdict(client, judge_endpoint, *texts, purpose=purpose, ledger=Ledger(), nonce=nonce)
+                p = await verdict(
+                    client,
+                    judge_endpoint,
+                    order.prompt,
+                    order.first,
+                    order.second,
+                    purpose=purpose,
+                    ledger=Ledger(),
+                    nonce=order.nonce,
+                )
             if cache:
                 cache.put(question, p)
             return p
@@ -251,14 +256,9 @@ async def evaluate(
     with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
         shown = bar.add_task(f"verdicts of {name}", total=2 * len(rows))
         async with http_client() as client:
-            orders = [
-                one(client, row.prompt, first, second, nonce)
-                for row in rows
-                for nonce in [_nonce(row)]
-                for first, second in ((row.first, row.second), (row.second, row.first))
-            ]
-            read = all_or_raise(await fan_out(orders, quorum=len(orders)))
-    if len(failures) == len(orders):
+            asked = [one(client, order) for order in _orders(rows)]
+            read = all_or_raise(await fan_out(asked, quorum=len(asked)))
+    if len(failures) == len(asked):
         raise MixfuseError(f"every call to the judge failed, the last: {failures[-1]}", kind="judge_failed")
     return report(
         rows,
@@ -266,6 +266,33 @@ async def evaluate(
         failed_calls=Counter(failure.kind for failure in failures),
         calibration=judge_endpoint.calibration,
     )
+
+
+def known(revision: str, rows: Sequence[Comparison], cache: Cache) -> bool:
+    """Whether a cache holds every verdict of a judge's revision on these rows, so that nobody needs to serve it."""
+    return all(cache.holds(order.question(revision)) for order in _orders(rows))
+
+
+class _Order(NamedTuple):
+    """One order of one pair."""
+
+    prompt: str
+    first: str
+    second: str
+    nonce: str
+
+    def question(self, judge: str) -> dict[str, Any]:
+        """What a verdict is kept under."""
+        messages = comparison(self.prompt, self.first, self.second, nonce=self.nonce)
+        return {"judge": judge, "messages": messages, "parameters": VERDICT_PARAMETERS}
+
+
+def _orders(rows: Sequence[Comparison]) -> Iterator[_Order]:
+    """Both orders of every pair, side by side; they share a nonce, so that a prefix cache serves both."""
+    for row in rows:
+        nonce = _nonce(row)
+        yield _Order(row.prompt, row.first, row.second, nonce)
+        yield _Order(row.prompt, row.second, row.first, nonce)
 
 
 def _nonce(row: Comparison) -> str:
@@ -314,7 +341,7 @@ def report(
         by_source=_by_source(decided, seen, calibration),
         official=official(rows, views),
         failed_calls=dict(failed_calls or {}),
-        baselines=_baselines(decided, clusters),
+        baselines=_baselines(decided, clusters, marks(decided, seen, "order_averaged", calibration)),
         against={name: _against(rows, views, calibration, other) for name, other in (against or {}).items()},
         views=list(views),
         calibration=calibration,
@@ -403,22 +430,24 @@ def _part(
     return {"n": len(inside), **{name: figure.to_json() for name, figure in figures.items()}}
 
 
-def _baselines(rows: Sequence[Comparison], clusters: Clusters) -> dict[str, dict[str, Any]]:
+def _baselines(rows: Sequence[Comparison], clusters: Clusters, judged: Sequence[float]) -> dict[str, dict[str, Any]]:
+    """Every rule's figures; `judged` are the judge's marks, orders averaged: a rule knows no order, so that is fair."""
+
+    def rule(leanings: Sequence[float]) -> dict[str, Any]:
+        marked = [credit(leaning, row) for leaning, row in zip(leanings, rows, strict=True)]
+        figure = clusters.mean(marked).to_json()
+        gap = difference([row.prompt for row in rows], judged, marked)
+        return {"both_orders_correct": figure, "first_order": figure, "judge_minus_rule": gap.to_json()}
+
     found: dict[str, dict[str, Any]] = {"random": {"both_orders_correct": 0.25, "first_order": 0.5}}
-    found["longer"] = _rule(clusters.mean([credit(len(row.first) - len(row.second), row) for row in rows]))
-    found["shorter"] = _rule(clusters.mean([credit(len(row.second) - len(row.first), row) for row in rows]))
+    found["longer"] = rule([len(row.first) - len(row.second) for row in rows])
+    found["shorter"] = rule([len(row.second) - len(row.first) for row in rows])
     if all(row.models for row in rows):
         strength = _win_rates(rows)
-        leanings = [strength[a] - strength[b] for row in rows for a, b in [row.models or ("", "")]]
-        figure = clusters.mean([credit(leaning, row) for leaning, row in zip(leanings, rows, strict=True)])
+        by_name = rule([strength[a] - strength[b] for row in rows for a, b in [row.models or ("", "")]])
         member = max(sorted(strength), key=lambda name: strength[name])
-        found["strongest_member"] = {**_rule(figure), "member": member, "in_sample": True}
+        found["strongest_member"] = {**by_name, "member": member, "in_sample": True}
     return found
-
-
-def _rule(figure: Figure) -> dict[str, Any]:
-    """A rule that looks at no position says the same in both orders."""
-    return {"both_orders_correct": figure.to_json(), "first_order": figure.to_json()}
 
 
 def _win_rates(rows: Sequence[Comparison]) -> dict[str, float]:

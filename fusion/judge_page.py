@@ -11,6 +11,7 @@ from fusion.report import write as write_report
 from fusion.statistics import Difference, Figure
 from mixfuse.files import write_jsonl
 
+RULES = ("longer", "shorter", "strongest_member")
 READING = (
     "Right in both orders: the judge named the better answer whichever was shown first; a coin does in a quarter of "
     "the pairs. Consistent: both orders name the same answer, right or wrong. Orders averaged: the mean of both "
@@ -56,20 +57,25 @@ def verdict(report: JudgeReport) -> list[str | Table | Plot]:
         f"On {report.n} pairs of {report.prompts} prompts it is right in both orders on {_percent(both)}. "
         + _placed("a coin (25 %)", both.low > 0.25, both.high < 0.25)
     ]
-    longer = Figure(**report.baselines["longer"]["both_orders_correct"])
-    averaged = report.order_averaged
-    said.append(
-        f"Always taking the longer answer is right on {_percent(longer)}; the judge, orders averaged, on "
-        f"{_percent(averaged)}. " + _placed("that rule", averaged.low > longer.value, averaged.high < longer.value)
-    )
+    for name in RULES:
+        if name in report.baselines:
+            gap = Difference(**report.baselines[name]["judge_minus_rule"])
+            said.append(
+                f"Always taking the {name.replace('_', ' ')} is right on "
+                f"{_percent(Figure(**report.baselines[name]['first_order']))}; the judge, orders averaged, on "
+                f"{_percent(report.order_averaged)}, a difference of {gap}. " + _told("that rule", gap)
+            )
     for name, other in report.against.items():
         gap = Difference(**other["difference"]["both_orders_correct"])
         said.append(
             f"Beside {name}, right in both orders: {gap} ({gap.test.replace('_', ' ')}; better on {gap.better} "
-            f"prompts, worse on {gap.worse}). "
-            + _placed(name, gap.low > 0 and gap.p < 0.05, gap.high < 0 and gap.p < 0.05)
+            f"prompts, worse on {gap.worse}). " + _told(name, gap)
         )
     return said
+
+
+def _told(than: str, gap: Difference) -> str:
+    return _placed(than, gap.low > 0 and gap.p < 0.05, gap.high < 0 and gap.p < 0.05)
 
 
 def _placed(than: str, better: bool, worse: bool) -> str:
@@ -93,7 +99,7 @@ def _own(report: JudgeReport) -> list[str | Table | Plot]:
 def _beside(report: JudgeReport) -> list[str | Table | Plot]:
     marks = [Mark("this judge", report.both_orders_correct)]
     marks += [Mark(name, Figure(**other["both_orders_correct"])) for name, other in report.against.items()]
-    for name in ("longer", "shorter", "strongest_member"):
+    for name in RULES:
         if name in report.baselines:
             figure = Figure(**report.baselines[name]["both_orders_correct"])
             marks.append(Mark(f"always the {name.replace('_', ' ')}", figure, aside=True))

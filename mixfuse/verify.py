@@ -8,7 +8,7 @@ import os
 import tempfile
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -33,7 +33,7 @@ from mixfuse.files import sha256_json
 from mixfuse.judge_protocol import Calibration
 from mixfuse.recipe import load
 from mixfuse.tasks import Split, Task, make
-from serve.engine import Engine, EngineConfig, LoraRank
+from serve.engine import BASE_MODEL_NAME, Engine, EngineConfig, LoraRank
 from serve.roles import BASE
 
 UNTRAINED = "untrained"
@@ -119,15 +119,20 @@ def eval_judge(
             fingerprint = _fingerprint(model)
             for directory, _ in judges.values():
                 adapter.verify(directory, base=fingerprint)
-            async with _engine(model, dict(judges.values())) as engine:
-                for ref, (_, manifest) in judges.items():
-                    name, calibration = manifest.revision, manifest.calibration
-                    endpoint = Endpoint(engine.url, name, engine.api_key, name, calibration=calibration)
+            wanted = {
+                ref: (manifest.revision, manifest.revision, manifest.calibration)
+                for ref, (_, manifest) in judges.items()
+            }
+            if untrained and judge in judges:
+                wanted[UNTRAINED] = (BASE_MODEL_NAME, f"base {sha256_json(fingerprint.model_dump())}", None)
+            async with AsyncExitStack() as stack:
+                place, key = "", None  # of nobody, where every verdict is known
+                if not all(judging.known(revision, rows, kept) for _, revision, _ in wanted.values()):
+                    engine = await stack.enter_async_context(_engine(model, dict(judges.values())))
+                    place, key = engine.url, engine.api_key
+                for ref, (name, revision, calibration) in wanted.items():
+                    endpoint = Endpoint(place, name, key, revision, calibration=calibration)
                     reports[ref] = await one(endpoint, ref)
-                if untrained and judge in judges:
-                    revision = f"base {sha256_json(fingerprint.model_dump())}"
-                    endpoint = Endpoint(engine.url, engine.base_model_name, engine.api_key, revision)
-                    reports[UNTRAINED] = await one(endpoint, UNTRAINED)
         return reports
 
     with Cache(cache or (out / "cache.sqlite3" if out else None)) as kept:

@@ -24,7 +24,6 @@ from typing import Any
 import httpx
 from openai import AsyncOpenAI
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from mixfuse.files import read_json, read_jsonl, write_json, write_text
@@ -140,7 +139,7 @@ class Demo:
 
             step("8/8", "evaluate on held-out tasks")
             trained = self.eval_judge("judge")
-            fused = self.saved("fused.json", lambda: asyncio.run(self.fuse()))
+            fused = self.saved("fusion.json", self.fuse)
         results = self.results(untrained, trained, swap, fused)
         write_json(self.out / "results.json", results)
         report(self.out, results, quick=self.quick)
@@ -212,17 +211,11 @@ class Demo:
 
     def eval_judge(self, which: str) -> dict[str, Any]:
         """Evaluates the base as a judge ("untrained") or the role `judge` on held-out pool answers."""
+        role = "base" if which == "untrained" else "judge"
+        data = self.data / "judging.jsonl"
 
         def measure() -> dict[str, Any]:
-            role = "base" if which == "untrained" else "judge"
-            command = [*MIXFUSE, "eval", "judge", "--judge", role, "--data", str(self.data / "judging.jsonl")]
-            done = subprocess.run(
-                [*command, "--url", self.url, "--json"], check=True, stdout=subprocess.PIPE, text=True
-            )
-            *table, last = done.stdout.splitlines()
-            print("\n".join(table))
-            figures: dict[str, Any] = json.loads(last)
-            return figures
+            return figures("eval", "judge", "--judge", role, "--data", data, "--url", self.url)
 
         return self.saved(f"judge_{which}.json", measure)
 
@@ -281,33 +274,18 @@ class Demo:
         console.print(f"{done} requests during the swap, {failed} failed")
         return {"requests_during": done, "failed": failed}
 
-    async def fuse(self) -> dict[str, Any]:
-        """Answers held-out tasks by best_of and marks the answer and every candidate of the same request."""
-        client = AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=900)
-        tasks = self.heldout()[: self.sizes.fused]
-        limit = asyncio.Semaphore(8)
-        rows: list[dict[str, Any]] = []
-
-        async def one(task: Task) -> None:
-            async with limit:
-                answer = await client.chat.completions.create(
-                    model="fusion/best-of",
-                    messages=[{"role": "user", "content": task.prompt}],
-                    extra_body={"fusion": {"expose": "full"}},
-                )
-            fusion = (answer.model_extra or {})["fusion"]
-            candidates: dict[str, list[bool]] = {}
-            for candidate in fusion["candidates"]:
-                candidates.setdefault(candidate["member"], []).append(task.verify(candidate["text"]))
-            text = answer.choices[0].message.content or ""
-            marks = {"best_of": task.verify(text), "candidates": candidates}
-            rows.append({"id": task.id, **marks, "reason": fusion["reason"]})
-            bar.advance(shown)
-
-        with Progress(console=console) as bar:
-            shown = bar.add_task("fused answers", total=len(tasks))
-            await asyncio.gather(*(one(task) for task in tasks))
-        return {"rows": sorted(rows, key=lambda row: row["id"])}
+    def fuse(self) -> dict[str, Any]:
+        """Evaluates best_of on held-out tasks beside each member, equal compute and the oracle."""
+        options: dict[str, object] = {
+            "--tasks": TASKS,
+            "--count": self.sizes.fused,
+            "--modes": "best_of",
+            "--choose-share": 0,  # few tasks: the best single member is chosen on all of them, which flatters it
+            "--concurrency": 8,
+            "--out": self.out / "fused",
+            "--url": self.url,
+        }
+        return figures("eval", "fusion", self.fusion, *(part for option in options.items() for part in option))
 
     def results(
         self, untrained: dict[str, Any], trained: dict[str, Any], swap: dict[str, Any], fused: dict[str, Any]
@@ -320,13 +298,8 @@ class Demo:
             for response in row["responses"]:
                 marks.setdefault(response["model"], []).append(response["correct"])
                 lenient.setdefault(response["model"], []).append(tasks[row["id"]].verify_lenient(response["text"]))
-        rows = fused["rows"]
-        members = sorted({name for row in rows for name in row["candidates"]})
-        # A member's accuracy in fusion: the mean over its samples, what asking it once would have given.
-        single = {
-            name: mean([mean(row["candidates"][name]) for row in rows if name in row["candidates"]]) for name in members
-        }
-        best_single = max(single, key=lambda name: single[name])
+        best_single, n = fused["best_member"], fused["tasks"]
+        best_of = fused["modes"]["best_of"]["accuracy"]["value"]
         parity = {
             role: read_json(self.adapters / role / "manifest.json")["parity"]["max_abs_logprob_difference"]
             for role in ("domain", "judge")
@@ -354,12 +327,15 @@ class Demo:
                 "n": trained["n"],
             },
             "fusion": {
-                "best_of_accuracy": mean([row["best_of"] for row in rows]),
-                "best_of_interval": wilson([row["best_of"] for row in rows]),
-                "best_single_accuracy": single[best_single],
+                "best_of_accuracy": best_of,
+                "best_of_interval": wilson([place < round(best_of * n) for place in range(n)]),
+                "best_single_accuracy": fused["members"][best_single]["accuracy"]["value"],
                 "best_single": best_single,
-                "oracle_accuracy": mean([any(map(any, row["candidates"].values())) for row in rows]),
-                "n": len(rows),
+                "self_fusion_accuracy": fused["self_fusion"]["best_of"]["accuracy"]["value"],
+                "oracle_accuracy": fused["baselines"]["oracle"]["accuracy"]["value"],
+                "gap_closed": fused["gap_closed"]["best_of"],
+                "verdict": fused["verdict"]["words"],
+                "n": n,
             },
             "swap": swap,
             "parity": parity,
@@ -371,6 +347,16 @@ def mixfuse(*arguments: object) -> None:
     command = [*MIXFUSE, *map(str, arguments)]
     console.print(f"$ mixfuse {' '.join(command[1:])}", style="dim", markup=False, highlight=False, soft_wrap=True)
     subprocess.run(command, check=True)
+
+
+def figures(*arguments: object) -> dict[str, Any]:
+    """Runs one `mixfuse` command with `--json`, shows what it prints, and returns its last line."""
+    command = [*MIXFUSE, *map(str, arguments), "--json"]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    *shown, last = done.stdout.splitlines()
+    print("\n".join(shown))
+    told: dict[str, Any] = json.loads(last)
+    return told
 
 
 def step(number: str, words: str) -> None:
@@ -446,6 +432,7 @@ def report(out: Path, results: dict[str, Any], *, quick: bool) -> None:
         ("a coin, both orders", judge["random"], ""),
         ("always the shorter answer, both orders", shorter, ""),
         (f"best single member ({fusion['best_single']}), asked once", fusion["best_single_accuracy"], ""),
+        ("that member, sampled as often as the pool and judged", fusion["self_fusion_accuracy"], ""),
         ("best_of", fusion["best_of_accuracy"], interval(fusion["best_of_interval"])),
         ("oracle: some candidate is right", fusion["oracle_accuracy"], ""),
     ]  # fmt: skip
@@ -484,6 +471,8 @@ judge {results["parity"]["judge"]:.1e}.
 ## What improved, and what did not
 
 {verdicts}
+
+{fusion["verdict"]}
 
 ![Training curves](curves.png)
 ![Accuracy](accuracy.png)

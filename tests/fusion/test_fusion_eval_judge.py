@@ -17,7 +17,7 @@ from reading_pages import every_value_missing_from, page_text
 from rich.console import Console
 
 from fusion.cache import Cache
-from fusion.eval_judge import Comparison, JudgeReport, Views, evaluate, load
+from fusion.eval_judge import Comparison, JudgeReport, Views, evaluate, known, load
 from fusion.eval_judge import report as report_on
 from fusion.upstream import Endpoint
 from mixfuse.cli import main
@@ -309,6 +309,9 @@ async def test_a_second_run_asks_nothing(upstream: FakeUpstream, tmp_path: Path)
         first = await evaluate(endpoint, PAIRS, progress=False, cache=cache)
     assert (cache.added, cache.found) == (8, 0)
     with Cache(tmp_path / "deep" / "cache.sqlite3") as cache:
+        assert known("r1", PAIRS, cache)
+        assert not known("r2", PAIRS, cache)
+        assert not known("r1", [*PAIRS, Comparison("new", "x", "y", "first")], cache)
         assert await evaluate(endpoint, PAIRS, progress=False, cache=cache) == first
         assert (cache.added, cache.found) == (0, 8)
         assert len(upstream.requests) == 8
