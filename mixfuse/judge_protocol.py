@@ -221,7 +221,8 @@ class Outcome(NamedTuple):
     """What both orders of one pair say together.
 
     Attributes:
-        winner: "first", "second", or "tie" where the orders disagree, a verdict could not be read, or p is exactly ½.
+        winner: "first", "second", or "tie" where the orders disagree, a verdict could not be read, or the score lies
+            within the calibration's margin of ½.
         score: Mean probability, over the orders that could be read, that the first answer is better; ½ if none could.
         consistent: Both orders were read and name the same answer.
         parse_failures: How many of the two verdicts could not be read.
@@ -233,17 +234,35 @@ class Outcome(NamedTuple):
     parse_failures: int
 
 
-def combine(forward: float | None, backward: float | None) -> Outcome:
+def probability(log_odds: float) -> float:
+    """The probability of those log-odds."""
+    if log_odds >= 0:
+        return 1.0 / (1.0 + math.exp(-log_odds))
+    return math.exp(log_odds) / (1.0 + math.exp(log_odds))
+
+
+def combine(forward: float | None, backward: float | None, calibration: Calibration | None = None) -> Outcome:
     """Combines the two orders of one pair.
 
     Args:
         forward: P(A) with the first answer shown as A, or None.
         backward: P(A) with the *second* answer shown as A, or None.
+        calibration: The judge's: the temperature is applied to the log-odds of each view, the margin to their mean.
+            It cannot turn a verdict round; it can make one a tie.
     """
-    views = [view for view in (forward, None if backward is None else 1.0 - backward) if view is not None]
+    calibration = calibration or Calibration()
+    read = (forward, None if backward is None else 1.0 - backward)
+    views = [_tempered(view, calibration.temperature) for view in read if view is not None]
     score = sum(views) / len(views) if views else 0.5
-    if len(views) == 2 and all(view > 0.5 for view in views):
-        return Outcome("first", score, True, 0)
-    if len(views) == 2 and all(view < 0.5 for view in views):
-        return Outcome("second", score, True, 0)
-    return Outcome("tie", score, False, 2 - len(views))
+    tied = calibration.tie_margin > 0 and abs(score - 0.5) <= calibration.tie_margin
+    consistent = len(views) == 2 and (all(view > 0.5 for view in views) or all(view < 0.5 for view in views))
+    winner: Literal["first", "second", "tie"] = "tie"
+    if consistent and not tied:
+        winner = "first" if score > 0.5 else "second"
+    return Outcome(winner, score, consistent, 2 - len(views))
+
+
+def _tempered(view: float, temperature: float) -> float:
+    if temperature == 1.0 or view in {0.0, 1.0}:  # certain at any temperature
+        return view
+    return probability((math.log(view) - math.log1p(-view)) / temperature)
