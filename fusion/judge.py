@@ -299,7 +299,7 @@ async def _compare(
     views = all_or_raise(await fan_out(orders, quorum=len(orders)))
     verdicts: list[Verdict] = []
     for (first, second), forward, backward in zip(pairs, views[::2], views[1::2], strict=True):
-        outcome = combine(forward.p, backward.p)
+        outcome = combine(forward.p, backward.p, endpoint.calibration)
         read: Literal["logprobs", "parsed"] = "parsed" if "parsed" in (forward.read, backward.read) else "logprobs"
         verdicts.append(Verdict(first=first.index, second=second.index, read=read, **outcome._asdict()))
     return verdicts

@@ -20,6 +20,7 @@ from fusion.config import Price
 from fusion.failures import KINDS, CallError, FailureKind
 from fusion.ledger import NOTHING, Ledger, Message, Spend, most, prompt_tokens, tokens
 from fusion.limits import Guard
+from mixfuse.judge_protocol import Calibration
 from mixfuse.trace import Call, Stage, Usage
 
 __all__ = [
@@ -64,6 +65,7 @@ class Endpoint:
         api_key: Sent as bearer token where set.
         revision: The adapter revision that answers, where the endpoint is a role.
         guard: The model's limits; None for a call that is made once and at once.
+        calibration: How a judge's probabilities are read, from its adapter's manifest; None: as they are.
     """
 
     base_url: str
@@ -71,6 +73,7 @@ class Endpoint:
     api_key: str | None = field(default=None, repr=False)
     revision: str | None = None
     guard: Guard | None = field(default=None, repr=False, compare=False)
+    calibration: Calibration | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,7 +82,7 @@ def make_trainer(recipe: JudgeRecipe) -> JudgeTrainer:
     trainer.examples = len(lengths)
     trainer.train_dataset = tokenised.select(schedule(recipe, lengths))
     if one_token:
-        trainer.read_verdicts(_verdicts(recipe, trainer.train_dataset))
+        trainer.read_verdicts(verdicts_of(recipe, trainer.train_dataset))
     return trainer
 
 

@@ -160,6 +160,7 @@ class DataSource(Strict):
             the data ends when every set has been read once; small sets of great weight are then read again.
         format: How a row holds a chat: `messages` ([{role, content}]), `sharegpt` (`conversations`: [{from, value}]) or
             `prompt_completion` (two strings); `auto` sees it by the row's keys. Preference pairs have one format.
+        licence: As the data's owner states it; it is kept in the adapter's manifest.
     """
 
     path: Path | None = None
@@ -168,6 +169,7 @@ class DataSource(Strict):
     split: str = "train"
     weight: PositiveFloat = 1.0
     format: Literal["auto", "messages", "sharegpt", "prompt_completion"] = "auto"
+    licence: str | None = None
 
     @model_validator(mode="after")
     def _one_place(self) -> Self:

@@ -109,17 +109,21 @@ class JudgeTrainer(NamedExamples, DPOTrainer):
         if not verdicts.warm_start:
             adapter = self.accelerator.unwrap_model(self.model)
             with adapter.disable_adapter(), gathered_by_block(adapter):
-                self._compute_reference(adapter)
+                self._reference_of(verdicts.rows, adapter)
         self.add_callback(_WarmStart(self, verdicts))
 
-    def _compute_reference(self, model: Any) -> None:
-        """Has `model` say what it thinks of the training rows, as it is now; all processes take part."""
-        verdicts = self._verdicts
-        assert verdicts is not None  # noqa: S101
-        rows = verdicts.reference.missing(verdicts.rows)
-        self.print_once(f"reference: {len(rows)} of {len(verdicts.rows)} comparisons to compute")
-        found = self._logprobs(model, rows, self.args.per_device_train_batch_size)
-        verdicts.reference.add(rows, found, write=self.is_world_process_zero())
+    def _reference_of(self, rows: Sequence[VerdictRow], model: Any = None) -> list[Logprobs]:
+        """What the reference says of rows; what is not known yet, `model`, by default the policy, says now.
+
+        All processes take part.
+        """
+        assert self._verdicts is not None  # noqa: S101
+        reference = self._verdicts.reference
+        if missing := reference.missing(rows):
+            self.print_once(f"reference: {len(missing)} of {len(rows)} comparisons to compute")
+            found = self._logprobs(model or self.model_wrapped, missing, self.args.per_device_eval_batch_size)
+            reference.add(missing, found, write=self.is_world_process_zero())
+        return [reference[row.key] for row in rows]
 
     def print_once(self, text: str) -> None:
         """Prints on process 0."""
@@ -127,8 +131,6 @@ class JudgeTrainer(NamedExamples, DPOTrainer):
             print(text, flush=True)
 
     def _logprobs(self, model: Any, rows: Sequence[VerdictRow], micro_batch: int) -> list[Logprobs]:
-        if not rows:
-            return []
         was_training = model.training
         model.eval()
         with self.compute_loss_context_manager():
@@ -168,7 +170,10 @@ class JudgeTrainer(NamedExamples, DPOTrainer):
         if self._verdicts is None:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         rows = verdict_rows(eval_dataset or self.eval_dataset)
-        found = self._logprobs(self.model_wrapped, rows, self.args.per_device_eval_batch_size)
+        if self.state.global_step:
+            found = self._logprobs(self.model_wrapped, rows, self.args.per_device_eval_batch_size)
+        else:  # the adapter does nothing yet
+            found = self._reference_of(rows)
         log_odds = [chosen - rejected for chosen, rejected in found]
         pairs = list(zip(log_odds[::2], log_odds[1::2], strict=True))
         fitted = calibration.fit(pairs)
@@ -222,15 +227,16 @@ class _WarmStart(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """A run resumed after the warm start finds what the reference said in its file; before it, nothing counts."""
         verdicts = self._verdicts
-        if verdicts.warm_start and state.global_step < verdicts.warm_start:
+        if state.global_step < verdicts.warm_start:
             verdicts.reference.forget()
         elif missing := verdicts.reference.missing(verdicts.rows):
             raise MixfuseError(f"the run's reference lacks {len(missing)} comparisons; remove the run to start over")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Every process takes part."""
-        if state.global_step == self._verdicts.warm_start:
-            self._trainer._compute_reference(self._trainer.model_wrapped)
+        if state.global_step == self._verdicts.warm_start < state.max_steps:
+            self._verdicts.reference.forget()  # of an evaluation before the first step
+            self._trainer._reference_of(self._verdicts.rows)
 
 
 @dataclass

@@ -166,6 +166,9 @@ class Reference:
         """Drops what is known: the policy that will be the reference is not trained yet."""
         self._known.clear()
 
+    def __getitem__(self, key: str) -> Logprobs:
+        return self._known[key]
+
     def missing(self, rows: Sequence[VerdictRow]) -> list[VerdictRow]:
         """Those of the rows that are not known, each once."""
         return list({key: row for row in rows if (key := row.key) not in self._known}.values())

@@ -1,0 +1,413 @@
+"""Does the judge learn? The recipe and its ablations on the embedded base, beside rules that read nothing.
+
+    .venv/bin/python benchmarks/judge.py --data ../shared/data [--base DIR] [--work DIR] [--rows NAME,…] [--minutes N]
+
+Each row trains a judge with `mixfuse train judge` and measures it on labelled pairs it has not seen, both orders of each,
+in this process and in batches; what is worked out from the verdicts is `fusion.eval_judge.report`'s. Shares carry 95 %
+intervals (bootstrap over prompts). Finished trainings and verdicts are kept in --work, a training that was cut off goes on
+from its checkpoint, and the table (`table.md`, `table.json` there) is written anew after every row.
+
+The embedded base is upcycled: its four experts are copies of one, so it computes what a Mixtral with one of them does, at
+half the work. Rows marked `one expert` are trained and measured on that one, which is cut out of the base.
+
+Data: PandaLM (people's votes), the GSM8K pool (checked answers), LLMBar Natural (experts' labels, never trained on), and
+with --tasks DIR the demo's reasoning-gym tasks (`pool.jsonl`, `heldout.jsonl`, checked by their verifiers).
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from fusion.comparisons import Comparison, load
+from fusion.eval_judge import Views, report
+from mixfuse import calibration, judge_protocol
+from mixfuse.errors import MixfuseError
+from mixfuse.files import atomic_directory, read_json, read_jsonl, sha256_json, write_json, write_jsonl, write_text
+
+PROJECT = Path(__file__).parents[1]
+HELD_OUT = 0.12  # of the training prompts: fits temperature and tie margin
+MAX_LENGTH = 320
+MEASURED = {"pandalm": "PandaLM dev", "gsm8k": "GSM8K dev", "llmbar": "LLMBar Natural", "tasks": "tasks, held out"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One judge of the table.
+
+    Attributes:
+        what: What is different about it, in words.
+        data: What it is trained on.
+        steps: Optimiser steps of `batch` comparisons.
+        recipe: Keys of the recipe that differ from `recipe_of`'s.
+        share: Of the training prompts.
+        on: The sets it is measured on; by default the one it is trained on.
+        one_expert: Trained and measured on the base cut down to one of its equal experts.
+    """
+
+    what: str
+    data: str
+    steps: int
+    recipe: dict[str, Any] = field(default_factory=dict)
+    share: float = 1.0
+    on: tuple[str, ...] = ()
+    one_expert: bool = True
+    batch: int = 8
+
+
+ATTENTION = {"r": 16, "alpha": 32, "experts": "none"}
+MLP = {"r": 16, "alpha": 32, "experts": "all"}
+ROWS: dict[str, Row] = {
+    "untrained": Row("the base as it is", "pandalm", 0, on=("pandalm", "llmbar")),
+    "main": Row(
+        "DPO, both orders, attention", "pandalm", 240, {"evaluation": {"every": 40}}, on=("pandalm", "llmbar")
+    ),
+    "dpo": Row("DPO, both orders, attention", "pandalm", 96),
+    "one order": Row("DPO, one order", "pandalm", 96, {"orders": "one"}),
+    "sft": Row("SFT on the verdict, no DPO", "pandalm", 96, {"warm_start": 96}),
+    "sft+dpo": Row("a third SFT, then DPO", "pandalm", 96, {"warm_start": 32}),
+    "ipo": Row("IPO instead of DPO", "pandalm", 96, {"loss": "ipo"}),
+    "mlp": Row("DPO, attention and experts", "pandalm", 96, {"lora": MLP}),
+    "50 %": Row("DPO, half of the prompts", "pandalm", 96, share=0.5),
+    "25 %": Row("DPO, a quarter of the prompts", "pandalm", 96, share=0.25),
+    "gsm8k": Row("DPO on checked answers", "gsm8k", 48, on=("gsm8k",)),
+}
+
+def main() -> None:
+    arguments = _arguments()
+    torch.set_num_threads(arguments.threads)
+    ends = time.monotonic() + 60 * arguments.minutes
+    bench = Bench(arguments)
+    results: dict[str, Any] = {}
+    for name in arguments.rows.split(",") if arguments.rows else ROWS:
+        if name not in ROWS:
+            raise SystemExit(f"no row {name!r}; there are {', '.join(ROWS)}")
+        print(f"{time.strftime('%H:%M:%S')} {name}: {ROWS[name].what}", flush=True)
+        try:
+            result = bench.row(name, ROWS[name], ends)
+        except MixfuseError as error:
+            print(f"  left out: {error}", flush=True)
+            continue
+        if result is None:
+            print("  the time is over; the same command goes on from here", flush=True)
+            break
+        results[name] = result
+        stored = read_json(bench.work / "table.json") if (bench.work / "table.json").is_file() else {}
+        write_json(bench.work / "table.json", stored | results)
+        write_text(bench.work / "table.md", table(stored | results))
+    print(table(results))
+
+
+class Bench:
+    """The data, the bases and what has been measured, in the work folder."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.work: Path = arguments.work
+        self.data: Path = arguments.data
+        self.tasks: Path | None = arguments.tasks
+        self.threads: int = arguments.threads
+        self.work.mkdir(parents=True, exist_ok=True)
+        self.base: Path = arguments.base or self.work / "base"
+        if not (self.base / "config.json").is_file():
+            from train.base import build
+
+            build(self.base)
+
+    def row(self, name: str, row: Row, ends: float) -> dict[str, Any] | None:
+        """Trains where it is not trained, measures where it is not measured; None where the time is over."""
+        base = self.one_expert() if row.one_expert else self.base
+        out = self.work / "runs" / name
+        adapter = None
+        if row.steps:
+            self.train(name, row, base, out, ends)
+            if not (out / "run.json").is_file():
+                return None
+            adapter = out / "adapter"
+        measured = {}
+        for on in row.on or (row.data,):
+            if time.monotonic() > ends:
+                return None
+            measured[on] = self.measure(base, adapter, on)
+        record = read_json(out / "run.json") if row.steps else {}
+        fitted = judge_protocol.Calibration(**record.get("calibration") or {})
+        result = {
+            "what": row.what,
+            "one_expert": row.one_expert,
+            "data": row.data,
+            "share": row.share,
+            "comparisons_trained": row.steps * row.batch,
+            "seconds": record.get("metrics", {}).get("seconds"),
+            "calibration": fitted.model_dump(),
+            "measured": {on: figures(rows, views, fitted) for on, (rows, views) in measured.items()},
+        }
+        for on, shown in result["measured"].items():
+            print(f"  {MEASURED[on]}: " + ", ".join(f"{key} {_figure(shown[key])}" for key in COLUMNS), flush=True)
+        return result
+
+    def train(self, name: str, row: Row, base: Path, out: Path, ends: float) -> None:
+        """Runs `mixfuse train judge`, or goes on with it; stops it, saved, when the time is over."""
+        if (out / "run.json").is_file():
+            return
+        recipe = self.recipe_of(name, row, base, out)
+        path = self.work / "recipes" / f"{name}.yaml"
+        write_text(path, yaml.safe_dump(recipe, sort_keys=False))
+        environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads), "HF_HUB_OFFLINE": "1"}
+        with (self.work / "recipes" / f"{name}.log").open("a") as log:
+            command = [sys.executable, "-P", "-m", "mixfuse", "train", "judge", str(path)]
+            running = subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=PROJECT)
+            try:
+                running.wait(timeout=max(1.0, ends - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                running.send_signal(signal.SIGTERM)  # it saves its step and ends
+                running.wait()
+        if running.returncode and not (running.returncode == 75 and time.monotonic() > ends):
+            raise MixfuseError(f"{name}: training failed, see {path.with_suffix('.log')}")
+
+    def recipe_of(self, name: str, row: Row, base: Path, out: Path) -> dict[str, Any]:
+        """The main recipe with the row's changes."""
+        optimizer = {
+            "steps": row.steps,
+            "batch_size": row.batch,
+            "micro_batch": 8,
+            "learning_rate": 1e-3,
+            "warmup_ratio": 0.1,
+            "schedule": "cosine",
+            "betas": [0.9, 0.95],
+        }
+        recipe: dict[str, Any] = {
+            "base": str(base),
+            "out": str(out),
+            "data": str(self.pairs(row.data, row.share)),
+            "max_length": MAX_LENGTH,
+            "lora": ATTENTION,
+            "evaluation": {"data": str(self.pairs(row.data, held_out=True)), "every": max(1, row.steps)},
+            "reference_cache": str(self.work / f"reference-{'one' if row.one_expert else 'all'}.json"),
+            "dtype": "bfloat16",
+            "deepspeed": str(PROJECT / "configs" / "deepspeed" / "zero3.json"),
+            "threads": self.threads,
+            "save_every": 10,
+        }
+        changes = dict(row.recipe)
+        recipe["optimizer"] = optimizer | changes.pop("optimizer", {})
+        recipe["evaluation"] |= changes.pop("evaluation", {})
+        return recipe | changes
+
+    def pairs(self, data: str, share: float = 1.0, *, held_out: bool = False) -> Path:
+        """The pairs file of a share of the training prompts, or of those that are held out of it for calibration."""
+        path = self.work / "pairs" / f"{data}-{'held-out' if held_out else f'{share:.2f}'}.jsonl"
+        if path.is_file():
+            return path
+        kept = []
+        for comparison in self.comparisons(data, training=True):
+            place = _place(comparison.prompt)
+            if (place < HELD_OUT) if held_out else (HELD_OUT <= place < HELD_OUT + share * (1 - HELD_OUT)):
+                kept.append(comparison)
+        write_jsonl(path, (row for comparison in kept for row in preference_rows(comparison)))
+        return path
+
+    def comparisons(self, data: str, *, training: bool) -> list[Comparison]:
+        """Labelled pairs, ties left out; of a prompt's checked answers at most two pairs are trained on, one measured.
+
+        Raises:
+            MixfuseError: The data is not there.
+        """
+        split = "train" if training else "dev"
+        if data == "tasks":
+            if self.tasks is None:
+                raise MixfuseError("the demo's tasks are not here; name their folder with --tasks")
+            path = self.tasks / ("pool.jsonl" if training else "heldout.jsonl")
+        elif data == "llmbar":
+            path = self.data / "llmbar" / "natural.jsonl"
+        else:
+            path = self.data / {"pandalm": "pandalm", "gsm8k": "gsm8k_pool"}[data] / f"{split}.jsonl"
+        rows = load(path, pairs_per_prompt=4 if data == "tasks" else 2 if training else 1)
+        return [row for row in rows if row.label != "tie"]
+
+    def one_expert(self) -> Path:
+        """The base with one expert a layer and no choice between them; equal to it, since its experts are equal."""
+        path = self.work / "one-expert"
+        if path.is_dir():
+            return path
+        import shutil
+
+        from transformers import MixtralForCausalLM
+
+        whole = MixtralForCausalLM.from_pretrained(self.base, dtype=torch.float32, local_files_only=True)
+        state = whole.state_dict()
+        for key in list(state):
+            if ".mlp.experts." in key or key.endswith(".mlp.gate.weight"):
+                if ".experts." in key and not all(torch.equal(state[key][0], expert) for expert in state[key]):
+                    raise SystemExit(f"{self.base}: its experts are not equal; rows with one expert need the embedded base")
+                state[key] = state[key][:1]
+        config = whole.config
+        config.num_local_experts = config.num_experts_per_tok = 1
+        cut = MixtralForCausalLM(config)
+        cut.load_state_dict(state)
+        cut.generation_config = whole.generation_config
+        with atomic_directory(path) as temporary:
+            cut.save_pretrained(temporary)
+            for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+                shutil.copy(self.base / file, temporary)
+        return path
+
+    def measure(self, base: Path, adapter: Path | None, on: str) -> tuple[list[Comparison], list[Views]]:
+        """A judge's verdicts on a set, each pair both ways round; kept by the hash of everything they hang on."""
+        rows = self.comparisons(on, training=False)
+        weights = read_json(adapter.parent / "run.json")["recipe"] if adapter else None
+        digest = sha256_json([str(base), weights, judge_protocol.digest(), [asdict(row) for row in rows]])[:16]
+        path = self.work / "verdicts" / f"{adapter.parent.name if adapter else 'untrained'}-{on}-{digest}.json"
+        if not path.is_file():
+            write_json(path, _verdicts(base, adapter, rows))
+        return rows, [Views(*both) for both in read_json(path)]
+
+
+def preference_rows(comparison: Comparison) -> list[dict[str, Any]]:
+    """Both orders, as `mixfuse pairs build` writes them."""
+    draw = random.Random(comparison.prompt).randbytes  # noqa: S311 - reproducible, no secret
+    nonce = judge_protocol.new_nonce(comparison.prompt, comparison.first, comparison.second, draw=draw)
+    rows = []
+    for first, second, label in (
+        (comparison.first, comparison.second, comparison.label == "first"),
+        (comparison.second, comparison.first, comparison.label == "second"),
+    ):
+        right, wrong = judge_protocol.VERDICTS if label else judge_protocol.VERDICTS[::-1]
+        rows.append(
+            {
+                "id": sha256_json(comparison.prompt)[:16],
+                "prompt": judge_protocol.comparison(comparison.prompt, first, second, nonce=nonce),
+                "chosen": [{"role": "assistant", "content": right}],
+                "rejected": [{"role": "assistant", "content": wrong}],
+                "protocol": judge_protocol.digest(),
+            }
+        )
+    return rows
+
+
+def _place(prompt: str) -> float:
+    """Where a prompt stands between 0 and 1, by hash: smaller shares are parts of larger ones."""
+    return int(sha256_json(["judge", prompt])[:8], 16) / 16**8
+
+
+@torch.no_grad()
+def _verdicts(base: Path, adapter: Path | None, rows: Sequence[Comparison]) -> list[tuple[float, float]]:
+    from train.model import load_base, load_tokenizer
+    from train.verdicts import VerdictRow, logprobs
+
+    tokenizer = load_tokenizer(base)
+    model: Any = load_base(base, torch.bfloat16)
+    if adapter:
+        from peft import LoraConfig, PeftModel
+
+        from train import expert_lora
+
+        config = LoraConfig.from_pretrained(adapter)
+        if config.target_parameters:
+            expert_lora.attach(config)
+        model = PeftModel.from_pretrained(model, adapter, config=config, autocast_adapter_dtype=False)
+    model.eval()
+    letters = [tokenizer.encode(letter, add_special_tokens=False)[0] for letter in judge_protocol.VERDICTS]
+    prompts = [row["prompt"] for comparison in rows for row in preference_rows(comparison)]
+    tokens = [tokenizer.apply_chat_template(p, add_generation_prompt=True, return_dict=False) for p in prompts]
+    found = logprobs(model, [VerdictRow(ids, *letters) for ids in tokens], micro_batch=8, pad=tokenizer.pad_token_id)
+    p = [judge_protocol.probability(first - second) for first, second in found]
+    return list(zip(p[::2], p[1::2], strict=True))
+
+
+COLUMNS = ("both_orders_correct", "first_order", "consistency", "order_averaged", "ece_before", "ece")
+
+
+def figures(rows: Sequence[Comparison], views: Sequence[Views], fitted: judge_protocol.Calibration) -> dict[str, Any]:
+    """What `fusion.eval_judge` says of the verdicts, and the calibration error without and with what was fitted."""
+    found = report(rows, views).to_json()
+    # Log-odds of the better answer, each way round.
+    pairs = [
+        tuple(sign * _log_odds(view) for sign, view in zip((1, -1) if row.label == "first" else (-1, 1), both))
+        for row, both in zip(rows, views, strict=True)
+    ]
+    share = _ece_interval(rows, pairs, fitted)
+    return {**found, "ece_before": calibration.expected_error(pairs), "ece": calibration.expected_error(pairs, fitted),
+            "ece_interval": share}  # fmt: skip
+
+
+def _ece_interval(rows: Sequence[Comparison], pairs: Sequence[Any], fitted: Any) -> tuple[float, float]:
+    """95 % of the calibration error, prompts drawn with replacement; of few pairs it is above zero by chance alone."""
+    by_prompt: dict[str, list[Any]] = {}
+    for row, pair in zip(rows, pairs, strict=True):
+        by_prompt.setdefault(row.prompt, []).append(pair)
+    clusters, generator = list(by_prompt.values()), random.Random(0)  # noqa: S311 - statistics
+    draws = sorted(
+        calibration.expected_error(
+            [pair for cluster in generator.choices(clusters, k=len(clusters)) for pair in cluster], fitted
+        )
+        for _ in range(200)
+    )
+    return draws[5], draws[-6]
+
+
+def _log_odds(p: float) -> float:
+    import math
+
+    p = min(max(p, 1e-12), 1 - 1e-12)
+    return math.log(p) - math.log1p(-p)
+
+
+def _figure(value: Any) -> str:
+    return f"{value['value']:.2f} [{value['low']:.2f}, {value['high']:.2f}]" if isinstance(value, dict) else f"{value:.2f}"
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown: a table for each set that was measured, the rules that read nothing at its end."""
+    text = []
+    for on, title in MEASURED.items():
+        rows = {name: result for name, result in results.items() if on in result["measured"]}
+        if not rows:
+            continue
+        first = next(iter(rows.values()))["measured"][on]
+        text += [
+            f"### {title}: {first['n']} pairs of {first['prompts']} prompts",
+            "",
+            "| judge | comparisons trained | right in both orders | first order | consistent | orders averaged | ECE raw "
+            "→ calibrated |",
+            "| --- | --- | --- | --- | --- | --- | --- |",
+        ]
+        for name, result in rows.items():
+            shown = result["measured"][on]
+            mark = ", one expert" if result["one_expert"] else ""
+            cells = " | ".join(_figure(shown[key]) for key in COLUMNS[:4])
+            text.append(
+                f"| {name}: {result['what']}{mark} | {result['comparisons_trained']} | {cells} | "
+                f"{shown['ece_before']:.2f} → {shown['ece']:.2f} |"
+            )
+        for rule in ("longer", "shorter", "strongest_member"):
+            if rule in first["baselines"]:
+                cell = _figure(first["baselines"][rule]["both_orders_correct"])
+                text.append(f"| always the {rule.replace('_', ' ')} | | {cell} | {cell} | 1 | {cell} | |")
+        text.append("")
+    return "\n".join(text)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=PROJECT.parent / "shared" / "data")
+    parser.add_argument("--tasks", type=Path, help="a demo's data folder, with pool.jsonl and heldout.jsonl")
+    parser.add_argument("--base", type=Path, help="the embedded base; built there where it is missing")
+    parser.add_argument("--work", type=Path, default=Path("runs/bench/judge"))
+    parser.add_argument("--rows", help="of the table, comma-separated; by default all")
+    parser.add_argument("--minutes", type=float, default=120)
+    parser.add_argument("--threads", type=int, default=1)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
