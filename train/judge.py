@@ -27,16 +27,14 @@ from train.run import train_and_save, trainer_arguments
 from train.trainer import JudgeTrainer, NamedPairs, Verdicts, verdict_rows
 from train.verdicts import Reference
 
-REFERENCE = "reference.json"
-"""In a run's folder while it trains: what the reference says of its comparisons."""
+REFERENCE = "data/reference.json"
+"""In a run's folder until it ends: what the reference says of its comparisons."""
 
 
 def train(recipe: TrainRecipe) -> None:
     """Trains the recipe's judge and leaves its run folder (see `train.run.train_and_save`)."""
     trainer = make_trainer(cast(JudgeRecipe, recipe))
     train_and_save(trainer, recipe, stage="judge", examples=trainer.examples)
-    if trainer.is_world_process_zero():
-        (recipe.out / REFERENCE).unlink(missing_ok=True)
 
 
 def make_trainer(recipe: JudgeRecipe) -> JudgeTrainer:
@@ -71,9 +69,7 @@ def make_trainer(recipe: JudgeRecipe) -> JudgeTrainer:
         args=arguments,
         train_dataset=data.train,
         eval_dataset=data.evaluation,
-        data_collator=NamedPairs(
-            pad_token_id=tokenizer.pad_token_id, max_length=recipe.max_length, verdicts=one_token
-        ),
+        data_collator=NamedPairs(pad_token_id=tokenizer.pad_token_id, max_length=recipe.max_length, verdicts=one_token),
         processing_class=tokenizer,
         peft_config=lora_config(recipe.lora, chosen),
     )
@@ -114,7 +110,7 @@ def schedule(recipe: JudgeRecipe, lengths: Sequence[int]) -> list[int]:
     return [row for step in steps for pair in sorted(step, key=lambda pair: -lengths[pair[0]]) for row in pair]
 
 
-def _verdicts(recipe: JudgeRecipe, dataset: Any) -> Verdicts:
+def verdicts_of(recipe: JudgeRecipe, dataset: Any) -> Verdicts:
     """What training on verdicts needs; each row of the schedule once.
 
     Raises:

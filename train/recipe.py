@@ -367,7 +367,7 @@ class JudgeRecipe(TrainRecipe):
         completion: What the pairs' completions are: a verdict, of which the first token is trained, or a `rationale`
             and a verdict (`mixfuse pairs rationales`), trained whole.
         orders: Train on both orders of a pair, side by side, or on the first of its rows alone.
-        warm_start: SFT on the chosen verdict for so many of `optimizer.steps`, then DPO; the reference is then the policy
+        warm_start: SFT on the chosen verdict for so many of `optimizer.steps`, then DPO, whose reference is the policy
             that these steps leave.
         loss: DPO's (arXiv 2305.18290, eq. 7) or IPO's (arXiv 2310.12036, eq. 17), as TRL computes them.
         beta: How strongly the policy is held to the reference; for IPO the regularisation τ.

@@ -254,8 +254,6 @@ class NamedPairs(DataCollatorForPreference):
         ids = [str(example["id"]) for example in examples]
         if not self.verdicts:
             return {**super().torch_call(examples), "ids": ids}
-        cut = [
-            example | {name: example[name][:1] for name in ("chosen_ids", "rejected_ids")} for example in examples
-        ]
+        cut = [example | {name: example[name][:1] for name in ("chosen_ids", "rejected_ids")} for example in examples]
         rows = [VerdictRow(row["prompt_ids"], row["chosen_ids"][0], row["rejected_ids"][0]) for row in cut]
         return {**super().torch_call(cut), "ids": ids, "keys": [row.key for row in rows]}

@@ -2,8 +2,8 @@
 
 TRL runs a pair as two sequences, each twice: under the policy and under the reference. Where the completions are one
 token, both log-probabilities stand at the prompt's last position. `OnePass` reads them there and hands them to TRL in
-the shape it expects, so every loss and every metric stays TRL's own; `Reference` computes the reference's once and keeps
-them. The token that ends the judge's turn is not trained: a verdict is read from the first token alone
+the shape it expects, so every loss and every metric stays TRL's own; `Reference` keeps the reference's once computed.
+The token that ends the judge's turn is not trained: a verdict is read from the first token alone
 (`mixfuse/judge_protocol.py`).
 
 Dimensions in names: B comparisons, L tokens of the longest prompt, V vocabulary.

@@ -62,7 +62,9 @@ def loss_and_gradients(trainer: Any, compute: Any) -> tuple[float, dict[str, Any
     trainer.model.zero_grad()
     loss = compute(batch)
     loss.backward()
-    return float(loss.detach()), {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
+    return float(loss.detach()), {
+        name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None
+    }
 
 
 @pytest.mark.parametrize(
@@ -98,7 +100,7 @@ def test_one_pass_gives_the_loss_and_gradients_of_trls_dpo(trainer: Any, losses:
 
 
 def test_an_offset_is_odpos(trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The loss is -log σ(β (policy - reference) - δ), and the rewards that are logged fall short by δ."""
+    """The loss is -log sigmoid(beta (policy - reference) - delta), and the rewards logged fall short by delta."""
     plain, delta = trainer._verdicts, 0.7
     monkeypatch.setattr(trainer, "_trained_loss", (["sigmoid"], [1.0]))
     margins = []
@@ -161,7 +163,7 @@ def test_after_a_warm_start_the_policy_it_left_is_the_reference(warmed: Run) -> 
     first, second, third, fourth = warmed.steps
     assert first["loss"] == pytest.approx(-first["logps/chosen"], rel=1e-4), "the warm start is SFT on the verdict"
     assert second["loss"] < first["loss"]
-    # Policy and reference are equal again, so all that is left is the margin: -log σ(-0.5).
+    # Policy and reference are equal again, so all that is left is the margin: -log sigmoid(-0.5).
     assert third["loss"] == pytest.approx(math.log1p(math.exp(0.5)), rel=1e-3)
     assert third["rewards/margins"] == pytest.approx(-0.5, abs=1e-3)
     assert fourth["loss"] < third["loss"]
@@ -172,11 +174,14 @@ def test_a_finished_judge_knows_its_calibration_and_its_data(warmed: Run, judge_
     for run in (warmed, judge_by_one):
         best = run.record["metrics"]["best_step"]
         (row,) = [row for row in run.evaluations if row["step"] == best]
-        assert run.record["calibration"] == {"temperature": row["eval_temperature"], "tie_margin": row["eval_tie_margin"]}
+        assert run.record["calibration"] == {
+            "temperature": row["eval_temperature"],
+            "tie_margin": row["eval_tie_margin"],
+        }
         Calibration(**run.record["calibration"])
         (data,) = run.record["training_data"]
         assert data == {"name": "pairs.jsonl", "sha256": sha256_file(runs / "pairs.jsonl"), "rows": 24, "licence": None}
-        assert not (run.out / "reference.json").exists()
+        assert not (run.out / "data").exists()
 
 
 @zero3
