@@ -80,20 +80,23 @@ ATTENTION = {"r": 16, "alpha": 32, "experts": "none"}
 MLP = {"r": 16, "alpha": 32, "experts": "all"}
 ROWS: dict[str, Row] = {
     "untrained": Row("the base as it is", "pandalm", 0, on=("pandalm", "llmbar")),
-    "main": Row("DPO, both orders, attention", "pandalm", 240, {"evaluation": {"every": 40}}, on=("pandalm", "llmbar")),
-    "dpo": Row("DPO, both orders, attention", "pandalm", 96),
-    "one order": Row("DPO, one order", "pandalm", 96, {"orders": "one"}),
-    "sft": Row("SFT on the verdict, no DPO", "pandalm", 96, {"warm_start": 96}),
-    "sft+dpo": Row("a third SFT, then DPO", "pandalm", 96, {"warm_start": 32}),
-    "ipo": Row("IPO instead of DPO", "pandalm", 96, {"loss": "ipo"}),
-    "mlp": Row("DPO, attention and experts", "pandalm", 96, {"lora": MLP}),
-    "50 %": Row("DPO, half of the prompts", "pandalm", 96, share=0.5),
-    "25 %": Row("DPO, a quarter of the prompts", "pandalm", 96, share=0.25),
-    "tasks": Row("DPO on the demo's tasks", "tasks", 240),
-    "tasks, untrained": Row("the base as it is", "tasks", 0),
-    "gsm8k": Row("DPO on checked answers", "gsm8k", 48, on=("gsm8k",)),
-}
-
+    "main": Row("DPO, both orders", "pandalm", 160, {"evaluation": {"every": 40}}, on=("pandalm", "llmbar")),
+    "tasks": Row("DPO, both orders", "tasks", 120),
+    "tasks untrained": Row("the base as it is", "tasks", 0),
+    "dpo": Row("DPO, both orders", "pandalm", 64),
+    "sft": Row("SFT on the verdict, no DPO", "pandalm", 64, {"warm_start": 64}),
+    "one order": Row("DPO, one order", "pandalm", 64, {"orders": "one"}),
+    "experts": Row("DPO, attention and the MLP", "pandalm", 64, {"lora": MLP}),
+    "25 %": Row("DPO, a quarter of the prompts", "pandalm", 64, share=0.25),
+    "50 %": Row("DPO, half of the prompts", "pandalm", 64, share=0.5),
+    "sft+dpo": Row("a third SFT, then DPO", "pandalm", 64, {"warm_start": 20}),
+    "ipo": Row("IPO instead of DPO", "pandalm", 64, {"loss": "ipo"}),
+    "auto": Row(
+        "DPO, attention and half of the experts' load", "pandalm", 64, one_expert=False,
+        recipe={"lora": {**MLP, "experts": "auto", "expert_share": 0.5}},
+    ),
+    "gsm8k": Row("DPO on checked answers", "gsm8k", 48),
+}  # fmt: skip
 
 def main() -> None:
     arguments = _arguments()
@@ -209,7 +212,7 @@ class Bench:
             "evaluation": {"data": str(self.pairs(row.data, held_out=True)), "every": max(1, row.steps)},
             "reference_cache": str(self.work / f"reference-{'one' if row.one_expert else 'all'}.json"),
             "dtype": "bfloat16",
-            "deepspeed": str(PROJECT / "configs" / "deepspeed" / "zero3.json"),
+            "deepspeed": str(self.deepspeed()),
             "threads": self.threads,
             "save_every": 10,
         }
@@ -217,6 +220,14 @@ class Bench:
         recipe["optimizer"] = optimizer | changes.pop("optimizer", {})
         recipe["evaluation"] |= changes.pop("evaluation", {})
         return recipe | changes
+
+    def deepspeed(self) -> Path:
+        """ZeRO-3 for one process, which has every partition: what is gathered may stay so."""
+        config = read_json(PROJECT / "configs" / "deepspeed" / "zero3.json")
+        config["zero_optimization"] |= {"stage3_param_persistence_threshold": 10**9}
+        path = self.work / "zero3.json"
+        write_json(path, config)
+        return path
 
     def pairs(self, data: str, share: float = 1.0, *, held_out: bool = False) -> Path:
         """The pairs file of a share of the training prompts, or of those that are held out of it for calibration."""

@@ -364,8 +364,8 @@ class JudgeRecipe(TrainRecipe):
     are verdicts, chosen and rejected are read from one pass over the prompt, and held-out pairs fit the calibration.
 
     Attributes:
-        completion: What the pairs' completions are: a verdict, of which the first token is trained, or a `rationale`
-            and a verdict (`mixfuse pairs rationales`), trained whole.
+        completion: What the pairs' completions are: a `verdict`, of which the first token is trained, or a `rationale`
+            that ends in one, trained whole.
         orders: Train on both orders of a pair, side by side, or on the first of its rows alone.
         warm_start: SFT on the chosen verdict for so many of `optimizer.steps`, then DPO, whose reference is the policy
             that these steps leave.

@@ -12,7 +12,7 @@ import train_harness as harness
 from train_harness import Run
 
 from mixfuse.errors import MixfuseError
-from mixfuse.files import sha256_file
+from mixfuse.files import read_jsonl, sha256_file, write_jsonl
 from mixfuse.judge_protocol import Calibration
 from mixfuse.recipe import load
 from train.recipe import JudgeRecipe
@@ -190,6 +190,27 @@ def test_the_evaluation_before_training_is_the_bases(judge_by_one: Run, judge_by
     assert 0 <= first["eval_both_orders_correct"] <= first["eval_consistency"] <= 1
     assert first["eval_loss"] <= math.log(2) + 1e-6, "at its best temperature nothing is worse than knowing nothing"
     assert judge_by_two.evaluations[0]["eval_loss"] == pytest.approx(first["eval_loss"], rel=1e-3)
+
+
+@zero3
+def test_a_rationale_is_trained_whole_by_trls_own_dpo(judge_recipe: Path, runs: Path) -> None:
+    """Completions of several tokens, the token that ends the turn among them: four sequences a pair, and DPO's ln 2."""
+    rows = read_jsonl(runs / "pairs.jsonl")
+    for row in rows:
+        for side, why in (("chosen", "It repeats the word."), ("rejected", "It is longer, and says more.")):
+            row[side] = [{"role": "assistant", "content": f"{why} Verdict: {row[side][0]['content']}"}]
+    write_jsonl(runs / "rationales.jsonl", rows)
+    data = runs / "rationales.jsonl"
+    run = harness.train(
+        "judge", judge_recipe, f"out={runs / 'rationale'}", f"data={data}", f"evaluation={{data: {data}, every: 4}}",
+        "completion=rationale", "sft_weight=0.1",
+    )  # fmt: skip
+    first, *_, last = run.steps
+    assert first["rewards/margins"] == pytest.approx(0, abs=1e-5)
+    assert first["loss"] > math.log(2) + 0.1, "the rationale's own likelihood has no part in the loss"
+    assert last["rewards/margins"] > 0.1
+    assert "eval_rewards/accuracies" in run.evaluations[-1]
+    assert run.record["calibration"] is None
 
 
 @pytest.mark.parametrize(
