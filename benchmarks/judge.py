@@ -98,6 +98,7 @@ ROWS: dict[str, Row] = {
     "gsm8k": Row("DPO on checked answers", "gsm8k", 48),
 }  # fmt: skip
 
+
 def main() -> None:
     arguments = _arguments()
     torch.set_num_threads(arguments.threads)

@@ -47,13 +47,11 @@ def make_trainer(recipe: JudgeRecipe) -> JudgeTrainer:
     dtype = getattr(torch, recipe.dtype)
     tokenizer = load_tokenizer(recipe.base)
     implementation = attention.choose(recipe.attention, recipe.base, dtype)
-    losses, weights = [recipe.loss], [1.0]
-    if recipe.sft_weight:
-        losses, weights = [recipe.loss, "sft"], [1.0, recipe.sft_weight]
+    weights = {recipe.loss: 1.0} | ({"sft": recipe.sft_weight} if recipe.sft_weight else {})
     arguments = DPOConfig(
         **trainer_arguments(recipe),
-        loss_type=losses,
-        loss_weights=weights,
+        loss_type=list(weights),
+        loss_weights=list(weights.values()),
         beta=recipe.beta,
         train_sampling_strategy="sequential",  # in the order of `schedule`, not row by row at random
         router_aux_loss_coef=0.0,  # the loss is DPO's alone: ln 2 where policy and reference are equal

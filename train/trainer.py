@@ -95,6 +95,8 @@ class JudgeTrainer(NamedExamples, DPOTrainer):
 
     control: Any
     examples: int
+    loss_types: list[str]
+    loss_weights: list[float]
     _verdicts: "Verdicts | None" = None
 
     def read_verdicts(self, verdicts: "Verdicts") -> None:
@@ -145,20 +147,17 @@ class JudgeTrainer(NamedExamples, DPOTrainer):
         if verdicts is None:
             return super()._compute_loss(model, inputs, return_outputs)
         warm = self.state.global_step < verdicts.warm_start
-        # Without a reference yet, one of no opinion: the rewards are then the policy's own log-probabilities.
-        known = None if warm else verdicts.reference
         self.loss_types, self.loss_weights = (["sft"], [1.0]) if warm else self._trained_loss
         count = len(inputs["input_ids"]) // 2
-        none = torch.zeros(count, device=self.args.device)
-        reference = (
-            known.of(keys, verdicts.offsets, self.args.device)
-            if known
-            else {"ref_chosen_logps": none, "ref_rejected_logps": none}
-        )
+        if warm:  # there is no reference yet; the rewards are then the policy's own log-probabilities
+            none = torch.zeros(count, device=self.args.device)
+            inputs |= {"ref_chosen_logps": none, "ref_rejected_logps": none}
+        else:
+            inputs |= verdicts.reference.of(keys, verdicts.offsets, self.args.device)
         # TRL counts the tokens of the mask: those of the prompts, once.
         mask = inputs["attention_mask"] * (1 - inputs["completion_mask"])
         mask[count:] = 0
-        return super()._compute_loss(OnePass(model), {**inputs, **reference, "attention_mask": mask}, return_outputs)
+        return super()._compute_loss(OnePass(model), {**inputs, "attention_mask": mask}, return_outputs)
 
     @torch.no_grad()
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
@@ -229,7 +228,7 @@ class _WarmStart(TrainerCallback):
         verdicts = self._verdicts
         if state.global_step < verdicts.warm_start:
             verdicts.reference.forget()
-        elif missing := verdicts.reference.missing(verdicts.rows):
+        elif state.global_step < state.max_steps and (missing := verdicts.reference.missing(verdicts.rows)):
             raise MixfuseError(f"the run's reference lacks {len(missing)} comparisons; remove the run to start over")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

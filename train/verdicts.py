@@ -111,7 +111,7 @@ def logprobs(
         pad: Token id to fill up with.
         device: Where the model runs.
     """
-    parallel = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+    parallel = _parallel()
     rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if parallel else (0, 1)
     order = sorted(range(len(rows)), key=lambda number: -len(rows[number].prompt))
     mine: dict[int, Logprobs] = {}
@@ -139,6 +139,10 @@ def logprobs(
     return [everything[number] for number in range(len(rows))]
 
 
+def _parallel() -> bool:
+    return bool(torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1)
+
+
 class Reference:
     """What the reference says of each row, kept in a file under the rows' content: runs of one base may share it.
 
@@ -152,7 +156,10 @@ class Reference:
 
     def __init__(self, path: Path, whose: str) -> None:
         self._path, self._whose = path, whose
-        self._known: dict[str, Logprobs] = {key: (float(one), float(two)) for key, (one, two) in self._stored().items()}
+        box = [self._stored()]
+        if _parallel():  # what one process finds there, all must: the passes that follow are collective
+            torch.distributed.broadcast_object_list(box, src=0)
+        self._known: dict[str, Logprobs] = {key: (float(one), float(two)) for key, (one, two) in box[0].items()}
 
     def _stored(self) -> dict[str, Any]:
         if not self._path.is_file():
