@@ -80,7 +80,7 @@ ATTENTION = {"r": 16, "alpha": 32, "experts": "none"}
 MLP = {"r": 16, "alpha": 32, "experts": "all"}
 ROWS: dict[str, Row] = {
     "untrained": Row("the base as it is", "pandalm", 0, on=("pandalm", "llmbar")),
-    "main": Row("DPO, both orders", "pandalm", 160, {"evaluation": {"every": 40}}, on=("pandalm", "llmbar")),
+    "main": Row("DPO, both orders", "pandalm", 128, {"evaluation": {"every": 40}}, on=("pandalm", "llmbar")),
     "tasks": Row("DPO, both orders", "tasks", 120),
     "tasks untrained": Row("the base as it is", "tasks", 0),
     "dpo": Row("DPO, both orders", "pandalm", 64),
@@ -199,7 +199,7 @@ class Bench:
             "steps": row.steps,
             "batch_size": row.batch,
             "micro_batch": 8,
-            "learning_rate": 1e-3,
+            "learning_rate": 5e-4,
             "warmup_ratio": 0.1,
             "schedule": "cosine",
             "betas": [0.9, 0.95],
