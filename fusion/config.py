@@ -157,11 +157,12 @@ class Judge(ModelConfig):
 
     Attributes:
         verdicts: How verdicts are read: `logprobs` of one token, after a prefill only; `parsed` from a written JSON
-            object, for endpoints that give no log-probabilities; `auto`: `logprobs` until the endpoint shows that it
-            has none. A trace says of each verdict how it was read.
+            object, for endpoints that give no log-probabilities; `rationale`: from the end of a rationale that the
+            judge writes first; `auto`: `logprobs` until the endpoint shows that it has none. A trace says of each
+            verdict how it was read.
     """
 
-    verdicts: Literal["auto", "logprobs", "parsed"] = "auto"
+    verdicts: Literal["auto", "logprobs", "parsed", "rationale"] = "auto"
 
 
 FusedMode = Literal["best_of", "merge", "debate"]

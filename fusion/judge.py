@@ -17,7 +17,17 @@ from fusion.pool import all_or_raise, fan_out
 from fusion.run import Candidate, Run, question
 from fusion.upstream import CallError, Client, Endpoint, Ledger, Purpose, call, first_token_logprobs
 from mixfuse.errors import MixfuseError
-from mixfuse.judge_protocol import MAX_CHARS, VERDICTS, combine, comparison, new_nonce, read_verdict, shown
+from mixfuse.judge_protocol import (
+    MAX_CHARS,
+    VERDICTS,
+    combine,
+    comparison,
+    explained,
+    new_nonce,
+    read_explained,
+    read_verdict,
+    shown,
+)
 from mixfuse.trace import Verdict
 
 FINALISTS = 4
@@ -44,6 +54,8 @@ WRITTEN_PARAMETERS: dict[str, Any] = {
         },
     },
 }
+# Two sentences and the verdict; a rationale that runs on is no verdict.
+EXPLAINED_PARAMETERS: dict[str, Any] = {"max_tokens": 256, "temperature": 0}
 _WRITTEN = re.compile(r'\{\s*"verdict"\s*:\s*"([AB])"\s*\}')
 
 
@@ -265,6 +277,32 @@ async def written_verdict(
     return float(said[0] == VERDICTS[0]) if len(set(said)) == 1 else None
 
 
+async def explained_verdict(
+    client: Client,
+    endpoint: Endpoint,
+    question: str,
+    first: str,
+    second: str,
+    *,
+    purpose: Purpose,
+    ledger: Ledger,
+    nonce: str,
+    max_chars: int = MAX_CHARS,
+) -> float | None:
+    """Judges one pair in one order, by what the judge's rationale ends with; arguments as for `verdict`.
+
+    Returns:
+        1 or 0, for the answer shown first or second; None where no verdict could be read.
+
+    Raises:
+        CallError: The call failed.
+    """
+    messages = explained(comparison(question, first, second, nonce=nonce, max_chars=max_chars))
+    reply = await call(client, endpoint, messages, EXPLAINED_PARAMETERS, purpose=purpose, ledger=ledger)
+    said = read_explained(reply.text)
+    return None if said is None else float(said == VERDICTS[0])
+
+
 async def compare(
     run: Run, model: ModelConfig, endpoint: Endpoint, pairs: Sequence[tuple[Candidate, Candidate]]
 ) -> list[Verdict]:
@@ -296,14 +334,15 @@ async def compare(
                 if how == "logprobs":
                     raise
                 run.pool.without_logprobs.add(known)
-        p = await written_verdict(client, endpoint, *texts, purpose=purpose, ledger=ledger, nonce=nonce, max_chars=most)
+        write = explained_verdict if how == "rationale" else written_verdict
+        p = await write(client, endpoint, *texts, purpose=purpose, ledger=ledger, nonce=nonce, max_chars=most)
         return View(p, "parsed")
 
     orders = [view(one, other) for pair in pairs for one, other in (pair, pair[::-1])]
     views = all_or_raise(await fan_out(orders, quorum=len(orders)))
     verdicts: list[Verdict] = []
     for (first, second), forward, backward in zip(pairs, views[::2], views[1::2], strict=True):
-        outcome = combine(forward.p, backward.p)
+        outcome = combine(forward.p, backward.p, endpoint.calibration)
         read: Literal["logprobs", "parsed"] = "parsed" if "parsed" in (forward.read, backward.read) else "logprobs"
         verdicts.append(Verdict(first=first.index, second=second.index, read=read, **outcome._asdict()))
     return verdicts

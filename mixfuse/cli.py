@@ -148,6 +148,15 @@ def _parser() -> argparse.ArgumentParser:
     pairs_build.add_argument("--seed", type=int)
     pairs_build.add_argument("--json", action="store_true", help="the data card as one JSON object on the last line")
     pairs_build.set_defaults(command=_pairs_build)
+    rationales = pairs.add_parser("rationales", help="a judge's own rationales, kept by whether their verdict is right")
+    rationales.add_argument("data", type=Path, metavar="FILE", help="labelled pairs or pool answers, as for eval judge")
+    rationales.add_argument("--judge", required=True, metavar="MODEL", help="the model or role that writes them")
+    rationales.add_argument("--out", type=Path, required=True, metavar="FILE")
+    rationales.add_argument("--samples", type=int, default=4, help="of each order of each pair (default 4)")
+    rationales.add_argument("--limit", type=int, help="only the first so many rows")
+    rationales.add_argument("--api-key-env", metavar="NAME", help="the environment variable that holds the key")
+    _server(rationales)
+    rationales.set_defaults(command=_pairs_rationales)
 
     adapter = _group(top, "adapter", "adapter directories")
     export = adapter.add_parser("export", help="an adapter directory that PEFT and vLLM both apply")
@@ -513,6 +522,21 @@ def _pairs_build(arguments: argparse.Namespace) -> None:
     )
     if arguments.json:
         print(json.dumps(card))
+
+
+def _pairs_rationales(arguments: argparse.Namespace) -> None:
+    import asyncio
+
+    from fusion.comparisons import load
+    from fusion.rationales import sample
+    from fusion.upstream import Endpoint
+    from mixfuse.files import write_jsonl
+
+    key = os.environ.get(arguments.api_key_env) if arguments.api_key_env else None
+    endpoint = Endpoint(f"{arguments.url.rstrip('/')}/v1", arguments.judge, key)
+    rows, counts = asyncio.run(sample(endpoint, load(arguments.data, limit=arguments.limit), samples=arguments.samples))
+    write_jsonl(arguments.out, rows)
+    print(f"{arguments.out}: " + ", ".join(f"{name} {count}" for name, count in counts.items()))
 
 
 def _pool_collect(arguments: argparse.Namespace) -> None:

@@ -38,6 +38,8 @@ TEMPLATE = (
 )
 VERDICTS = ("A", "B")
 ORDERS = "both"
+EXPLAIN = "First say why in one or two sentences, then end with the line 'Verdict: A' or 'Verdict: B'."
+"""Added to a comparison for a judge that writes a rationale before its verdict; no part of the protocol's digest."""
 MAX_CHARS = 12_000
 """The most of one answer that a judge is shown, in characters: about 3000 tokens of English."""
 
@@ -51,6 +53,7 @@ _TOKENS = re.compile(
     r"|IMG_BREAK|IMG_END|PREFIX|MIDDLE|SUFFIX|control_\d+)\]",  # Mistral
     re.IGNORECASE,
 )
+_VERDICT_LINE = re.compile(r"(?:^|\n|[.!?] )[*_ ]*Verdict[*_ ]*:[*_ ]*([AB])[*_.]*\s*\Z")
 # Lines that pose as a fence of ours: the judge's, or those of `fusion.fence`.
 _FENCES = re.compile(
     r"^([ \t]*)(\[(?:question|A|B|end)\b[^\]\n]{0,80}\]|</?answer\b[^>\n]{0,80}>)", re.MULTILINE | re.IGNORECASE
@@ -215,6 +218,17 @@ def read_verdict(logprobs: Mapping[str, float]) -> float | None:
             mass[token.strip()] += math.exp(logprob)
     total = sum(mass.values())
     return mass[VERDICTS[0]] / total if total > 0 else None
+
+
+def explained(comparison: list[dict[str, str]]) -> list[dict[str, str]]:
+    """A comparison that asks for a rationale before the verdict."""
+    return [*comparison[:-1], {**comparison[-1], "content": f"{comparison[-1]['content']}\n{EXPLAIN}"}]
+
+
+def read_explained(text: str) -> str | None:
+    """The verdict, A or B, that a rationale ends with; None where its last line names none."""
+    found = _VERDICT_LINE.search(text)
+    return found[1] if found else None
 
 
 class Outcome(NamedTuple):

@@ -65,6 +65,16 @@ def rows(source: DataSource, *, required: Sequence[str] = ()) -> Iterator[tuple[
         raise MixfuseError(f"{source.name}: the data set is empty")
 
 
+def described(source: DataSource) -> dict[str, Any]:
+    """A data set as `run.json` and a manifest name it: name, sha256 of its file, rows, licence."""
+    return {
+        "name": source.path.name if source.path else source.name,
+        "sha256": sha256_file(source.path) if source.path else None,
+        "rows": sum(1 for _ in rows(source)),
+        "licence": source.licence,
+    }
+
+
 def _rows(source: DataSource, required: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     if source.path is None:
         for number, row in enumerate(_hub(source)):

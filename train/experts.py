@@ -142,7 +142,7 @@ def measure(model: Any, rows: Sequence[Sequence[int]], *, micro_batch: int) -> L
         stack.enter_context(torch.no_grad())
         stack.callback(model.train, was_training)
         model.eval()
-        stack.enter_context(_gathered_by_block(model))
+        stack.enter_context(gathered_by_block(model))
         for layer, router in enumerate(routers):
             stack.callback(router.register_forward_hook(listen(layer)).remove)
         for number in range(passes):
@@ -299,7 +299,7 @@ def _rows(recipe: TrainRecipe, tokenizer: Any, out: Path) -> Sequence[Any]:
 
 
 @contextmanager
-def _gathered_by_block(model: Any) -> Iterator[None]:
+def gathered_by_block(model: Any) -> Iterator[None]:
     """Gathers a partitioned model's parameters around the forward of the module they belong to, a MoE block whole.
 
     DeepSpeed's engine does the same, but there is none before the model is wrapped.

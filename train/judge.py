@@ -4,7 +4,9 @@ The reference is the policy with the adapter disabled. Handing TRL a plain model
 model, is what makes it so: for a PEFT model TRL copies the adapter as the reference (TRL #6043, #6591).
 """
 
+import itertools
 import random
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -12,7 +14,9 @@ from datasets import Dataset
 from transformers import set_seed
 from trl import DPOConfig
 
+from mixfuse.adapter import fingerprint
 from mixfuse.errors import MixfuseError
+from mixfuse.files import sha256_json
 from train import attention, experts
 from train.checkpoint import last_checkpoint
 from train.data import is_held_out, mixed
@@ -20,49 +24,114 @@ from train.model import load_base, load_tokenizer, lora_config
 from train.pairs import read_pairs
 from train.recipe import DataSource, JudgeRecipe, TrainRecipe
 from train.run import train_and_save, trainer_arguments
-from train.trainer import JudgeTrainer, NamedPairs
+from train.trainer import JudgeTrainer, NamedPairs, Verdicts, verdict_rows
+from train.verdicts import Reference
+
+REFERENCE = "data/reference.json"
+"""In a run's folder until it ends: what the reference says of its comparisons."""
 
 
 def train(recipe: TrainRecipe) -> None:
     """Trains the recipe's judge and leaves its run folder (see `train.run.train_and_save`)."""
-    train_and_save(make_trainer(cast(JudgeRecipe, recipe)), recipe, stage="judge")
+    trainer = make_trainer(cast(JudgeRecipe, recipe))
+    train_and_save(trainer, recipe, stage="judge", examples=trainer.examples)
 
 
 def make_trainer(recipe: JudgeRecipe) -> JudgeTrainer:
     """Builds the trainer; at step 0 its reference log-probabilities equal the policy's.
 
     Raises:
-        MixfuseError: No pair fits `max_length`, or as `read_pairs` and `load_base`.
+        MixfuseError: No pair fits `max_length`, the completions are not what the recipe says, or as `read_pairs` and
+            `load_base`.
     """
     dtype = getattr(torch, recipe.dtype)
     tokenizer = load_tokenizer(recipe.base)
     implementation = attention.choose(recipe.attention, recipe.base, dtype)
+    weights = {recipe.loss: 1.0} | ({"sft": recipe.sft_weight} if recipe.sft_weight else {})
     arguments = DPOConfig(
         **trainer_arguments(recipe),
+        loss_type=list(weights),
+        loss_weights=list(weights.values()),
         beta=recipe.beta,
-        train_sampling_strategy="sequential",  # in `pairs_datasets`' order, not row by row at random
+        train_sampling_strategy="sequential",  # in the order of `schedule`, not row by row at random
         router_aux_loss_coef=0.0,  # the loss is DPO's alone: ln 2 where policy and reference are equal
     )
     data = pairs_datasets(recipe, tokenizer)
     model = load_base(recipe.base, dtype, attention=implementation)
-    chosen = experts.settle(recipe, model, data.train, tokenizer, resuming=last_checkpoint(recipe.out) is not None)
+    resuming = last_checkpoint(recipe.out) is not None
+    chosen = experts.settle(recipe, model, data.train, tokenizer, resuming=resuming)
     set_seed(recipe.seed)
-    return JudgeTrainer(
+    one_token = recipe.completion == "verdict"
+    trainer = JudgeTrainer(
         model=model,
         args=arguments,
         train_dataset=data.train,
         eval_dataset=data.evaluation,
-        data_collator=NamedPairs(pad_token_id=tokenizer.pad_token_id, max_length=recipe.max_length),
+        data_collator=NamedPairs(pad_token_id=tokenizer.pad_token_id, max_length=recipe.max_length, verdicts=one_token),
         processing_class=tokenizer,
         peft_config=lora_config(recipe.lora, chosen),
     )
+    tokenised: Any = trainer.train_dataset
+    lengths = [len(ids) for ids in tokenised["prompt_ids"]]
+    trainer.examples = len(lengths)
+    trainer.train_dataset = tokenised.select(schedule(recipe, lengths))
+    if one_token:
+        trainer.read_verdicts(verdicts_of(recipe, trainer.train_dataset))
+    return trainer
+
+
+def schedule(recipe: JudgeRecipe, lengths: Sequence[int]) -> list[int]:
+    """Which rows each optimiser step takes, in their order, for all steps.
+
+    Every pass over the data after the first is shuffled anew, by pair where both orders are trained. Within a step the
+    longest pairs come first, so that a micro batch holds comparisons of about one length; what a step learns from is
+    the same in any order.
+
+    Args:
+        recipe: Its `optimizer.steps` and `batch_size`, `orders` and seed.
+        lengths: Tokens of each row's prompt.
+    """
+    side_by_side = 2 if recipe.orders == "both" else 1
+    pairs = [tuple(range(start, start + side_by_side)) for start in range(0, len(lengths), side_by_side)]
+    batch = recipe.optimizer.batch_size
+    stream: list[tuple[int, ...]] = []
+    for number in itertools.count():
+        if len(stream) * side_by_side >= recipe.optimizer.steps * batch:
+            break
+        if number:
+            random.Random(f"{recipe.order_seed}:{number}").shuffle(pairs)  # noqa: S311 - reproducible, no secret
+        stream += pairs
+    if batch % side_by_side:  # a step that ends between the orders of a pair
+        return [row for pair in stream for row in pair][: recipe.optimizer.steps * batch]
+    per_step = batch // side_by_side
+    steps = [stream[start : start + per_step] for start in range(0, recipe.optimizer.steps * per_step, per_step)]
+    return [row for step in steps for pair in sorted(step, key=lambda pair: -lengths[pair[0]]) for row in pair]
+
+
+def verdicts_of(recipe: JudgeRecipe, dataset: Any) -> Verdicts:
+    """What training on verdicts needs; each row of the schedule once.
+
+    Raises:
+        MixfuseError: A pair's completions begin with the same token, so the verdict is not what comes first.
+    """
+    rows = verdict_rows(dataset)
+    if any(row.chosen == row.rejected for row in rows):
+        raise MixfuseError("a pair's completions begin with the same token; set completion: rationale for such pairs")
+    margins = dataset["margin"] if recipe.margin else []
+    # An offset δ of the rewards β (policy - reference) is δ / β of the reference's log-probability.
+    offsets = {row.key: recipe.margin * margin / recipe.beta for row, margin in zip(rows, margins, strict=False)}
+    own = recipe.out / REFERENCE
+    # The policy that a warm start leaves is the run's alone.
+    path = own if recipe.warm_start or recipe.reference_cache is None else recipe.reference_cache
+    whose = sha256_json([fingerprint(recipe.base).model_dump(), recipe.dtype])
+    return Verdicts(rows, Reference(path, whose), recipe.warm_start, offsets)
 
 
 class PairData(NamedTuple):
     """What the judge trains on: TRL's preference data sets, each row with its `id`.
 
     Attributes:
-        train: Shuffled by pair: the two orders of a pair are neighbours.
+        train: Shuffled by pair: the two orders of a pair are neighbours, where both are trained.
         evaluation: Held out, or nothing.
     """
 
@@ -95,7 +164,8 @@ def pairs_datasets(recipe: JudgeRecipe, tokenizer: Any) -> PairData:
     weights = [source.weight for source in recipe.data]
     order = list(mixed([len(pairs) for pairs in kept], weights, recipe.order_seed))
     random.Random(recipe.order_seed).shuffle(order)  # noqa: S311 - a reproducible order, not a secret
-    train = Dataset.from_list([row for number in order for row in everything[number]])
+    orders = 2 if recipe.orders == "both" else 1
+    train = Dataset.from_list([row for number in order for row in everything[number][:orders]])
     if evaluation and evaluation.limit:
         held_out = held_out[: max(1, evaluation.limit // 2)]
     rows = [row for pair in held_out for row in pair]
@@ -107,7 +177,8 @@ _Pair = tuple[dict[str, Any], dict[str, Any]]
 
 def _fitting(source: DataSource, recipe: JudgeRecipe, tokenizer: Any) -> list[_Pair]:
     """The pairs of a data set that fit `max_length` in both orders."""
-    rows = [{key: row[key] for key in ("id", "prompt", "chosen", "rejected")} for row in read_pairs(source)]
+    keys = ("id", "prompt", "chosen", "rejected")
+    rows = [{**{key: row[key] for key in keys}, "margin": float(row.get("margin", 1.0))} for row in read_pairs(source)]
     pairs = list(zip(rows[::2], rows[1::2], strict=True))
 
     def fits(row: dict[str, Any]) -> bool:

@@ -167,11 +167,18 @@ def read_pairs(source: Path | DataSource) -> list[dict[str, Any]]:
         )
     for number in range(0, len(read), 2):
         orders = read[number : number + 2]
-        if len(orders) < 2 or orders[0]["chosen"] != orders[1]["rejected"] or orders[0]["id"] != orders[1]["id"]:
+        if len(orders) < 2 or not _twins(*orders):
             raise MixfuseError(
                 f"{source.name}: row {number + 1} stands without the other order of its pair; build them again"
             )
     return read
+
+
+def _twins(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether they are one pair in both orders: of verdicts, what is right in one is wrong in the other."""
+    verdicts = {row[side][-1]["content"] for row in (one, other) for side in ("chosen", "rejected")}
+    turned = one["chosen"] == other["rejected"] or not verdicts <= set(judge_protocol.VERDICTS)
+    return turned and bool(one["id"] == other["id"])
 
 
 def check_pairs(sources: Sequence[DataSource]) -> None:

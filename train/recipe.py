@@ -160,6 +160,7 @@ class DataSource(Strict):
             the data ends when every set has been read once; small sets of great weight are then read again.
         format: How a row holds a chat: `messages` ([{role, content}]), `sharegpt` (`conversations`: [{from, value}]) or
             `prompt_completion` (two strings); `auto` sees it by the row's keys. Preference pairs have one format.
+        licence: As the data's owner states it; it is kept in the adapter's manifest.
     """
 
     path: Path | None = None
@@ -168,6 +169,7 @@ class DataSource(Strict):
     split: str = "train"
     weight: PositiveFloat = 1.0
     format: Literal["auto", "messages", "sharegpt", "prompt_completion"] = "auto"
+    licence: str | None = None
 
     @model_validator(mode="after")
     def _one_place(self) -> Self:
@@ -358,14 +360,42 @@ class SftRecipe(TrainRecipe):
 class JudgeRecipe(TrainRecipe):
     """DPO on verdicts: rows of `mixfuse pairs build`; the reference is the policy without the judge adapter.
 
-    A pair longer than `max_length` in either order is left out: cut, it would lose its verdict.
+    A pair longer than `max_length` in either order is left out: cut, it would lose its verdict. Where the completions
+    are verdicts, chosen and rejected are read from one pass over the prompt, and held-out pairs fit the calibration.
 
     Attributes:
-        beta: How strongly the policy is held to the reference (DPO, arXiv 2305.18290, eq. 7).
+        completion: What the pairs' completions are: a `verdict`, of which the first token is trained, or a `rationale`
+            that ends in one, trained whole.
+        orders: Train on both orders of a pair, side by side, or on the first of its rows alone.
+        warm_start: SFT on the chosen verdict for so many of `optimizer.steps`, then DPO, whose reference is the policy
+            that these steps leave.
+        loss: DPO's (arXiv 2305.18290, eq. 7) or IPO's (arXiv 2310.12036, eq. 17), as TRL computes them.
+        beta: How strongly the policy is held to the reference; for IPO the regularisation τ.
+        sft_weight: Weight of the chosen completion's negative log-likelihood beside that loss (RPO, arXiv 2404.19733).
+        margin: Offset that a pair must overcome at full vote strength, times the row's `margin` (ODPO, arXiv
+            2402.10571, eq. 8); a row without one counts as 1.
+        reference_cache: A JSON file where runs on the same base share the reference's log-probabilities; unset: the run
+            keeps its own.
     """
 
     role: RoleName = "judge"
+    completion: Literal["verdict", "rationale"] = "verdict"
+    orders: Literal["both", "one"] = "both"
+    warm_start: int = Field(default=0, ge=0)
+    loss: Literal["sigmoid", "ipo"] = "sigmoid"
     beta: PositiveFloat = 0.1
+    sft_weight: float = Field(default=0.0, ge=0)
+    margin: float = Field(default=0.0, ge=0)
+    reference_cache: Path | None = None
+
+    @model_validator(mode="after")
+    def _stages(self) -> Self:
+        if self.completion == "rationale":
+            if changed := {"warm_start", "margin", "reference_cache"} & self.model_fields_set:
+                raise ValueError(f"{min(changed)} goes with completion: verdict; for a rationale use sft_weight")
+        elif self.warm_start > self.optimizer.steps:
+            raise ValueError(f"warm_start {self.warm_start} is above optimizer.steps {self.optimizer.steps}")
+        return self
 
 
 def kind_of(recipe_path: Path, overrides: list[str]) -> type[TrainRecipe]:

@@ -175,6 +175,7 @@ def train_and_save(trainer: Any, recipe: TrainRecipe, *, stage: str, examples: i
     """
     from safetensors.torch import load_file
 
+    from train.data import described
     from train.evaluation import BEST, FACTS, KeepBest, best_evaluation
     from train.expert_lora import assert_in_force
     from train.export import check_weights
@@ -237,11 +238,21 @@ def train_and_save(trainer: Any, recipe: TrainRecipe, *, stage: str, examples: i
                 },
                 "libraries": libraries(),
                 "judge_protocol": judge_protocol.describe() if stage == "judge" else None,
+                "calibration": calibration_of(out, best["step"] if best else trainer.state.global_step),
+                "training_data": [described(source) for source in recipe.data],
             },
         )
         for folder in ("checkpoints", "data", BEST):
             shutil.rmtree(out / folder, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
+
+
+def calibration_of(out: Path, step: int) -> dict[str, float] | None:
+    """What a judge's evaluation at that step fitted (`train/trainer.py`); None where none did."""
+    rows = [row for row in read_rows(out / "metrics.jsonl") if row["step"] == step and "eval_temperature" in row]
+    if not rows:
+        return None
+    return {"temperature": rows[-1]["eval_temperature"], "tie_margin": rows[-1]["eval_tie_margin"]}
 
 
 def checkpoint_without_reentry(trainer: Any) -> None:

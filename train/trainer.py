@@ -4,12 +4,20 @@ TRL stays the trainer; these classes stand before it in the order of method reso
 """
 
 import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
+from transformers import TrainerCallback
 from trl import DPOTrainer, SFTTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+from mixfuse import calibration
+from mixfuse.errors import MixfuseError
+from train.experts import gathered_by_block
+from train.verdicts import Logprobs, OnePass, Reference, VerdictRow, logprobs
 
 
 class NamedExamples:
@@ -79,12 +87,172 @@ class SftTrainer(NamedExamples, SFTTrainer):
 
 
 class JudgeTrainer(NamedExamples, DPOTrainer):
-    """TRL's DPO, batches named."""
+    """TRL's DPO. On verdict pairs (`read_verdicts`), each is one pass over the prompt, and the evaluation is a judge's.
+
+    Attributes:
+        examples: Comparisons there are to train on; `train_dataset` holds each as often as the steps take it.
+    """
+
+    control: Any
+    examples: int
+    loss_types: list[str]
+    loss_weights: list[float]
+    _verdicts: "Verdicts | None" = None
+
+    def read_verdicts(self, verdicts: "Verdicts") -> None:
+        """Takes chosen and rejected from one pass, and the reference's log-probabilities from what `verdicts` knows.
+
+        Call it once, before training. What the reference is not known to say is computed here: the model is not
+        wrapped yet, and its adapter is put aside.
+        """
+        self._verdicts = verdicts
+        self.precompute_ref_logps = True
+        self._trained_loss = self.loss_types, self.loss_weights
+        if not verdicts.warm_start:
+            adapter = self.accelerator.unwrap_model(self.model)
+            with adapter.disable_adapter(), gathered_by_block(adapter):
+                self._reference_of(verdicts.rows, adapter)
+        self.add_callback(_WarmStart(self, verdicts))
+
+    def _reference_of(self, rows: Sequence[VerdictRow], model: Any = None) -> list[Logprobs]:
+        """What the reference says of rows; what is not known yet, `model`, by default the policy, says now.
+
+        All processes take part.
+        """
+        assert self._verdicts is not None  # noqa: S101
+        reference = self._verdicts.reference
+        if missing := reference.missing(rows):
+            self.print_once(f"reference: {len(missing)} of {len(rows)} comparisons to compute")
+            found = self._logprobs(model or self.model_wrapped, missing, self.args.per_device_eval_batch_size)
+            reference.add(missing, found, write=self.is_world_process_zero())
+        return [reference[row.key] for row in rows]
+
+    def print_once(self, text: str) -> None:
+        """Prints on process 0."""
+        if self.is_world_process_zero():
+            print(text, flush=True)
+
+    def _logprobs(self, model: Any, rows: Sequence[VerdictRow], micro_batch: int) -> list[Logprobs]:
+        was_training = model.training
+        model.eval()
+        with self.compute_loss_context_manager():
+            found = logprobs(
+                model, rows, micro_batch=micro_batch, pad=self.processing_class.pad_token_id, device=self.args.device
+            )
+        model.train(was_training)
+        return found
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        keys, verdicts = inputs.pop("keys", None), self._verdicts
+        if verdicts is None:
+            return super()._compute_loss(model, inputs, return_outputs)
+        warm = self.state.global_step < verdicts.warm_start
+        self.loss_types, self.loss_weights = (["sft"], [1.0]) if warm else self._trained_loss
+        count = len(inputs["input_ids"]) // 2
+        if warm:  # there is no reference yet; the rewards are then the policy's own log-probabilities
+            none = torch.zeros(count, device=self.args.device)
+            inputs |= {"ref_chosen_logps": none, "ref_rejected_logps": none}
+        else:
+            inputs |= verdicts.reference.of(keys, verdicts.offsets, self.args.device)
+        # TRL counts the tokens of the mask: those of the prompts, once.
+        mask = inputs["attention_mask"] * (1 - inputs["completion_mask"])
+        mask[count:] = 0
+        return super()._compute_loss(OnePass(model), {**inputs, "attention_mask": mask}, return_outputs)
+
+    @torch.no_grad()
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
+        """Judges the held-out pairs in both orders; TRL's evaluation where the completions are more than a verdict.
+
+        The loss is the negative log-likelihood of the order-averaged probability at the temperature that fits these
+        pairs best: the same measure before and after a warm start, and for every beta.
+        """
+        if self._verdicts is None:
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        rows = verdict_rows(eval_dataset or self.eval_dataset)
+        if self.state.global_step:
+            found = self._logprobs(self.model_wrapped, rows, self.args.per_device_eval_batch_size)
+        else:  # the adapter does nothing yet
+            found = self._reference_of(rows)
+        log_odds = [chosen - rejected for chosen, rejected in found]
+        pairs = list(zip(log_odds[::2], log_odds[1::2], strict=True))
+        fitted = calibration.fit(pairs)
+        scores = [calibration.combined(pair, fitted) for pair in pairs]
+        metrics = {
+            "loss": calibration.nll(pairs, fitted.temperature),
+            "both_orders_correct": sum(min(pair) > 0 for pair in pairs) / len(pairs),
+            "consistency": sum(min(pair) > 0 or max(pair) < 0 for pair in pairs) / len(pairs),
+            "order_averaged": sum(score > 0.5 for score in scores) / len(pairs),
+            "temperature": fitted.temperature,
+            "tie_margin": fitted.tie_margin,
+            "calibration_error_before": calibration.expected_error(pairs),
+            "calibration_error": calibration.expected_error(pairs, fitted),
+        }
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
 
+@dataclass(frozen=True)
+class Verdicts:
+    """What training on verdict pairs needs beside the batches.
+
+    Attributes:
+        rows: Every comparison that will be trained on.
+        reference: What the reference says of them.
+        warm_start: For so many steps the loss is the chosen verdict's negative log-likelihood; the policy they leave is
+            DPO's reference.
+        offsets: By a row's key: what is added to the reference's log-probability of the chosen verdict.
+    """
+
+    rows: Sequence[VerdictRow]
+    reference: Reference
+    warm_start: int = 0
+    offsets: Mapping[str, float] = field(default_factory=dict)
+
+
+def verdict_rows(dataset: Any) -> list[VerdictRow]:
+    """The rows of a tokenised preference data set as comparisons."""
+    columns = dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
+    return [VerdictRow(row["prompt_ids"], row["chosen_ids"][0], row["rejected_ids"][0]) for row in columns]
+
+
+class _WarmStart(TrainerCallback):
+    """Makes the policy that a warm start leaves the reference of the steps after it."""
+
+    def __init__(self, trainer: JudgeTrainer, verdicts: Verdicts) -> None:
+        self._trainer, self._verdicts = trainer, verdicts
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """A run resumed after the warm start finds what the reference said in its file; before it, nothing counts."""
+        verdicts = self._verdicts
+        if state.global_step < verdicts.warm_start:
+            verdicts.reference.forget()
+        elif state.global_step < state.max_steps and (missing := verdicts.reference.missing(verdicts.rows)):
+            raise MixfuseError(f"the run's reference lacks {len(missing)} comparisons; remove the run to start over")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Every process takes part."""
+        if state.global_step == self._verdicts.warm_start < state.max_steps:
+            self._verdicts.reference.forget()  # of an evaluation before the first step
+            self._trainer._reference_of(self._verdicts.rows)
+
+
+@dataclass
 class NamedPairs(DataCollatorForPreference):
-    """TRL's collator of preference pairs, and the ids of its rows."""
+    """TRL's collator of preference pairs, and what names its rows.
+
+    Attributes:
+        verdicts: Keep the first token of each completion, and add `keys`, the rows' contents as `Reference` files them.
+    """
+
+    verdicts: bool = False
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """The batch, its chosen completions above its rejected ones, and `ids`."""
-        return {**super().torch_call(examples), "ids": [str(example["id"]) for example in examples]}
+        ids = [str(example["id"]) for example in examples]
+        if not self.verdicts:
+            return {**super().torch_call(examples), "ids": ids}
+        cut = [example | {name: example[name][:1] for name in ("chosen_ids", "rejected_ids")} for example in examples]
+        rows = [VerdictRow(row["prompt_ids"], row["chosen_ids"][0], row["rejected_ids"][0]) for row in cut]
+        return {**super().torch_call(cut), "ids": ids, "keys": [row.key for row in rows]}

@@ -12,6 +12,7 @@ from openai import AsyncOpenAI, OpenAI
 
 from fusion.upstream import Endpoint
 from mixfuse.errors import MixfuseError
+from mixfuse.judge_protocol import Calibration
 
 
 def prefers(word: str) -> Callable[[str, str], float]:
@@ -33,6 +34,7 @@ class FakeRoles:
         self._upstream, self._roles = upstream, roles
         self.leases: list[str] = []
         self.revision = "r1"
+        self.calibration: Calibration | None = None
         self.held = 0
 
     @asynccontextmanager
@@ -42,7 +44,8 @@ class FakeRoles:
         self.leases.append(role)
         self.held += 1
         try:
-            yield Endpoint(self._upstream.base_url, f"{role}@{self.revision}", revision=self.revision)
+            name = f"{role}@{self.revision}"
+            yield Endpoint(self._upstream.base_url, name, revision=self.revision, calibration=self.calibration)
         finally:
             self.held -= 1
 

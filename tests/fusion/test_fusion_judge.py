@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 from fake_upstream import FakeUpstream, Script
-from fusion_harness import StartGateway, prefers, summed
+from fusion_harness import FakeRoles, StartGateway, prefers, summed
 
 from fusion.config import Member
 from fusion.judge import FINALISTS, knock_out_pairs, ranking, survivors
 from fusion.run import Candidate
+from mixfuse.judge_protocol import Calibration
 from mixfuse.trace import Verdict
 
 ASK: dict[str, Any] = {"model": "fusion/best-of", "messages": [{"role": "user", "content": "why?"}]}
@@ -73,6 +74,18 @@ async def test_nine_samples_are_judged_in_eleven_pairs(start_gateway: StartGatew
     assert body["choices"][0]["message"]["content"] == "text 7"
     assert len(body["fusion"]["verdicts"]) == 11
     assert len(upstream.asked("judge")) == 22
+
+
+async def test_a_judges_calibration_goes_with_its_role(start_gateway: StartGateway, upstream: FakeUpstream) -> None:
+    """Odds of 9 in both orders: at temperature 2 they are 3; and the margin of a judge that cannot tell is a tie."""
+    roles = FakeRoles(upstream, "judge")
+    gateway = await start_gateway(["alpha", "beta"], roles=roles, judge={"role": "judge"})
+    upstream.models["judge@r1"] = Script(verdict=prefers("beta"))
+    seen = []
+    for roles.calibration in (None, Calibration(temperature=2.0), Calibration(temperature=2.0, tie_margin=0.3)):
+        (found,) = (await gateway.post(**ASK)).json()["fusion"]["verdicts"]
+        seen.append((found["winner"], round(found["score"], 3), found["consistent"]))
+    assert seen == [("second", 0.1, True), ("second", 0.25, True), ("tie", 0.25, True)]
 
 
 # Judges without log-probabilities

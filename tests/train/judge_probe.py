@@ -24,7 +24,8 @@ class Probe(TrainerCallback):
 
     def __init__(self, trainer: Any, facts: dict[str, Any]) -> None:
         self.trainer, self.facts = trainer, facts
-        self.batch = next(iter(trainer.get_train_dataloader()))
+        batch = next(iter(trainer.get_train_dataloader()))
+        self.batch = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.facts["before"] = self.logprobs()

@@ -64,7 +64,7 @@ def test_the_judge_is_evaluated_too(judge_by_one: Run, judge_by_two: Run) -> Non
     assert [row["step"] for row in judge_by_two.evaluations] == [0, 2, 4]
     for one, two in zip(judge_by_one.evaluations, judge_by_two.evaluations, strict=True):
         assert two["eval_loss"] == pytest.approx(one["eval_loss"], rel=1e-2)
-        assert "eval_rewards/accuracies" in two
+        assert two["eval_consistency"] == one["eval_consistency"]
 
 
 @zero3

@@ -74,9 +74,9 @@ def test_dpo_starts_with_reference_equal_to_policy(judge_by_one: Run, judge_by_t
     assert before["reference"] == pytest.approx(before["policy"], abs=1e-4)
     for run in (judge_by_one, judge_by_two):
         first = run.steps[0]
-        assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
-        assert first["rewards/margins"] == 0
-        assert first["rewards/chosen"] == 0
+        assert first["loss"] == pytest.approx(math.log(2), abs=1e-5)
+        assert first["rewards/margins"] == pytest.approx(0, abs=1e-5)
+        assert first["rewards/chosen"] == pytest.approx(0, abs=1e-5)
 
 
 def test_the_dpo_reference_is_the_policy_without_its_adapter(judge_by_one: Run) -> None:
@@ -89,7 +89,7 @@ def test_the_dpo_reference_is_the_policy_without_its_adapter(judge_by_one: Run) 
 
 def test_every_micro_batch_of_the_judge_holds_both_orders(judge_by_one: Run) -> None:
     batches = json.loads((judge_by_one.out / "probe.json").read_text())["chosen_by_batch"]
-    assert len(batches) == 12
+    assert len(batches) == 8
     assert all(sorted(batch) == ["A", "B"] for batch in batches)
 
 

@@ -1,0 +1,236 @@
+"""Verdict pairs: one pass over the prompt gives TRL's DPO, in value and gradient; what a recipe's stages change."""
+
+import dataclasses
+import math
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import train_harness as harness
+from train_harness import Run
+
+from mixfuse.errors import MixfuseError
+from mixfuse.files import read_jsonl, sha256_file, write_jsonl
+from mixfuse.judge_protocol import Calibration
+from mixfuse.recipe import load
+from train.recipe import JudgeRecipe
+
+zero3 = pytest.mark.zero3
+
+
+@pytest.fixture(scope="module")
+def trainer(tiny_base: Path, judge_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A judge's trainer without DeepSpeed, its adapter away from zero, so that policy and reference differ."""
+    import torch
+    from trl import DPOConfig
+
+    from train.judge import pairs_datasets
+    from train.model import load_base, load_tokenizer, lora_config
+    from train.trainer import JudgeTrainer, NamedPairs, Verdicts, verdict_rows
+    from train.verdicts import Reference
+
+    folder = tmp_path_factory.mktemp("verdicts")
+    recipe = load(judge_recipe, JudgeRecipe, [f"out={folder}"])
+    tokenizer = load_tokenizer(tiny_base)
+    arguments = DPOConfig(
+        str(folder), use_cpu=True, bf16=False, report_to=[], remove_unused_columns=False, router_aux_loss_coef=0.0,
+        per_device_train_batch_size=4, gradient_checkpointing=False,
+    )  # fmt: skip
+    trainer = JudgeTrainer(
+        model=load_base(tiny_base, torch.float32),
+        args=arguments,
+        train_dataset=pairs_datasets(recipe, tokenizer).train,
+        data_collator=NamedPairs(pad_token_id=tokenizer.pad_token_id, verdicts=True),
+        processing_class=tokenizer,
+        peft_config=lora_config(recipe.lora),
+    )
+    trainer.read_verdicts(Verdicts(verdict_rows(trainer.train_dataset), Reference(folder / "reference.json", "tiny")))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in trainer.model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return trainer
+
+
+def loss_and_gradients(trainer: Any, compute: Any) -> tuple[float, dict[str, Any]]:
+    rows = [trainer.train_dataset[number] for number in (0, 1, 4, 5)]
+    batch = trainer.data_collator(rows)
+    batch.pop("ids")
+    trainer.model.zero_grad()
+    loss = compute(batch)
+    loss.backward()
+    return float(loss.detach()), {
+        name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None
+    }
+
+
+@pytest.mark.parametrize(
+    ("losses", "weights"),
+    [(["sigmoid"], [1.0]), (["ipo"], [1.0]), (["sigmoid", "sft"], [1.0, 0.5]), (["sft"], [1.0])],
+)
+def test_one_pass_gives_the_loss_and_gradients_of_trls_dpo(trainer: Any, losses: list[str], weights: Any) -> None:
+    from trl import DPOTrainer
+
+    trainer._trained_loss = losses, weights
+
+    def trl(batch: dict[str, Any]) -> Any:
+        """TRL's own: four sequences a pair, the reference by disabling the adapter."""
+        batch.pop("keys")
+        trainer.precompute_ref_logps = False
+        trainer.loss_types, trainer.loss_weights = losses, weights
+        try:
+            return DPOTrainer._compute_loss(trainer, trainer.model, batch, False)
+        finally:
+            trainer.precompute_ref_logps = True
+
+    expected, gradients = loss_and_gradients(trainer, trl)
+    metrics = {name: values.pop() for name, values in trainer._metrics["train"].items() if name != "num_tokens"}
+    found, ours = loss_and_gradients(trainer, lambda batch: trainer._compute_loss(trainer.model, batch, False))
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert ours.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        assert gradient.abs().max() > 0, name
+        assert (ours[name] - gradient).abs().max() <= 1e-4 * gradient.abs().max(), name
+    assert abs(metrics["rewards/margins"]) > 1e-3, "policy and reference do not differ, so the loss says nothing"
+    for name, value in metrics.items():
+        assert trainer._metrics["train"][name].pop() == pytest.approx(value, rel=1e-3, abs=1e-5), name
+
+
+def test_an_offset_is_odpos(trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss is -log sigmoid(beta (policy - reference) - delta), and the rewards logged fall short by delta."""
+    plain, delta = trainer._verdicts, 0.7
+    monkeypatch.setattr(trainer, "_trained_loss", (["sigmoid"], [1.0]))
+    margins = []
+    for offsets in ({}, {row.key: delta / trainer.beta for row in plain.rows}):
+        monkeypatch.setattr(trainer, "_verdicts", dataclasses.replace(plain, offsets=offsets))
+        batch = trainer.data_collator([trainer.train_dataset[2]])
+        batch.pop("ids")
+        loss = float(trainer._compute_loss(trainer.model, batch, False).detach())
+        margins.append(trainer._metrics["train"]["rewards/margins"].pop())
+        assert loss == pytest.approx(math.log1p(math.exp(-margins[-1])), abs=1e-5)
+    assert margins[1] == pytest.approx(margins[0] - delta, abs=1e-4)
+
+
+def test_a_step_takes_pairs_of_every_length_and_computes_like_with_like(judge_recipe: Path) -> None:
+    from train.judge import schedule
+
+    recipe = load(judge_recipe, JudgeRecipe, ["optimizer={steps: 9, batch_size: 8, micro_batch: 2}"])
+    rng = random.Random(1)
+    lengths = [length for _ in range(20) for length in [rng.randint(10, 90)] * 2]
+    taken = schedule(recipe, lengths)
+    assert len(taken) == 9 * 8
+    first_pass = taken[:40]
+    assert sorted(first_pass) == list(range(40)), "a pass over the data takes every row once"
+    for start in range(0, len(taken), 8):
+        step = taken[start : start + 8]
+        assert [lengths[row] for row in step] == sorted((lengths[row] for row in step), reverse=True)
+        assert all(one + 1 == other and one % 2 == 0 for one, other in zip(step[::2], step[1::2], strict=True))
+        if start < 40:  # in which step a pair is does not hang on its length
+            assert sorted(step) == list(range(start, start + 8))
+    assert taken[40:] != taken[:32], "the second pass is shuffled anew"
+    assert schedule(recipe, lengths) == taken
+    one = load(judge_recipe, JudgeRecipe, ["optimizer={steps: 5, batch_size: 4, micro_batch: 2}", "orders=one"])
+    assert Counter(schedule(one, lengths[:10])) == Counter([*range(10), *range(10)])
+
+
+def test_what_a_reference_says_is_kept_and_not_taken_for_anothers(tmp_path: Path) -> None:
+    from train.verdicts import Reference, VerdictRow
+
+    rows = [VerdictRow([1, 2, 3], 7, 8), VerdictRow([1, 2, 3], 8, 7), VerdictRow([1, 2, 3], 7, 8)]
+    path = tmp_path / "reference.json"
+    reference = Reference(path, "a base")
+    assert reference.missing(rows) == rows[:2]
+    other = Reference(path, "a base")  # another run, at the same time
+    reference.add(rows[:1], [(-1.0, -2.0)], write=True)
+    other.add(rows[1:2], [(-2.0, -1.0)], write=True)
+    assert Reference(path, "a base").missing(rows) == []
+    with pytest.raises(MixfuseError, match="another base or dtype"):
+        Reference(path, "another base")
+
+
+@pytest.fixture(scope="module")
+def warmed(judge_recipe: Path, runs: Path) -> Run:
+    """Two steps of SFT, then two of DPO with a margin, on two processes."""
+    out = runs / "warmed"
+    return harness.train("judge", judge_recipe, f"out={out}", "warm_start=2", "margin=0.5", "processes=2")
+
+
+@zero3
+def test_after_a_warm_start_the_policy_it_left_is_the_reference(warmed: Run) -> None:
+    first, second, third, fourth = warmed.steps
+    assert first["loss"] == pytest.approx(-first["logps/chosen"], rel=1e-4), "the warm start is SFT on the verdict"
+    assert second["loss"] < first["loss"]
+    # Policy and reference are equal again, so all that is left is the margin: -log sigmoid(-0.5).
+    assert third["loss"] == pytest.approx(math.log1p(math.exp(0.5)), rel=1e-3)
+    assert third["rewards/margins"] == pytest.approx(-0.5, abs=1e-3)
+    assert fourth["loss"] < third["loss"]
+
+
+@zero3
+def test_a_finished_judge_knows_its_calibration_and_its_data(warmed: Run, judge_by_one: Run, runs: Path) -> None:
+    for run in (warmed, judge_by_one):
+        best = run.record["metrics"]["best_step"]
+        (row,) = [row for row in run.evaluations if row["step"] == best]
+        assert run.record["calibration"] == {
+            "temperature": row["eval_temperature"],
+            "tie_margin": row["eval_tie_margin"],
+        }
+        Calibration(**run.record["calibration"])
+        (data,) = run.record["training_data"]
+        assert data == {"name": "pairs.jsonl", "sha256": sha256_file(runs / "pairs.jsonl"), "rows": 24, "licence": None}
+        assert not (run.out / "data").exists()
+
+
+@zero3
+def test_the_evaluation_before_training_is_the_bases(judge_by_one: Run, judge_by_two: Run) -> None:
+    first = judge_by_one.evaluations[0]
+    assert 0 <= first["eval_both_orders_correct"] <= first["eval_consistency"] <= 1
+    assert first["eval_loss"] <= math.log(2) + 1e-6, "at its best temperature nothing is worse than knowing nothing"
+    assert judge_by_two.evaluations[0]["eval_loss"] == pytest.approx(first["eval_loss"], rel=1e-3)
+
+
+@zero3
+def test_a_rationale_is_trained_whole_by_trls_own_dpo(judge_recipe: Path, runs: Path) -> None:
+    """Completions of several tokens, the token that ends the turn among them: four sequences a pair, and DPO's ln 2."""
+    rows = read_jsonl(runs / "pairs.jsonl")
+    for row in rows:
+        for side, why in (("chosen", "It repeats the word."), ("rejected", "It is longer, and says more.")):
+            row[side] = [{"role": "assistant", "content": f"{why} Verdict: {row[side][0]['content']}"}]
+    write_jsonl(runs / "rationales.jsonl", rows)
+    data = runs / "rationales.jsonl"
+    run = harness.train(
+        "judge", judge_recipe, f"out={runs / 'rationale'}", f"data={data}", f"evaluation={{data: {data}, every: 4}}",
+        "completion=rationale", "sft_weight=0.1",
+    )  # fmt: skip
+    first, *_, last = run.steps
+    assert first["rewards/margins"] == pytest.approx(0, abs=1e-5)
+    assert first["loss"] > math.log(2) + 0.1, "the rationale's own likelihood has no part in the loss"
+    assert last["rewards/margins"] > 0.1
+    assert "eval_rewards/accuracies" in run.evaluations[-1]
+    assert run.record["calibration"] is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["warm_start=5"], "warm_start 5 is above optimizer.steps 4"),
+        (["completion=rationale", "warm_start=1"], "warm_start goes with completion: verdict"),
+        (["completion=rationale", "margin=1"], "margin goes with completion: verdict"),
+        (["loss=hinge"], "'loss'"),
+        (["orders=two"], "'orders'"),
+    ],
+)
+def test_stages_that_do_not_go_together_are_refused(judge_recipe: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(MixfuseError, match=message):
+        load(judge_recipe, JudgeRecipe, overrides)
+
+
+def test_pairs_with_the_same_first_token_are_no_verdicts(trainer: Any) -> None:
+    from train.judge import verdicts_of
+
+    same = trainer.train_dataset.map(lambda row: {"rejected_ids": row["chosen_ids"]})
+    with pytest.raises(MixfuseError, match="set completion: rationale"):
+        verdicts_of(None, same)
