@@ -125,7 +125,13 @@ class LeasedRoles:
     @asynccontextmanager
     async def _at(self, revision: Revision) -> AsyncIterator[Endpoint]:
         async with self._engines.at(revision.model) as address:
-            yield Endpoint(address.url, revision.model, address.api_key, revision.revision)
+            yield Endpoint(
+                address.url,
+                revision.model,
+                address.api_key,
+                revision.revision,
+                calibration=revision.calibration,
+            )
 
 
 def run(config_path: Path, overrides: list[str]) -> None:
