@@ -10,8 +10,8 @@ import math
 import random
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -19,7 +19,7 @@ from rich.table import Table
 
 from fusion.cache import Cache
 from fusion.comparisons import Comparison, Measure, Views, credit, load, marks
-from fusion.judge import VERDICT_PARAMETERS, verdict
+from fusion.judge import VERDICT_PARAMETERS, WRITTEN_PARAMETERS, NoLogprobsError, verdict, written_verdict
 from fusion.official import official
 from fusion.pool import all_or_raise, fan_out, http_client
 from fusion.statistics import Clusters, Difference, Figure, difference, paired
@@ -103,6 +103,7 @@ class JudgeReport:
         against: Other judges on the same pairs, each with its figures and the paired difference.
         views: The verdicts, in the order of the rows.
         calibration: The judge's.
+        read: What the verdicts were read from: log-probabilities, or what the judge wrote where there are none.
     """
 
     n: int
@@ -124,6 +125,7 @@ class JudgeReport:
     against: dict[str, dict[str, Any]] = field(default_factory=dict)
     views: list[Views] = field(default_factory=list, repr=False)
     calibration: Calibration | None = None
+    read: Literal["logprobs", "parsed"] = "logprobs"
 
     def to_json(self) -> dict[str, Any]:
         """One JSON object, without the verdicts; every accuracy is `{"value", "low", "high"}`."""
@@ -132,6 +134,7 @@ class JudgeReport:
             "prompts": self.prompts,
             "human_ties": self.human_ties,
             **{name: getattr(self, name).to_json() for name in MEASURES},
+            "read": self.read,
             "parse_failures": self.parse_failures,
             "failed_calls": self.failed_calls,
             "ties": {name: figure.to_json() for name, figure in self.ties.items()},
@@ -207,6 +210,8 @@ async def evaluate(
 ) -> JudgeReport:
     """Has a judge compare every pair in both orders, human ties as well.
 
+    A judge whose endpoint gives no log-probabilities writes its verdicts; its probabilities are then 0 and 1.
+
     Args:
         judge_endpoint: The judge, with its calibration where it has one.
         rows: From `load`.
@@ -225,25 +230,32 @@ async def evaluate(
     failures: list[CallError] = []
     purpose = Purpose("verdict", "judge")
 
-    async def one(client: Client, order: _Order) -> float | None:
-        question = order.question(judge_endpoint.revision or f"{judge_endpoint.base_url} {judge_endpoint.model}")
+    judge = judge_endpoint.revision or f"{judge_endpoint.base_url} {judge_endpoint.model}"
+    no_logprobs = {"judge": judge, "gives": "log-probabilities"}
+    read: Literal["logprobs", "parsed"] = "parsed" if cache and cache.get(no_logprobs) else "logprobs"
+
+    async def view(client: Client, order: _Order) -> float | None:
+        nonlocal read
+        texts = (order.prompt, order.first, order.second)
         try:
-            if told := cache and cache.get(question):
-                return None if told.value is None else float(told.value)
             async with free:
-                p = await verdict(
-                    client,
-                    judge_endpoint,
-                    order.prompt,
-                    order.first,
-                    order.second,
-                    purpose=purpose,
-                    ledger=Ledger(),
-                    nonce=order.nonce,
-                )
-            if cache:
-                cache.put(question, p)
-            return p
+                question = order.question(judge, read)
+                if told := cache and cache.get(question):
+                    return None if told.value is None else float(told.value)
+                ask = verdict if read == "logprobs" else written_verdict
+                p = await ask(client, judge_endpoint, *texts, purpose=purpose, ledger=Ledger(), nonce=order.nonce)
+        except NoLogprobsError:
+            if read == "logprobs" and cache:
+                cache.put(no_logprobs, True)
+            read = "parsed"
+            return await view(client, order)
+        if cache:
+            cache.put(question, p)
+        return p
+
+    async def one(client: Client, order: _Order) -> float | None:
+        try:
+            return await view(client, order)
         except CallError as error:
             if error.kind == "unreachable":  # nor will the next thousand calls reach it
                 raise
@@ -257,20 +269,21 @@ async def evaluate(
         shown = bar.add_task(f"verdicts of {name}", total=2 * len(rows))
         async with http_client() as client:
             asked = [one(client, order) for order in _orders(rows)]
-            read = all_or_raise(await fan_out(asked, quorum=len(asked)))
+            views = all_or_raise(await fan_out(asked, quorum=len(asked)))
     if len(failures) == len(asked):
         raise MixfuseError(f"every call to the judge failed, the last: {failures[-1]}", kind="judge_failed")
     return report(
         rows,
-        [Views(*both) for both in zip(read[::2], read[1::2], strict=True)],
+        [Views(*both) for both in zip(views[::2], views[1::2], strict=True)],
         failed_calls=Counter(failure.kind for failure in failures),
         calibration=judge_endpoint.calibration,
+        read=read,
     )
 
 
 def known(revision: str, rows: Sequence[Comparison], cache: Cache) -> bool:
     """Whether a cache holds every verdict of a judge's revision on these rows, so that nobody needs to serve it."""
-    return all(cache.holds(order.question(revision)) for order in _orders(rows))
+    return all(cache.holds(order.question(revision, "logprobs")) for order in _orders(rows))
 
 
 class _Order(NamedTuple):
@@ -281,10 +294,11 @@ class _Order(NamedTuple):
     second: str
     nonce: str
 
-    def question(self, judge: str) -> dict[str, Any]:
+    def question(self, judge: str, read: Literal["logprobs", "parsed"]) -> dict[str, Any]:
         """What a verdict is kept under."""
         messages = comparison(self.prompt, self.first, self.second, nonce=self.nonce)
-        return {"judge": judge, "messages": messages, "parameters": VERDICT_PARAMETERS}
+        parameters = VERDICT_PARAMETERS if read == "logprobs" else WRITTEN_PARAMETERS
+        return {"judge": judge, "messages": messages, "parameters": parameters}
 
 
 def _orders(rows: Sequence[Comparison]) -> Iterator[_Order]:
@@ -308,6 +322,7 @@ def report(
     *,
     failed_calls: Mapping[str, int] | None = None,
     calibration: Calibration | None = None,
+    read: Literal["logprobs", "parsed"] = "logprobs",
     against: "Mapping[str, JudgeReport] | None" = None,
 ) -> JudgeReport:
     """Works out the figures; pure.
@@ -317,6 +332,7 @@ def report(
         views: The judge's, in the same order.
         failed_calls: Calls that failed, by type.
         calibration: The judge's.
+        read: What the verdicts were read from.
         against: Other judges' reports on the same rows, by what they are to be called.
 
     Raises:
@@ -328,11 +344,12 @@ def report(
     decided, seen = [row for row, _ in both], [view for _, view in both]
     clusters = Clusters([row.prompt for row in decided])
     outcomes = [view.outcome(calibration) for view in views]
-    return JudgeReport(
+    own: dict[str, Any] = {name: clusters.mean(marks(decided, seen, name, calibration)) for name in MEASURES}
+    found = JudgeReport(
         n=len(decided),
         prompts=len({row.prompt for row in decided}),
         human_ties=len(rows) - len(decided),
-        **{name: clusters.mean(marks(decided, seen, name, calibration)) for name in MEASURES},
+        **own,
         parse_failures=sum(outcome.parse_failures for outcome in outcomes),
         ties=_ties(rows, views, calibration),
         reliability=_reliability(decided, seen, None, clusters),
@@ -342,20 +359,31 @@ def report(
         official=official(rows, views),
         failed_calls=dict(failed_calls or {}),
         baselines=_baselines(decided, clusters, marks(decided, seen, "order_averaged", calibration)),
-        against={name: _against(rows, views, calibration, other) for name, other in (against or {}).items()},
         views=list(views),
         calibration=calibration,
+        read=read,
     )
+    return compared(rows, found, against or {})
 
 
-def _against(
-    rows: Sequence[Comparison], views: Sequence[Views], calibration: Calibration | None, other: JudgeReport
-) -> dict[str, Any]:
-    differences = {
-        name: paired(rows, views, other.views, measure=name, calibrations=(calibration, other.calibration)).to_json()
-        for name in MEASURES
-    }
-    return {**{name: getattr(other, name).to_json() for name in MEASURES}, "difference": differences}
+def compared(rows: Sequence[Comparison], own: JudgeReport, others: Mapping[str, JudgeReport]) -> JudgeReport:
+    """A judge's report, with other judges beside it.
+
+    Args:
+        rows: What all of them judged.
+        own: The judge's.
+        others: The others', by what they are to be called.
+    """
+
+    def beside(other: JudgeReport) -> dict[str, Any]:
+        calibrations = (own.calibration, other.calibration)
+        gaps = {
+            name: paired(rows, own.views, other.views, measure=name, calibrations=calibrations) for name in MEASURES
+        }
+        figures: dict[str, Any] = {name: getattr(other, name).to_json() for name in MEASURES}
+        return {**figures, "difference": {name: gap.to_json() for name, gap in gaps.items()}}
+
+    return replace(own, against={name: beside(other) for name, other in others.items()})
 
 
 def _ties(rows: Sequence[Comparison], views: Sequence[Views], calibration: Calibration | None) -> dict[str, Figure]:

@@ -91,6 +91,7 @@ def _percent(figure: Figure) -> str:
 def _own(report: JudgeReport) -> list[str | Table | Plot]:
     rows = [(words, str(figure)) for words, figure in report.lines()]
     rows.append(("verdicts not read", f"{report.parse_failures} of {2 * (report.n + report.human_ties)}"))
+    rows.append(("verdicts read from", "log-probabilities" if report.read == "logprobs" else "what the judge wrote"))
     rows.append(("human ties, which count for no accuracy", str(report.human_ties)))
     rows += [(f"calls failed: {kind}", str(count)) for kind, count in report.failed_calls.items()]
     return [READING, Table(("", "share, 95 % interval"), rows)]

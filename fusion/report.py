@@ -240,8 +240,10 @@ def scatter(name: str, marks: Sequence[tuple[Mark, float]], across: str, caption
         colour = _GREY if mark.aside else _BLUE
         drawn.append(_line(x(taken), y(mark.figure.low), x(taken), y(mark.figure.high), colour, width=2))
         drawn.append(_circle(x(taken), y(mark.figure.value), 4, colour, f"{mark.label}: {mark.figure} at {taken:.4g}"))
-        drawn.append(_text(x(taken) + 7, y(mark.figure.value) - 5, mark.label))
-    return Plot(name, _svg(left + width + 140, top + height + 50, drawn, caption), caption)
+        right = taken > 0.6 * most  # of the plot, so that the name stays inside
+        aside = x(taken) + (-7 if right else 7)
+        drawn.append(_text(aside, y(mark.figure.value) - 5, mark.label, anchor="end" if right else "start"))
+    return Plot(name, _svg(left + width + 20, top + height + 50, drawn, caption), caption)
 
 
 def _svg(width: float, height: float, drawn: Sequence[str], title: str) -> str:

@@ -140,7 +140,7 @@ def eval_judge(
         asked, found = kept.added, kept.found
     own = reports[judge]
     others = {ref: reports[ref] for ref in [*against, *([UNTRAINED] if untrained else [])] if ref != judge}
-    report = judging.report(rows, own.views, failed_calls=own.failed_calls, calibration=own.calibration, against=others)
+    report = judging.compared(rows, own, others)
     Console().print(report.table())
     if out:
         judge_page.write(out, report, rows, judge=judge)

@@ -17,7 +17,7 @@ from reading_pages import every_value_missing_from, page_text
 from rich.console import Console
 
 from fusion.cache import Cache
-from fusion.eval_judge import Comparison, JudgeReport, Views, evaluate, known, load
+from fusion.eval_judge import Comparison, JudgeReport, Views, compared, evaluate, known, load
 from fusion.eval_judge import report as report_on
 from fusion.upstream import Endpoint
 from mixfuse.cli import main
@@ -275,8 +275,7 @@ def test_accuracy_by_how_long_the_better_answer_is() -> None:
 def test_against_another_judge() -> None:
     knows = report_on(PAIRS, [Views(0.9, 0.1) if row.label == "first" else Views(0.1, 0.9) for row in PAIRS])
     guesses = report_on(PAIRS, [Views(0.9, 0.9)] * 4)
-    both = report_on(PAIRS, knows.views, against={"a guesser": guesses})
-    told = both.to_json()["against"]["a guesser"]
+    told = compared(PAIRS, knows, {"a guesser": guesses}).to_json()["against"]["a guesser"]
     assert told["both_orders_correct"]["value"] == 0
     assert told["difference"]["both_orders_correct"]["value"] == 1
     assert told["difference"]["order_averaged"]["value"] == 0.5
@@ -318,6 +317,20 @@ async def test_a_second_run_asks_nothing(upstream: FakeUpstream, tmp_path: Path)
         other = replace(endpoint, revision="r2")  # a swapped judge is another one
         await evaluate(other, PAIRS[:1], progress=False, cache=cache)
         assert len(upstream.requests) == 10
+
+
+async def test_a_judge_without_log_probabilities_writes_its_verdicts(upstream: FakeUpstream, tmp_path: Path) -> None:
+    upstream.models["judge"] = Script(verdict=lambda first, _second: 0.9 if "good" in first else 0.1, no_logprobs=True)
+    endpoint = Endpoint(upstream.base_url, "judge")
+    with Cache(tmp_path / "cache.sqlite3") as cache:
+        first = await evaluate(endpoint, PAIRS, progress=False, cache=cache, concurrency=2)
+        assert (first.read, first.both_orders_correct.value, first.failed_calls) == ("parsed", 1, {})
+        assert set(first.views) == {Views(1, 0), Views(0, 1)}
+        asked = len(upstream.requests)
+        assert asked <= 8 + 2  # who was under way when it came out asked once more
+    with Cache(tmp_path / "cache.sqlite3") as cache:
+        assert await evaluate(endpoint, PAIRS, progress=False, cache=cache) == first
+        assert len(upstream.requests) == asked
 
 
 async def test_a_run_that_is_cut_off_goes_on(upstream: FakeUpstream, tmp_path: Path) -> None:

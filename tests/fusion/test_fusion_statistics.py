@@ -15,7 +15,7 @@ def mcnemar(b: int, c: int) -> float:
     return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
 
 
-@pytest.mark.parametrize(("b", "c"), [(0, 0), (5, 5), (9, 2), (1, 12), (40, 20), (700, 600)])
+@pytest.mark.parametrize(("b", "c"), [(0, 0), (5, 5), (9, 2), (1, 12), (40, 20), (300, 250)])
 def test_one_mark_a_prompt_is_exact_mcnemar(b: int, c: int) -> None:
     a = [1.0] * b + [0.0] * c + [1.0] * 30
     other = [0.0] * b + [1.0] * c + [1.0] * 30
