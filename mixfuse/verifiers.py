@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from fusion.agreement import said
+from fusion.questions import Question, matches
+from fusion.questions import Verifier as Comparing
 from mixfuse.errors import MixfuseError
 from mixfuse.recipe import Strict
 
@@ -58,7 +59,6 @@ class ByTests(Strict):
     memory_mib: PositiveInt = 512
 
 
-Comparing = Literal["exact", "number", "json", "regex"]
 Verifier = Literal["marked"] | Comparing | ByTasks | ByFunction | ByTests
 """`marked`: the rows say so themselves. `exact`, `number` (the last one), `json`: it says what the reference says.
 `regex`: the reference, a pattern, is found in it."""
@@ -92,12 +92,7 @@ def _marked(row: Mapping[str, Any], answer: str) -> bool | None:
 def _by_reference(how: Comparing) -> Check:
     def check(row: Mapping[str, Any], answer: str) -> bool:
         reference = _text(row, "reference")
-        if how != "regex":
-            return said(answer, how) == said(reference, how)
-        try:
-            return re.search(reference, answer) is not None
-        except re.error as error:
-            raise MixfuseError(f"row {row.get('id')!r}: the reference is no pattern: {error}") from None
+        return matches(Question(str(row.get("id")), str(row.get("prompt")), reference), answer, how)
 
     return check
 
