@@ -98,8 +98,10 @@ def server(folder: Path, environment: dict[str, str]) -> Iterator[str]:
         for line in process.stderr:
             lines.append(line)
             if found := re.search(r"ready: (http://[\d.:]+)/v1", line):
-                yield found[1]
-                process.send_signal(signal.SIGTERM)
+                try:
+                    yield found[1]
+                finally:
+                    process.send_signal(signal.SIGTERM)
                 break
         else:
             pytest.fail("".join(lines))
