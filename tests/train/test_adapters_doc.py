@@ -43,12 +43,10 @@ def test_the_pages_commands_lead_to_a_judge_that_serves(judge_by_one: Run, tiny_
         (tag,) = repo.tags
         with server(tmp_path, environment) as url:
             told = run(serving, tmp_path, {**environment, "MIXFUSE_URL": url})
-            served = run("mixfuse roles list --json", tmp_path, {**environment, "MIXFUSE_URL": url})
     revision = tag.removeprefix("rev-")
     assert f"judge: base -> {revision}" in told
     assert "who said what" in told
-    assert re.search(rf"rollback.*{revision}|{revision}.*base", told.splitlines()[-1]), told
-    assert revision not in served
+    assert f"judge: {revision} -> base" in told
 
 
 def test_its_links_and_the_files_it_names_are_there() -> None:
@@ -100,8 +98,10 @@ def server(folder: Path, environment: dict[str, str]) -> Iterator[str]:
         for line in process.stderr:
             lines.append(line)
             if found := re.search(r"ready: (http://[\d.:]+)/v1", line):
-                yield found[1]
-                process.send_signal(signal.SIGTERM)
+                try:
+                    yield found[1]
+                finally:
+                    process.send_signal(signal.SIGTERM)
                 break
         else:
             pytest.fail("".join(lines))
