@@ -69,7 +69,7 @@ def compose(
             weights |= _named(name, source[name])
         rank = source.rank
     else:
-        rank = rank or max(adapter.manifest.rank for adapter in source.adapters)
+        rank = max(adapter.manifest.rank for adapter in source.adapters) if rank is None else rank
         _check_rank(rank, "choose a smaller one")
         if rank > source.rank:
             raise MixfuseError(f"rank {rank} is more than the parts have together, {source.rank}; use --method concat")

@@ -202,7 +202,7 @@ MISTAKES = {
     "cancelled": (["compose", "OUT", "A", "A:-1"], "cancel each other out"),
     "rank of concat": (["compose", "OUT", "A", "B", "--rank", "4"], "--rank goes with --method sum"),
     "rank too large": (["compose", "OUT", "A", "B", "--method", "sum", "--rank", "13"], "use --method concat"),
-    "rank 0": (["compose", "OUT", "A", "B", "--method", "sum", "--rank", "-1"], "none that vLLM serves"),
+    "rank 0": (["compose", "OUT", "A", "B", "--method", "sum", "--rank", "0"], "none that vLLM serves"),
     "no part": (["compose", "OUT", "A", "nowhere"], "nowhere: no such adapter directory"),
     "another base": (["compose", "OUT", "A", "OTHER"], "is of another base model"),
     "in the way": (["compose", "B", "A", "A"], "exists already"),
