@@ -368,7 +368,8 @@ def rewrite(directory: Path, manifest: Manifest, texts: Mapping[str, str]) -> Ma
     """
     hashes = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
     manifest = manifest.model_copy(update={"files": {**manifest.files, **hashes}, "signature": None})
-    texts = {**texts, MANIFEST: manifest.model_dump_json(indent=2) + "\n"}
+    written = json.dumps(manifest.model_dump(mode="json"), indent=2, ensure_ascii=False)
+    texts = {**texts, MANIFEST: written + "\n"}
     with ExitStack() as renames:
         for name, text in texts.items():
             renames.enter_context(atomic_file(directory / name)).write_text(text, encoding="utf-8")

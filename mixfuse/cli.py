@@ -659,7 +659,7 @@ def _adapter_sign(arguments: argparse.Namespace) -> None:
 
 
 def _adapter_diff(arguments: argparse.Namespace) -> None:
-    from train.adapter_ops import diff, plot_difference, print_difference
+    from train.adapter_diff import diff, plot_difference, print_difference
 
     difference = diff(arguments.a, arguments.b)
     print_difference(difference)

@@ -1,4 +1,4 @@
-"""Adapters out of adapters, and how two of them differ: `mixfuse adapter diff | compose | prune`.
+"""Adapters out of adapters: `mixfuse adapter compose | prune`.
 
 What comes out is an adapter directory like any other, in float32. It has not been through the parity gate, and a
 judge's calibration is gone: both were measured on other weights.
@@ -7,201 +7,19 @@ judge's calibration is gone: both were measured on other weights.
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from rich.progress import track
 
 from mixfuse.adapter import LARGEST_RANK, Manifest
 from mixfuse.errors import MixfuseError
-from mixfuse.files import atomic_file
 from train.export import check_weights, write_directory
-from train.factors import Factors, Pair, Place, inner_product, norm, stacked, truncated
+from train.factors import Factors, Pair, Place, norm, stacked, tracked, truncated
 from train.layouts import Weights, with_fused
 
 _EXACT = 1e-5  # relative; what rounding the factors to float32 may come to
 _VANISHED = 1e-6
-
-
-# --- diff ---------------------------------------------------------------------------------------------------------
-
-
-class ModuleDifference(NamedTuple):
-    """How two adapters change one module.
-
-    Attributes:
-        norm_a: ‖Δ‖ under the first; 0 where it leaves the module alone.
-        norm_b: ‖Δ‖ under the second.
-        inner: ⟨Δ, Δ'⟩.
-    """
-
-    place: Place
-    norm_a: float
-    norm_b: float
-    inner: float
-
-
-@dataclass(frozen=True)
-class Difference:
-    """How two adapters differ, module by module."""
-
-    a: Factors
-    b: Factors
-    modules: tuple[ModuleDifference, ...]
-
-    def grouped(self) -> dict[int, dict[str, ModuleDifference]]:
-        """Layer → "attention" or an expert's number → its modules together."""
-        groups: dict[tuple[int, str], list[ModuleDifference]] = defaultdict(list)
-        for module in self.modules:
-            expert = module.place.expert
-            groups[module.place.layer, "attention" if expert is None else str(expert)].append(module)
-        result: dict[int, dict[str, ModuleDifference]] = defaultdict(dict)
-        for (layer, column), members in groups.items():
-            result[layer][column] = together(members)
-        return dict(result)
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything, for `--json`."""
-        return {
-            "a": _described(self.a),
-            "b": _described(self.b),
-            "same_base": not self.a.manifest.base.differences(self.b.manifest.base),
-            "total": _figures(together(self.modules)),
-            "modules": [{**module.place._asdict(), **_figures(module)} for module in self.modules],
-        }
-
-
-def diff(a: Path, b: Path) -> Difference:
-    """Compares two adapter directories.
-
-    Raises:
-        MixfuseError: One of them is not right.
-    """
-    one, other = Factors(a), Factors(b)
-    places = one.places | other.places
-    modules = []
-    for name in _tracked(sorted(places, key=lambda name: places[name].order), "comparing"):
-        pairs = [factors[name] if name in factors.places else None for factors in (one, other)]
-        norms = [math.sqrt(max(inner_product(pair, pair), 0)) if pair else 0.0 for pair in pairs]
-        product = inner_product(pairs[0], pairs[1]) if pairs[0] and pairs[1] else 0.0
-        modules.append(ModuleDifference(places[name], norms[0], norms[1], product))
-    return Difference(one, other, tuple(modules))
-
-
-def together(modules: Iterable[ModuleDifference]) -> ModuleDifference:
-    """Several modules as one: squares of norms, and inner products, add up."""
-    members = list(modules)
-    norm_a = math.hypot(*(member.norm_a for member in members))
-    norm_b = math.hypot(*(member.norm_b for member in members))
-    return ModuleDifference(members[0].place, norm_a, norm_b, sum(member.inner for member in members))
-
-
-def cosine(module: ModuleDifference) -> float | None:
-    """Of the angle between the two deltas; None where one of them is zero."""
-    product = module.norm_a * module.norm_b
-    return max(-1.0, min(1.0, module.inner / product)) if product else None
-
-
-def print_difference(difference: Difference) -> None:
-    """Prints both adapters' facts and a table: layers down, attention and experts across."""
-    from rich.console import Console
-    from rich.table import Table
-
-    facts = Table(title="adapters")
-    for heading in ("", "role", "revision", "rank", "alpha/r", "targets", "‖Δ‖"):
-        facts.add_column(heading)
-    total = together(difference.modules)
-    for name, factors, size in (("A", difference.a, total.norm_a), ("B", difference.b, total.norm_b)):
-        row = _described(factors)
-        targets = " ".join(row["targets"])
-        facts.add_row(name, row["role"], row["revision"], str(row["rank"]), f"{row['scale']:g}", targets, f"{size:.4g}")
-    groups = difference.grouped()
-    columns = _columns(groups)
-    table = Table(title="‖Δ‖ of A and B, cosine of the two")
-    table.add_column("layer", justify="right")
-    for column in columns:
-        table.add_column(column, justify="right")
-    for layer, cells in groups.items():
-        table.add_row(str(layer), *[_cell(cells.get(column)) for column in columns])
-    # Into a file or a pipe, a table is not cut to a terminal that is not there.
-    console = Console()
-    console = console if console.is_terminal else Console(width=max(120, 12 + 24 * len(columns)))
-    console.print(facts)
-    console.print(table)
-    angle = cosine(total)
-    words = "" if angle is None else f", cosine {angle:.4f}"
-    console.print(f"‖A - B‖ = {_figures(total)['norm_of_difference']:.4g}{words}", highlight=False)
-    if difference.a.manifest.base.differences(difference.b.manifest.base):
-        console.print("The two are of different base models.")
-
-
-def plot_difference(difference: Difference, path: Path) -> None:
-    """Writes three heat maps as a PNG: both adapters' norms, and the cosine; layers down, attention and experts across.
-
-    Args:
-        difference: What `diff` found.
-        path: The file.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    groups = difference.grouped()
-    columns, layers = _columns(groups), list(groups)
-    nothing = ModuleDifference(Place(0, None, ""), 0, 0, 0)
-    cells = [[groups[layer].get(column, nothing) for column in columns] for layer in layers]
-    norms = [[[getattr(cell, side) for cell in row] for row in cells] for side in ("norm_a", "norm_b")]
-    angles = [[cosine(cell) if cosine(cell) is not None else math.nan for cell in row] for row in cells]
-    largest = max(map(max, norms[0] + norms[1]))
-    width = 1.5 + 0.45 * len(columns)
-    figure = Figure(figsize=(3 * width + 2, 1.8 + 0.22 * len(layers)), layout="constrained")
-    panels: list[tuple[str, list[list[Any]], dict[str, Any]]] = [
-        (f"‖Δ‖, A: {difference.a.manifest.revision}", norms[0], {"cmap": "viridis", "vmin": 0, "vmax": largest}),
-        (f"‖Δ‖, B: {difference.b.manifest.revision}", norms[1], {"cmap": "viridis", "vmin": 0, "vmax": largest}),
-        ("cosine of A and B", angles, {"cmap": "coolwarm", "vmin": -1, "vmax": 1}),
-    ]
-    for axes, (title, values, colours) in zip(figure.subplots(1, 3, squeeze=False)[0], panels, strict=True):
-        image = axes.imshow(values, aspect="auto", **colours)
-        axes.set(title=title, xlabel="attention, experts", ylabel="layer")
-        axes.set_xticks(range(len(columns)), ["att" if column == "attention" else column for column in columns])
-        axes.set_yticks(range(len(layers)), layers)
-        figure.colorbar(image)
-    with atomic_file(path) as temporary:
-        FigureCanvasAgg(figure).print_figure(temporary, format="png", dpi=120)
-
-
-def _columns(groups: dict[int, dict[str, ModuleDifference]]) -> list[str]:
-    return sorted(
-        {column for cells in groups.values() for column in cells}, key=lambda c: (c != "attention", len(c), c)
-    )
-
-
-def _cell(module: ModuleDifference | None) -> str:
-    if module is None:
-        return ""
-    angle = cosine(module)
-    return f"{module.norm_a:.3g} {module.norm_b:.3g} " + ("-" if angle is None else f"{angle:.2f}")
-
-
-def _figures(module: ModuleDifference) -> dict[str, float | None]:
-    apart = module.norm_a**2 + module.norm_b**2 - 2 * module.inner
-    return {
-        "norm_a": module.norm_a,
-        "norm_b": module.norm_b,
-        "norm_of_difference": math.sqrt(max(apart, 0)),
-        "cosine": cosine(module),
-    }
-
-
-def _described(factors: Factors) -> dict[str, Any]:
-    manifest = factors.manifest
-    targets = sorted({place.projection for place in factors.places.values()})
-    facts = {"role": manifest.role, "revision": manifest.revision, "rank": manifest.rank}
-    return {"directory": str(factors.directory), **facts, "scale": factors.scale, "targets": targets}
-
-
-# --- compose ------------------------------------------------------------------------------------------------------
 
 
 class Composed(NamedTuple):
@@ -237,6 +55,7 @@ def compose(
         MixfuseError: A part is not right, or of another base; judge protocols differ; the rank is none that vLLM
             serves; or the parts cancel each other out.
     """
+    _check_free(out)
     source = _WeightedSum(parts)
     first = source.adapters[0].manifest
     role = role or first.role
@@ -246,11 +65,11 @@ def compose(
             raise MixfuseError("--rank goes with --method sum; the rank of concat is the sum of its parts' ranks")
         _check_rank(source.rank, "use --method sum --rank R, or prune the parts")
         weights: Weights = {}
-        for name in _tracked(source.places, "joining"):
+        for name in tracked(source.places, "joining"):
             weights |= _named(name, source[name])
         rank = source.rank
     else:
-        rank = rank or max(adapter.manifest.rank for adapter in source.adapters)
+        rank = max(adapter.manifest.rank for adapter in source.adapters) if rank is None else rank
         _check_rank(rank, "choose a smaller one")
         if rank > source.rank:
             raise MixfuseError(f"rank {rank} is more than the parts have together, {source.rank}; use --method concat")
@@ -339,6 +158,11 @@ def _one_protocol(adapters: Sequence[Factors], role: str) -> dict[str, Any] | No
     return judges[0].manifest.judge_protocol if role == "judge" else None
 
 
+def _check_free(out: Path) -> None:
+    if out.exists():  # said before the work, not after it
+        raise MixfuseError(f"{out} exists already; choose another place or remove it first")
+
+
 def _check_rank(rank: int, way_out: str) -> None:
     if not 0 < rank <= LARGEST_RANK:
         raise MixfuseError(f"rank {rank} is none that vLLM serves (1 to {LARGEST_RANK}); {way_out}")
@@ -351,7 +175,7 @@ def _relative_error(source: _WeightedSum, weights: Weights) -> float:
         MixfuseError: The parts cancel each other out.
     """
     apart = total = size = 0.0
-    for name in _tracked(source.places, "checking"):
+    for name in tracked(source.places, "checking"):
         wanted = source[name]
         got = Pair(weights[f"{name}.lora_A.weight"], weights[f"{name}.lora_B.weight"])
         apart += norm(stacked([wanted, Pair(got.a, -got.b)])) ** 2
@@ -361,9 +185,6 @@ def _relative_error(source: _WeightedSum, weights: Weights) -> float:
     if total <= _VANISHED**2 * size:
         raise MixfuseError("the parts cancel each other out; nothing would be left", kind="adapter")
     return math.sqrt(apart / total)
-
-
-# --- prune --------------------------------------------------------------------------------------------------------
 
 
 class Energy(NamedTuple):
@@ -407,6 +228,7 @@ def prune(directory: Path, out: Path, *, rank: int) -> Pruned:
     Raises:
         MixfuseError: The directory is not right, or the rank is not below its own.
     """
+    _check_free(out)
     source = Factors(directory)
     manifest = source.manifest
     if not 0 < rank < manifest.rank:
@@ -461,7 +283,7 @@ def _truncated(source: Factors | _WeightedSum, rank: int) -> _Reduced:
     weights: Weights = {}
     energies = []
     done: set[str] = set()
-    for name in _tracked(source.places, "reducing"):
+    for name in tracked(source.places, "reducing"):
         if name in done:
             continue
         place, pair = source.places[name], source[name]
@@ -485,9 +307,6 @@ def _share(energies: Iterable[Energy]) -> float:
     return kept / total if total else 1.0
 
 
-# --- both ---------------------------------------------------------------------------------------------------------
-
-
 def _named(module: str, pair: Pair) -> Weights:
     return {f"{module}.lora_A.weight": pair.a.contiguous(), f"{module}.lora_B.weight": pair.b.contiguous()}
 
@@ -500,11 +319,3 @@ def _write(out: Path, like: Factors, weights: Weights, rank: int, *, role: str, 
     layout = with_fused(weights, config)
     base = like.manifest
     return write_directory(out, layout, Path(base.base_path), base.base, role=role, source=out, **facts)
-
-
-def _tracked(names: Iterable[str], doing: str) -> Iterable[str]:
-    """The names, with a progress bar on standard error where that is a terminal."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    return track(list(names), doing, console=console, transient=True, disable=not console.is_terminal)

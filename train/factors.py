@@ -7,10 +7,14 @@ alone.
 
 import math
 import re
+from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from rich.console import Console
+from rich.progress import track
 
 from mixfuse import adapter as contract
 from mixfuse.errors import MixfuseError
@@ -125,6 +129,7 @@ class Factors:
         self._file = TensorFile(directory / contract.WEIGHTS)
         names = (name.removesuffix(".lora_A.weight") for name in self._file.header if ".lora_A." in name)
         self.places = dict(sorted(((name, self._place(name)) for name in names), key=lambda item: item[1].order))
+        self._check_experts()
 
     def __getitem__(self, module: str) -> Pair:
         a, b = (self._file.read(f"{module}.lora_{side}.weight").float() for side in "AB")
@@ -134,6 +139,20 @@ class Factors:
         """The shape of a module's factor; `side` is "A" or "B"."""
         shape: list[int] = self._file.header[f"{module}.lora_{side}.weight"]["shape"]
         return shape
+
+    def _check_experts(self) -> None:
+        found: dict[int, set[tuple[int, str]]] = defaultdict(set)
+        for place in self.places.values():
+            if place.expert is not None:
+                found[place.layer].add((place.expert, place.projection))
+        experts = 1 + max((expert for members in found.values() for expert, _ in members), default=0)
+        for layer, members in found.items():
+            if len(members) < 3 * experts:  # exported by the first version of mixfuse
+                raise MixfuseError(
+                    f"{self.directory}: layer {layer} has factors of some experts only; bring it up to date with: "
+                    f"mixfuse adapter export {self.directory} OUT",
+                    kind="adapter",
+                )
 
     def _place(self, name: str) -> Place:
         found = _MODULE.search(name)
@@ -192,3 +211,9 @@ def truncated(pair: Pair, rank: int) -> Truncated:
     a[:keep] = (root[:, None] * (right[:keep] @ q_a.T)).float()
     b[:, :keep] = ((q_b @ left[:, :keep]) * root).float()
     return Truncated(Pair(a, b), float(values[:keep].square().sum()), float(values.square().sum()))
+
+
+def tracked(names: Iterable[str], doing: str) -> Iterable[str]:
+    """The names, with a progress bar on standard error where that is a terminal."""
+    console = Console(stderr=True)
+    return track(list(names), doing, console=console, transient=True, disable=not console.is_terminal)

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from mixfuse import adapter as contract
 from mixfuse.cli import main
 from mixfuse.errors import MixfuseError
-from train.adapter_ops import compose, diff, prune
+from train.adapter_diff import diff
+from train.adapter_ops import compose, prune
 from train.export import export
 
 pytestmark = pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match")
@@ -201,7 +202,7 @@ MISTAKES = {
     "cancelled": (["compose", "OUT", "A", "A:-1"], "cancel each other out"),
     "rank of concat": (["compose", "OUT", "A", "B", "--rank", "4"], "--rank goes with --method sum"),
     "rank too large": (["compose", "OUT", "A", "B", "--method", "sum", "--rank", "13"], "use --method concat"),
-    "rank 0": (["compose", "OUT", "A", "B", "--method", "sum", "--rank", "-1"], "none that vLLM serves"),
+    "rank 0": (["compose", "OUT", "A", "B", "--method", "sum", "--rank", "0"], "none that vLLM serves"),
     "no part": (["compose", "OUT", "A", "nowhere"], "nowhere: no such adapter directory"),
     "another base": (["compose", "OUT", "A", "OTHER"], "is of another base model"),
     "in the way": (["compose", "B", "A", "A"], "exists already"),
@@ -236,6 +237,24 @@ def test_a_mistake_is_one_line_and_nothing_is_written(
     assert error.startswith("mixfuse: error: ")
     assert message in error
     assert not [path for path in tmp_path.iterdir() if path.name != "other"]
+
+
+def test_a_directory_of_some_experts_only_is_to_be_exported_again(tiny_base: Path, tmp_path: Path) -> None:
+    """The first version of mixfuse passed such adapters through, which vLLM refuses."""
+    from test_layouts import per_expert
+
+    source = per_expert(tmp_path / "old", tiny_base, ["1.0.w2", "1.2.w2"])
+    export(source, tmp_path / "out")
+    prune(tmp_path / "out", tmp_path / "pruned", rank=2)
+    partial = {"experts_trained": True, "rank": 4, "base_path": str(tiny_base), "role": "domain"}
+    files = {name: contract.file_hashes(source)[name] for name in (contract.CONFIG, contract.WEIGHTS)}
+    base = contract.fingerprint(tiny_base)
+    manifest = contract.Manifest(revision=contract.revision_of(files), files=files, base=base, **partial)
+    (source / contract.MANIFEST).write_text(manifest.model_dump_json())
+    with pytest.raises(MixfuseError, match=r"layer 1 has factors of some experts only.*mixfuse adapter export"):
+        prune(source, tmp_path / "no", rank=2)
+    assert export(source, tmp_path / "again").experts_trained
+    assert prune(tmp_path / "again", tmp_path / "then", rank=2).share > 0
 
 
 def test_a_rank_that_vllm_does_not_serve_is_refused(
