@@ -20,21 +20,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import httpx
 import yaml
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from rich.console import Console
 
-from fusion.comparisons import Measure
 from fusion.export import read as read_traces
 from fusion.keys import ADMIN_KEY
 from fusion.statistics import Difference
 from mixfuse.database import opened
 from mixfuse.errors import PREEMPTED, MixfuseError, Preempted
 from mixfuse.files import atomic_directory, read_json, read_jsonl, write_json, write_jsonl, write_text
-from mixfuse.preferences import PairsSpec, Source
+from mixfuse.preferences import PairsSpec, Source, refuse_password
 from mixfuse.preferences import build as build_pairs
 from mixfuse.recipe import Strict, validate
 from mixfuse.verifiers import ByTasks
@@ -96,7 +95,7 @@ class Promote(Strict):
         min_fresh: Fresh traces of fewer prompts are not looked at.
     """
 
-    measure: Measure = "both_orders_correct"
+    measure: Literal["both_orders_correct", "order_averaged"] = "both_orders_correct"
     margin: float = Field(default=0.0, ge=0, lt=1)
     alpha: float = Field(default=0.05, gt=0, le=0.5)
     min_prompts: PositiveInt = 50
@@ -197,6 +196,7 @@ def run(config: LoopConfig, tools: Tools | None = None) -> dict[str, Any] | None
     Raises:
         MixfuseError: A step failed; the round goes on from it the next time.
     """
+    refuse_password(config.traces.database)
     with _alone(config.rounds) as lock:
         folder = _unfinished(config.rounds) or _begin(config)
         if folder is None:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from os import cpu_count
 from pathlib import Path
 from typing import Any, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
@@ -154,6 +155,9 @@ def build(spec: PairsSpec, out: Path, *, progress: bool = True) -> dict[str, Any
         MixfuseError: A source is missing or of another shape, a verifier fails, or nothing is left to train on (kind
             "no_pairs").
     """
+    for source in spec.sources:
+        if source.kind == "traces":
+            refuse_password(source.path)
     read = [_read(source, spec, out, progress) for source in spec.sources]
     against = [prompt for path in spec.against for prompt in questions(path)]
     everything = [preference for one in read for preference in one.preferences]
@@ -181,6 +185,19 @@ def build(spec: PairsSpec, out: Path, *, progress: bool = True) -> dict[str, Any
         for source, one in zip(spec.sources, read, strict=True)
     ]
     return data_card.write(out, selection, sources=facts, filters=spec, counts=counts)
+
+
+def refuse_password(database: str) -> None:
+    """Makes sure that a database's path or URL may be written down beside what is made of it.
+
+    Raises:
+        MixfuseError: It holds a password; the message does not.
+    """
+    if urlsplit(database).password:
+        raise MixfuseError(
+            "the trace database's URL holds a password and would be written down with it; leave it to PGPASSWORD or "
+            "~/.pgpass"
+        )
 
 
 def questions(path: Path) -> list[str]:

@@ -1,10 +1,10 @@
 """Programs that a model wrote, run where they can do little harm.
 
 What holds them (Linux, by namespaces and limits; `mixfuse/sandboxed.py` builds it): a network without any interface, a
-file system that is the Python interpreter and the system's libraries, read only, and an empty /tmp in memory; process
-numbers of their own, so that no other process can be signalled; no further process or thread; limits on processor time,
-memory, open files and bytes written; an end after `timeout_s` in any case; an empty environment. The user is nobody, or
-for who is not root themselves without any capability.
+file system that is the Python interpreter's folder and the system's libraries, read only, and an empty /tmp in memory;
+process numbers of their own, so that no other process can be signalled; no further process or thread; limits on
+processor time, memory, open files and bytes written; an end after `timeout_s` in any case; an empty environment. The
+user is nobody where root runs it, else whoever runs it, without any capability.
 
 What does not: a hole in the kernel, whose whole interface of system calls stays open (there is no seccomp filter); what
 one processor core and `memory_bytes` can do in that time; and a program that looks for the test harness in its own

@@ -419,10 +419,13 @@ def test_a_mistake_in_the_config_is_one_line(tmp_path: Path, capsys: pytest.Capt
     for override, message in (
         ("promote.margn=1", "unknown key 'promote.margn'; did you mean 'promote.margin'"),
         ("pairs.sources=[{path: a.jsonl, name: feedback}]", "'feedback' is what the round's own pairs are called"),
+        ("traces.database=postgresql://me:secret@host/db", "leave it to PGPASSWORD"),
         ("server={url: 'http://127.0.0.1:1'}", "no mixfuse server answers at http://127.0.0.1:1"),
     ):
         assert cli.main(["loop", str(path), override]) == 2
-        assert message in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert message in error
+        assert "secret" not in error
 
 
 # The swap, on a real role table with the gates before it
