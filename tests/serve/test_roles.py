@@ -6,6 +6,7 @@ What a real engine does with adapters is in test_server.py and test_engine.py; h
 import asyncio
 import json
 import math
+import random
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -392,6 +393,40 @@ async def test_a_swap_of_a_role_that_is_not_loaded_needs_no_place_of_the_others(
         await roles.close()
         assert present(engine) == {"b", "c"}, "they are in use; the new one waits on the disk for its first request"
     assert await leased(roles, "a") == f"a@{revision(made(7, 'a'))}"
+
+
+async def test_requests_swaps_and_evictions_at_once_all_come_to_their_end(made, stores):
+    engine, chance = FakeEngine(), random.Random(0)
+    step = engine._step
+
+    async def slowly(what: str, name: str) -> None:
+        await asyncio.sleep(chance.random() / 500)
+        await step(what, name)
+
+    engine._step = slowly
+    roles = table(engine, *"abcd", max_loaded=2, store=stores())
+    await roles.start({role: made(number, role) for number, role in enumerate("abcd")})
+    await roles.pin("d", True)
+
+    async def ask() -> None:
+        for _ in range(30):
+            async with roles.lease(chance.choice("abcd")) as held:
+                for _ in range(2):
+                    assert held.model in engine.loaded
+                    await asyncio.sleep(chance.random() / 500)
+
+    async def swap(role: str, first: int) -> None:
+        for number in range(4):
+            await roles.swap(role, made(first + number % 2, role))
+
+    async with asyncio.timeout(60), asyncio.TaskGroup() as group:
+        for _ in range(8):
+            group.create_task(ask())
+        group.create_task(swap("a", 10))
+        group.create_task(swap("d", 20))
+    await roles.close()
+    assert len(engine.loaded) == 2
+    assert roles.serving()["d"].model in engine.loaded
 
 
 # --- what outlives the process --------------------------------------------------------------------------------------

@@ -39,7 +39,14 @@ def one_line_error(done: subprocess.CompletedProcess[str]) -> str:
 
 def serve_config(tiny, folder: Path, **changes) -> Path:
     config = {
-        "engine": {"base": str(tiny.base), "max_loras": 2, "max_loaded": 2, "max_num_seqs": 16, "max_lora_rank": 8},
+        "engine": {
+            "base": str(tiny.base),
+            "max_loras": 2,
+            "max_loaded": 2,
+            "max_num_seqs": 16,
+            "max_lora_rank": 8,
+            "start_timeout_s": 900,
+        },
         "gateway": {"port": 0},
         "roles": {"domain": str(tiny.served["one"]), "judge": None, "spare": None},
         "roles_poll_s": 0.2,
