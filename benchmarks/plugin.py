@@ -1,6 +1,6 @@
 """What LoRA costs in vLLM on a CPU: its own experts without LoRA support, and `serve/vllm_cpu_moe_lora.py`.
 
-    .venv/bin/python benchmarks/plugin.py [--base DIR] [--tiny] [--rounds N] [--json]
+    .venv/bin/python benchmarks/plugin.py [--base DIR] [--tiny] [--layers N] [--rounds N] [--json]
 
 Two engines are up at once, with the same flags but for LoRA, and take turns within each round:
 
@@ -12,6 +12,9 @@ Each is measured twice: `decode`, answers of some tokens to short prompts, and `
 that share no prefix. All requests of a measurement are sent at once. Ratios are of tokens per CPU second of the
 engine's processes, with one computing thread: other programs on the machine disturb it less than wall time, which is
 printed beside it. They are medians over rounds of ratios within a round, with the least and the greatest.
+
+With --layers N only the first N layers of the base are served, to need less memory. The output layer is whole, and no
+adapter works on it: it flatters `decode` a little, and more with fewer layers.
 """
 
 import argparse
@@ -32,6 +35,7 @@ import httpx
 import psutil
 import torch
 from peft import get_peft_model
+from transformers import AutoConfig, AutoTokenizer, MixtralForCausalLM
 
 from serve.engine import Engine, EngineConfig
 from train.base import build
@@ -44,6 +48,7 @@ ROOT = Path(__file__).resolve().parent.parent
 GOALS = {"no adapter": 0.9, "one adapter": 0.75}
 ADAPTERS = ("first", "second", "third")
 KINDS = {"vllm": ["base"], "no adapter": ["base"], "one adapter": ["first"], "three adapters": list(ADAPTERS)}
+KV_CACHE = ["--kv-cache-memory-bytes=268435456"]
 WITHOUT_LORA = "--no-enable-lora"  # the last of the two wins
 
 
@@ -66,6 +71,8 @@ def main() -> None:
         base = arguments.base or Path(folder) / "base"
         if not (base / "config.json").is_file():
             build(base, tiny=arguments.tiny)
+        if arguments.layers:
+            base = _cut(base, Path(folder) / "cut", arguments.layers)
         adapters = {name: _adapter(base, Path(folder) / name, seed) for seed, name in enumerate(ADAPTERS)}
         loads = {"decode": Load(arguments.requests, 16, arguments.answer), "prefill": Load(2, arguments.prompt, 1)}
         rows = asyncio.run(_measure(base, adapters, loads, arguments.rounds, Path(folder)))
@@ -87,8 +94,8 @@ async def _measure(
         "max_num_seqs": 64,
         "start_timeout_s": 900,
     }
-    plain = EngineConfig(**shared, extra_args=[WITHOUT_LORA])
-    lora = EngineConfig(**shared)
+    plain = EngineConfig(**shared, extra_args=[*KV_CACHE, WITHOUT_LORA])
+    lora = EngineConfig(**shared, extra_args=KV_CACHE)
     async with AsyncExitStack() as stack:
         own, with_lora = await asyncio.gather(
             stack.enter_async_context(Engine(plain, log_path=logs / "plain.log")),
@@ -109,7 +116,7 @@ async def _measure(
             for name, load in loads.items():
                 row[name] = {kind: await _run(engines[kind], KINDS[kind], load, draw) for kind in order}
             rows.append(row)
-            print(f"round {number + 1} of {rounds}", file=sys.stderr)
+            print(f"round {number + 1} of {rounds}: {json.dumps(row)}", file=sys.stderr)
         return rows
 
 
@@ -183,6 +190,15 @@ def _print(
             )
 
 
+def _cut(base: Path, folder: Path, layers: int) -> Path:
+    """The base's first layers."""
+    config = AutoConfig.from_pretrained(base)
+    config.num_hidden_layers = layers
+    MixtralForCausalLM.from_pretrained(base, config=config, dtype=torch.float32).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return folder
+
+
 def _adapter(base: Path, folder: Path, seed: int) -> Path:
     """A random adapter of rank 16, exported."""
     model = get_peft_model(load_base(base, torch.float32), lora_config(Lora(r=16, alpha=16, experts="all")))
@@ -202,6 +218,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, help="default: built anew")
     parser.add_argument("--tiny", action="store_true", help="a random two-layer base")
+    parser.add_argument("--layers", type=int, metavar="N", help="default: all")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--requests", type=int, default=16, help="at once, of the decode load")
     parser.add_argument("--answer", type=int, default=16, help="tokens written, of the decode load")

@@ -221,7 +221,7 @@ class EngineGroup:
         self.base_model_name = names[0]
         for api in apis:
             api.base_model_name = names[0]
-        return [self._replica(Elsewhere(api, self.config.restart, self._adapters)) for api in apis]
+        return [self._replica(Elsewhere(api, self.config.restart)) for api in apis]
 
     def _replica(self, source: Source) -> Replica:
         return Replica(source, self._adapters, self._changing, self.config.restart, self._changed.set)

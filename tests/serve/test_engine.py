@@ -38,7 +38,7 @@ module_loop = pytest.mark.asyncio(loop_scope="module")
 
 
 def config(base: Path, **changes) -> EngineConfig:
-    return EngineConfig(base=base, max_model_len=1024, max_loras=4, max_num_seqs=16, **changes)
+    return EngineConfig(base=base, max_model_len=1024, max_loras=4, max_num_seqs=16, threads=1, **changes)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -52,7 +52,7 @@ async def engine(tiny, tmp_path_factory: pytest.TempPathFactory):
 
 async def ask(engine: Engine, endpoint: str, method: str = "POST", **body) -> httpx.Response:
     headers = {"Authorization": f"Bearer {engine.api_key}"}
-    async with httpx.AsyncClient(timeout=120, trust_env=False) as client:
+    async with httpx.AsyncClient(timeout=600, trust_env=False) as client:
         return await client.request(method, f"{engine.url}/{endpoint}", json=body or None, headers=headers)
 
 
@@ -102,7 +102,7 @@ async def test_base_and_adapters_share_a_batch(engine: Engine, tiny):
 @module_loop
 async def test_prefill_and_decode_of_all_kinds_of_adapters_and_none_share_batches(engine: Engine, tiny):
     """Ten answers are written at once; while they are, five prompts are read. Each is as PEFT has it, within 1e-4."""
-    names, tokens = ("base", *ADAPTERS), 96
+    names, tokens = ("base", *ADAPTERS), 48
     tokenizer = AutoTokenizer.from_pretrained(engine.config.base)
 
     async def write(model: str, prompt: list[int]) -> tuple[list[int], list[float]]:
@@ -118,7 +118,7 @@ async def test_prefill_and_decode_of_all_kinds_of_adapters_and_none_share_batche
     before = await steps()
     asked = [(name, tokenizer(text).input_ids) for name in names for text in TEXTS[:2]]
     writing = [asyncio.create_task(write(*one)) for one in asked]
-    while await steps() < before + 8:  # noqa: ASYNC110 - vLLM sets no events
+    while await steps() < before + 3:  # noqa: ASYNC110 - vLLM sets no events
         await asyncio.sleep(0.02)
     read = await asyncio.gather(*(logprobs(engine, name, TEXTS[0]) for name in names))
     assert not any(task.done() for task in writing)

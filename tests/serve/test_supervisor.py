@@ -271,6 +271,23 @@ async def test_an_engine_that_was_started_anew_between_two_looks_gets_its_adapte
         await eventually(lambda: others[0].adapters)
 
 
+async def test_an_engine_without_an_adapter_that_cannot_be_given_back_serves_the_others(
+    external: EngineConfig, others: list[StandIn]
+):
+    async with EngineGroup(external, logs=external.base) as group:
+        for name in ("a", "b"):
+            await group.load_adapter(name, adapter(external.base, name))
+        adapter(external.base, "a", value=1)
+        others[0].adapters.clear()
+        await eventually(lambda: "a" in group.replicas[0].lost)
+        await asyncio.sleep(3 * SOON.check_s)
+        assert group.replicas[0].ready
+        assert set(others[0].adapters) == {"b"}
+        for _ in range(3):
+            async with group.at("a") as address:
+                assert address.url == external.external[1]
+
+
 async def test_an_adapter_left_from_before_is_replaced(external: EngineConfig, others: list[StandIn]):
     others[0].adapters["a"] = "/elsewhere"
     async with EngineGroup(external, logs=external.base) as group:
