@@ -48,7 +48,6 @@ ROOT = Path(__file__).resolve().parent.parent
 GOALS = {"no adapter": 0.9, "one adapter": 0.75}
 ADAPTERS = ("first", "second", "third")
 KINDS = {"vllm": ["base"], "no adapter": ["base"], "one adapter": ["first"], "three adapters": list(ADAPTERS)}
-KV_CACHE = ["--kv-cache-memory-bytes=268435456"]
 WITHOUT_LORA = "--no-enable-lora"  # the last of the two wins
 
 
@@ -94,8 +93,8 @@ async def _measure(
         "max_num_seqs": 64,
         "start_timeout_s": 900,
     }
-    plain = EngineConfig(**shared, extra_args=[*KV_CACHE, WITHOUT_LORA])
-    lora = EngineConfig(**shared, extra_args=KV_CACHE)
+    plain = EngineConfig(**shared, extra_args=[WITHOUT_LORA])
+    lora = EngineConfig(**shared)
     async with AsyncExitStack() as stack:
         own, with_lora = await asyncio.gather(
             stack.enter_async_context(Engine(plain, log_path=logs / "plain.log")),
