@@ -1,6 +1,6 @@
 """What LoRA costs in vLLM on a CPU: its own experts without LoRA support, and `serve/vllm_cpu_moe_lora.py`.
 
-    .venv/bin/python benchmarks/plugin.py [--base DIR] [--tiny] [--layers N] [--rounds N] [--json]
+    .venv/bin/python benchmarks/plugin.py [--base DIR] [--tiny] [--layers N] [--rounds N] [--kernel] [--json]
 
 Two engines are up at once, with the same flags but for LoRA, and take turns within each round:
 
@@ -15,6 +15,9 @@ printed beside it. They are medians over rounds of ratios within a round, with t
 
 With --layers N only the first N layers of the base are served, to need less memory. The output layer is whole, and no
 adapter works on it: it flatters `decode` a little, and more with fewer layers.
+
+`--kernel` starts no engine: it times one layer's experts at the embedded base's sizes in this process, by CPU time:
+vLLM's kernel (which batches without an adapter go through), and the plugin's path with no, one and three adapters.
 """
 
 import argparse
@@ -26,8 +29,9 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,6 +42,7 @@ from peft import get_peft_model
 from transformers import AutoConfig, AutoTokenizer, MixtralForCausalLM
 
 from serve.engine import Engine, EngineConfig
+from serve.vllm_cpu_moe_lora import ExpertLora, routed_experts
 from train.base import build
 from train.export import export
 from train.model import load_base, lora_config
@@ -66,6 +71,9 @@ class Load(NamedTuple):
 
 def main() -> None:
     arguments = _arguments()
+    if arguments.kernel:
+        _kernel(arguments.rounds)
+        return
     with tempfile.TemporaryDirectory() as folder:
         base = arguments.base or Path(folder) / "base"
         if not (base / "config.json").is_file():
@@ -189,6 +197,62 @@ def _print(
             )
 
 
+def _kernel(rounds: int) -> None:
+    from vllm import _custom_ops as ops
+    from vllm.platforms import current_platform
+
+    current_platform.import_kernels()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    experts, hidden, inner, rank, slots, layers = 4, 576, 1536, 16, 4, 4  # so many layers that no cache holds them
+
+    def weights(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape) / shape[-1] ** 0.5
+
+    def packed(matrices: torch.Tensor) -> list[Callable[[torch.Tensor], torch.Tensor]]:
+        return [partial(ops.onednn_mm, ops.create_onednn_mm(matrix.t(), 32), bias=None) for matrix in matrices]
+
+    def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
+        out = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
+        torch.ops._C.silu_and_mul(out, gate_up)
+        return out
+
+    made = []
+    for _ in range(layers):
+        w13, w2 = weights(experts, 2 * inner, hidden), weights(experts, hidden, inner)
+        a13 = tuple(weights(slots, experts, rank, hidden) for _ in range(2))
+        b13 = tuple(weights(slots, experts, inner, rank) for _ in range(2))
+        lora = (a13, b13, weights(slots, experts, rank, inner), weights(slots, experts, hidden, rank))
+        theirs = [ops.cpu_prepack_moe_weight(each, "vec") for each in (w13, w2)]
+        made.append((theirs, packed(w13), packed(w2), lora))
+    print(f"experts of one layer, float32, one thread, CPU ms, median of {rounds} rounds, and vllm's over it")
+    print("| tokens | vllm | plugin, no adapter | one adapter | three adapters |")
+    print("| --- | --- | --- | --- | --- |")
+    for tokens in (4, 16, 64, 256):
+        x, shares = torch.randn(tokens, hidden), torch.rand(tokens, 2)
+        chosen = torch.stack([torch.randperm(experts)[:2] for _ in range(tokens)]).int()
+        batches = {
+            "no adapter": torch.full((tokens,), -1),
+            "one adapter": torch.zeros(tokens, dtype=torch.long),
+            "three adapters": torch.arange(tokens) % 3,
+        }
+        times: dict[str, list[float]] = {name: [] for name in ("vllm", *batches)}
+        for _ in range(rounds + 1):
+            begun = time.process_time()
+            for theirs, *_rest in made:
+                out = torch.empty_like(x)
+                ops.cpu_fused_moe(out, x, *theirs, None, None, shares, chosen, "silu", "vec", False)
+            times["vllm"].append(time.process_time() - begun)
+            for name, batch in batches.items():
+                begun = time.process_time()
+                for _, first, second, lora in made:
+                    routed_experts(x, first, second, chosen, shares, swiglu, ExpertLora(batch, *lora))
+                times[name].append(time.process_time() - begun)
+        median = {name: statistics.median(seconds[1:]) for name, seconds in times.items()}  # the first one warms
+        cells = [f"{seconds / layers * 1e3:.2f} ({median['vllm'] / seconds:.2f})" for seconds in median.values()]
+        print(f"| {tokens} | {' | '.join(cells)} |", flush=True)
+
+
 def _cut(base: Path, folder: Path, layers: int) -> Path:
     """The base's first layers."""
     config = AutoConfig.from_pretrained(base)
@@ -222,6 +286,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=16, help="at once, of the decode load")
     parser.add_argument("--answer", type=int, default=16, help="tokens written, of the decode load")
     parser.add_argument("--prompt", type=int, default=256, help="tokens read, of the prefill load")
+    parser.add_argument("--kernel", action="store_true", help="the experts alone, without an engine")
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line")
     return parser.parse_args()
 
