@@ -204,6 +204,20 @@ def _parser() -> argparse.ArgumentParser:
     serve = top.add_parser("serve", help="vLLM with the adapters of each role, and the gateway in front")
     serve.add_argument("config", type=Path, metavar="CONFIG")
     serve.add_argument("overrides", nargs="*", metavar="key=value")
+    serve.add_argument(
+        "--dry-run", action="store_true", help="print vLLM's command and its memory plan; 1: does not fit"
+    )
+    serve.add_argument("--nodes", type=int, default=1, metavar="N", help="for the plan: hosts (default 1)")
+    serve.add_argument(
+        "--gpus-per-node", type=int, default=8, metavar="G", help="for the plan: GPUs a host (default 8)"
+    )
+    serve.add_argument("--gpu-memory", default="80GiB", metavar="SIZE", help="for the plan: of one GPU (default 80GiB)")
+    serve.add_argument(
+        "--model", type=Path, metavar="DIR", help="for the plan: config.json, where the base is not here"
+    )
+    serve.add_argument(
+        "--device", choices=("cuda", "cpu"), help="for the plan (default: what the installed vLLM is for)"
+    )
     serve.set_defaults(command=_serve)
 
     gateway = top.add_parser("gateway", help="the gateway by itself, for a pool that is served elsewhere")
@@ -558,10 +572,15 @@ def _adapter_prune(arguments: argparse.Namespace) -> None:
         print(json.dumps(pruned.to_json()))
 
 
-def _serve(arguments: argparse.Namespace) -> None:
+def _serve(arguments: argparse.Namespace) -> int:
+    if arguments.dry_run:
+        from mixfuse.planning import dry_run
+
+        return dry_run(arguments)
     from mixfuse.server import run
 
     run(arguments.config, arguments.overrides)
+    return 0
 
 
 def _gateway(arguments: argparse.Namespace) -> None:

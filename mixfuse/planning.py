@@ -1,5 +1,6 @@
 """`mixfuse plan`: finds out whose plan a file asks for and on what hardware, asks the room, and prints the plan."""
 
+import argparse
 import json
 import re
 import shlex
@@ -43,6 +44,49 @@ def run(arguments: Any) -> None:
     print(line if arguments.header else text)
     if arguments.json:
         print(json.dumps(result))
+
+
+def dry_run(arguments: Any) -> int:
+    """`mixfuse serve --dry-run`: prints the command of each engine and its memory plan, and starts nothing.
+
+    Returns:
+        0 where it fits, 1 where it does not.
+
+    Raises:
+        MixfuseError: As for `mixfuse serve` before it starts anything.
+    """
+    from mixfuse.server import configs
+    from serve.engine import command, cpu_build, environment
+    from serve.engine_group import per_replica
+
+    config, _ = configs(arguments.config, arguments.overrides)
+    if others := config.engine.external:
+        print(f"{arguments.config}: the engine is someone else's ({', '.join(others)}); nothing would be started")
+        return 0
+    device = arguments.device or ("cpu" if cpu_build() else "cuda")
+    cpu = device == "cpu"
+    for engine in per_replica(config.engine, cpu=cpu):
+        settings = [f"{name}={value}" for name, value in environment(engine, cpu=cpu).items()]
+        print(_shell([*settings, "VLLM_API_KEY=", *command(engine, engine.port or 0, cpu=cpu)]), end="\n\n")
+    print("VLLM_API_KEY is another at every start" + ("" if config.engine.port else "; port 0 stands for a free one"))
+    plan = vars(arguments) | {"recipe": arguments.config, "device": device, "concurrency": None}
+    result, text, _ = _serving(argparse.Namespace(**plan))
+    print(text)
+    return 0 if result["fits"] else 1
+
+
+def _shell(words: list[str]) -> str:
+    """A line for the shell, without the values of what is named like a secret."""
+    shown, hide = [], False
+    for word in words:
+        name, equals, value = word.partition("=")
+        secret = re.search(r"(?:^|[-_])(?:key|token|secret|password)$", name, re.IGNORECASE) is not None
+        if hide or (secret and equals):
+            shown.append(f"{name}=..." if equals else "...")
+        else:
+            shown.append(f"{name}={shlex.quote(value)}" if equals and name.isidentifier() else shlex.quote(word))
+        hide = secret and not equals
+    return " ".join(shown)
 
 
 def _is_serving(path: Path) -> bool:
@@ -105,7 +149,9 @@ def _serving(arguments: Any) -> tuple[dict[str, Any], str, str]:
     from serve import plan
 
     engine = load(arguments.recipe, ServeConfig, arguments.overrides).engine
-    places = [arguments.model] if arguments.model else [engine.base, arguments.recipe.parent / "model"]
+    places = (
+        [arguments.model] if arguments.model else [engine.weights or engine.base, arguments.recipe.parent / "model"]
+    )
     files = [place if place.is_file() else place / "config.json" for place in places]
     file = next((file for file in files if file.is_file()), None)
     if file is None:

@@ -132,6 +132,19 @@ def run(config_path: Path, overrides: list[str]) -> None:
     Raises:
         MixfuseError: The config is bad, a port is in use, an adapter is refused, or the engine did not start or died.
     """
+    config, fusion = configs(config_path, overrides)
+    try:
+        _run(_serve(config, fusion))
+    except (KeyboardInterrupt, asyncio.CancelledError):  # Ctrl-C, SIGTERM: how a server ends
+        print("stopped", file=sys.stderr)
+
+
+def configs(config_path: Path, overrides: list[str]) -> tuple[ServeConfig, FusionConfig]:
+    """Loads a serve config and the fusion config it names, and holds one against the other.
+
+    Raises:
+        MixfuseError: One is bad, or a role is named that is not there.
+    """
     config = load(config_path, ServeConfig, overrides)
     fusion = config.fusion if isinstance(config.fusion, FusionConfig) else load(config.fusion, FusionConfig)
     if BASE in config.roles:
@@ -139,10 +152,7 @@ def run(config_path: Path, overrides: list[str]) -> None:
     named = [model.role for model in (*fusion.members, fusion.judge, fusion.synthesizer) if model and model.role]
     if missing := [role for role in named if role not in (BASE, *config.roles)]:
         raise MixfuseError(f"{config_path}: the fusion config names the role {missing[0]!r}; add it to `roles`")
-    try:
-        _run(_serve(config, fusion))
-    except (KeyboardInterrupt, asyncio.CancelledError):  # Ctrl-C, SIGTERM: how a server ends
-        print("stopped", file=sys.stderr)
+    return config, fusion
 
 
 async def _serve(config: ServeConfig, fusion: FusionConfig) -> None:

@@ -45,8 +45,9 @@ class Restart(Strict):
         max_delay_s: The longest pause.
         crashes: So many within `window_s` are too many: the engine is given up.
         window_s: Seconds that a crash counts.
-        check_s: Seconds between two looks at the engine's health.
-        hung_after_s: An engine that has answered no such look for so many seconds is ended and started again.
+        check_s: Seconds between two looks at the engine; it is asked for one token.
+        hung_after_s: An engine that has answered no such look for so many seconds, and taken no step meanwhile, is
+            ended and started again.
         wait_s: The longest that a request waits for an engine that is away, in seconds. Members of the pool wait no
             longer than their own deadline.
     """
@@ -69,7 +70,9 @@ class EngineConfig(Strict):
 
     Attributes:
         base: The folder of the base model: weights, `config.json` and tokenizer.
-        dtype: What weights and activations are held in.
+        weights: A quantised copy of `base` that is served in its place. Adapters are checked against `base`, which is
+            where the tokenizer is read; that the copy was made from it is yours to know.
+        dtype: What weights and activations are held in, unless they are quantised.
         max_model_len: The longest prompt and completion together, in tokens.
         max_lora_rank: The highest rank an adapter may have; vLLM knows only these.
         max_loras: How many adapters may be active in one batch. More can be loaded; they then take turns.
@@ -93,6 +96,7 @@ class EngineConfig(Strict):
     """
 
     base: Path
+    weights: Path | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
     max_model_len: int = Field(default=1024, ge=2)
     max_lora_rank: LoraRank = 16
@@ -188,8 +192,9 @@ class Engine(VllmApi):
             raise RuntimeError("the engine is running already")
         if find_spec("vllm") is None:
             raise engine_error("vLLM is not installed; run scripts/setup, or pip install 'mixfuse[serve-cpu]'")
-        if not (self.config.base / "config.json").is_file():
-            raise engine_error(f"{self.config.base} holds no base model (no config.json)")
+        for folder in (self.config.base, self.config.weights or self.config.base):
+            if not (folder / "config.json").is_file():
+                raise engine_error(f"{folder} holds no base model (no config.json)")
         port = _checked_port(self.config.host, self.config.port)
         self._url = f"http://{self.config.host}:{port}/v1"
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
@@ -248,9 +253,14 @@ class Engine(VllmApi):
         raise engine_error(f"the engine died at its start: {last_error(self.log_path)}; see {self.log_path}")
 
 
-def environment(config: EngineConfig) -> dict[str, str]:
-    """What an engine finds in its environment beside what this process has, its API key excepted."""
-    cpu = {
+def environment(config: EngineConfig, *, cpu: bool | None = None) -> dict[str, str]:
+    """What an engine finds in its environment beside what this process has, its API key excepted.
+
+    Args:
+        config: The engine's.
+        cpu: Whether it runs on a CPU; None: what the installed vLLM is for.
+    """
+    on_cpu = {
         # The size of the cache, and no pinning to cores, which other engines and trainings share.
         "VLLM_CPU_KVCACHE_SPACE": str(config.kv_cache_gib),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -260,16 +270,23 @@ def environment(config: EngineConfig) -> dict[str, str]:
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
-        **(cpu if cpu_build() else {}),
+        **(on_cpu if _on_cpu(cpu) else {}),
         **config.env,
     }
 
 
-def command(config: EngineConfig, port: int) -> list[str]:
-    """The API server's command line; `vllm serve` asks for a distribution that vllm-cpu does not have."""
+def command(config: EngineConfig, port: int, *, cpu: bool | None = None) -> list[str]:
+    """The API server's command line; `vllm serve` asks for a distribution that vllm-cpu does not have.
+
+    Args:
+        config: The engine's.
+        port: Where it listens.
+        cpu: Whether it runs on a CPU; None: what the installed vLLM is for.
+    """
     return [
         *(sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server"),
-        *("--model", str(config.base), "--served-model-name", BASE_MODEL_NAME),
+        *("--model", str(config.weights or config.base), "--served-model-name", BASE_MODEL_NAME),
+        *(["--tokenizer", str(config.base)] if config.weights else []),
         *("--host", config.host, "--port", str(port)),
         *("--dtype", config.dtype, "--max-model-len", str(config.max_model_len)),
         *("--max-num-seqs", str(config.max_num_seqs)),
@@ -283,9 +300,13 @@ def command(config: EngineConfig, port: int) -> list[str]:
         "--disable-uvicorn-access-log",
         # On a CPU compiling takes longer than it saves, and the cache's blocks are of 128 tokens, so that no two short
         # prompts would ever share one: 32 is the least its attention takes.
-        *(["--enforce-eager", "--block-size", "32"] if cpu_build() else []),
+        *(["--enforce-eager", "--block-size", "32"] if _on_cpu(cpu) else []),
         *config.extra_args,
     ]
+
+
+def _on_cpu(cpu: bool | None) -> bool:
+    return cpu_build() if cpu is None else cpu
 
 
 def cpu_build() -> bool:

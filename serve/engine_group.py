@@ -212,7 +212,7 @@ class EngineGroup:
         several = self.config.replicas > 1
         engines = [
             Engine(config, log_path=self._logs / (f"engine-{number}.log" if several else "engine.log"))
-            for number, config in enumerate(per_replica(self.config))
+            for number, config in enumerate(per_replica(self.config, cpu=cpu_build()))
         ]
         return [self._replica(Started(engine, self.config.restart)) for engine in engines]
 
@@ -229,19 +229,19 @@ class EngineGroup:
         self.base_model_name = names[0]
         for api in apis:
             api.base_model_name = names[0]
-        return [self._replica(Elsewhere(api, self.config.restart, self._adapters)) for api in apis]
+        return [self._replica(Elsewhere(api, self.config.restart)) for api in apis]
 
     def _replica(self, source: Source) -> Replica:
         return Replica(source, self._adapters, self._changing, self.config.restart, self._changed.set)
 
 
-def per_replica(config: EngineConfig) -> list[EngineConfig]:
-    """The config of each engine that is started here: on a machine with GPUs, each gets its own.
+def per_replica(config: EngineConfig, *, cpu: bool) -> list[EngineConfig]:
+    """The config of each engine that is started here; unless they run on a CPU, each gets its own GPUs.
 
     Raises:
         MixfuseError: `CUDA_VISIBLE_DEVICES` names too few.
     """
-    if config.replicas == 1 or cpu_build() or "CUDA_VISIBLE_DEVICES" in config.env:
+    if config.replicas == 1 or cpu or "CUDA_VISIBLE_DEVICES" in config.env:
         return [config] * config.replicas
     t, p = split_of(config.extra_args)
     needed = config.replicas * t * p

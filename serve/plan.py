@@ -3,7 +3,7 @@
 Formulas over a `config.json`, explained in `docs/planning.md`; read from vLLM 0.32's code, not measured on a GPU.
 
 Symbols: those of `mixfuse/mixtral.py`, and t tensor parallel, p pipeline parallel, r LoRA rank, m LoRA slots, M tokens
-in a batch, w bytes of an element.
+in a batch, w bytes of an element, q bytes of an element of a linear layer's weight, quantised or not.
 """
 
 import math
@@ -26,21 +26,28 @@ class Split(NamedTuple):
     p: int
 
 
+_SHORT = {"-tp": "--tensor-parallel-size", "-pp": "--pipeline-parallel-size", "-q": "--quantization"}
+
+
+def argument(arguments: Sequence[str], name: str) -> str | None:
+    """The value of one of vLLM's arguments, the last one where it is given twice; None where it is not."""
+    found = None
+    for place, text in enumerate(arguments):
+        key, equals, value = text.partition("=")
+        if _SHORT.get(key, key) == name:
+            found = value if equals else (arguments[place + 1] if place + 1 < len(arguments) else "")
+    return found
+
+
 def split_of(arguments: Sequence[str]) -> Split:
     """Reads vLLM's arguments.
 
     Raises:
         MixfuseError: A size is no number.
     """
-    values = {"--tensor-parallel-size": "1", "--pipeline-parallel-size": "1"}
-    short = {"-tp": "--tensor-parallel-size", "-pp": "--pipeline-parallel-size"}
-    for place, argument in enumerate(arguments):
-        name, equals, value = argument.partition("=")
-        name = short.get(name, name)
-        if name in values:
-            values[name] = value if equals else (arguments[place + 1] if place + 1 < len(arguments) else "")
+    sizes = (argument(arguments, name) or "1" for name in ("--tensor-parallel-size", "--pipeline-parallel-size"))
     try:
-        return Split(*(int(value) for value in values.values()))
+        return Split(*(int(size) for size in sizes))
     except ValueError:
         raise MixfuseError(f"engine.extra_args: {' '.join(arguments)}: a parallel size is no number") from None
 
@@ -51,19 +58,52 @@ def option(arguments: Sequence[str], name: str, default: float) -> float:
     Raises:
         MixfuseError: It is no number.
     """
-    for place, argument in enumerate(arguments):
-        found, equals, value = argument.partition("=")
-        if found == name:
-            text = value if equals else (arguments[place + 1] if place + 1 < len(arguments) else "")
-            try:
-                return float(text)
-            except ValueError:
-                raise MixfuseError(f"engine.extra_args: {name} {text!r} is no number") from None
-    return default
+    text = argument(arguments, name)
+    try:
+        return default if text is None else float(text)
+    except ValueError:
+        raise MixfuseError(f"engine.extra_args: {name} {text!r} is no number") from None
 
 
-def weights(sizes: Shape, split: Split, w: int) -> int:
-    """w·(ceil(L/p)·(H·(A + 2·max(G, t))·D/t + A·D·H/t + 3·E·H·I/t + E·H + 2H) + (2 or 1)·V·H/t + H).
+class Precision(NamedTuple):
+    """Bytes of an element.
+
+    Attributes:
+        w: Of embeddings, norms, routers, adapters and activations.
+        q: Of a weight of attention and experts, with its share of scales and zero points.
+        kv: Of a key or value in the cache.
+    """
+
+    w: int
+    q: float
+    kv: int
+
+    @classmethod
+    def of(cls, engine: EngineConfig, config: Mapping[str, Any]) -> "Precision":
+        """From vLLM's arguments and the `quantization_config` of the weights' `config.json`.
+
+        FP8 has a scale a tensor, which is nothing. AWQ has, for each group of weights of an output, a scale of two
+        bytes and a zero point of as many bits as a weight.
+
+        Raises:
+            MixfuseError: A quantisation that the planner does not know.
+        """
+        w = 4 if engine.dtype == "float32" else 2
+        kv = 1 if (argument(engine.extra_args, "--kv-cache-dtype") or "").startswith("fp8") else w
+        told = config.get("quantization_config") or {}
+        method = argument(engine.extra_args, "--quantization") or told.get("quant_method")
+        if method is None:
+            return cls(w, w, kv)
+        if method == "fp8":
+            return cls(w, 1, kv)
+        if method in ("awq", "awq_marlin"):
+            bits, group = int(told.get("bits", 4)), int(told.get("group_size", 128))
+            return cls(w, bits / 8 + (2 + bits / 8) / group, kv)
+        raise MixfuseError(f"the planner knows the quantisations fp8, awq and awq_marlin, not {method!r}")
+
+
+def weights(sizes: Shape, split: Split, precision: Precision) -> int:
+    """ceil(L/p)·(q·(H·(A + 2·max(G, t))·D/t + A·D·H/t + 3·E·H·I/t) + w·(E·H + 2H)) + w·((2 or 1)·V·H/t + H).
 
     On the fullest GPU. Key heads are repeated where there are fewer than t; the router and the norms stand on every
     GPU; the first stage has the embedding, the last the output layer and the last norm, a single one has both.
@@ -71,9 +111,9 @@ def weights(sizes: Shape, split: Split, w: int) -> int:
     L, H, I, E, _, A, G, D, V, tied = sizes  # noqa: N806, E741
     t, p = split
     attention = H * (A + 2 * max(G, t)) * D // t + A * D * H // t
-    layer = attention + 3 * E * H * I // t + E * H + 2 * H
+    layer = precision.q * (attention + 3 * E * H * I // t) + precision.w * (E * H + 2 * H)
     ends = V * H // t * (2 if p == 1 and not tied else 1) + H
-    return w * (math.ceil(L / p) * layer + ends)
+    return int(math.ceil(L / p) * layer) + precision.w * ends
 
 
 def kv_per_token(sizes: Shape, split: Split, w: int) -> int:
@@ -155,20 +195,23 @@ def plan(
         gpus: GPUs there are, on all nodes.
         gpu_bytes: Memory of one.
         concurrency: Requests of `max_model_len` tokens that shall fit at once.
-        cpu: Serve on a CPU: keys and values have the room the config names.
+        cpu: Serve on a CPU: experts are in memory twice, keys and values have the room the config names.
 
     Raises:
-        MixfuseError: The base is no Mixtral or an argument no number.
+        MixfuseError: The base is no Mixtral, an argument no number, or a quantisation unknown.
     """
     sizes, split = Shape.of(config), split_of(engine.extra_args)
-    w = 4 if engine.dtype == "float32" else 2
+    precision = Precision.of(engine, config)
+    w = precision.w
     tokens = int(option(engine.extra_args, "--max-num-batched-tokens", BATCHED_TOKENS))
     parts = {
-        "weights": weights(sizes, split, w),
+        "weights": weights(sizes, split, precision),
         "lora_slots": lora_slots(sizes, split, w, slots=engine.max_loras, rank=engine.max_lora_rank),
         "activations": activations(sizes, split, w, tokens=tokens, sequences=engine.max_num_seqs),
     }
-    each = kv_per_token(sizes, split, w)
+    if cpu:  # `serve/vllm_cpu_moe_lora.py`: once packed for vLLM's kernel, once for oneDNN
+        parts["weights"] += w * sizes.L * 3 * sizes.E * sizes.H * sizes.I
+    each = kv_per_token(sizes, split, precision.kv)
     usable = option(engine.extra_args, "--gpu-memory-utilization", UTILISATION) * gpu_bytes
     room = engine.kv_cache_gib << 30 if cpu else int(usable) - sum(parts.values())
     made = ServePlan(
@@ -182,8 +225,10 @@ def plan(
         problems=(),
     )
     problems = []
-    if split.t * split.p > gpus:
-        problems.append(f"TP {split.t} x PP {split.p} needs {split.t * split.p} GPUs and there are {gpus}")
+    needed = engine.replicas * split.t * split.p
+    if needed > gpus:
+        times = f"{engine.replicas} x " if engine.replicas > 1 else ""
+        problems.append(f"{times}TP {split.t} x PP {split.p} needs {needed} GPUs and there are {gpus}")
     if sizes.A % split.t:
         problems.append(f"{sizes.A} heads do not divide over TP {split.t}")
     if made.kv_needed > room:

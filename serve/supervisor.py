@@ -65,8 +65,8 @@ class Source(Protocol):
         """
         ...
 
-    async def gone(self) -> str:
-        """Returns when the engine is gone or has lost its adapters, with the reason."""
+    async def gone(self, expected: Callable[[], set[str]]) -> str:
+        """Returns when the engine is gone or lacks an adapter that is expected of it, with the reason."""
         ...
 
     async def down(self) -> None:
@@ -89,8 +89,8 @@ class Started:
         """Starts the engine."""
         await self._engine.start()
 
-    async def gone(self) -> str:
-        """Waits for its end, or until its health has not been answered for `hung_after_s`; it is ended then."""
+    async def gone(self, expected: Callable[[], set[str]]) -> str:
+        """Waits for its end, or until it has answered nothing for `hung_after_s`; it is ended then."""
         died, silent = asyncio.create_task(self._engine.wait()), asyncio.create_task(self._silence())
         try:
             await asyncio.wait({died, silent}, return_when=asyncio.FIRST_COMPLETED)
@@ -115,7 +115,7 @@ class Started:
         heard = clock()
         while True:
             await asyncio.sleep(self._restart.check_s)
-            if await self.api.healthy(timeout_s=self._restart.hung_after_s):
+            if await self.api.working(timeout_s=self._restart.hung_after_s):
                 heard = clock()
             elif clock() - heard >= self._restart.hung_after_s:
                 return
@@ -127,27 +127,26 @@ class Elsewhere:
     Args:
         api: How it is reached.
         restart: How often it is looked at.
-        adapters: What it should have.
     """
 
-    def __init__(self, api: VllmApi, restart: Restart, adapters: Mapping[str, Adapter]) -> None:
+    def __init__(self, api: VllmApi, restart: Restart) -> None:
         self.api = api
-        self._restart, self._adapters = restart, adapters
+        self._restart = restart
 
     async def up(self) -> None:
         """Asks it once."""
         await self.api.models(timeout_s=self._restart.hung_after_s)
 
-    async def gone(self) -> str:
+    async def gone(self, expected: Callable[[], set[str]]) -> str:
         """Looks at it until it does not answer, or lacks an adapter: its owner has started it anew."""
         while True:
             await asyncio.sleep(self._restart.check_s)
-            wanted = set(self._adapters)
+            before = expected()
             try:
                 _, listed = await self.api.models(timeout_s=self._restart.hung_after_s)
             except MixfuseError as error:
                 return str(error)
-            if missing := (wanted & set(self._adapters)) - listed:  # one loaded in this moment is not missing
+            if missing := (before & expected()) - listed:  # one loaded in this moment is not missing
                 return f"the engine at {self.api.url} has lost {min(missing)!r}"
 
     async def down(self) -> None:
@@ -219,12 +218,12 @@ class Replica:
         await self._source.down()
 
     async def load(self, name: str, path: Path) -> None:
-        """Loads an adapter. One of that name that someone else's engine still has from before is replaced.
+        """Loads an adapter. One of that name that the engine still has from before is replaced.
 
         Raises:
             MixfuseError: It is refused, or the engine is gone.
         """
-        if isinstance(self._source, Elsewhere) and name in (await self.api.models())[1]:
+        if name in (await self.api.models())[1]:
             await self.api.unload_adapter(name)
         self._given.add(name)
         await self.api.load_adapter(name, path)
@@ -250,7 +249,7 @@ class Replica:
     async def _keep(self) -> None:
         while True:
             if self.ready:
-                why = await self._source.gone()
+                why = await self._source.gone(lambda: set(self._adapters) - set(self.lost))
                 self.ready, self.away = False, why
                 self._changed()
             else:  # the first try failed
@@ -268,7 +267,7 @@ class Replica:
                 try:
                     await self._source.up()
                     await self._restore()
-                except MixfuseError as error:
+                except (MixfuseError, OSError) as error:  # a full disk can leave no place for the log
                     why = self.away = str(error)
                     await self._source.down()
             logger.warning("the engine at %s is ready again, with %d adapters", self.api.url, len(self._adapters))

@@ -20,6 +20,7 @@ TOP_LOGPROBS = 20  # what a judge's verdict is read from
 # log-probabilities (vLLM issue 16668).
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "experts")
 _SERVED_WEIGHT = re.compile(r"\.(?:[qkvo]_proj|gate_proj|up_proj|down_proj|experts\.\d+\.w[123])\.lora_[AB]\.weight$")
+_STEPS = re.compile(r"^vllm:iteration_tokens_total_count\{.*\} (\S+)$", re.MULTILINE)
 
 
 class VllmApi:
@@ -135,6 +136,29 @@ class VllmApi:
         except MixfuseError:
             return False
         return response.is_success
+
+    async def working(self, *, timeout_s: float) -> bool:
+        """Whether the engine answers a token within `timeout_s`, or at least takes steps: a full queue is no hang.
+
+        `/health` alone does not tell: vLLM's API server answers it for a core that hangs.
+        """
+        before = await self._steps(timeout_s)
+        body = {"model": self.base_model_name, "prompt": [0], "max_tokens": 1}
+        try:
+            if (await self._send("POST", "completions", body, timeout_s=timeout_s)).is_success:
+                return True
+        except MixfuseError:
+            pass  # that is the question
+        return await self._steps(timeout_s) != before
+
+    async def _steps(self, timeout_s: float) -> str | None:
+        """How many steps the engine's core has taken, as its metrics say."""
+        try:
+            response = await self._send("GET", "../metrics", timeout_s=timeout_s)
+        except MixfuseError:
+            return None
+        found = _STEPS.search(response.text)
+        return found[1] if found else None
 
     async def _adapter_call(self, endpoint: str, **body: str) -> None:
         response = await self._send("POST", endpoint, body)

@@ -22,6 +22,9 @@ KINDS: dict[str, type[Strict]] = {
     "domain_sft": SftRecipe,
     "judge_dpo": JudgeRecipe,
     "serve": ServeConfig,
+    "serve_fp8": ServeConfig,
+    "serve_awq": ServeConfig,
+    "serve_two_nodes": ServeConfig,
     "fusion": FusionConfig,
     "tasks": TaskFile,
 }

@@ -15,15 +15,15 @@ FUSED_EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 class Tiny:
     """Folders: the base, the adapters as PEFT saved them, and the adapter directories exported from them.
 
-    "one" is a domain adapter, "two" a judge, "experts" a domain adapter without attention, "chosen" one of some experts
-    of the second layer, with rsLoRA, as training saves it.
+    "one" is a domain adapter, "two" a judge, "experts" a domain adapter without attention, "attention" one without
+    experts, "chosen" one of some experts of the second layer, with rsLoRA, as training saves it.
     """
 
     base: Path
     fused: dict[str, Path]
     served: dict[str, Path]
-    logprobs: Callable[[str, str], list[float]]
-    """(adapter or "base", text) → the log-probability of each token after the first, by transformers and PEFT."""
+    logprobs: Callable[[str, str | list[int]], list[float]]
+    """(adapter or "base", text or tokens) → the log-prob of each token after the first, by transformers and PEFT."""
 
 
 @pytest.fixture(scope="session")
@@ -41,6 +41,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
         "one": _save_adapter(base, root / "one", seed=1, rank=4, modules=ATTENTION, parameters=FUSED_EXPERTS),
         "two": _save_adapter(base, root / "two", seed=2, rank=8, modules=ATTENTION, parameters=FUSED_EXPERTS),
         "experts": _save_adapter(base, root / "experts", seed=3, rank=4, modules=[], parameters=FUSED_EXPERTS),
+        "attention": _save_adapter(base, root / "attention", seed=5, rank=2, modules=ATTENTION, parameters=[]),
     }
     fused["chosen"] = _save_chosen(base, root / "chosen")
     served = {name: root / f"{name}-served" for name in fused}
@@ -49,11 +50,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     tokenizer = AutoTokenizer.from_pretrained(base)
     models: dict[str, torch.nn.Module] = {}
 
-    def logprobs(name: str, text: str) -> list[float]:
+    def logprobs(name: str, text: str | list[int]) -> list[float]:
         if name not in models:
             model = MixtralForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
             models[name] = model if name == "base" else PeftModel.from_pretrained(model, fused[name]).eval()
-        ids = tokenizer(text, return_tensors="pt").input_ids
+        ids = torch.tensor([tokenizer(text).input_ids if isinstance(text, str) else text])
         with torch.no_grad():
             scores = models[name](ids).logits[0].float().log_softmax(-1)
         return [float(scores[position, token]) for position, token in enumerate(ids[0, 1:])]

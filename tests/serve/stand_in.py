@@ -1,10 +1,12 @@
 """What a vLLM server says of its models and adapters, without a model: for tests of who keeps and asks it.
 
-As a program (`python stand_in.py PORT`) it is put in vLLM's place; as `StandIn` it is an engine that someone else runs.
+As a program (`python stand_in.py PORT`) it is put in vLLM's place, and at SIGUSR1 does as vLLM does when its core
+hangs; as `StandIn` it is an engine that someone else runs.
 """
 
 import json
 import os
+import signal
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -24,6 +26,8 @@ class StandIn:
         self.adapters: dict[str, str] = {}
         self.refused: set[str] = set()
         self.logprob = -1.0
+        self.works = threading.Event()
+        self.works.set()
         self._server: ThreadingHTTPServer | None = None
         self.start(port)
 
@@ -67,6 +71,7 @@ class StandIn:
                 elif name not in (stand_in.name, *stand_in.adapters):
                     self._answer(404, {"error": {"message": f"there is no {name}"}})
                 else:
+                    stand_in.works.wait()
                     if self.path == "/v1/unload_lora_adapter":
                         del stand_in.adapters[name]
                     said = [None] + [
@@ -89,4 +94,6 @@ class StandIn:
 
 if __name__ == "__main__":
     os.write(1, f"{os.getpid()}\n".encode())
-    StandIn(port=int(sys.argv[1]), api_key=os.environ["VLLM_API_KEY"])
+    stand_in = StandIn(port=int(sys.argv[1]), api_key=os.environ["VLLM_API_KEY"])
+    signal.signal(signal.SIGUSR1, lambda *_: stand_in.works.clear())
+    threading.Event().wait()

@@ -4,6 +4,7 @@ import asyncio
 import inspect
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 import types
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -31,26 +33,27 @@ from train import parity
 
 TEXTS = ["The quick brown fox jumps over 13 lazy dogs.", "Judge: A or B? Judge: A or B?", "yes"]
 TOLERANCE = 1e-3
+ADAPTERS = ("one", "two", "experts", "attention")
 module_loop = pytest.mark.asyncio(loop_scope="module")
 
 
 def config(base: Path, **changes) -> EngineConfig:
-    return EngineConfig(base=base, max_model_len=1024, max_loras=2, max_num_seqs=16, **changes)
+    return EngineConfig(base=base, max_model_len=1024, max_loras=4, max_num_seqs=16, threads=1, **changes)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def engine(tiny, tmp_path_factory: pytest.TempPathFactory):
     """One engine for all tests; every slot is taken, which is when vLLM's own CPU code mixes adapters up."""
     async with Engine(config(tiny.base), log_path=tmp_path_factory.mktemp("engine") / "engine.log") as running:
-        await running.load_adapter("one", tiny.served["one"])
-        await running.load_adapter("two", tiny.served["two"])
+        for name in ADAPTERS:
+            await running.load_adapter(name, tiny.served[name])
         yield running
 
 
-async def ask(engine: Engine, endpoint: str, **body) -> httpx.Response:
+async def ask(engine: Engine, endpoint: str, method: str = "POST", **body) -> httpx.Response:
     headers = {"Authorization": f"Bearer {engine.api_key}"}
-    async with httpx.AsyncClient(timeout=120, trust_env=False) as client:
-        return await client.post(f"{engine.url}/{endpoint}", json=body, headers=headers)
+    async with httpx.AsyncClient(timeout=600, trust_env=False) as client:
+        return await client.request(method, f"{engine.url}/{endpoint}", json=body or None, headers=headers)
 
 
 async def logprobs(engine: Engine, model: str, text: str) -> list[float]:
@@ -97,6 +100,42 @@ async def test_base_and_adapters_share_a_batch(engine: Engine, tiny):
 
 @pytest.mark.engine
 @module_loop
+async def test_prefill_and_decode_of_all_kinds_of_adapters_and_none_share_batches(engine: Engine, tiny):
+    """Ten answers are written at once; while they are, five prompts are read. Each is as PEFT has it, within 1e-4."""
+    names, tokens = ("base", *ADAPTERS), 48
+    tokenizer = AutoTokenizer.from_pretrained(engine.config.base)
+
+    async def write(model: str, prompt: list[int]) -> tuple[list[int], list[float]]:
+        body = {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+        response = await ask(engine, "completions", **body, logprobs=0, return_tokens_as_token_ids=True)
+        said = response.json()["choices"][0]["logprobs"]
+        return [int(token.removeprefix("token_id:")) for token in said["tokens"]], said["token_logprobs"]
+
+    async def steps() -> int:
+        metrics = (await ask(engine, "../metrics", method="GET")).text
+        return int(float(re.search(r"^vllm:iteration_tokens_total_count\{.*\} (\S+)$", metrics, re.MULTILINE)[1]))
+
+    before = await steps()
+    asked = [(name, tokenizer(text).input_ids) for name in names for text in TEXTS[:2]]
+    writing = [asyncio.create_task(write(*one)) for one in asked]
+    while await steps() < before + 3:  # noqa: ASYNC110 - vLLM sets no events
+        await asyncio.sleep(0.02)
+    read = await asyncio.gather(*(logprobs(engine, name, TEXTS[0]) for name in names))
+    assert not any(task.done() for task in writing)
+    written = await asyncio.gather(*writing)
+    taken = await steps() - before
+    assert taken < 2 * tokens, f"{len(asked)} answers of {tokens} tokens took {taken} steps: they shared no batches"
+
+    for name, answer in zip(names, read, strict=True):
+        assert distance(answer, tiny.logprobs(name, TEXTS[0])) < 1e-4, name
+    for (name, prompt), (said, answer) in zip(asked, written, strict=True):
+        assert distance(answer, tiny.logprobs(name, prompt + said)[-tokens:]) < 1e-4, name
+    base = tiny.logprobs("base", TEXTS[0])
+    assert all(distance(tiny.logprobs(name, TEXTS[0]), base) > 0.01 for name in ADAPTERS)
+
+
+@pytest.mark.engine
+@module_loop
 async def test_vllm_silently_ignores_fused_experts_and_the_engine_refuses_them(engine: Engine, tiny):
     fused = tiny.fused["experts"]
     with pytest.raises(MixfuseError, match=r"silently ignore .*mlp\.experts") as caught:
@@ -133,14 +172,14 @@ async def test_the_parity_gate_passes_a_good_adapter_and_catches_the_silent_drop
 @pytest.mark.engine
 @module_loop
 async def test_an_adapter_comes_and_goes(engine: Engine, tiny):
-    await engine.load_adapter("experts", tiny.served["experts"])
-    assert distance(await logprobs(engine, "experts", TEXTS[0]), tiny.logprobs("experts", TEXTS[0])) < TOLERANCE
+    await engine.load_adapter("guest", tiny.served["experts"])
+    assert distance(await logprobs(engine, "guest", TEXTS[0]), tiny.logprobs("experts", TEXTS[0])) < TOLERANCE
     with pytest.raises(MixfuseError, match="already been loaded"):
-        await engine.load_adapter("experts", tiny.served["experts"])
-    await engine.unload_adapter("experts")
-    assert (await ask(engine, "completions", model="experts", prompt="x", max_tokens=1)).status_code == 404
+        await engine.load_adapter("guest", tiny.served["experts"])
+    await engine.unload_adapter("guest")
+    assert (await ask(engine, "completions", model="guest", prompt="x", max_tokens=1)).status_code == 404
     with pytest.raises(MixfuseError, match="cannot be found"):
-        await engine.unload_adapter("experts")
+        await engine.unload_adapter("guest")
 
 
 @pytest.mark.engine
@@ -377,8 +416,8 @@ def swiglu(hidden: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
-@pytest.mark.parametrize("slots", [[-1, 0, 2, 2, -1, 0, 1], [-1] * 7, None])
-def test_routed_experts_equal_one_token_at_a_time(dtype: torch.dtype, tolerance: float, slots: list[int] | None):
+@pytest.mark.parametrize("slots", [[-1, 0, 2, 2, -1, 0, 1], [1] * 7, [-1] * 7])
+def test_routed_experts_equal_one_token_at_a_time(dtype: torch.dtype, tolerance: float, slots: list[int]):
     tokens, hidden, inner, experts, rank, adapters = 7, 16, 24, 4, 4, 3
     generator = torch.Generator().manual_seed(0)
 
@@ -391,7 +430,9 @@ def test_routed_experts_equal_one_token_at_a_time(dtype: torch.dtype, tolerance:
     a13 = tuple(weights(adapters, experts, rank, hidden) for _ in range(2))
     b13 = tuple(weights(adapters, experts, inner, rank) for _ in range(2))
     a2, b2 = weights(adapters, experts, rank, inner), weights(adapters, experts, hidden, rank)
-    lora = slots and plugin.ExpertLora(torch.tensor(slots), a13, b13, a2, b2)
+    lora = plugin.ExpertLora(torch.tensor(slots), a13, b13, a2, b2)
+    first = [partial(torch.nn.functional.linear, weight=weight) for weight in w13]
+    second = [partial(torch.nn.functional.linear, weight=weight) for weight in w2]
 
     def merged(base: torch.Tensor, slot: int, expert: int, *factors: tuple[torch.Tensor, torch.Tensor]):
         delta = torch.cat([b[slot, expert].float() @ a[slot, expert].float() for a, b in factors])
@@ -399,11 +440,11 @@ def test_routed_experts_equal_one_token_at_a_time(dtype: torch.dtype, tolerance:
 
     expected = torch.zeros(tokens, hidden)
     for token in range(tokens):
-        slot = slots[token] if slots else -1
+        slot = slots[token]
         for expert, share in zip(chosen[token].tolist(), shares[token], strict=True):
             inside = swiglu(merged(w13, slot, expert, *zip(a13, b13, strict=True)) @ x[token].float())
             expected[token] += share * (merged(w2, slot, expert, (a2, b2)) @ inside)
-    found = plugin.routed_experts(x, w13, w2, chosen, shares, swiglu, lora or None)
+    found = plugin.routed_experts(x, first, second, chosen, shares, swiglu, lora)
     torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
 
 

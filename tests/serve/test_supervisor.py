@@ -22,7 +22,6 @@ from mixfuse.adapter import Fingerprint
 from mixfuse.errors import MixfuseError
 from mixfuse.server import LeasedRoles
 from serve import engine as engine_module
-from serve import engine_group
 from serve.engine import EngineConfig, Restart
 from serve.engine_group import EngineGroup, per_replica
 from serve.roles import RoleTable
@@ -82,7 +81,9 @@ async def away(group: EngineGroup) -> None:
     await eventually(lambda: not group.running)
 
 
-@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGSTOP], ids=["it crashes", "it hangs"])
+@pytest.mark.parametrize(
+    "end", [signal.SIGKILL, signal.SIGSTOP, signal.SIGUSR1], ids=["it crashes", "it hangs", "its core hangs"]
+)
 async def test_requests_wait_for_an_engine_that_comes_back_with_its_adapters(group: EngineGroup, end: signal.Signals):
     first = server_pid(group)
     async with group.at("a") as before:
@@ -270,6 +271,23 @@ async def test_an_engine_that_was_started_anew_between_two_looks_gets_its_adapte
         await eventually(lambda: others[0].adapters)
 
 
+async def test_an_engine_without_an_adapter_that_cannot_be_given_back_serves_the_others(
+    external: EngineConfig, others: list[StandIn]
+):
+    async with EngineGroup(external, logs=external.base) as group:
+        for name in ("a", "b"):
+            await group.load_adapter(name, adapter(external.base, name))
+        adapter(external.base, "a", value=1)
+        others[0].adapters.clear()
+        await eventually(lambda: "a" in group.replicas[0].lost)
+        await asyncio.sleep(3 * SOON.check_s)
+        assert group.replicas[0].ready
+        assert set(others[0].adapters) == {"b"}
+        for _ in range(3):
+            async with group.at("a") as address:
+                assert address.url == external.external[1]
+
+
 async def test_an_adapter_left_from_before_is_replaced(external: EngineConfig, others: list[StandIn]):
     others[0].adapters["a"] = "/elsewhere"
     async with EngineGroup(external, logs=external.base) as group:
@@ -335,10 +353,9 @@ def test_contradictions_are_refused(base: Path, changes: dict[str, object], word
 
 
 def test_each_replica_has_its_own_gpus(base: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(engine_group, "cpu_build", lambda: False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     config = EngineConfig(base=base, replicas=2, extra_args=["--tensor-parallel-size=2"])
-    assert [one.env["CUDA_VISIBLE_DEVICES"] for one in per_replica(config)] == ["0,1", "2,3"]
+    assert [one.env["CUDA_VISIBLE_DEVICES"] for one in per_replica(config, cpu=False)] == ["0,1", "2,3"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
     with pytest.raises(MixfuseError, match="need 4 GPUs"):
-        per_replica(config)
+        per_replica(config, cpu=False)
