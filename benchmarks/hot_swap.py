@@ -395,25 +395,22 @@ def latencies(steps: Sequence[Step], asked: Sequence[Asked]) -> dict[str, Any]:
         for kind in KINDS
     }
 
-    def p95(chosen: Sequence[tuple[list[Asked], list[Asked]]], side: int, kind: str | None = None) -> float:
-        return percentile(
-            [
-                (one.ended - one.began) / usual[one.kind]
-                for pair in chosen
-                for one in pair[side]
-                if kind in (None, one.kind)
-            ],
-            95,
+    def ratio(chosen: Sequence[tuple[list[Asked], list[Asked]]], kind: str | None = None) -> float | None:
+        """None where there was no request on one of the two sides."""
+        sham, swapping = (
+            [(one.ended - one.began) / usual[one.kind] for one in side if kind in (None, one.kind)]
+            for side in (list(itertools.chain(*requests)) for requests in zip(*chosen, strict=True))
         )
+        return percentile(swapping, 95) / percentile(sham, 95) if sham and swapping else None
 
     draws = random.Random(0)
-    drawn = [draws.choices(windows, k=len(windows)) for _ in range(1000)]
-    ratios = [p95(chosen, 1) / p95(chosen, 0) for chosen in drawn]
+    drawn = [ratio(draws.choices(windows, k=len(windows))) for _ in range(1000)]
+    ratios = [one for one in drawn if one is not None]
     return {
-        "ratio": p95(windows, 1) / p95(windows, 0),
-        "interval": [percentile(ratios, 5), percentile(ratios, 95)],
+        "ratio": ratio(windows),
+        "interval": [percentile(ratios, 5), percentile(ratios, 95)] if ratios else None,
         "requests": [sum(len(pair[side]) for pair in windows) for side in (0, 1)],
-        "by_kind": {kind: p95(windows, 1, kind) / p95(windows, 0, kind) for kind in KINDS},
+        "by_kind": {kind: ratio(windows, kind) for kind in KINDS},
         "median_s": usual,
     }
 
@@ -466,7 +463,6 @@ def report(house: House, asked: list[Asked], memory: dict[str, list[float]], pla
 def show(found: dict[str, Any]) -> list[str]:
     """Prints the tables; returns the goals that were missed."""
     latency, swap = found["latency"], found["swap_s"]
-    low, high = latency["interval"]
     goals: list[tuple[str, str, str, bool]] = [
         ("failed requests, but for the killed engine's", "0", str(len(found["failed"])), not found["failed"]),
         (
@@ -486,8 +482,10 @@ def show(found: dict[str, Any]) -> list[str]:
         (
             "p95 during a swap over p95 without",
             "≤ 1.2",
-            f"{latency['ratio']:.2f} [{low:.2f}..{high:.2f}]",
-            latency["ratio"] <= 1.2,
+            "not measured: too few requests"
+            if latency["ratio"] is None
+            else "{ratio:.2f} [{interval[0]:.2f}..{interval[1]:.2f}]".format(**latency),
+            latency["ratio"] is not None and latency["ratio"] <= 1.2,
         ),
     ]
     for name, memory in found["memory_mib"].items():
@@ -513,7 +511,7 @@ def show(found: dict[str, Any]) -> list[str]:
         f"{sum(found['requests'].values())} requests; medians without a swap, s: "
         + ", ".join(f"{kind} {value:.2f}" for kind, value in latency["median_s"].items())
         + "; p95 ratio by kind: "
-        + ", ".join(f"{kind} {value:.2f}" for kind, value in latency["by_kind"].items())
+        + ", ".join(f"{kind} {'-' if value is None else f'{value:.2f}'}" for kind, value in latency["by_kind"].items())
         + (f". The engine was back {found['outage_s']:.0f} s after it was killed." if found["outage_s"] else ".")
     )
     return [what for what, _, _, met in goals if not met]

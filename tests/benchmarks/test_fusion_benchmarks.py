@@ -49,16 +49,6 @@ def test_the_benchmark_on_the_real_engine_says_how_much_is_judging():
     assert 0 < report["judging_share"] < 1
 
 
-@pytest.mark.engine
-@pytest.mark.slow
-def test_the_benchmark_of_swaps_finds_nothing_lost():
-    report = run("hot_swap.py")
-    assert report["steps"] == {"good": 2, "tampered file": 1, "rollback": 1}
-    assert "was changed after export" in report["refused"]["tampered file"]
-    assert report["failed"] == report["failed_calls"] == report["strangers"] == []
-    assert report["memory_mib"].keys() == {"gateway", "engine"}
-
-
 @pytest.fixture
 def load(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
