@@ -212,11 +212,11 @@ def test_another_base_and_a_place_that_is_taken_are_refused(
         merge(half[1], tmp_path)
 
 
-HIDDEN, INNER, EXPERTS = 512, 2048, 4
+HIDDEN, INNER, EXPERTS = 512, 1024, 4
 
 
 def _deep(root: Path, layers: int) -> Path:
-    """A base of that many layers, 25 MB each in bfloat16, one to a file, and an adapter directory of it."""
+    """A base of that many layers, 13 MB each in bfloat16, one to a file, and an adapter directory of it."""
     base = root / "base"
     base.mkdir(parents=True)
     sizes = {"w1": (INNER, HIDDEN), "w2": (HIDDEN, INNER), "w3": (INNER, HIDDEN)}
@@ -266,7 +266,7 @@ def test_the_memory_of_a_merge_does_not_grow_with_the_layers(tmp_path: Path) -> 
     few, many = _deep(tmp_path / "few", 2), _deep(tmp_path / "many", 8)
     grown = 6 * EXPERTS * 3 * HIDDEN * INNER * 2
     peaks = _peak(few), _peak(many)
-    assert abs(peaks[1] - peaks[0]) < grown / 4, peaks
+    assert abs(peaks[1] - peaks[0]) < grown / 3, peaks
     # The formula of docs/adapter-directory.md.
     assert peaks[1] < 5 * merging._BLOCK + 4 * 4 * (HIDDEN + INNER) * 3 + (64 << 20), peaks
     name = f"model.layers.7.block_sparse_moe.experts.{EXPERTS - 1}.w2.weight"
