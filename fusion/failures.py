@@ -31,11 +31,11 @@ STATUS: dict[str, int] = {
     "rate_limited": 429,
     "invalid_response": 502,
     "judge_failed": 502,
-    "unreachable": 502,
     "upstream_error": 502,
     "circuit_open": 503,
     "too_few_answers": 503,
     "trace_db": 503,
+    "unreachable": 503,
     "timeout": 504,
 }
 """The HTTP status of a failed request, by the failure's kind; 500 for any other.

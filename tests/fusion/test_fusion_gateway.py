@@ -359,7 +359,7 @@ async def test_a_role_that_is_not_served_is_typed(start_gateway: StartGateway, u
     members = [{"name": "d", "role": "domain"}]
     gateway = await start_gateway(members, roles=FakeRoles(upstream, "base"))
     response = await gateway.post(model="d", messages=HELLO)
-    assert (response.status_code, response.json()["error"]["type"]) == (502, "unreachable")
+    assert (response.status_code, response.json()["error"]["type"]) == (503, "unreachable")
 
 
 def test_a_config_with_roles_needs_a_server(config: Any) -> None:
