@@ -23,6 +23,7 @@ from mixfuse import adapter, judge_protocol
 from mixfuse.adapter import CONFIG, MANIFEST, PROBES, WEIGHTS, Fingerprint, LogprobProbe, Manifest, Probes, VerdictProbe
 from mixfuse.database import opened
 from mixfuse.errors import MixfuseError
+from mixfuse.gates import GateConfig, Gates
 from mixfuse.recipe import validate
 from mixfuse.roles_admin import RoleMetrics, routes
 from mixfuse.roles_store import StoredRoles, roll_back
@@ -673,7 +674,7 @@ async def admin(made, stores):
     """A role table behind its routes, and the client that asks them."""
     roles = table(FakeEngine(), store=stores())
     await roles.start({"domain": made(1)})
-    app = Starlette(routes=routes(roles, stores()))
+    app = Starlette(routes=routes(roles, stores(), Gates(roles, None, None, GateConfig())))  # none is begun
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://admin/admin/roles") as client:
         yield roles, client
 
@@ -744,4 +745,4 @@ def test_the_documented_config_is_one():
     config = validate(yaml.safe_load(text), ServeConfig, source="docs/operations.md")
     assert config.engine.max_loaded == 6
     documented = set(re.findall(r"`(?:GET|PUT|POST|DELETE) (/admin/[\w/]+)", page))
-    assert documented <= {path.path.replace("{role}", "ROLE") for path in routes(None, None)}
+    assert documented <= {path.path.replace("{role}", "ROLE") for path in routes(None, None, None)}
