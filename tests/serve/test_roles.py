@@ -674,8 +674,7 @@ async def admin(made, stores):
     """A role table behind its routes, and the client that asks them."""
     roles = table(FakeEngine(), store=stores())
     await roles.start({"domain": made(1)})
-    gates = Gates(roles, None, None, GateConfig())  # no swap here asks for one
-    app = Starlette(routes=routes(roles, stores(), gates))
+    app = Starlette(routes=routes(roles, stores(), Gates(roles, None, None, GateConfig())))  # none is begun
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://admin/admin/roles") as client:
         yield roles, client
 
