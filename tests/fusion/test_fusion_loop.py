@@ -23,7 +23,7 @@ from fake_upstream import COMPARISON, FakeUpstream, Script
 from fake_upstream import serving as serving_app
 from fusion_harness import prefers
 from starlette.applications import Starlette
-from test_gates import House, house
+from test_gates import House, database, house
 
 from fusion import eval_judge, judge_page
 from fusion.comparisons import Comparison, Views
@@ -42,7 +42,7 @@ from mixfuse.roles_admin import routes
 from mixfuse.roles_store import StoredRoles
 from mixfuse.trace import Call, Trace
 
-__all__ = ["house"]  # a fixture
+__all__ = ["database", "house"]  # fixtures
 
 # The quality of an answer is the sum of its words': half of them good, half bad, some more than others.
 WORDS = {
