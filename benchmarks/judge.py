@@ -81,6 +81,7 @@ MLP = {"r": 16, "alpha": 32, "experts": "all"}
 ROWS: dict[str, Row] = {
     "untrained": Row("the base as it is", "pandalm", 0, on=("pandalm", "llmbar")),
     "main": Row("DPO, both orders", "pandalm", 128, {"evaluation": {"every": 40}}, on=("pandalm", "llmbar")),
+    "with sft": Row("DPO and half an SFT term", "pandalm", 96, {"sft_weight": 0.5}),
     "tasks": Row("DPO, both orders", "tasks", 120),
     "tasks untrained": Row("the base as it is", "tasks", 0),
     "dpo": Row("DPO, both orders", "pandalm", 64),
