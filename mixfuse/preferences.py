@@ -28,7 +28,7 @@ from mixfuse.files import iter_jsonl, read_json, sha256_file
 from mixfuse.recipe import Strict, load, validate
 from mixfuse.verifiers import Check, Verifier, check_of
 from train import data_card, pairs
-from train.filters import Filters, select
+from train.filters import Filters, Selection, select
 from train.pairs import Preference
 
 Kind = Literal["pool", "references", "labels", "traces", "judge", "synthetic"]
@@ -91,17 +91,38 @@ class Source(Strict):
         return self.name or ("synthetic" if self.kind == "synthetic" else stem).replace(":", "_")
 
 
+class Hard(Strict):
+    """Training pairs that a judge, as a rule the one that serves, does not know yet: a further round of training.
+
+    Attributes:
+        judge: The endpoint, as a model in a fusion config: `base_url`, `model`, `api_key_env`.
+        keep: Share of the pairs it is right about in both orders that is kept all the same, so that they are not
+            unlearned.
+    """
+
+    judge: ModelConfig
+    keep: float = Field(default=0.25, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _reachable(self) -> Self:
+        if self.judge.base_url is None:
+            raise ValueError("'judge' is reached at a 'base_url', with 'model'")
+        return self
+
+
 class PairsSpec(Filters):
     """What `mixfuse pairs build SPEC.yaml` reads: the filters' keys, and those of the sources.
 
     Attributes:
         sources: Where preferences come from.
         against: Files of evaluation sets; whatever they ask is not trained on.
+        hard: Of the training pairs left by the filters, mostly those that this judge gets wrong or flips.
         seed: Of every choice.
     """
 
     sources: tuple[Source, ...] = Field(min_length=1)
     against: tuple[Path, ...] = ()
+    hard: Hard | None = None
     seed: int = 0
 
     @model_validator(mode="after")
@@ -168,6 +189,8 @@ def build(spec: PairsSpec, out: Path, *, progress: bool = True) -> dict[str, Any
         )
     weights = {source.called: source.weight for source in spec.sources if source.weight is not None}
     selection = select(everything, spec, against=against, weights=weights, seed=spec.seed)
+    if spec.hard is not None and selection.train:
+        selection = _hard(spec.hard, selection, spec.seed, _verdicts(out), progress)
     if not selection.train:
         taken = ", ".join(f"{reason} {count}" for reason, count in selection.left_out.items() if count)
         raise MixfuseError(f"{out}: of {len(everything)} pairs none is left to train on ({taken})", kind="no_pairs")
@@ -236,7 +259,7 @@ def _read(source: Source, spec: PairsSpec, out: Path, progress: bool) -> _Read:
     if source.kind == "synthetic":
         return _synthetic(source, spec.seed)
     if source.kind == "judge":
-        return _judged(source, spec.seed, out.with_name(f"{out.stem}.verdicts.sqlite3"), progress)
+        return _judged(source, spec.seed, _verdicts(out), progress)
     return {"pool": _pool, "references": _references, "labels": _labels, "traces": _traces}[source.kind](source)
 
 
@@ -369,6 +392,30 @@ def _judged(source: Source, seed: int, cache: Path, progress: bool) -> _Read:
         margin = abs(2 * outcome.score - 1)
         found.append(Preference(question.prompt, better, worse, source.called, margin, named))
     return _Read(found, counts)
+
+
+def _hard(hard: Hard, selection: Selection, seed: int, cache: Path, progress: bool) -> Selection:
+    """The selection with those training pairs the judge is wrong about or flips, and a share of the others.
+
+    A pair whose calls failed stays. What is left need not be balanced any more: a judge that goes by length is wrong
+    where the shorter answer is the better one.
+    """
+    from fusion.labelling import Question, label
+
+    asked = [Question(one.prompt, one.better, one.worse) for one in selection.train]
+    labels = asyncio.run(label(hard.judge, asked, cache=cache, progress=progress))
+    rng = random.Random(seed)  # noqa: S311 - a reproducible choice, not a secret
+    kept = [
+        preference
+        for preference, outcome in zip(selection.train, labels.outcomes, strict=True)
+        if outcome is None or outcome.winner != "first" or rng.random() < hard.keep
+    ]
+    return selection.less(kept, "known to the judge")
+
+
+def _verdicts(out: Path) -> Path:
+    """Where what judges said of pairs is kept."""
+    return out.with_name(f"{out.stem}.verdicts.sqlite3")
 
 
 def _synthetic(source: Source, seed: int) -> _Read:

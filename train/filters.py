@@ -91,6 +91,18 @@ class Selection:
     after: Bias
     lengths: tuple[list[int], list[int]] = field(repr=False)
 
+    def less(self, kept: list[Preference], reason: str) -> "Selection":
+        """The selection with only these of its training pairs; the others are counted under the reason."""
+        left = [*kept, *self.dev]
+        return Selection(
+            train=kept,
+            dev=self.dev,
+            left_out={**self.left_out, reason: len(self.train) - len(kept)},
+            before=self.before,
+            after=bias(left),
+            lengths=(self.lengths[0], [_longer(pair) for pair in left]),
+        )
+
 
 def select(
     preferences: Iterable[Preference],

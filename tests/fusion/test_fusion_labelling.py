@@ -109,3 +109,40 @@ async def test_pairs_are_made_where_both_orders_agree(upstream: FakeUpstream, tm
     read = read_json(tmp_path / "pairs.card.json")["sources"][0]["read"]
     assert read == {"rows": 4, "pairs": 3, "calls made": 6, "orders disagree": 1}
     assert not [name for name in ("m-0", "m-1") if name in json.dumps(made)]
+
+
+async def test_a_further_round_trains_on_what_the_judge_gets_wrong_or_flips(
+    upstream: FakeUpstream, tmp_path: Path
+) -> None:
+    def verdict(first: str, second: str) -> float:
+        return 0.9 if "torn" in first + second else prefers("good")(first, second)  # torn: always the first
+
+    upstream.models["judge"].verdict = verdict
+    texts = {"known?": ("good", "bad"), "wrong?": ("fine", "good"), "flipped?": ("torn", "bad")}
+    rows = [
+        {
+            "id": prompt,
+            "prompt": prompt,
+            "responses": [
+                {"model": "m", "text": right, "correct": True},
+                {"model": "n", "text": bad, "correct": False},
+            ],
+        }
+        for prompt, (right, bad) in texts.items()
+    ]
+    write_jsonl(tmp_path / "pool.jsonl", rows)
+    hard = {"judge": {"base_url": upstream.base_url, "model": "judge"}, "keep": 0}
+    plain = {"sources": [{"path": str(tmp_path / "pool.jsonl")}], "dev_share": 0, "balance": [], "near": None}
+
+    async def left(**keys: Any) -> tuple[set[str], dict[str, Any]]:
+        spec = validate({**plain, **keys}, PairsSpec, source="spec")
+        card = await asyncio.to_thread(preferences.build, spec, tmp_path / "pairs.jsonl", progress=False)
+        shown = [row["prompt"][-1]["content"] for row in read_jsonl(tmp_path / "pairs.jsonl")]
+        return {prompt for prompt in texts if any(prompt in one for one in shown)}, card
+
+    prompts, card = await left(hard=hard)
+    assert prompts == {"wrong?", "flipped?"}
+    assert card["left_out"]["known to the judge"] == 1
+    assert (await left(hard={**hard, "keep": 1}))[0] == set(texts)
+    assert (await left())[0] == set(texts)
+    assert len(upstream.asked("judge")) == 6  # the second time nothing was asked
