@@ -121,7 +121,9 @@ def test_ctrl_c_leaves_what_the_same_command_goes_on_from(half: tuple[Path, Path
     arguments = ["adapter", "merge", half[1], tmp_path / "out", "--no-check"]
     # It pauses after the first file, where it can be interrupted.
     code = (
-        "import sys, time\nfrom mixfuse.cli import main\nfrom train import merge\n"
+        "import signal, sys, time\nfrom mixfuse.cli import main\nfrom train import merge\n"
+        # A shell that starts the tests in the background has its children ignore Ctrl-C.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "whole = merge._merge_file\n"
         "def slowly(file, *rest):\n    whole(file, *rest)\n    print('one', flush=True)\n    time.sleep(60)\n"
         "merge._merge_file = slowly\nsys.exit(main(sys.argv[1:]))\n"

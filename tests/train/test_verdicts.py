@@ -153,9 +153,10 @@ def test_what_a_reference_says_is_kept_and_not_taken_for_anothers(tmp_path: Path
 
 @pytest.fixture(scope="module")
 def warmed(judge_recipe: Path, runs: Path) -> Run:
-    """Two steps of SFT, then two of DPO with a margin, on two processes."""
+    """Two steps of SFT, then two of DPO with a margin, on two processes; each step takes all of the data."""
     out = runs / "warmed"
-    return harness.train("judge", judge_recipe, f"out={out}", "warm_start=2", "margin=0.5", "processes=2")
+    whole = "optimizer={steps: 4, batch_size: 24, micro_batch: 6, learning_rate: 1e-2, warmup_steps: 0}"
+    return harness.train("judge", judge_recipe, f"out={out}", "warm_start=2", "margin=0.5", "processes=2", whole)
 
 
 @zero3
