@@ -452,6 +452,41 @@ def safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
     return header
 
 
+_EXPONENTS = {
+    "F64": ("<u8", 0x7FF << 52),
+    "F32": ("<u4", 0xFF << 23),
+    "F16": ("<u2", 0x1F << 10),
+    "BF16": ("<u2", 0xFF << 7),
+}
+"""How each floating-point type lies in a file, and the bits that are all set in a NaN or an infinity."""
+
+
+def check_finite(directory: Path) -> None:
+    """Makes sure that every weight of an adapter directory is a finite number; reads them all, a tensor at a time.
+
+    In an engine a NaN does not stay with its own requests: what it leaves in the cache of keys and values can reach
+    others of the same batch (benchmarks/hot_swap.py saw a judge's verdict lost to it).
+
+    Raises:
+        MixfuseError: One is not (`kind` "adapter").
+    """
+    import numpy
+
+    path = directory / WEIGHTS
+    header = safetensors_header(path)
+    with path.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+    for name, tensor in header.items():
+        if tensor["dtype"] not in _EXPONENTS:
+            raise _bad(directory, f"{name} is of type {tensor['dtype']}; adapters are F32, F16 or BF16")
+        kind, exponent = _EXPONENTS[tensor["dtype"]]
+        start, end = tensor["data_offsets"]
+        count = (end - start) // numpy.dtype(kind).itemsize
+        bits = numpy.memmap(path, dtype=kind, mode="r", offset=8 + length + start, shape=(count,))
+        if ((bits & exponent) == exponent).any():
+            raise _bad(directory, f"{name} holds NaN or infinity; the training diverged")
+
+
 def file_hashes(directory: Path) -> dict[str, str]:
     """SHA-256 of every file below an adapter directory but its manifest, by relative path."""
     return {

@@ -635,6 +635,7 @@ class RoleTable:
         if expect is not None and manifest.revision != expect:
             raise MixfuseError(f"{directory} holds revision {manifest.revision} now, not {expect}", kind="adapter")
         self._check(role, manifest, directory)
+        await asyncio.to_thread(adapter.check_finite, directory)
         return manifest
 
     async def _unchanged(self, revision: Revision) -> None:

@@ -4,8 +4,10 @@ It does not know who runs the server: `serve/engine.py` starts one, `serve/super
 """
 
 import asyncio
+import functools
 import math
 import re
+import ssl
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -177,12 +179,18 @@ class VllmApi:
     ) -> httpx.Response:
         headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
         try:
-            async with httpx.AsyncClient(timeout=timeout_s, trust_env=False) as client:
+            async with httpx.AsyncClient(timeout=timeout_s, trust_env=False, verify=_tls()) as client:
                 return await client.request(method, f"{self.url}/{endpoint}", json=body, headers=headers)
         except httpx.HTTPError as error:
             raise engine_error(
                 f"the engine at {self.url} does not answer ({type(error).__name__}); {self._hint}"
             ) from None
+
+
+@functools.cache
+def _tls() -> ssl.SSLContext:
+    """Made once: reading the certificates takes 20 ms, and every client would do it for itself, on the event loop."""
+    return httpx.create_ssl_context(trust_env=False)
 
 
 def engine_error(message: str) -> MixfuseError:

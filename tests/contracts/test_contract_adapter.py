@@ -382,3 +382,23 @@ def test_a_base_that_lacks_a_part_is_named(missing: str, base: Path) -> None:
     (base / missing).unlink()
     with pytest.raises(MixfuseError, match=r"no such file|no \.safetensors weights"):
         adapter.fingerprint(base)
+
+
+@pytest.mark.parametrize("kind", ["F64", "F32", "F16", "BF16"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_weight_that_is_no_finite_number_is_found_in_every_type(kind: str, value: float, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import save_file as save
+
+    dtype = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[kind]
+    good, bad = torch.randn(3, 5).to(dtype), torch.randn(5, 3).to(dtype)
+    good[0, 0], bad[2, 1] = torch.finfo(dtype).max, torch.finfo(dtype).tiny
+    save({"a": good, "b": bad}, tmp_path / WEIGHTS)
+    adapter.check_finite(tmp_path)
+    bad[4, 2] = value
+    save({"a": good, "b": bad}, tmp_path / WEIGHTS)
+    with pytest.raises(MixfuseError, match="b holds NaN or infinity"):
+        adapter.check_finite(tmp_path)
+    save({"a": torch.ones(2, 2, dtype=torch.int64)}, tmp_path / WEIGHTS)
+    with pytest.raises(MixfuseError, match="a is of type I64"):
+        adapter.check_finite(tmp_path)

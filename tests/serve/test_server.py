@@ -313,7 +313,7 @@ def test_refused_swaps_leave_the_old_revision_serving(server: Server, client: op
         ("domain", tmp_path / "nothing"): "no such adapter directory",
         ("domain", tiny.fused["one"]): "mixfuse adapter export",
         ("domain", silent): "it ignores the adapter",
-        ("domain", broken): "with it the engine",
+        ("domain", broken): "holds NaN or infinity",
         ("judge", tiny.served["experts"]): "judge protocol",
         ("nobody", tiny.served["one"]): "unknown role 'nobody'",
         ("base", tiny.served["one"]): "cannot be swapped",
