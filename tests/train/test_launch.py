@@ -139,8 +139,9 @@ def test_deepspeeds_launcher_trains_stops_and_goes_on(sft_recipe: Path, runs: Pa
         first = subprocess.Popen(
             [*PYTHON, "mixfuse", "launch", *arguments], env=harness.ENVIRONMENT, stdout=log, stderr=subprocess.STDOUT
         )
-    deadline = time.monotonic() + 200
-    while not (out / "metrics.jsonl").is_file() and first.poll() is None and time.monotonic() < deadline:
+    deadline, metrics = time.monotonic() + 200, out / "metrics.jsonl"
+    # The file is there, empty, before the first step: SIGTERM then finds nothing to save.
+    while not (metrics.is_file() and metrics.stat().st_size) and first.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     family = psutil.Process(first.pid).children(recursive=True)
     first.send_signal(signal.SIGTERM)
