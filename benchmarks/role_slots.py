@@ -103,7 +103,7 @@ def main() -> None:
             from train.base import build
 
             build(base, tiny=True)
-        making = get_context("spawn").Process(target=make_adapters, args=(base, Path(folder), 1))
+        making = get_context("spawn").Process(target=make_adapters, args=(base, Path(folder), 2))
         making.start()
         making.join()
         found = asyncio.run(measure(base, Path(folder), arguments.rounds))
