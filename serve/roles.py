@@ -631,17 +631,21 @@ class RoleTable:
             logger.warning("role %s: the history does not say that %s; %s", state.name, error, unwritten)
 
     async def _verified(self, role: str, directory: Path, *, expect: str | None = None) -> Manifest:
+        manifest = await self._read(role, directory, expect)
+        await asyncio.to_thread(adapter.check_finite, directory)
+        return manifest
+
+    async def _read(self, role: str, directory: Path, expect: str | None) -> Manifest:
         manifest = await asyncio.to_thread(self._verify, directory, base=self._base)
         if expect is not None and manifest.revision != expect:
             raise MixfuseError(f"{directory} holds revision {manifest.revision} now, not {expect}", kind="adapter")
         self._check(role, manifest, directory)
-        await asyncio.to_thread(adapter.check_finite, directory)
         return manifest
 
     async def _unchanged(self, revision: Revision) -> None:
-        """Checks the files of a revision that comes back into the engine."""
+        """Checks the files of a revision that comes back into the engine; equal weights are finite still."""
         assert revision.directory is not None  # noqa: S101 - only adapters are loaded
-        await self._verified(revision.model.rpartition("@")[0], revision.directory, expect=revision.revision)
+        await self._read(revision.model.rpartition("@")[0], revision.directory, revision.revision)
 
     def _is_pinned(self, revision: Revision) -> bool:
         return any(state.pinned and state.serving is revision for state in self._roles.values())
