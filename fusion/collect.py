@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fusion.config import FusionConfig, Member
 from fusion.pool import HttpRoles, Pool, RoleSource
+from fusion.progress import bar as progress_bar
 from fusion.upstream import CallError, Ledger
 from mixfuse.errors import MixfuseError
 from mixfuse.files import write_jsonl
@@ -172,7 +172,7 @@ async def collect(
     unanswered: list[dict[str, Any]] = []
     free = asyncio.Semaphore(concurrency)
     source = HttpRoles(roles) if isinstance(roles, str) else roles
-    with _partial(out, settings) as (finished, stream), _bar(progress) as bar:
+    with _partial(out, settings) as (finished, stream), progress_bar(progress) as bar:
         report.resumed = sum(task.id in finished for task in tasks)
         shown = bar.add_task("pool answers", total=len(tasks), completed=report.resumed)
 
@@ -272,10 +272,3 @@ def _partial(out: Path, settings: dict[str, Any]) -> Iterator[tuple[dict[str, di
         elif json.loads(lines[0]) != {"settings": json.loads(json.dumps(settings))}:
             raise MixfuseError(f"{path} was begun with other settings; remove it to start over")
         yield {row["id"]: row for row in map(json.loads, lines[1:])}, stream
-
-
-@contextmanager
-def _bar(shown: bool) -> Iterator[Progress]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
-        yield bar

@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import aiohttp
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from fusion.agreement import How, said
@@ -23,6 +21,7 @@ from fusion.chat import MODELS
 from fusion.collect import AnyTask
 from fusion.config import FusedMode, FusionConfig
 from fusion.pool import all_or_raise, fan_out
+from fusion.progress import bar as progress_bar
 from fusion.statistics import Clusters, Difference, Figure, difference
 from fusion.upstream import CallError, Client, http_client
 from mixfuse.errors import MixfuseError
@@ -214,8 +213,7 @@ async def evaluate(
     pool_size = sum(member.samples for member in members)
     answers: Answers = {task.id: {} for task in tasks}
     free = asyncio.Semaphore(concurrency)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
+    with progress_bar(progress) as bar:
         async with http_client() as client:
             gateway = _Gateway(client, url, api_key, cache, {"config": _identity(config), "served": dict(served or {})})
             await gateway.check(config)

@@ -13,8 +13,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from fusion.cache import Cache
@@ -22,6 +20,7 @@ from fusion.comparisons import Comparison, Measure, Views, credit, load, marks
 from fusion.judge import VERDICT_PARAMETERS, WRITTEN_PARAMETERS, NoLogprobsError, verdict, written_verdict
 from fusion.official import official
 from fusion.pool import all_or_raise, fan_out, http_client
+from fusion.progress import bar as progress_bar
 from fusion.statistics import Clusters, Difference, Figure, difference, paired
 from fusion.upstream import CallError, Client, Endpoint, Ledger, Purpose
 from mixfuse.errors import MixfuseError
@@ -264,8 +263,7 @@ async def evaluate(
         finally:
             bar.advance(shown)
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
+    with progress_bar(progress) as bar:
         shown = bar.add_task(f"verdicts of {name}", total=2 * len(rows))
         async with http_client() as client:
             asked = [one(client, order) for order in _orders(rows)]

@@ -11,13 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from fusion.cache import Cache
 from fusion.config import ModelConfig
 from fusion.judge import NoLogprobsError, verdict, written_verdict
 from fusion.pool import Pool, all_or_raise, fan_out
+from fusion.progress import bar as progress_bar
 from fusion.upstream import CallError, Endpoint, Ledger, Purpose
 from mixfuse.errors import MixfuseError
 from mixfuse.judge_protocol import Outcome, combine, digest, new_nonce
@@ -98,8 +96,7 @@ async def label(
         said.put(key, p)
         return True, p
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Cache(cache) as said, Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
+    with Cache(cache) as said, progress_bar(progress) as bar:
         shown = bar.add_task("verdicts", total=2 * len(questions))
         async with Pool(None) as pool, pool.lease(model, purpose, ledger) as endpoint:
             orders = [one(endpoint, order) for asked_ in questions for order in (asked_, _swapped(asked_))]
