@@ -49,6 +49,7 @@ from mixfuse.trace import Verdict
 PROJECT = Path(__file__).parents[1]
 HELD_OUT = 0.12  # of the training prompts: fits temperature and tie margin
 MAX_LENGTH = 320
+LEAD = "\nVerdict:"
 MEASURED = {"pandalm": "PandaLM dev", "gsm8k": "GSM8K dev", "llmbar": "LLMBar Natural", "tasks": "tasks, held out"}
 
 
@@ -75,12 +76,26 @@ class Row:
     one_expert: bool = True
     batch: int = 8
 
+    @property
+    def explains(self) -> bool:
+        """Whether the judge writes a rationale before its verdict."""
+        return self.recipe.get("completion") == "rationale"
+
 
 ATTENTION = {"r": 16, "alpha": 32, "experts": "none"}
 MLP = {"r": 16, "alpha": 32, "experts": "all"}
 ROWS: dict[str, Row] = {
     "main": Row("DPO, both orders", "pandalm", 128, {"evaluation": {"every": 40}}, on=("pandalm", "llmbar")),
     "untrained": Row("the base as it is", "pandalm", 0, on=("pandalm", "llmbar")),
+    "longer": Row("DPO, twice as long", "pandalm", 256, {"evaluation": {"every": 64}}, on=("pandalm", "llmbar")),
+    "mlp": Row(
+        "DPO, attention and the MLP, twice as long", "pandalm", 256, on=("pandalm", "llmbar"),
+        recipe={"lora": MLP, "evaluation": {"every": 64}},
+    ),
+    "consistent": Row(
+        "and a penalty on preferring a position", "pandalm", 256, on=("pandalm", "llmbar"),
+        recipe={"consistency": 0.25, "lora": MLP, "evaluation": {"every": 64}},
+    ),
     "with sft": Row("DPO and half an SFT term", "pandalm", 96, {"sft_weight": 0.5}),
     "tasks": Row("DPO, both orders", "tasks", 120),
     "tasks untrained": Row("the base as it is", "tasks", 0),
@@ -98,6 +113,8 @@ ROWS: dict[str, Row] = {
         "DPO, attention and half of the experts' load", "tasks", 48, one_expert=False,
         recipe={"lora": {**MLP, "experts": "auto", "expert_share": 0.5}},
     ),
+    "rationale": Row("DPO on rationales that end in a verdict", "tasks", 48, {"completion": "rationale"}),
+    "rationale untrained": Row("the base as it is, after a rationale", "tasks", 0, {"completion": "rationale"}),
     "gsm8k": Row("DPO on checked answers", "gsm8k", 48),
 }  # fmt: skip
 
@@ -156,8 +173,9 @@ class Bench:
         for on in row.on or (row.data,):
             if time.monotonic() > ends:
                 return None
-            measured[on] = self.measure(base, adapter, on)
-        best_of = self.best_of(base, adapter) if "tasks" in measured else None
+            measured[on] = self.measure(base, adapter, on, row.explains)
+        # A rationale for each of the best-of's comparisons would take longer than all other rows.
+        best_of = self.best_of(base, adapter) if "tasks" in measured and not row.explains else None
         record = read_json(out / "run.json") if row.steps else {}
         fitted = judge_protocol.Calibration(**record.get("calibration") or {})
         result = {
@@ -221,8 +239,12 @@ class Bench:
             "save_every": 10,
         }
         changes = dict(row.recipe)
+        if row.explains:
+            recipe["data"] = str(self.rationales(row.data, base))
+            del recipe["evaluation"], recipe["reference_cache"]
         recipe["optimizer"] = optimizer | changes.pop("optimizer", {})
-        recipe["evaluation"] |= changes.pop("evaluation", {})
+        if evaluation := changes.pop("evaluation", None):
+            recipe["evaluation"] |= evaluation
         return recipe | changes
 
     def deepspeed(self) -> Path:
@@ -244,6 +266,38 @@ class Bench:
             if (place < HELD_OUT) if held_out else (HELD_OUT <= place < HELD_OUT + share * (1 - HELD_OUT)):
                 kept.append(comparison)
         write_jsonl(path, (row for comparison in kept for row in preference_rows(comparison)))
+        return path
+
+    def rationales(self, data: str, base: Path, pairs: int = 320, samples: int = 4) -> Path:
+        """Rationales of the untrained base, kept by whether their verdict is right, as `mixfuse pairs rationales` does.
+
+        This base hardly ever writes the line with the verdict (`fusion.rationales` would keep next to nothing), so the
+        line's beginning is added to each rationale and the letter drawn from what the base says comes next.
+        """
+        path = self.work / "pairs" / f"{data}-rationales.jsonl"
+        if path.is_file():
+            return path
+        rows = read_jsonl(self.pairs(data))[: 2 * pairs]
+        prompts = [judge_protocol.explained(row["prompt"]) for row in rows]
+        rng, halves = random.Random(0), []
+        written = _rationales(base, None, prompts, samples)
+        for row, prompt, said in zip(rows, prompts, written, strict=True):
+            right, wrong = row["chosen"][0]["content"], row["rejected"][0]["content"]
+            drawn = [
+                (text, "A" if rng.random() < judge_protocol.probability(log_odds) else "B") for text, log_odds in said
+            ]
+            kept = [
+                [{"role": "assistant", "content": f"{text}{LEAD} {letter}"} for text, letter in drawn if letter == one]
+                for one in (right, wrong)
+            ]
+            halves.append(
+                {**row, "prompt": prompt, "chosen": kept[0][:1], "rejected": kept[1][:1]} if all(kept) else None
+            )
+        twins = [both for both in zip(halves[::2], halves[1::2], strict=True) if all(both)]
+        print(
+            f"  rationales: {len(twins)} of {len(rows) // 2} pairs have right and wrong ones in both orders", flush=True
+        )
+        write_jsonl(path, (row for both in twins for row in both))
         return path
 
     def comparisons(self, data: str, *, training: bool) -> list[Comparison]:
@@ -360,18 +414,23 @@ class Bench:
                 shutil.copy(self.base / file, temporary)
         return path
 
-    def measure(self, base: Path, adapter: Path | None, on: str) -> tuple[list[Comparison], list[Views]]:
+    def measure(
+        self, base: Path, adapter: Path | None, on: str, explains: bool
+    ) -> tuple[list[Comparison], list[Views]]:
         """A judge's verdicts on a set, each pair both ways round; kept by the hash of everything they hang on."""
         rows = self.comparisons(on, training=False)
-        return rows, self.views(base, adapter, on, rows)
+        return rows, self.views(base, adapter, on, rows, explains)
 
-    def views(self, base: Path, adapter: Path | None, on: str, rows: Sequence[Comparison]) -> list[Views]:
+    def views(
+        self, base: Path, adapter: Path | None, on: str, rows: Sequence[Comparison], explains: bool = False
+    ) -> list[Views]:
         """What the judge says of pairs, each way round; kept."""
         trained = read_json(adapter.parent / "run.json")["recipe"] if adapter else None
-        digest = sha256_json([str(base), trained, judge_protocol.digest(), [asdict(row) for row in rows]])[:16]
+        parts = [str(base), trained, judge_protocol.digest(), [asdict(row) for row in rows]]
+        digest = sha256_json([*parts, "explains"] if explains else parts)[:16]
         path = self.work / "verdicts" / f"{adapter.parent.name if adapter else 'untrained'}-{on}-{digest}.json"
         if not path.is_file():
-            write_json(path, _verdicts(base, adapter, rows))
+            write_json(path, _verdicts(base, adapter, rows, explains))
         return [Views(*both) for both in read_json(path)]
 
 
@@ -419,37 +478,95 @@ def _loaded(base: Path, adapter: Path | None) -> Any:
 
 
 @torch.no_grad()
-def _verdicts(base: Path, adapter: Path | None, rows: Sequence[Comparison]) -> list[tuple[float, float]]:
+def _verdicts(
+    base: Path, adapter: Path | None, rows: Sequence[Comparison], explains: bool
+) -> list[tuple[float, float]]:
     """P(the answer shown first is better), both ways round."""
     from train.model import load_tokenizer
-    from train.verdicts import VerdictRow, logprobs
 
     tokenizer, model = load_tokenizer(base), _loaded(base, adapter)
-    letters = [tokenizer.encode(letter, add_special_tokens=False)[0] for letter in judge_protocol.VERDICTS]
     prompts = [row["prompt"] for comparison in rows for row in preference_rows(comparison)]
-    tokens = [tokenizer.apply_chat_template(p, add_generation_prompt=True, return_dict=False) for p in prompts]
-    found = logprobs(model, [VerdictRow(ids, *letters) for ids in tokens], micro_batch=8, pad=tokenizer.pad_token_id)
-    p = [judge_protocol.probability(first - second) for first, second in found]
+    if explains:
+        prompts = [judge_protocol.explained(prompt) for prompt in prompts]
+        found = [said[0][1] for said in _rationales(base, adapter, prompts)]
+    else:
+        tokens = [tokenizer.apply_chat_template(p, add_generation_prompt=True, return_dict=False) for p in prompts]
+        found = _letters(tokenizer, model, tokens, "")
+    p = [judge_protocol.probability(log_odds) for log_odds in found]
     return list(zip(p[::2], p[1::2], strict=True))
 
 
-@torch.no_grad()
+def _letters(tokenizer: Any, model: Any, tokens: Sequence[Sequence[int]], before: str) -> list[float]:
+    """The log-odds of A over B as the next token."""
+    from train.verdicts import VerdictRow, logprobs
+
+    letters = [tokenizer.encode(before + letter, add_special_tokens=False)[0] for letter in judge_protocol.VERDICTS]
+    rows = [VerdictRow(ids, *letters) for ids in tokens]
+    found = logprobs(model, rows, micro_batch=8, pad=tokenizer.pad_token_id)
+    return [first - second for first, second in found]
+
+
 def _answers(base: Path, adapter: Path, prompts: Sequence[str], samples: int = 4) -> list[list[str]]:
     """Samples answers at temperature 1; the tasks' are a few tokens long."""
     from train.model import load_tokenizer
 
+    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    return _written(load_tokenizer(base), _loaded(base, adapter), chats, samples=samples, tokens=8)
+
+
+def _rationales(
+    base: Path, adapter: Path | None, prompts: Sequence[list[dict[str, str]]], samples: int = 0, tokens: int = 40
+) -> list[list[tuple[str, float]]]:
+    """Rationales, up to their last whole sentence and without a verdict of their own, and the log-odds of A after each.
+
+    Args:
+        base: The model.
+        adapter: The judge, or none.
+        prompts: Comparisons that ask for a rationale.
+        samples: Of each, at temperature 1; 0 writes one, the likeliest.
+        tokens: The most of one.
+    """
+    from train.model import load_tokenizer
+
     tokenizer, model = load_tokenizer(base), _loaded(base, adapter)
+    written = _written(tokenizer, model, prompts, samples=samples, tokens=tokens)
+    texts = [[_sentences(text) for text in several] for several in written]
+    asked = [
+        tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+        + tokenizer.encode(text + LEAD, add_special_tokens=False)
+        for prompt, several in zip(prompts, texts, strict=True)
+        for text in several
+    ]
+    found = iter(_letters(tokenizer, model, asked, " "))
+    return [[(text, next(found)) for text in several] for several in texts]
+
+
+def _sentences(text: str) -> str:
+    text = text.partition("Verdict")[0].strip()
+    ends = [place for place, letter in enumerate(text) if letter in ".!?"]
+    return text[: ends[-1] + 1] if ends else text
+
+
+@torch.no_grad()
+def _written(
+    tokenizer: Any, model: Any, chats: Sequence[list[dict[str, str]]], *, samples: int, tokens: int
+) -> list[list[str]]:
+    """What the model writes, at temperature 1; with no samples asked for, the one likeliest answer."""
     tokenizer.padding_side = "left"
     torch.manual_seed(0)
     found: list[list[str]] = []
-    for start in range(0, len(prompts), 16):
-        chats = [[{"role": "user", "content": prompt}] for prompt in prompts[start : start + 16]]
+    count = max(1, samples)
+    for start in range(0, len(chats), 16):
         inputs = tokenizer.apply_chat_template(
-            chats, add_generation_prompt=True, return_tensors="pt", return_dict=True, padding=True
+            list(chats[start : start + 16]),
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
+            padding=True,
         )
-        out = model.generate(**inputs, max_new_tokens=8, do_sample=True, num_return_sequences=samples)
+        out = model.generate(**inputs, max_new_tokens=tokens, do_sample=samples > 0, num_return_sequences=count)
         texts = tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        found += [[text.strip() for text in texts[n : n + samples]] for n in range(0, len(texts), samples)]
+        found += [[text.strip() for text in texts[n : n + count]] for n in range(0, len(texts), count)]
     return found
 
 

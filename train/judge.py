@@ -4,9 +4,7 @@ The reference is the policy with the adapter disabled. Handing TRL a plain model
 model, is what makes it so: for a PEFT model TRL copies the adapter as the reference (TRL #6043, #6591).
 """
 
-import itertools
 import random
-from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -24,6 +22,7 @@ from train.model import load_base, load_tokenizer, lora_config
 from train.pairs import read_pairs
 from train.recipe import DataSource, JudgeRecipe, TrainRecipe
 from train.run import train_and_save, trainer_arguments
+from train.schedule import Rounds, schedule
 from train.trainer import JudgeTrainer, NamedPairs, Verdicts, verdict_rows
 from train.verdicts import Reference
 
@@ -74,42 +73,23 @@ def make_trainer(recipe: JudgeRecipe) -> JudgeTrainer:
     tokenised: Any = trainer.train_dataset
     lengths = [len(ids) for ids in tokenised["prompt_ids"]]
     trainer.examples = len(lengths)
-    trainer.train_dataset = tokenised.select(schedule(recipe, lengths))
+    if recipe.rounds > 1:
+        rounds = Rounds(trainer, recipe, tokenised, lengths)
+        trainer.train_dataset = rounds
+        trainer.add_callback(rounds)
+    else:
+        trainer.train_dataset = tokenised = tokenised.select(schedule(recipe, lengths))
     if one_token:
-        trainer.read_verdicts(verdicts_of(recipe, trainer.train_dataset))
+        trainer.read_verdicts(verdicts_of(recipe, tokenised))
     return trainer
 
 
-def schedule(recipe: JudgeRecipe, lengths: Sequence[int]) -> list[int]:
-    """Which rows each optimiser step takes, in their order, for all steps.
-
-    Every pass over the data after the first is shuffled anew, by pair where both orders are trained. Within a step the
-    longest pairs come first, so that a micro batch holds comparisons of about one length; what a step learns from is
-    the same in any order.
+def verdicts_of(recipe: JudgeRecipe, dataset: Any) -> Verdicts:
+    """What training on verdicts needs.
 
     Args:
-        recipe: Its `optimizer.steps` and `batch_size`, `orders` and seed.
-        lengths: Tokens of each row's prompt.
-    """
-    side_by_side = 2 if recipe.orders == "both" else 1
-    pairs = [tuple(range(start, start + side_by_side)) for start in range(0, len(lengths), side_by_side)]
-    batch = recipe.optimizer.batch_size
-    stream: list[tuple[int, ...]] = []
-    for number in itertools.count():
-        if len(stream) * side_by_side >= recipe.optimizer.steps * batch:
-            break
-        if number:
-            random.Random(f"{recipe.order_seed}:{number}").shuffle(pairs)  # noqa: S311 - reproducible, no secret
-        stream += pairs
-    if batch % side_by_side:  # a step that ends between the orders of a pair
-        return [row for pair in stream for row in pair][: recipe.optimizer.steps * batch]
-    per_step = batch // side_by_side
-    steps = [stream[start : start + per_step] for start in range(0, recipe.optimizer.steps * per_step, per_step)]
-    return [row for step in steps for pair in sorted(step, key=lambda pair: -lengths[pair[0]]) for row in pair]
-
-
-def verdicts_of(recipe: JudgeRecipe, dataset: Any) -> Verdicts:
-    """What training on verdicts needs; each row of the schedule once.
+        recipe: The run's.
+        dataset: Every comparison that may be trained on, tokenised.
 
     Raises:
         MixfuseError: A pair's completions begin with the same token, so the verdict is not what comes first.
@@ -124,7 +104,7 @@ def verdicts_of(recipe: JudgeRecipe, dataset: Any) -> Verdicts:
     # The policy that a warm start leaves is the run's alone.
     path = own if recipe.warm_start or recipe.reference_cache is None else recipe.reference_cache
     whose = sha256_json([fingerprint(recipe.base).model_dump(), recipe.dtype])
-    return Verdicts(rows, Reference(path, whose), recipe.warm_start, offsets)
+    return Verdicts(rows, Reference(path, whose), recipe.warm_start, offsets, recipe.consistency)
 
 
 class PairData(NamedTuple):

@@ -374,6 +374,10 @@ class JudgeRecipe(TrainRecipe):
         sft_weight: Weight of the chosen completion's negative log-likelihood beside that loss (RPO, arXiv 2404.19733).
         margin: Offset that a pair must overcome at full vote strength, times the row's `margin` (ODPO, arXiv
             2402.10571, eq. 8); a row without one counts as 1.
+        consistency: Weight of a penalty on preferring a position: the square of β times the log-odds for the answer
+            shown first, averaged over the two orders of a pair. DPO's own pull towards zero fades as the margins grow.
+        rounds: Equal parts of `optimizer.steps`. Each after the first takes those pairs alone that the judge gets wrong
+            or flips when the part begins.
         reference_cache: A JSON file where runs on the same base share the reference's log-probabilities; unset: the run
             keeps its own.
     """
@@ -386,15 +390,21 @@ class JudgeRecipe(TrainRecipe):
     beta: PositiveFloat = 0.1
     sft_weight: float = Field(default=0.0, ge=0)
     margin: float = Field(default=0.0, ge=0)
+    consistency: float = Field(default=0.0, ge=0)
+    rounds: int = Field(default=1, ge=1)
     reference_cache: Path | None = None
 
     @model_validator(mode="after")
     def _stages(self) -> Self:
         if self.completion == "rationale":
-            if changed := {"warm_start", "margin", "reference_cache"} & self.model_fields_set:
+            if changed := {"warm_start", "margin", "consistency", "rounds", "reference_cache"} & self.model_fields_set:
                 raise ValueError(f"{min(changed)} goes with completion: verdict; for a rationale use sft_weight")
         elif self.warm_start > self.optimizer.steps:
             raise ValueError(f"warm_start {self.warm_start} is above optimizer.steps {self.optimizer.steps}")
+        if self.rounds > (1 if self.orders == "one" else self.optimizer.steps):
+            raise ValueError("rounds need orders: both, and a step each")
+        if self.consistency and (self.orders == "one" or self.optimizer.micro_batch % 2):
+            raise ValueError("consistency compares the orders of a pair; set orders: both and an even micro_batch")
         return self
 
 

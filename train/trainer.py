@@ -17,7 +17,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from mixfuse import calibration
 from mixfuse.errors import MixfuseError
 from train.experts import gathered_by_block
-from train.verdicts import Logprobs, OnePass, Reference, VerdictRow, logprobs
+from train.verdicts import Logprobs, OnePass, Reference, VerdictRow, logprobs, position_bias
 
 
 class NamedExamples:
@@ -127,6 +127,21 @@ class JudgeTrainer(NamedExamples, DPOTrainer):
             reference.add(missing, found, write=self.is_world_process_zero())
         return [reference[row.key] for row in rows]
 
+    def log_odds(self, dataset: Any) -> list[float]:
+        """Of the right verdict over the wrong one, in nats, as the policy has it now; all processes take part.
+
+        Args:
+            dataset: Tokenised comparisons.
+        """
+        return self._log_odds_of(verdict_rows(dataset))
+
+    def _log_odds_of(self, rows: Sequence[VerdictRow]) -> list[float]:
+        if self.state.global_step:
+            found = self._logprobs(self.model_wrapped, rows, self.args.per_device_eval_batch_size)
+        else:  # the adapter does nothing yet
+            found = self._reference_of(rows)
+        return [chosen - rejected for chosen, rejected in found]
+
     def print_once(self, text: str) -> None:
         """Prints on process 0."""
         if self.is_world_process_zero():
@@ -157,7 +172,14 @@ class JudgeTrainer(NamedExamples, DPOTrainer):
         # TRL counts the tokens of the mask: those of the prompts, once.
         mask = inputs["attention_mask"] * (1 - inputs["completion_mask"])
         mask[count:] = 0
-        return super()._compute_loss(OnePass(model), {**inputs, "attention_mask": mask}, return_outputs)
+        policy = OnePass(model)
+        found = super()._compute_loss(policy, {**inputs, "attention_mask": mask}, return_outputs)
+        if not verdicts.consistency or warm:
+            return found
+        bias = position_bias(policy.log_odds)
+        self._metrics["train"]["position_bias"].append(bias.abs().mean().item())
+        penalty = verdicts.consistency * (self.beta * bias).square().mean()
+        return (found[0] + penalty, *found[1:]) if return_outputs else found + penalty
 
     @torch.no_grad()
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
@@ -169,11 +191,7 @@ class JudgeTrainer(NamedExamples, DPOTrainer):
         if self._verdicts is None:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         rows = verdict_rows(eval_dataset or self.eval_dataset)
-        if self.state.global_step:
-            found = self._logprobs(self.model_wrapped, rows, self.args.per_device_eval_batch_size)
-        else:  # the adapter does nothing yet
-            found = self._reference_of(rows)
-        log_odds = [chosen - rejected for chosen, rejected in found]
+        log_odds = self._log_odds_of(rows)
         pairs = list(zip(log_odds[::2], log_odds[1::2], strict=True))
         fitted = calibration.fit(pairs)
         scores = [calibration.combined(pair, fitted) for pair in pairs]
@@ -203,12 +221,14 @@ class Verdicts:
         warm_start: For so many steps the loss is the chosen verdict's negative log-likelihood; the policy they leave is
             DPO's reference.
         offsets: By a row's key: what is added to the reference's log-probability of the chosen verdict.
+        consistency: Weight of the penalty on preferring a position.
     """
 
     rows: Sequence[VerdictRow]
     reference: Reference
     warm_start: int = 0
     offsets: Mapping[str, float] = field(default_factory=dict)
+    consistency: float = 0.0
 
 
 def verdict_rows(dataset: Any) -> list[VerdictRow]:

@@ -33,7 +33,12 @@ class OnePass:
 
     Args:
         model: The policy, wrapped or not.
+
+    Attributes:
+        log_odds: After a call: of the chosen verdict over the rejected one, (B,), in nats.
     """
+
+    log_odds: Tensor
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -46,6 +51,7 @@ class OnePass:
         logprobs_BV = logits_BV.log_softmax(-1)
         tokens_2B = input_ids.gather(1, at_B.repeat(2)[:, None])[:, 0]
         picked = logprobs_BV.repeat(2, 1).gather(1, tokens_2B[:, None])[:, 0]
+        self.log_odds = picked[:count] - picked[count:]
         entropy_B = -(logprobs_BV.exp() * logprobs_BV).sum(-1).detach()
 
         def placed(values_2B: Tensor) -> Tensor:
@@ -74,6 +80,16 @@ def next_logits(model: Any, input_ids: Tensor, attention_mask: Tensor, last_B: T
     rows = torch.arange(len(input_ids), device=input_ids.device)
     logits: Tensor = out.logits[rows, torch.searchsorted(positions, last_B)]
     return logits.float()
+
+
+def position_bias(log_odds_B: Tensor) -> Tensor:
+    """The log-odds for the answer shown first, whatever it says: (B/2,), in nats.
+
+    Args:
+        log_odds_B: Of the right verdict, the two orders of a pair side by side. What speaks for an answer has one sign
+            in both orders and cancels here; what speaks for a position changes sign, and stays.
+    """
+    return (log_odds_B[::2] - log_odds_B[1::2]) / 2
 
 
 class VerdictRow(NamedTuple):

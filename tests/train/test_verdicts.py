@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import train_harness as harness
 from train_harness import Run
+from transformers import TrainerCallback
 
 from mixfuse.errors import MixfuseError
-from mixfuse.files import read_jsonl, sha256_file, write_jsonl
+from mixfuse.files import read_json, read_jsonl, sha256_file, write_jsonl
 from mixfuse.judge_protocol import Calibration
 from mixfuse.recipe import load
 from train.recipe import JudgeRecipe
@@ -21,32 +22,12 @@ zero3 = pytest.mark.zero3
 
 
 @pytest.fixture(scope="module")
-def trainer(tiny_base: Path, judge_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def trainer(judge_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A judge's trainer without DeepSpeed, its adapter away from zero, so that policy and reference differ."""
     import torch
-    from trl import DPOConfig
-
-    from train.judge import pairs_datasets
-    from train.model import load_base, load_tokenizer, lora_config
-    from train.trainer import JudgeTrainer, NamedPairs, Verdicts, verdict_rows
-    from train.verdicts import Reference
 
     folder = tmp_path_factory.mktemp("verdicts")
-    recipe = load(judge_recipe, JudgeRecipe, [f"out={folder}"])
-    tokenizer = load_tokenizer(tiny_base)
-    arguments = DPOConfig(
-        str(folder), use_cpu=True, bf16=False, report_to=[], remove_unused_columns=False, router_aux_loss_coef=0.0,
-        per_device_train_batch_size=4, gradient_checkpointing=False,
-    )  # fmt: skip
-    trainer = JudgeTrainer(
-        model=load_base(tiny_base, torch.float32),
-        args=arguments,
-        train_dataset=pairs_datasets(recipe, tokenizer).train,
-        data_collator=NamedPairs(pad_token_id=tokenizer.pad_token_id, verdicts=True),
-        processing_class=tokenizer,
-        peft_config=lora_config(recipe.lora),
-    )
-    trainer.read_verdicts(Verdicts(verdict_rows(trainer.train_dataset), Reference(folder / "reference.json", "tiny")))
+    trainer = make_trainer(load(judge_recipe, JudgeRecipe, [f"out={folder}"]))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in trainer.model.named_parameters():
@@ -55,8 +36,40 @@ def trainer(tiny_base: Path, judge_recipe: Path, tmp_path_factory: pytest.TempPa
     return trainer
 
 
-def loss_and_gradients(trainer: Any, compute: Any) -> tuple[float, dict[str, Any]]:
-    rows = [trainer.train_dataset[number] for number in (0, 1, 4, 5)]
+def make_trainer(recipe: JudgeRecipe) -> Any:
+    import torch
+    from trl import DPOConfig
+
+    from train.judge import pairs_datasets
+    from train.model import load_base, load_tokenizer, lora_config
+    from train.trainer import JudgeTrainer, NamedPairs, Verdicts, verdict_rows
+    from train.verdicts import Reference
+
+    tokenizer = load_tokenizer(recipe.base)
+    arguments = DPOConfig(
+        str(recipe.out), use_cpu=True, bf16=False, report_to=[], remove_unused_columns=False, router_aux_loss_coef=0.0,
+        per_device_train_batch_size=recipe.optimizer.micro_batch, gradient_checkpointing=False,
+        gradient_accumulation_steps=recipe.optimizer.batch_size // recipe.optimizer.micro_batch,
+        max_steps=recipe.optimizer.steps, learning_rate=recipe.optimizer.learning_rate, save_strategy="no",
+        train_sampling_strategy="sequential", disable_tqdm=True,
+    )  # fmt: skip
+    trainer = JudgeTrainer(
+        model=load_base(recipe.base, torch.float32),
+        args=arguments,
+        train_dataset=pairs_datasets(recipe, tokenizer).train,
+        data_collator=NamedPairs(pad_token_id=tokenizer.pad_token_id, verdicts=True),
+        processing_class=tokenizer,
+        peft_config=lora_config(recipe.lora),
+    )
+    reference = Reference(recipe.out / "reference.json", "tiny")
+    trainer.read_verdicts(Verdicts(verdict_rows(trainer.train_dataset), reference))
+    return trainer
+
+
+def loss_and_gradients(
+    trainer: Any, compute: Any, numbers: tuple[int, ...] = (0, 1, 4, 5)
+) -> tuple[float, dict[str, Any]]:
+    rows = [trainer.train_dataset[number] for number in numbers]
     batch = trainer.data_collator(rows)
     batch.pop("ids")
     trainer.model.zero_grad()
@@ -114,8 +127,75 @@ def test_an_offset_is_odpos(trainer: Any, monkeypatch: pytest.MonkeyPatch) -> No
     assert margins[1] == pytest.approx(margins[0] - delta, abs=1e-4)
 
 
+def test_a_preference_for_a_position_is_punished_by_its_square(trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from train.trainer import verdict_rows
+    from train.verdicts import position_bias
+
+    # An answer that gains 3 and a position that gains 2: 5 where it stands first, 1 where it stands second.
+    assert position_bias(torch.tensor([5.0, 1.0, -1.0, -1.0])).tolist() == [2.0, 0.0]
+
+    plain, weight = trainer._verdicts, 0.8
+    monkeypatch.setattr(trainer, "_trained_loss", (["sigmoid"], [1.0]))
+    found = []
+    for consistency in (0.0, weight):
+        monkeypatch.setattr(trainer, "_verdicts", dataclasses.replace(plain, consistency=consistency))
+        found.append(
+            loss_and_gradients(trainer, lambda batch: trainer._compute_loss(trainer.model, batch, False), (0, 1))
+        )
+    rows = verdict_rows(trainer.train_dataset.select([0, 1]))
+    log_odds = [chosen - rejected for chosen, rejected in trainer._logprobs(trainer.model, rows, 2)]
+    bias = (log_odds[0] - log_odds[1]) / 2
+    assert abs(bias) > 1e-3
+    assert found[1][0] == pytest.approx(found[0][0] + weight * (trainer.beta * bias) ** 2, rel=1e-5)
+    assert any((found[1][1][name] - gradient).abs().max() > 0 for name, gradient in found[0][1].items())
+
+
+def test_a_round_takes_what_the_judge_gets_wrong_or_flips(judge_recipe: Path, tmp_path: Path) -> None:
+    from train.schedule import FILE, Rounds
+
+    optimizer = "optimizer={steps: 6, batch_size: 8, micro_batch: 4, learning_rate: 1e-2}"
+    recipe = load(judge_recipe, JudgeRecipe, [f"out={tmp_path}", optimizer, "rounds=3"])
+    trainer = make_trainer(recipe)
+    rows = trainer.train_dataset
+    lengths = [len(ids) for ids in rows["prompt_ids"]]
+    rounds = Rounds(trainer, recipe, rows, lengths)
+    trainer.train_dataset = rounds
+    taken, judged = [], {}
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            taken.append(trainer.step_ids)
+            log_odds = trainer.log_odds(rows)
+            pairs = zip(log_odds[::2], log_odds[1::2], strict=True)
+            judged[state.global_step] = [number for number, pair in enumerate(pairs) if min(pair) <= 0]
+
+    trainer.add_callback(Watch())
+    trainer.add_callback(rounds)
+    trainer.train()
+
+    begun = read_json(tmp_path / FILE)
+    assert list(begun) == ["2", "4"]
+    assert len(taken) == 6
+    for step, wrong in begun.items():
+        assert wrong == judged[int(step)]
+        assert 0 < len(wrong) < len(rows) // 2, "every pair is wrong, or none: the round says nothing"
+        ids = {rows[2 * number]["id"] for number in wrong}
+        _, *after = [batch for batches in taken[int(step) : int(step) + 2] for batch in batches]  # one is read ahead
+        assert after
+        assert all(set(batch) <= ids for batch in after)
+
+    resumed = Rounds(trainer, recipe, rows, lengths)
+    resumed.on_train_begin(trainer.args, trainer.state, trainer.control)
+    assert [resumed[place]["id"] for place in range(48)] == [rounds[place]["id"] for place in range(48)]
+    (tmp_path / FILE).unlink()
+    with pytest.raises(MixfuseError, match="lacks the round from step 2"):
+        resumed.on_train_begin(trainer.args, trainer.state, trainer.control)
+
+
 def test_a_step_takes_pairs_of_every_length_and_computes_like_with_like(judge_recipe: Path) -> None:
-    from train.judge import schedule
+    from train.schedule import schedule
 
     recipe = load(judge_recipe, JudgeRecipe, ["optimizer={steps: 9, batch_size: 8, micro_batch: 2}"])
     rng = random.Random(1)
@@ -220,6 +300,10 @@ def test_a_rationale_is_trained_whole_by_trls_own_dpo(judge_recipe: Path, runs: 
         (["warm_start=5"], "warm_start 5 is above optimizer.steps 4"),
         (["completion=rationale", "warm_start=1"], "warm_start goes with completion: verdict"),
         (["completion=rationale", "margin=1"], "margin goes with completion: verdict"),
+        (["completion=rationale", "rounds=2"], "rounds goes with completion: verdict"),
+        (["orders=one", "rounds=2"], "rounds need orders: both"),
+        (["orders=one", "consistency=1"], "set orders: both and an even micro_batch"),
+        (["consistency=1", "optimizer={steps: 4, batch_size: 3, micro_batch: 3}"], "an even micro_batch"),
         (["loss=hinge"], "'loss'"),
         (["orders=two"], "'orders'"),
     ],
