@@ -142,6 +142,10 @@ class JudgeTrainer(NamedExamples, DPOTrainer):
             found = self._reference_of(rows)
         return [chosen - rejected for chosen, rejected in found]
 
+    def note(self, name: str, value: float) -> None:
+        """Adds to what the step that is under way will log."""
+        self._metrics["train"][name].append(value)
+
     def print_once(self, text: str) -> None:
         """Prints on process 0."""
         if self.is_world_process_zero():
@@ -177,7 +181,7 @@ class JudgeTrainer(NamedExamples, DPOTrainer):
         if not verdicts.consistency or warm:
             return found
         bias = position_bias(policy.log_odds)
-        self._metrics["train"]["position_bias"].append(bias.abs().mean().item())
+        self.note("position_bias", bias.abs().mean().item())
         penalty = verdicts.consistency * (self.beta * bias).square().mean()
         return (found[0] + penalty, *found[1:]) if return_outputs else found + penalty
 

@@ -88,6 +88,7 @@ def test_one_pass_gives_the_loss_and_gradients_of_trls_dpo(trainer: Any, losses:
     from trl import DPOTrainer
 
     trainer._trained_loss = losses, weights
+    trainer._metrics["train"].clear()  # what another test left
 
     def trl(batch: dict[str, Any]) -> Any:
         """TRL's own: four sequences a pair, the reference by disabling the adapter."""
@@ -233,10 +234,11 @@ def test_what_a_reference_says_is_kept_and_not_taken_for_anothers(tmp_path: Path
 
 @pytest.fixture(scope="module")
 def warmed(judge_recipe: Path, runs: Path) -> Run:
-    """Two steps of SFT, then two of DPO with a margin, on two processes; each step takes all of the data."""
+    """A round of two steps of SFT, then one of DPO with a margin, on two processes; a step takes all of the data."""
     out = runs / "warmed"
     whole = "optimizer={steps: 4, batch_size: 24, micro_batch: 6, learning_rate: 1e-2, warmup_steps: 0}"
-    return harness.train("judge", judge_recipe, f"out={out}", "warm_start=2", "margin=0.5", "processes=2", whole)
+    stages = ("warm_start=2", "margin=0.5", "rounds=2")
+    return harness.train("judge", judge_recipe, f"out={out}", *stages, "processes=2", whole)
 
 
 @zero3
@@ -248,6 +250,8 @@ def test_after_a_warm_start_the_policy_it_left_is_the_reference(warmed: Run) -> 
     assert third["loss"] == pytest.approx(math.log1p(math.exp(0.5)), rel=1e-3)
     assert third["rewards/margins"] == pytest.approx(-0.5, abs=1e-3)
     assert fourth["loss"] < third["loss"]
+    assert "wrong_pairs" not in first
+    assert 0 <= second["wrong_pairs"] <= 12, "a round counts the pairs that are left to learn"
 
 
 @zero3
