@@ -23,7 +23,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import Field
 
@@ -38,8 +38,13 @@ WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 PROBES = "probes.json"
 PARITY_TOLERANCE = 1e-3
-LARGEST_RANK = 512
-"""The largest rank that vLLM serves (its `max_lora_rank`)."""
+LoraRank = Literal[1, 8, 16, 32, 64, 128, 256, 320, 512]
+"""What vLLM's `max_lora_rank` may be."""
+LORA_RANKS: tuple[LoraRank, ...] = get_args(LoraRank)
+# Everything an adapter may change. vLLM's default adds the router, which no recipe trains, and the output
+# layer, with which the engine dies at the first batch where one of several requests asks for prompt
+# log-probabilities (vLLM issue 16668).
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "experts")
 _SAMPLE = 1 << 16
 _PIECE = 1 << 24
 # What transformers, peft or the user's disk write into a config without changing the model.

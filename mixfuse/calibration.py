@@ -5,7 +5,7 @@ is what `judge_protocol.combine` will do with them at run time.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from mixfuse.judge_protocol import Calibration, combine, probability
 
@@ -19,8 +19,10 @@ def fit(pairs: Sequence[LogOdds], ties: Sequence[LogOdds] = ()) -> Calibration:
     """Fits the temperature, then the tie margin.
 
     The temperature minimises the negative log-likelihood of the order-averaged probability (Guo et al. 2017, arXiv
-    1706.04599, for one view). The margin maximises the mean credit of a verdict: 1 where it is right, ½ for a tie, 0
-    where it is wrong, and 1 for a tie that people called one; of equal margins it is the smallest.
+    1706.04599, for one view), with Platt's targets (1999): where a few pairs are all judged right or flipped, the
+    likeliest temperature is zero, and everything would be certain. The margin maximises the mean credit of a verdict: 1
+    where it is right, ½ for a tie, 0 where it is wrong, and 1 for a tie that people called one; of equal margins it is
+    the smallest.
 
     Args:
         pairs: Of each labelled pair the log-odds of its better answer, in both orders.
@@ -49,27 +51,43 @@ def combined(pair: LogOdds, calibration: Calibration | None = None) -> float:
     return combine(probability(pair[0]), 1.0 - probability(pair[1]), calibration).score
 
 
-def nll(pairs: Sequence[LogOdds], temperature: float = 1.0) -> float:
-    """Mean negative log-likelihood of the order-averaged probability, in nats a pair."""
+def nll(pairs: Sequence[LogOdds], temperature: float = 1.0, target: float = 1.0) -> float:
+    """Mean negative log-likelihood of the order-averaged probability, in nats a pair.
 
-    def one(pair: LogOdds) -> float:
+    Args:
+        pairs: The log-odds of the better answers.
+        temperature: What they are divided by.
+        target: The probability with which the better answer is taken to be better.
+    """
+
+    def of(pair: Iterable[float]) -> float:
         # In logs: at small temperatures both probabilities may be too small for a float.
         first, second = (-_softplus(-log_odds / temperature) for log_odds in pair)
         high, low = max(first, second), min(first, second)
         return math.log(2) - high - math.log1p(math.exp(low - high))
 
-    return sum(map(one, pairs)) / len(pairs)
+    right = sum(map(of, pairs))
+    wrong = sum(of(-log_odds for log_odds in pair) for pair in pairs) if target < 1 else 0.0
+    return (target * right + (1 - target) * wrong) / len(pairs)
 
 
 def expected_error(pairs: Sequence[LogOdds], calibration: Calibration | None = None, *, bins: int = _BINS) -> float:
-    """Expected calibration error of the order-averaged verdicts: confidence against share right, equal-width bins."""
-    by_bin: dict[int, list[tuple[float, bool]]] = {}
+    """Expected calibration error of the order-averaged verdicts: confidence against share right, equal-width bins.
+
+    A score of exactly ½ is half right.
+    """
+    by_bin: dict[int, list[tuple[float, float]]] = {}
     for pair in pairs:
         score = combined(pair, calibration)
         confidence = max(score, 1.0 - score)
-        by_bin.setdefault(min(bins - 1, int((confidence - 0.5) * 2 * bins)), []).append((confidence, score > 0.5))
+        by_bin.setdefault(min(bins - 1, int((confidence - 0.5) * 2 * bins)), []).append((confidence, credit(score)))
     gaps = (abs(sum(confidence - right for confidence, right in held)) for held in by_bin.values())
     return sum(gaps) / len(pairs) if pairs else 0.0
+
+
+def credit(score: float) -> float:
+    """What an order-averaged probability of the better answer is worth: 1 above ½, ½ there, 0 below."""
+    return 0.5 if abs(score - 0.5) < 1e-9 else float(score > 0.5)
 
 
 def _temperature(pairs: Sequence[LogOdds]) -> float:
@@ -77,12 +95,17 @@ def _temperature(pairs: Sequence[LogOdds]) -> float:
     low, high = math.log(_COLDEST), math.log(_HOTTEST)
     steps = 60
     grid = [low + (high - low) * number / steps for number in range(steps + 1)]
-    best = min(range(len(grid)), key=lambda number: nll(pairs, math.exp(grid[number])))
+    target = (len(pairs) + 1) / (len(pairs) + 2)
+
+    def cost(log_temperature: float) -> float:
+        return nll(pairs, math.exp(log_temperature), target)
+
+    best = min(range(len(grid)), key=lambda number: cost(grid[number]))
     left, right = grid[max(0, best - 1)], grid[min(steps, best + 1)]
     ratio = (math.sqrt(5) - 1) / 2
     for _ in range(40):
         one, two = right - ratio * (right - left), left + ratio * (right - left)
-        if nll(pairs, math.exp(one)) <= nll(pairs, math.exp(two)):
+        if cost(one) <= cost(two):
             right = two
         else:
             left = one

@@ -13,15 +13,11 @@ from typing import Any, NamedTuple
 import yaml
 
 from mixfuse import judge_protocol
-from mixfuse.adapter import Manifest, TrainingData, rewrite
+from mixfuse.adapter import LORA_RANKS, LORA_TARGETS, Manifest, TrainingData, rewrite
 from mixfuse.errors import MixfuseError
 from mixfuse.files import sha256_json
 
 CARD = "README.md"
-# What `--lora-target-modules` has to name: vLLM's default adds the output layer (see `serve/vllm_api.py`; a test
-# compares the two).
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "experts")
-_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _LICENCE = re.compile(r"[a-z0-9][a-z0-9.-]*")
 _FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
@@ -168,7 +164,7 @@ Safetensors only. The experts' tensors are per expert, which vLLM applies and PE
 
 def _use(manifest: Manifest, said: Named) -> str:
     base = said.base_model or "BASE"
-    rank = next((rank for rank in _VLLM_RANKS if rank >= manifest.rank), manifest.rank)
+    rank = next((rank for rank in LORA_RANKS[1:] if rank >= manifest.rank), manifest.rank)
     return f"""## How to use it
 
 `ADAPTER` is this repository's name, or a folder that holds its files.

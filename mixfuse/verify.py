@@ -27,13 +27,13 @@ from fusion.keys import ADMIN_KEY, API_KEY
 from fusion.pool import Endpoint
 from fusion.questions import Question, Verifier, matches, read_questions
 from mixfuse import adapter, judge_protocol
-from mixfuse.adapter import Fingerprint, Manifest, Parity
+from mixfuse.adapter import LORA_RANKS, Fingerprint, Manifest, Parity
 from mixfuse.errors import MixfuseError
 from mixfuse.files import sha256_json
 from mixfuse.judge_protocol import Calibration
 from mixfuse.recipe import load
 from mixfuse.tasks import Split, Task, make
-from serve.engine import BASE_MODEL_NAME, Engine, EngineConfig, LoraRank
+from serve.engine import BASE_MODEL_NAME, Engine, EngineConfig
 from serve.roles import BASE
 
 UNTRAINED = "untrained"
@@ -294,10 +294,9 @@ def _calibration(row: Mapping[str, Any]) -> Calibration | None:
 async def _engine(base: Path, adapters: Mapping[Path, Manifest]) -> AsyncIterator[Engine]:
     """An engine on `base`, float32, with adapters under the names of their revisions, for as long as the block runs."""
     rank, directory = max((manifest.rank, directory) for directory, manifest in adapters.items())
-    ranks: tuple[LoraRank, ...] = get_args(LoraRank)
-    fitting = next((known for known in ranks if known >= rank), None)
+    fitting = next((known for known in LORA_RANKS if known >= rank), None)
     if fitting is None:
-        raise MixfuseError(f"{directory}: rank {rank} is above the largest that vLLM serves, {ranks[-1]}")
+        raise MixfuseError(f"{directory}: rank {rank} is above the largest that vLLM serves, {LORA_RANKS[-1]}")
     with tempfile.TemporaryDirectory(prefix="mixfuse-") as folder:
         config = EngineConfig(base=base, dtype="float32", max_lora_rank=fitting, max_loras=1, max_model_len=2048)
         engine = Engine(config, log_path=Path(folder) / "engine.log")

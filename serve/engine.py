@@ -22,18 +22,15 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from mixfuse.adapter import LORA_TARGETS, LoraRank
 from mixfuse.recipe import Strict
-from serve.vllm_api import LORA_TARGETS, TOP_LOGPROBS, VllmApi, engine_error
+from serve.vllm_api import TOP_LOGPROBS, VllmApi, engine_error
 
 BASE_MODEL_NAME = "base"
 _STOP_GRACE_S = 15.0
 # The first matches of these in the log say more than the last line of a traceback through three processes.
 _ERROR_LINE = re.compile(r"(?:^|\s)((?:[\w.]+\.)?\w*(?:Error|Exception|Interrupt)): (.+)")
 _EMPTY_ERROR = re.compile(r"See (?:root cause|stack trace)|Engine core initialization failed|EngineDeadError")
-
-
-LoraRank = Literal[1, 8, 16, 32, 64, 128, 256, 320, 512]
-"""The maximum ranks vLLM knows."""
 
 
 class Restart(Strict):

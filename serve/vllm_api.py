@@ -14,13 +14,10 @@ from typing import Any
 
 import httpx
 
+from mixfuse.adapter import LORA_TARGETS
 from mixfuse.errors import MixfuseError
 
 TOP_LOGPROBS = 20  # what a judge's verdict is read from
-# Everything an adapter may change. vLLM's default adds the router, which no recipe trains, and the output
-# layer, with which the engine dies at the first batch where one of several requests asks for prompt
-# log-probabilities (vLLM issue 16668).
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "experts")
 _SERVED_WEIGHT = re.compile(r"\.(?:[qkvo]_proj|gate_proj|up_proj|down_proj|experts\.\d+\.w[123])\.lora_[AB]\.weight$")
 _STEPS = re.compile(r"^vllm:iteration_tokens_total_count\{.*\} (\S+)$", re.MULTILINE)
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from mixfuse.adapter import LARGEST_RANK, Manifest
+from mixfuse.adapter import LORA_RANKS, Manifest
 from mixfuse.errors import MixfuseError
 from train.export import check_weights, write_directory
 from train.factors import Factors, Pair, Place, norm, stacked, tracked, truncated
@@ -164,8 +164,8 @@ def _check_free(out: Path) -> None:
 
 
 def _check_rank(rank: int, way_out: str) -> None:
-    if not 0 < rank <= LARGEST_RANK:
-        raise MixfuseError(f"rank {rank} is none that vLLM serves (1 to {LARGEST_RANK}); {way_out}")
+    if not 0 < rank <= LORA_RANKS[-1]:
+        raise MixfuseError(f"rank {rank} is none that vLLM serves (1 to {LORA_RANKS[-1]}); {way_out}")
 
 
 def _relative_error(source: _WeightedSum, weights: Weights) -> float:

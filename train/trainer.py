@@ -203,7 +203,7 @@ class JudgeTrainer(NamedExamples, DPOTrainer):
             "loss": calibration.nll(pairs, fitted.temperature),
             "both_orders_correct": sum(min(pair) > 0 for pair in pairs) / len(pairs),
             "consistency": sum(min(pair) > 0 or max(pair) < 0 for pair in pairs) / len(pairs),
-            "order_averaged": sum(score > 0.5 for score in scores) / len(pairs),
+            "order_averaged": sum(map(calibration.credit, scores)) / len(pairs),
             "temperature": fitted.temperature,
             "tie_margin": fitted.tie_margin,
             "calibration_error_before": calibration.expected_error(pairs),

@@ -32,15 +32,35 @@ def test_an_overconfident_judge_is_cooled_to_what_it_knows() -> None:
 def test_no_temperature_near_the_fitted_one_is_more_likely() -> None:
     pairs = judged(300, sharpness=0.2, bias=2.0)
     fitted = calibration.fit(pairs)
-    best = calibration.nll(pairs, fitted.temperature)
-    assert all(calibration.nll(pairs, fitted.temperature * factor) >= best for factor in (0.5, 0.9, 0.99, 1.01, 1.1, 2))
+    best, target = math.inf, 301 / 302  # Platt's
+    for factor in (1, 0.5, 0.9, 0.99, 1.01, 1.1, 2):
+        cost = calibration.nll(pairs, fitted.temperature * factor, target)
+        best = cost if factor == 1 else best
+        assert cost >= best
 
 
 def test_the_likelihood_is_that_of_the_order_averaged_probability() -> None:
     pairs = [(1.0, -3.0), (0.5, 2.0)]
     expected = -sum(math.log(calibration.combined(pair, Calibration(temperature=2.0))) for pair in pairs) / 2
     assert calibration.nll(pairs, 2.0) == pytest.approx(expected)
+    unsure = -sum(math.log(calibration.combined((-a, -b), Calibration(temperature=2.0))) for a, b in pairs) / 2
+    assert calibration.nll(pairs, 2.0, target=0.9) == pytest.approx(0.9 * expected + 0.1 * unsure)
     assert math.isfinite(calibration.nll([(-1000.0, -2000.0)], 0.05))
+
+
+def test_a_few_pairs_that_are_right_or_flip_make_no_judge_certain() -> None:
+    """The likeliest temperature is zero: certain where the orders agree, and ½ where not."""
+    pairs = [(0.2, 0.3)] * 12 + [(1.0, -0.9)] * 24
+    fitted = calibration.fit(pairs)
+    assert calibration.nll(pairs, 0.02) < calibration.nll(pairs, fitted.temperature)
+    assert 0.5 < calibration.combined((0.2, 0.3), fitted) < 0.999
+    assert calibration.combined((1.0, -0.9), fitted) > 0.5, "what both orders say together is lost"
+
+
+def test_a_score_of_one_half_is_half_right() -> None:
+    pairs = [(2.0, -2.0)] * 4
+    assert calibration.combined(pairs[0]) == pytest.approx(0.5)
+    assert calibration.expected_error(pairs) == pytest.approx(0)
 
 
 def test_verdicts_that_are_wrong_near_one_half_become_ties() -> None:

@@ -14,6 +14,7 @@ import time
 import types
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import httpx
 import pytest
@@ -24,7 +25,7 @@ from pydantic import ValidationError
 from transformers import AutoTokenizer
 
 from mixfuse import judge_protocol
-from mixfuse.adapter import verify
+from mixfuse.adapter import LORA_RANKS, verify
 from mixfuse.errors import MixfuseError
 from serve import engine as engine_module
 from serve import vllm_cpu_moe_lora as plugin
@@ -110,6 +111,13 @@ async def test_adapters_made_of_others_act_as_in_peft(engine: Engine, tiny, tmp_
             await engine.unload_adapter(name)
     finally:
         await engine.load_adapter("two", two)
+
+
+@pytest.mark.engine
+def test_the_ranks_are_vllms():
+    from vllm.config.lora import MaxLoRARanks
+
+    assert get_args(MaxLoRARanks) == LORA_RANKS
 
 
 @pytest.mark.engine
