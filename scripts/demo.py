@@ -48,7 +48,7 @@ class Sizes:
     fused: int
 
 
-FULL = Sizes(Path("runs/demo"), (), 512, (), 80, 100, (), 40)
+FULL = Sizes(Path("runs/demo"), (), 512, (), 100, 100, (), 60)
 QUICK = Sizes(
     Path("runs/demo-quick"),
     ("--tiny",),
@@ -57,7 +57,7 @@ QUICK = Sizes(
     ("optimizer.steps=14", "optimizer.learning_rate=0.02", "save_every=0"),
     16,
     16,
-    ("optimizer.steps=4", "optimizer.learning_rate=0.02", "save_every=0"),
+    ("optimizer.steps=4", "optimizer.learning_rate=0.02", "optimizer.warmup_steps=0", "save_every=0"),
     6,
 )
 
@@ -111,17 +111,18 @@ class Demo:
         self.export("sft", "domain")
 
         step("3/8", "serve base and domain")
-        text = Path("configs/tiny/fusion.yaml").read_text(encoding="utf-8")
-        write_text(self.fusion, text.replace("runs/demo", str(self.out)))
+        write_text(self.fusion, self.here("configs/tiny/fusion.yaml"))
         with self.server():
             step("4/8", "ask the pool, mark the answers with the tasks' verifiers")
-            self.collect("pool", "pool", self.sizes.pool, samples=2, temperature=0.9, max_tokens=16)
+            self.collect("pool", "pool", self.sizes.pool, samples=4, temperature=0.9, max_tokens=16)
             self.collect("heldout", "heldout", self.sizes.heldout, samples=1, temperature=0.0, max_tokens=24)
-            self.collect("judging", "heldout", self.sizes.fused, samples=2, temperature=0.9, max_tokens=16)
+            self.collect("judging", "heldout", self.sizes.fused, samples=3, temperature=0.9, max_tokens=16)
 
             step("5/8", "the judge: DPO on preference pairs, both orders of each")
             if not (self.data / "pairs.jsonl").exists():
-                mixfuse("pairs", "build", self.data / "pool.jsonl", "--out", self.data / "pairs.jsonl")
+                spec = self.out / "pairs.yaml"
+                write_text(spec, self.here("configs/tiny/pairs.yaml"))
+                mixfuse("pairs", "build", spec, "--out", self.data / "pairs.jsonl")
             untrained = self.eval_judge("untrained")
             self.train("judge", "judge_dpo", self.data / "pairs.jsonl", self.sizes.dpo)
             self.export("judge", "judge")
@@ -150,7 +151,9 @@ class Demo:
         run = self.out / stage
         if (run / "run.json").exists():
             return
-        paths = (f"base={self.base}", f"out={run}", f"data={data}")
+        paths = [f"base={self.base}", f"out={run}", f"data={data}"]
+        if stage == "judge":
+            paths.append(f"evaluation.data={data.with_suffix('.dev.jsonl')}")
         mixfuse("train", stage, f"configs/tiny/{recipe}.yaml", *paths, *overrides)
 
     def export(self, run: str, role: str) -> None:
@@ -190,6 +193,10 @@ class Demo:
                     return
             except httpx.HTTPError:
                 time.sleep(0.5)
+
+    def here(self, config: str) -> str:
+        """A config's text, with this demo's folder."""
+        return Path(config).read_text(encoding="utf-8").replace("runs/demo", str(self.out))
 
     def collect(self, name: str, split: str, count: int, *, samples: int, temperature: float, max_tokens: int) -> None:
         """Collects pool answers unless the file is there."""

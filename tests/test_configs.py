@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from fusion.config import FusionConfig
+from mixfuse.preferences import PairsSpec
 from mixfuse.recipe import Strict, load
 from mixfuse.reference import meanings, models_in, rewritten
 from mixfuse.server import ServeConfig
@@ -27,6 +28,7 @@ KINDS: dict[str, type[Strict]] = {
     "serve_two_nodes": ServeConfig,
     "fusion": FusionConfig,
     "tasks": TaskFile,
+    "pairs": PairsSpec,
 }
 FILES = sorted(CONFIGS.glob("*/*.yaml"))
 RECIPES = [path for path in FILES if path.stem in ("domain_sft", "judge_dpo")]
