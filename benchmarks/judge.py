@@ -97,7 +97,7 @@ ROWS: dict[str, Row] = {
         recipe={"consistency": 0.25, "lora": MLP, "evaluation": {"every": 64}},
     ),
     "with sft": Row("DPO and half an SFT term", "pandalm", 96, {"sft_weight": 0.5}),
-    "tasks": Row("DPO, both orders", "tasks", 120),
+    "tasks": Row("DPO, attention and the MLP, the penalty", "tasks", 120, {"consistency": 0.25, "lora": MLP}),
     "tasks untrained": Row("the base as it is", "tasks", 0),
     # One change each, on the tasks: their comparisons are short, so a row takes minutes.
     "dpo": Row("DPO, both orders", "tasks", 48),
@@ -107,6 +107,9 @@ ROWS: dict[str, Row] = {
     "dpo+sft": Row("DPO and half an SFT term", "tasks", 48, {"sft_weight": 0.5}),
     "ipo": Row("IPO instead of DPO", "tasks", 48, {"loss": "ipo"}),
     "experts": Row("DPO, attention and the MLP", "tasks", 48, {"lora": MLP}),
+    "penalty": Row(
+        "DPO, attention and the MLP, the penalty", "tasks", 48, {"consistency": 0.25, "lora": MLP}
+    ),
     "25 %": Row("DPO, a quarter of the prompts", "tasks", 48, share=0.25),
     "50 %": Row("DPO, half of the prompts", "tasks", 48, share=0.5),
     "auto": Row(
@@ -177,7 +180,7 @@ class Bench:
         # A rationale for each of the best-of's comparisons would take longer than all other rows.
         best_of = self.best_of(base, adapter) if "tasks" in measured and not row.explains else None
         record = read_json(out / "run.json") if row.steps else {}
-        fitted = judge_protocol.Calibration(**record.get("calibration") or {})
+        fitted = judge_protocol.Calibration() if row.explains else self.fitted(base, adapter, row.data)
         result = {
             "what": row.what,
             "one_expert": row.one_expert,
@@ -421,6 +424,11 @@ class Bench:
         rows = self.comparisons(on, training=False)
         return rows, self.views(base, adapter, on, rows, explains)
 
+    def fitted(self, base: Path, adapter: Path | None, data: str) -> judge_protocol.Calibration:
+        """Temperature and tie margin, from the prompts that are held out of the training data."""
+        rows = [one for one in self.comparisons(data, training=True) if _place(one.prompt) < HELD_OUT]
+        return calibration.fit(_of_the_better(rows, self.views(base, adapter, f"{data}-held-out", rows)))
+
     def views(
         self, base: Path, adapter: Path | None, on: str, rows: Sequence[Comparison], explains: bool = False
     ) -> list[Views]:
@@ -576,16 +584,22 @@ COLUMNS = ("both_orders_correct", "first_order", "consistency", "order_averaged"
 def figures(rows: Sequence[Comparison], views: Sequence[Views], fitted: judge_protocol.Calibration) -> dict[str, Any]:
     """What `fusion.eval_judge` says of the verdicts, and the calibration error without and with what was fitted."""
     found = report(rows, views).to_json()
-    pairs = []
-    for row, view in zip(rows, views, strict=True):
-        sign = 1 if row.label == "first" else -1
-        pairs.append((sign * _log_odds(view.forward), -sign * _log_odds(view.backward)))  # of the better answer
+    pairs = _of_the_better(rows, views)
     return {
         **found,
         "ece_before": calibration.expected_error(pairs),
         "ece": calibration.expected_error(pairs, fitted),
         "ece_interval": _ece_interval(rows, pairs, fitted),
     }
+
+
+def _of_the_better(rows: Sequence[Comparison], views: Sequence[Views]) -> list[calibration.LogOdds]:
+    """The log-odds of each pair's better answer, both ways round."""
+    pairs = []
+    for row, view in zip(rows, views, strict=True):
+        sign = 1 if row.label == "first" else -1
+        pairs.append((sign * _log_odds(view.forward), -sign * _log_odds(view.backward)))
+    return pairs
 
 
 def _ece_interval(rows: Sequence[Comparison], pairs: Sequence[Any], fitted: Any) -> tuple[float, float]:
