@@ -85,18 +85,19 @@ class Row:
 ATTENTION = {"r": 16, "alpha": 32, "experts": "none"}
 MLP = {"r": 16, "alpha": 32, "experts": "all"}
 ROWS: dict[str, Row] = {
-    "main": Row("DPO, both orders", "pandalm", 128, {"evaluation": {"every": 40}}, on=("pandalm", "llmbar")),
+    "main": Row(
+        "DPO, both orders, attention and the MLP", "pandalm", 256, {"lora": MLP, "evaluation": {"every": 64}},
+        on=("pandalm", "llmbar"),
+    ),
     "untrained": Row("the base as it is", "pandalm", 0, on=("pandalm", "llmbar")),
-    "longer": Row("DPO, twice as long", "pandalm", 256, {"evaluation": {"every": 64}}, on=("pandalm", "llmbar")),
-    "mlp": Row(
-        "DPO, attention and the MLP, twice as long", "pandalm", 256, on=("pandalm", "llmbar"),
-        recipe={"lora": MLP, "evaluation": {"every": 64}},
+    "attention": Row(
+        "DPO, attention alone, half as long", "pandalm", 128, {"evaluation": {"every": 40}}, on=("pandalm", "llmbar")
     ),
     "consistent": Row(
-        "and a penalty on preferring a position", "pandalm", 256, on=("pandalm", "llmbar"),
+        "DPO and a penalty on preferring a position", "pandalm", 256, on=("pandalm", "llmbar"),
         recipe={"consistency": 0.25, "lora": MLP, "evaluation": {"every": 64}},
     ),
-    "with sft": Row("DPO and half an SFT term", "pandalm", 96, {"sft_weight": 0.5}),
+    "with sft": Row("DPO and half an SFT term, attention alone", "pandalm", 96, {"sft_weight": 0.5}),
     "tasks": Row("DPO, attention and the MLP, the penalty", "tasks", 120, {"consistency": 0.25, "lora": MLP}),
     "tasks untrained": Row("the base as it is", "tasks", 0),
     # One change each, on the tasks: their comparisons are short, so a row takes minutes.
@@ -116,7 +117,7 @@ ROWS: dict[str, Row] = {
         "DPO, attention and half of the experts' load", "tasks", 48, one_expert=False,
         recipe={"lora": {**MLP, "experts": "auto", "expert_share": 0.5}},
     ),
-    "rationale": Row("DPO on rationales that end in a verdict", "tasks", 48, {"completion": "rationale"}),
+    "rationale": Row("DPO on rationales that end in a verdict", "tasks", 24, {"completion": "rationale"}),
     "rationale untrained": Row("the base as it is, after a rationale", "tasks", 0, {"completion": "rationale"}),
     "gsm8k": Row("DPO on checked answers, attention and the MLP", "gsm8k", 32, {"lora": MLP, "max_length": 640}),
 }  # fmt: skip
@@ -271,7 +272,7 @@ class Bench:
         write_jsonl(path, (row for comparison in kept for row in preference_rows(comparison)))
         return path
 
-    def rationales(self, data: str, base: Path, pairs: int = 320, samples: int = 4) -> Path:
+    def rationales(self, data: str, base: Path, pairs: int = 128, samples: int = 3) -> Path:
         """Rationales of the untrained base, kept by whether their verdict is right, as `mixfuse pairs rationales` does.
 
         This base hardly ever writes the line with the verdict (`fusion.rationales` would keep next to nothing), so the
