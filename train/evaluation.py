@@ -69,7 +69,7 @@ class KeepBest(TrainerCallback):
     def _keep(self, state: Any) -> None:
         from train.run import gather_adapter, save_peft
 
-        weights = gather_adapter(self._trainer.model)
+        weights = gather_adapter(self._trainer)
         if state.is_world_process_zero:
             with atomic_directory(self._out / BEST, replace=True) as temporary:
                 save_peft(self._trainer.accelerator.unwrap_model(self._trainer.model), weights, temporary)

@@ -207,7 +207,7 @@ def train_and_save(trainer: Any, recipe: TrainRecipe, *, stage: str, examples: i
             raise
         end_wandb()
     # Under ZeRO-3 every rank takes part in gathering the adapter; rank 0 writes it.
-    weights = gather_adapter(trainer.model)
+    weights = gather_adapter(trainer)
     if leads:
         best = best_evaluation(out)
         check_weights(load_file(out / BEST / "adapter_model.safetensors") if best else weights, out)
@@ -267,7 +267,7 @@ def checkpoint_without_reentry(trainer: Any) -> None:
         trainer.args.gradient_checkpointing_kwargs = {"use_reentrant": False}
 
 
-def gather_adapter(model: Any) -> dict[str, Any]:
+def gather_adapter(trainer: Any) -> dict[str, Any]:
     """Gathers every LoRA tensor, whole, to the CPU of rank 0, under PEFT's saved names. All ranks must call this.
 
     Empty adapter files under ZeRO-3 (DeepSpeed #7900, PEFT #453) come from reading partitioned tensors.
@@ -275,6 +275,12 @@ def gather_adapter(model: Any) -> dict[str, Any]:
     import torch
     from deepspeed.runtime.zero import GatheredParameters
 
+    if hasattr(trainer.model_wrapped, "empty_partition_cache"):
+        # An evaluation's last forward pass leaves parameters in flight, read ahead for a backward pass that never comes,
+        # and DeepSpeed 0.19.8 fails below: "Cannot partition a param in flight". Seen on the embedded base on two
+        # processes (scripts/demo); the tiny base does not show it.
+        trainer.model_wrapped.empty_partition_cache()
+    model = trainer.model
     while not hasattr(model, "peft_config"):
         model = model.module
     state: dict[str, torch.Tensor] = {}
