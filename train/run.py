@@ -276,7 +276,7 @@ def gather_adapter(trainer: Any) -> dict[str, Any]:
     from deepspeed.runtime.zero import GatheredParameters
 
     if hasattr(trainer.model_wrapped, "empty_partition_cache"):
-        # An evaluation's last forward pass leaves parameters in flight, read ahead for a backward pass that never comes,
+        # An evaluation's last forward pass leaves parameters in flight, read ahead for a backward pass that never is,
         # and DeepSpeed 0.19.8 fails below: "Cannot partition a param in flight". Seen on the embedded base on two
         # processes (scripts/demo); the tiny base does not show it.
         trainer.model_wrapped.empty_partition_cache()
