@@ -120,7 +120,7 @@ ROWS: dict[str, Row] = {
     "rationale": Row("DPO on rationales that end in a verdict", "tasks", 24, {"completion": "rationale"}),
     "rationale untrained": Row("the base as it is, after a rationale", "tasks", 0, {"completion": "rationale"}),
     "gsm8k": Row(
-        "DPO on checked answers, attention and the MLP", "gsm8k", 32,
+        "DPO on checked answers, attention and the MLP", "gsm8k", 16,
         {"lora": MLP, "max_length": 640, "evaluation": {"limit": 64}},
     ),
 }  # fmt: skip
