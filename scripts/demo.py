@@ -153,7 +153,9 @@ class Demo:
             return
         paths = [f"base={self.base}", f"out={run}", f"data={data}"]
         if stage == "judge":
-            paths.append(f"evaluation.data={data.with_suffix('.dev.jsonl')}")
+            dev = data.with_suffix(".dev.jsonl")
+            # The quick demo has so few pairs that none may be held out.
+            paths.append(f"evaluation.data={dev if dev.exists() and dev.stat().st_size else data}")
         mixfuse("train", stage, f"configs/tiny/{recipe}.yaml", *paths, *overrides)
 
     def export(self, run: str, role: str) -> None:
