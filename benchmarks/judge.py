@@ -497,12 +497,12 @@ def _verdicts(
     """P(the answer shown first is better), both ways round."""
     from train.model import load_tokenizer
 
-    tokenizer, model = load_tokenizer(base), _loaded(base, adapter)
     prompts = [row["prompt"] for comparison in rows for row in preference_rows(comparison)]
     if explains:
         prompts = [judge_protocol.explained(prompt) for prompt in prompts]
         found = [said[0][1] for said in _rationales(base, adapter, prompts)]
     else:
+        tokenizer, model = load_tokenizer(base), _loaded(base, adapter)
         tokens = [tokenizer.apply_chat_template(p, add_generation_prompt=True, return_dict=False) for p in prompts]
         found = _letters(tokenizer, model, tokens, "")
     p = [judge_protocol.probability(log_odds) for log_odds in found]

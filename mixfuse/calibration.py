@@ -38,11 +38,11 @@ def fit(pairs: Sequence[LogOdds], ties: Sequence[LogOdds] = ()) -> Calibration:
     tied = [combined(pair, Calibration(temperature=temperature)) for pair in ties]
     margins = sorted({0.0, *(round(abs(score - 0.5) + 1e-4, 4) for score in (*scores, *tied))})
 
-    def credit(margin: float) -> float:
+    def credited(margin: float) -> float:
         decided = sum(0.5 if abs(score - 0.5) <= margin else float(score > 0.5) for score in scores)
         return decided + sum(abs(score - 0.5) <= margin for score in tied)
 
-    margin = max((margin for margin in margins if margin < 0.5), key=lambda margin: (credit(margin), -margin))
+    margin = max((margin for margin in margins if margin < 0.5), key=lambda margin: (credited(margin), -margin))
     return Calibration(temperature=temperature, tie_margin=margin)
 
 

@@ -28,6 +28,7 @@ from rich.table import Table
 
 from mixfuse.files import read_json, read_jsonl, write_json, write_text
 from mixfuse.tasks import Task, make
+from train.pairs import dev_path
 
 TASKS = Path("configs/tiny/tasks.yaml")
 MIXFUSE = [str(Path(sys.executable).with_name("mixfuse"))]
@@ -153,7 +154,7 @@ class Demo:
             return
         paths = [f"base={self.base}", f"out={run}", f"data={data}"]
         if stage == "judge":
-            dev = data.with_suffix(".dev.jsonl")
+            dev = dev_path(data)
             # The quick demo has so few pairs that none may be held out.
             paths.append(f"evaluation.data={dev if dev.exists() and dev.stat().st_size else data}")
         mixfuse("train", stage, f"configs/tiny/{recipe}.yaml", *paths, *overrides)

@@ -133,9 +133,7 @@ class JudgeTrainer(NamedExamples, DPOTrainer):
         Args:
             dataset: Tokenised comparisons.
         """
-        return self._log_odds_of(verdict_rows(dataset))
-
-    def _log_odds_of(self, rows: Sequence[VerdictRow]) -> list[float]:
+        rows = verdict_rows(dataset)
         if self.state.global_step:
             found = self._logprobs(self.model_wrapped, rows, self.args.per_device_eval_batch_size)
         else:  # the adapter does nothing yet
@@ -194,8 +192,7 @@ class JudgeTrainer(NamedExamples, DPOTrainer):
         """
         if self._verdicts is None:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        rows = verdict_rows(eval_dataset or self.eval_dataset)
-        log_odds = self._log_odds_of(rows)
+        log_odds = self.log_odds(eval_dataset or self.eval_dataset)
         pairs = list(zip(log_odds[::2], log_odds[1::2], strict=True))
         fitted = calibration.fit(pairs)
         scores = [calibration.combined(pair, fitted) for pair in pairs]
