@@ -24,12 +24,12 @@ import torch
 from peft import PeftModel
 from transformers import MixtralForCausalLM
 
-from mixfuse import adapter as contract
-from mixfuse.files import read_json, write_jsonl
-from mixfuse.tasks import make
-from train.base import build
-from train.export import export
-from train.model import load_tokenizer
+from mixfuse.contracts import adapter as contract
+from mixfuse.contracts.files import read_json, write_jsonl
+from mixfuse.contracts.tasks import make
+from mixfuse.train.adapters.export import export
+from mixfuse.train.model.embedded_base import build
+from mixfuse.train.model.load import load_tokenizer
 
 PROJECT = Path(__file__).parents[1]
 TASKS = PROJECT / "configs" / "tiny" / "tasks.yaml"

@@ -1,4 +1,4 @@
-"""What LoRA on experts costs beside LoRA on attention alone: PEFT's `target_parameters` and `train/expert_lora.py`.
+"""What LoRA on experts costs beside LoRA on attention alone: PEFT's `target_parameters` and our expert LoRA.
 
     .venv/bin/python benchmarks/expert_lora.py [--base DIR] [--layers N] [--json] [--profile]
 
@@ -40,9 +40,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import MixtralForCausalLM
 
-from mixfuse.files import read_json, write_json
-from train import expert_lora
-from train.recipe import ATTENTION_MODULES, EXPERT_PARAMETERS
+from mixfuse.contracts.files import read_json, write_json
+from mixfuse.train.model import expert_lora
+from mixfuse.train.recipe import ATTENTION_MODULES, EXPERT_PARAMETERS
 
 SHAPES = ((2, 128), (4, 256))
 RANKS = (8, 16)
@@ -286,7 +286,7 @@ def _base(folder: Path | None, layers: int) -> Any:
     with tempfile.TemporaryDirectory() as temporary:
         path = folder or Path(temporary) / "base"
         if not (path / "config.json").is_file():
-            from train.base import build
+            from mixfuse.train.model.embedded_base import build
 
             build(path)
         expert_lora.register()

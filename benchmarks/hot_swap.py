@@ -72,7 +72,7 @@ def make_adapters(base: Path, folder: Path, each: int) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import MixtralForCausalLM
 
-    from train.export import export
+    from mixfuse.train.adapters.export import export
 
     config = LoraConfig(
         r=4,
@@ -120,7 +120,7 @@ def _spoil(adapter: Path) -> None:
 
 
 def _rehash(adapter: Path, **changes: Any) -> None:
-    from mixfuse.adapter import file_hashes, revision_of
+    from mixfuse.contracts.adapter import file_hashes, revision_of
 
     manifest = json.loads((adapter / "manifest.json").read_text())
     manifest["files"] = file_hashes(adapter)

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from mixfuse import judge_protocol
-from train.base import _gguf_file, load_embedded_tokenizer
+from mixfuse.contracts import judge_protocol
+from mixfuse.train.model.embedded_base import _gguf_file, load_embedded_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "serve"))
 from injections import gains, injections, twin_of

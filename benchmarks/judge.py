@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/judge.py --data ../shared/data [--base DIR] [--work DIR] [--rows NAME,…] [--minutes N]
 
 Each row trains a judge with `mixfuse train judge` and measures it on labelled pairs it has not seen, both orders of
-each, in this process and in batches; what is worked out from the verdicts is `fusion.eval_judge.report`'s. Shares
+each, in this process and in batches; what follows from the verdicts is `eval_judge.report`'s. Shares
 carry 95 % intervals (bootstrap over prompts). Finished trainings and verdicts are kept in --work, a training that was
 cut off goes on from its checkpoint, and the table (`table.md`, `table.json` there) is written anew after every row.
 
@@ -35,16 +35,24 @@ from typing import Any
 import torch
 import yaml
 
-from fusion.comparisons import Comparison, load
-from fusion.config import Member
-from fusion.eval_judge import Views, report
-from fusion.judge import ranking
-from fusion.run import Candidate
-from mixfuse import calibration, judge_protocol
-from mixfuse.errors import MixfuseError
-from mixfuse.files import atomic_directory, read_json, read_jsonl, sha256_json, write_json, write_jsonl, write_text
-from mixfuse.tasks import make
-from mixfuse.trace import Verdict
+from mixfuse.contracts import calibration, judge_protocol
+from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.files import (
+    atomic_directory,
+    read_json,
+    read_jsonl,
+    sha256_json,
+    write_json,
+    write_jsonl,
+    write_text,
+)
+from mixfuse.contracts.tasks import make
+from mixfuse.contracts.trace import Verdict
+from mixfuse.fusion.config import Member
+from mixfuse.fusion.measure.comparisons import Comparison, load
+from mixfuse.fusion.measure.eval_judge import Views, report
+from mixfuse.fusion.modes.judge import ranking
+from mixfuse.fusion.modes.request import Candidate
 
 PROJECT = Path(__file__).parents[1]
 HELD_OUT = 0.12  # of the training prompts: fits temperature and tie margin
@@ -162,7 +170,7 @@ class Bench:
         self.work.mkdir(parents=True, exist_ok=True)
         self.base: Path = arguments.base or self.work / "base"
         if not (self.base / "config.json").is_file():
-            from train.base import build
+            from mixfuse.train.model.embedded_base import build
 
             build(self.base)
 
@@ -211,7 +219,7 @@ class Bench:
         write_text(path, yaml.safe_dump(recipe, sort_keys=False))
         environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads), "HF_HUB_OFFLINE": "1"}
         with (self.work / "recipes" / f"{name}.log").open("a") as log:
-            command = [sys.executable, "-P", "-m", "mixfuse", "train", "judge", str(path)]
+            command = [sys.executable, "-m", "mixfuse", "train", "judge", str(path)]
             running = subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=PROJECT)
             try:
                 running.wait(timeout=max(1.0, ends - time.monotonic()))
@@ -278,7 +286,7 @@ class Bench:
     def rationales(self, data: str, base: Path, pairs: int = 128, samples: int = 3) -> Path:
         """Rationales of the untrained base, kept by whether their verdict is right, as `mixfuse pairs rationales` does.
 
-        This base hardly ever writes the line with the verdict (`fusion.rationales` would keep next to nothing), so the
+        This base hardly ever writes the line with the verdict (that command would keep next to nothing), so the
         line's beginning is added to each rationale and the letter drawn from what the base says comes next.
         """
         path = self.work / "pairs" / f"{data}-rationales.jsonl"
@@ -478,8 +486,8 @@ def _loaded(base: Path, adapter: Path | None) -> Any:
     """The base, in bfloat16, under an adapter."""
     from peft import LoraConfig, PeftModel
 
-    from train import expert_lora
-    from train.model import load_base
+    from mixfuse.train.model import expert_lora
+    from mixfuse.train.model.load import load_base
 
     model: Any = load_base(base, torch.bfloat16)
     if adapter:
@@ -495,7 +503,7 @@ def _verdicts(
     base: Path, adapter: Path | None, rows: Sequence[Comparison], explains: bool
 ) -> list[tuple[float, float]]:
     """P(the answer shown first is better), both ways round."""
-    from train.model import load_tokenizer
+    from mixfuse.train.model.load import load_tokenizer
 
     prompts = [row["prompt"] for comparison in rows for row in preference_rows(comparison)]
     if explains:
@@ -511,7 +519,7 @@ def _verdicts(
 
 def _letters(tokenizer: Any, model: Any, tokens: Sequence[Sequence[int]], before: str) -> list[float]:
     """The log-odds of A over B as the next token."""
-    from train.verdicts import VerdictRow, logprobs
+    from mixfuse.train.stages.verdicts import VerdictRow, logprobs
 
     letters = [tokenizer.encode(before + letter, add_special_tokens=False)[0] for letter in judge_protocol.VERDICTS]
     rows = [VerdictRow(ids, *letters) for ids in tokens]
@@ -521,7 +529,7 @@ def _letters(tokenizer: Any, model: Any, tokens: Sequence[Sequence[int]], before
 
 def _answers(base: Path, adapter: Path, prompts: Sequence[str], samples: int = 4) -> list[list[str]]:
     """Samples answers at temperature 1; the tasks' are a few tokens long."""
-    from train.model import load_tokenizer
+    from mixfuse.train.model.load import load_tokenizer
 
     chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
     return _written(load_tokenizer(base), _loaded(base, adapter), chats, samples=samples, tokens=8)
@@ -539,7 +547,7 @@ def _rationales(
         samples: Of each, at temperature 1; 0 writes one, the likeliest.
         tokens: The most of one.
     """
-    from train.model import load_tokenizer
+    from mixfuse.train.model.load import load_tokenizer
 
     tokenizer, model = load_tokenizer(base), _loaded(base, adapter)
     written = _written(tokenizer, model, prompts, samples=samples, tokens=tokens)
@@ -587,7 +595,7 @@ COLUMNS = ("both_orders_correct", "first_order", "consistency", "order_averaged"
 
 
 def figures(rows: Sequence[Comparison], views: Sequence[Views], fitted: judge_protocol.Calibration) -> dict[str, Any]:
-    """What `fusion.eval_judge` says of the verdicts, and the calibration error without and with what was fitted."""
+    """What `eval_judge` says of the verdicts, and the calibration error without and with what was fitted."""
     found = report(rows, views).to_json()
     pairs = _of_the_better(rows, views)
     return {

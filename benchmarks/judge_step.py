@@ -1,6 +1,6 @@
-"""What a judge's training step costs: TRL's DPO on verdict pairs, and `train/verdicts.py`'s one pass over the prompt.
+"""What a judge's training step costs: TRL's DPO on verdict pairs, and one pass over the prompt.
 
-    .venv/bin/python -P benchmarks/judge_step.py [--base DIR] [--pairs N] [--tokens N] [--rounds N] [--json]
+    .venv/bin/python benchmarks/judge_step.py [--base DIR] [--pairs N] [--tokens N] [--rounds N] [--json]
 
 On the embedded base (built where --base holds none), forward and backward of one micro batch, both orders of --pairs
 pairs of about --tokens tokens. The methods take turns within each round, in CPU time of one thread; ratios are
@@ -22,11 +22,11 @@ import torch
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
-from mixfuse.judge_protocol import VERDICTS, comparison
-from train.model import load_base, load_tokenizer, lora_config
-from train.recipe import Lora
-from train.trainer import JudgeTrainer, NamedPairs, Verdicts, verdict_rows
-from train.verdicts import Reference
+from mixfuse.contracts.judge_protocol import VERDICTS, comparison
+from mixfuse.train.model.load import load_base, load_tokenizer, lora_config
+from mixfuse.train.recipe import Lora
+from mixfuse.train.stages.trainers import JudgeTrainer, NamedPairs, Verdicts, verdict_rows
+from mixfuse.train.stages.verdicts import Reference
 
 WORDS = ("river", "stone", "apple", "cloud", "tiger", "lamp", "green", "winter")
 
@@ -37,7 +37,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         base = arguments.base or Path(temporary) / "base"
         if not (base / "config.json").is_file():
-            from train.base import build
+            from mixfuse.train.model.embedded_base import build
 
             build(base)
         trainers = {name: _trainer(base, dtype, arguments, Path(temporary)) for name, dtype in DTYPES.items()}

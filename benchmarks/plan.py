@@ -16,9 +16,9 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mixfuse.recipe import load
-from train.plan import Batch, Hardware, Plan, plan
-from train.run import RECIPES
+from mixfuse.contracts.strict_yaml import load
+from mixfuse.train.planning.training_plan import Batch, Hardware, Plan, plan
+from mixfuse.train.run import RECIPES
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = 0.05
@@ -108,7 +108,7 @@ def make_recipe(case: Case, folder: Path) -> Path:
         ]
         (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     else:
-        from train.pairs import build
+        from mixfuse.train.data.pairs import build
 
         pool = [
             {
@@ -154,7 +154,7 @@ def measure(case: Case, recipe: Path, world: int, facts: Path) -> dict[str, Any]
     Raises:
         SystemExit: Training failed; its output says why.
     """
-    command = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
     # One pass a step, so that the batch that made the peak is the batch that was noted.
     batch = f"optimizer.batch_size={case.micro * world}"
     command += [str(ROOT / "benchmarks" / "plan_probe.py"), case.stage, str(recipe), str(facts), batch]

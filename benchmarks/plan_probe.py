@@ -15,9 +15,11 @@ from deepspeed.runtime.zero import partition_parameters
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from transformers import TrainerCallback
 
-from mixfuse.recipe import load
-from train import judge, process, run, sft
-from train.tracker import Tracker
+from mixfuse.contracts.strict_yaml import load
+from mixfuse.train import run
+from mixfuse.train.planning.tracker import Tracker
+from mixfuse.train.processes import worker
+from mixfuse.train.stages import judge_dpo, sft
 
 STEPS = 3  # DeepSpeed learns the order of modules in the first two; the third is as all that follow
 
@@ -105,9 +107,9 @@ def measure(tracker: Tracker, trainer: Any, out: Path) -> None:
 def main() -> None:
     stage, recipe_path, facts, *overrides = sys.argv[1:]
     recipe = load(Path(recipe_path), run.RECIPES[stage], overrides)
-    process.prepare(recipe.threads, wandb=recipe.wandb)
+    worker.prepare(recipe.threads, wandb=recipe.wandb)
     tracker = Tracker()
-    module = {"sft": sft, "judge": judge}[stage]
+    module = {"sft": sft, "judge": judge_dpo}[stage]
     module.train_and_save = lambda trainer, *_, **__: measure(tracker, trainer, Path(facts))
     tracker.wrap(PartitionedParameterCoordinator, "fetch_sub_module", "gather")
     tracker.wrap(partition_parameters.GatheredParameters, "__enter__", "gather")

@@ -41,13 +41,13 @@ import torch
 from peft import get_peft_model
 from transformers import AutoConfig, AutoTokenizer, MixtralForCausalLM
 
-from serve.engine import Engine, EngineConfig
-from serve.vllm_cpu_moe_lora import ExpertLora, routed_experts
-from train.base import build
-from train.export import export
-from train.model import load_base, lora_config
-from train.recipe import Lora
-from train.run import save_peft
+from mixfuse.serve.engine import Engine, EngineConfig
+from mixfuse.serve.vllm_cpu_moe_lora import ExpertLora, routed_experts
+from mixfuse.train.adapters.export import export
+from mixfuse.train.model.embedded_base import build
+from mixfuse.train.model.load import load_base, lora_config
+from mixfuse.train.recipe import Lora
+from mixfuse.train.run import save_peft
 
 ROOT = Path(__file__).resolve().parent.parent
 GOALS = {"no adapter": 0.9, "one adapter": 0.75}

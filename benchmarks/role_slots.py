@@ -22,11 +22,11 @@ from typing import Any
 from harness import note, ratios, spread, table
 from hot_swap import make_adapters, revision
 
-from mixfuse import adapter
-from mixfuse.adapter import fingerprint
-from serve.engine import EngineConfig
-from serve.engine_group import EngineGroup
-from serve.roles import RoleTable
+from mixfuse.contracts import adapter
+from mixfuse.contracts.adapter import fingerprint
+from mixfuse.serve.engine import EngineConfig
+from mixfuse.serve.engine_group import EngineGroup
+from mixfuse.serve.roles import RoleTable
 
 ROLES = ("domain", "judge", "synthesizer")
 PROMPT = [1, *range(5, 20)]
@@ -100,7 +100,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="mixfuse-bench-") as folder:
         base = arguments.base or Path(folder) / "base"
         if arguments.base is None:
-            from train.base import build
+            from mixfuse.train.model.embedded_base import build
 
             build(base, tiny=True)
         making = get_context("spawn").Process(target=make_adapters, args=(base, Path(folder), 2))

@@ -16,8 +16,8 @@ from pydantic import (
     model_validator,
 )
 
-from mixfuse.judge_protocol import MAX_CHARS
-from mixfuse.recipe import Strict
+from mixfuse.contracts.judge_protocol import MAX_CHARS
+from mixfuse.contracts.strict_yaml import Strict
 
 FUSION_PREFIX = "fusion/"
 """Model names that start with this are modes, so no member may be called so."""

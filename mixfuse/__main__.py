@@ -2,6 +2,6 @@
 
 import sys
 
-from mixfuse.cli import main
+from mixfuse.cli.entry import main
 
 sys.exit(main())

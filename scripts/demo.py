@@ -26,9 +26,9 @@ from openai import AsyncOpenAI
 from rich.console import Console
 from rich.table import Table
 
-from mixfuse.files import read_json, read_jsonl, write_json, write_text
-from mixfuse.tasks import Task, make
-from train.pairs import dev_path
+from mixfuse.contracts.files import read_json, read_jsonl, write_json, write_text
+from mixfuse.contracts.tasks import Task, make
+from mixfuse.train.data.pairs import dev_path
 
 TASKS = Path("configs/tiny/tasks.yaml")
 MIXFUSE = [str(Path(sys.executable).with_name("mixfuse"))]

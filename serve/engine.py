@@ -22,9 +22,9 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from mixfuse.adapter import LORA_TARGETS, LoraRank
-from mixfuse.recipe import Strict
-from serve.vllm_api import TOP_LOGPROBS, VllmApi, engine_error
+from mixfuse.contracts.adapter import LORA_TARGETS, LoraRank
+from mixfuse.contracts.strict_yaml import Strict
+from mixfuse.serve.vllm_api import TOP_LOGPROBS, VllmApi, engine_error
 
 BASE_MODEL_NAME = "base"
 _STOP_GRACE_S = 15.0
@@ -281,7 +281,7 @@ def command(config: EngineConfig, port: int, *, cpu: bool | None = None) -> list
         cpu: Whether it runs on a CPU; None: what the installed vLLM is for.
     """
     return [
-        *(sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server"),
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
         *("--model", str(config.weights or config.base), "--served-model-name", BASE_MODEL_NAME),
         *(["--tokenizer", str(config.base)] if config.weights else []),
         *("--host", config.host, "--port", str(port)),

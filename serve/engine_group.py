@@ -13,11 +13,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
 
-from mixfuse.errors import MixfuseError
-from serve.engine import BASE_MODEL_NAME, Engine, EngineConfig, cpu_build
-from serve.plan import split_of
-from serve.supervisor import Adapter, Elsewhere, Replica, Source, Started
-from serve.vllm_api import VllmApi, engine_error
+from mixfuse.contracts.errors import MixfuseError
+from mixfuse.serve.engine import BASE_MODEL_NAME, Engine, EngineConfig, cpu_build
+from mixfuse.serve.engine_plan import split_of
+from mixfuse.serve.supervisor import Adapter, Elsewhere, Replica, Source, Started
+from mixfuse.serve.vllm_api import VllmApi, engine_error
 
 # Nats. Engines of one base and adapter differ by rounding, in bfloat16 by hundredths; with another adapter or base by
 # whole nats.

@@ -8,10 +8,10 @@ import asyncio
 import math
 from pathlib import Path
 
-from mixfuse.adapter import LogprobProbe, Probes, VerdictProbe, read_probes
-from mixfuse.errors import MixfuseError
-from mixfuse.judge_protocol import read_verdict
-from serve.slots import AdapterEngine
+from mixfuse.contracts.adapter import LogprobProbe, Probes, VerdictProbe, read_probes
+from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.judge_protocol import read_verdict
+from mixfuse.serve.slots import AdapterEngine
 
 # Token ids that every Mixtral tokenizer has; for adapters that bring no probes of their own.
 _PROMPTS = [[3 + (7 * i * i + 31 * i + 11 * k) % 250 for i in range(24)] for k in range(3)]

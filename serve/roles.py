@@ -17,11 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
-from mixfuse import adapter, judge_protocol
-from mixfuse.adapter import Fingerprint, Manifest
-from mixfuse.errors import MixfuseError
-from serve import probes
-from serve.slots import AdapterEngine, Counts, Revision, Slots
+from mixfuse.contracts import adapter, judge_protocol
+from mixfuse.contracts.adapter import Fingerprint, Manifest
+from mixfuse.contracts.errors import MixfuseError
+from mixfuse.serve import probes
+from mixfuse.serve.slots import AdapterEngine, Counts, Revision, Slots
 
 __all__ = [
     "BASE",
@@ -86,7 +86,7 @@ class Entry:
 
 
 class RoleStore(Protocol):
-    """The record that several tables share (`mixfuse.roles_store.StoredRoles` is one).
+    """The record that several tables share (`mixfuse.app.roles_store.StoredRoles` is one).
 
     Each method raises MixfuseError of kind "trace_db" where it cannot be reached.
 
@@ -178,7 +178,7 @@ class RoleTable:
         max_rank: The engine's largest LoRA rank.
         max_loaded: How many adapters are loaded at once, the least recently used making room; None: all of them.
         store: The shared record; None for a table by itself, which has no history.
-        verify: Checks an adapter directory and returns its manifest; `mixfuse.adapter.verify`, in full or in part.
+        verify: Checks an adapter directory and returns its manifest; `adapter.verify`, in full or in part.
         probe_tolerance: How far stored log-probabilities may be off, in nats; None: as stored, which is for float32.
         draw: Numbers from 0 to 1 that say which lease is the canary's.
     """

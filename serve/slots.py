@@ -15,14 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from mixfuse.errors import MixfuseError
-from mixfuse.judge_protocol import Calibration
+from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.judge_protocol import Calibration
 
 logger = logging.getLogger(__name__)
 
 
 class AdapterEngine(Protocol):
-    """What the role table needs of an engine (`serve.engine.Engine` is one)."""
+    """What the role table needs of an engine (`mixfuse.serve.engine.Engine` is one)."""
 
     base_model_name: str
 

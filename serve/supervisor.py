@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from mixfuse.errors import MixfuseError
-from mixfuse.files import sha256_file
-from serve.engine import Engine, Restart, last_error
-from serve.vllm_api import VllmApi, engine_error
+from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.files import sha256_file
+from mixfuse.serve.engine import Engine, Restart, last_error
+from mixfuse.serve.vllm_api import VllmApi, engine_error
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import httpx
 
-from mixfuse.adapter import LORA_TARGETS
-from mixfuse.errors import MixfuseError
+from mixfuse.contracts.adapter import LORA_TARGETS
+from mixfuse.contracts.errors import MixfuseError
 
 TOP_LOGPROBS = 20  # what a judge's verdict is read from
 _SERVED_WEIGHT = re.compile(r"\.(?:[qkvo]_proj|gate_proj|up_proj|down_proj|experts\.\d+\.w[123])\.lora_[AB]\.weight$")

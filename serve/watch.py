@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from mixfuse.adapter import MANIFEST, read_manifest
-from mixfuse.errors import MixfuseError
-from serve.roles import RoleTable
+from mixfuse.contracts.adapter import MANIFEST, read_manifest
+from mixfuse.contracts.errors import MixfuseError
+from mixfuse.serve.roles import RoleTable
 
 logger = logging.getLogger(__name__)
 

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import yaml
 
-from fusion.config import FusionConfig
-from mixfuse.preferences import PairsSpec
-from mixfuse.recipe import Strict, load
-from mixfuse.reference import meanings, models_in, rewritten
-from mixfuse.server import ServeConfig
-from mixfuse.tasks import TaskFile
-from train.recipe import JudgeRecipe, SftRecipe, TrainRecipe
+from mixfuse.app.config_reference import meanings, models_in, rewritten
+from mixfuse.app.preferences import PairsSpec
+from mixfuse.app.server import ServeConfig
+from mixfuse.contracts.strict_yaml import Strict, load
+from mixfuse.contracts.tasks import TaskFile
+from mixfuse.fusion.config import FusionConfig
+from mixfuse.train.recipe import JudgeRecipe, SftRecipe, TrainRecipe
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
@@ -100,11 +100,13 @@ def test_every_key_is_explained(model: type[Strict]) -> None:
 @pytest.mark.parametrize("page", [path for path in (ROOT / "docs").glob("*.md") if "<!-- keys:" in path.read_text()])
 def test_the_tables_in_the_docs_are_the_models(page: Path) -> None:
     text = page.read_text()
-    assert rewritten(text) == text, f"run: python -m mixfuse.reference docs/{page.name}"
+    assert rewritten(text) == text, f"run: python -m mixfuse.app.config_reference docs/{page.name}"
 
 
 def test_the_training_page_has_a_table_of_every_group_and_no_other() -> None:
-    tables = set(re.findall(r"<!-- keys: train\.recipe:(\w+) -->", (ROOT / "docs" / "training.md").read_text()))
+    tables = set(
+        re.findall(r"<!-- keys: mixfuse\.train\.recipe:(\w+) -->", (ROOT / "docs" / "training.md").read_text())
+    )
     models = {group.__name__ for model in (SftRecipe, JudgeRecipe) for group in models_in(model)}
     assert tables == models | {"TrainRecipe"}
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mixfuse import cli
+from mixfuse.cli.entry import main
 
 ROOT = Path(__file__).parent.parent
 DOC = ROOT / "docs" / "planning.md"
@@ -29,7 +29,7 @@ def printed(command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytes
     program, *arguments = shlex.split(command)
     assert program == "mixfuse"
     monkeypatch.chdir(ROOT)
-    assert cli.main(arguments) == 0, capsys.readouterr().err
+    assert main(arguments) == 0, capsys.readouterr().err
     return capsys.readouterr().out.rstrip()
 
 

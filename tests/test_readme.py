@@ -41,7 +41,7 @@ def test_files_it_names_are_there():
 
 def test_the_plan_needs_neither_gpu_nor_weights():
     command = command_line("mixfuse plan ")
-    told = run(sys.executable, "-P", "-m", *command)
+    told = run(sys.executable, "-m", *command)
     assert "140.63 B parameters" in told
     assert told.rstrip().endswith("fits")
 
@@ -49,7 +49,7 @@ def test_the_plan_needs_neither_gpu_nor_weights():
 def test_the_launch_is_one_that_launch_writes():
     command = command_line("scripts/launch --torchrun")
     command[command.index("my_sft.yaml")] = "configs/tiny/domain_sft.yaml"
-    told = run(sys.executable, "-P", "-m", "mixfuse", "launch", "--dry-run", *command[1:])
+    told = run(sys.executable, "-m", "mixfuse", "launch", "--dry-run", *command[1:])
     assert "--nnodes=2" in told
     assert "--nproc-per-node=8" in told
 
@@ -70,5 +70,5 @@ def test_every_command_of_the_table_is_one(cell: str):
                 break
             names.append(word)
         assert names, code
-        told = run(sys.executable, "-P", "-m", "mixfuse", *names, "--help")
+        told = run(sys.executable, "-m", "mixfuse", *names, "--help")
         assert told.startswith(f"usage: mixfuse {' '.join(names)}"), (number, code)

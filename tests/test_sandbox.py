@@ -10,16 +10,16 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mixfuse import sandbox
-from mixfuse.errors import MixfuseError
-from mixfuse.sandbox import Limits, Outcome
+from mixfuse.contracts.errors import MixfuseError
+from mixfuse.sandbox import runner
+from mixfuse.sandbox.runner import Limits, Outcome
 
 SHORT = Limits(timeout_s=20, cpu_s=1)
 
 
 def run(program: str, limits: Limits = SHORT) -> Outcome:
     try:
-        return sandbox.run(program, limits)
+        return runner.run(program, limits)
     except MixfuseError as error:
         if error.kind == "sandbox":
             pytest.skip(str(error))
@@ -116,10 +116,10 @@ def test_one_that_waits_for_ever_is_ended_and_leaves_no_process() -> None:
 
 def test_where_a_wall_cannot_be_built_nothing_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Here: on a machine where new namespaces are refused, which is told by the script that asks for them."""
-    script = Path(sandbox.sandboxed.__file__).read_text().replace("_libc.unshare(spaces)", "_libc.unshare(-1)")
+    script = Path(runner.sandboxed.__file__).read_text().replace("_libc.unshare(spaces)", "_libc.unshare(-1)")
     refused = tmp_path / "sandboxed.py"
     refused.write_text(script)
-    monkeypatch.setattr(sandbox.sandboxed, "__file__", str(refused))
+    monkeypatch.setattr(runner.sandboxed, "__file__", str(refused))
     with pytest.raises(MixfuseError, match=r"new namespaces: Invalid argument.*allow user namespaces") as error:
-        sandbox.run("open('/tmp/ran', 'w')")
+        runner.run("open('/tmp/ran', 'w')")
     assert error.value.kind == "sandbox"

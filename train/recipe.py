@@ -16,8 +16,8 @@ from pydantic import (
     model_validator,
 )
 
-from mixfuse.errors import MixfuseError
-from mixfuse.recipe import Strict
+from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.strict_yaml import Strict
 
 ATTENTION_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
 EXPERT_PARAMETERS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
@@ -44,7 +44,7 @@ class Lora(Strict):
         attention: Train q, k, v and o.
         experts: Whose gate, up and down projections are trained: `all`, `none`, `{layer: [expert, …]}` (a layer that is
             not named has none), or `auto`: in each layer the fewest that carry `expert_share` of the gate weight over
-            a sample of the data (ESFT, arXiv 2407.01906); see `train/experts.py`.
+            a sample of the data (ESFT, arXiv 2407.01906); see `train/model/choose_experts.py`.
         expert_share: For `auto`: the share of a layer's gate weight that its chosen experts carry.
         expert_sample: For `auto`: how many rows of the data the base is run over, drawn with the recipe's seed.
         router: Refused when true.

@@ -13,15 +13,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mixfuse import judge_protocol
-from mixfuse.errors import MixfuseError
-from mixfuse.files import atomic_directory, disk_errors, read_json, write_json
-from mixfuse.recipe import load
-from train import guard, process
-from train.checkpoint import check_resume, checkpoints, last_checkpoint
-from train.heartbeat import heartbeat
-from train.metrics import draw, end_wandb, read_rows, start_wandb, watch
-from train.recipe import JudgeRecipe, SftRecipe, TrainRecipe
+from mixfuse.contracts import judge_protocol
+from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.files import atomic_directory, disk_errors, read_json, write_json
+from mixfuse.contracts.strict_yaml import load
+from mixfuse.train.processes import guard, worker
+from mixfuse.train.processes.checkpoint import check_resume, checkpoints, last_checkpoint
+from mixfuse.train.processes.heartbeat import heartbeat
+from mixfuse.train.recipe import JudgeRecipe, SftRecipe, TrainRecipe
+from mixfuse.train.stages.training_metrics import draw, end_wandb, read_rows, start_wandb, watch
 
 RECIPES: dict[str, type[TrainRecipe]] = {"sft": SftRecipe, "judge": JudgeRecipe}
 
@@ -40,20 +40,20 @@ def start(stage: str, recipe_path: Path, overrides: list[str]) -> None:
     """
     recipe = load(recipe_path, RECIPES[stage], overrides)
     check_recipe(recipe)
-    if not process.launched():  # what a launcher started finds the same mistakes where it prepares the data
+    if not worker.launched():  # what a launcher started finds the same mistakes where it prepares the data
         _check_data(recipe)
     if finished(recipe.out):
         raise MixfuseError(f"{recipe.out} holds a finished run; choose another `out` or remove it")
     check_resume(recipe.out, _described(recipe), resume=recipe.resume)
-    if not process.launched():
+    if not worker.launched():
         _launch(stage, recipe, recipe_path, overrides)
         return
     guard.listen()
-    process.prepare(recipe.threads, wandb=recipe.wandb)
+    worker.prepare(recipe.threads, wandb=recipe.wandb)
     if stage == "sft":
-        from train.sft import train as train_stage
+        from mixfuse.train.stages.sft import train as train_stage
     else:
-        from train.judge import train as train_stage
+        from mixfuse.train.stages.judge_dpo import train as train_stage
     with heartbeat():
         train_stage(recipe)
 
@@ -76,7 +76,7 @@ def check_recipe(recipe: TrainRecipe) -> None:
     stage = zero.get("stage") if isinstance(zero, dict) else None
     if stage != 3:
         raise MixfuseError(f"deepspeed: {recipe.deepspeed} sets ZeRO stage {stage!r}; mixfuse trains with stage 3")
-    per_pass = recipe.optimizer.micro_batch * process.world_size(recipe.processes)
+    per_pass = recipe.optimizer.micro_batch * worker.world_size(recipe.processes)
     if recipe.optimizer.batch_size % per_pass:
         raise MixfuseError(
             f"optimizer.batch_size {recipe.optimizer.batch_size} is no multiple of micro_batch * processes = {per_pass}"
@@ -85,8 +85,8 @@ def check_recipe(recipe: TrainRecipe) -> None:
 
 def _check_data(recipe: TrainRecipe) -> None:
     """Reads all of the data once, keeping none of it."""
-    from train.data import check_chats
-    from train.pairs import check_pairs
+    from mixfuse.train.data.chats import check_chats
+    from mixfuse.train.data.pairs import check_pairs
 
     check = check_chats if isinstance(recipe, SftRecipe) else check_pairs
     check(recipe.data)
@@ -101,15 +101,15 @@ def finished(out: Path) -> bool:
 
 def _described(recipe: TrainRecipe) -> dict[str, Any]:
     """The recipe as `recipe.json` keeps it, with the processes there really are."""
-    return {**recipe.model_dump(mode="json"), "processes": process.world_size(recipe.processes)}
+    return {**recipe.model_dump(mode="json"), "processes": worker.world_size(recipe.processes)}
 
 
 def _launch(stage: str, recipe: TrainRecipe, recipe_path: Path, overrides: list[str]) -> None:
     """Starts the recipe's processes on this machine and waits for them."""
-    from train import torchrun
+    from mixfuse.train.processes import torchrun
 
-    os.environ["OMP_NUM_THREADS"] = str(process.threads(recipe.threads, recipe.processes))
-    command = [sys.executable, "-P", "-m", "mixfuse", "train", stage, str(recipe_path), *overrides]
+    os.environ["OMP_NUM_THREADS"] = str(worker.threads(recipe.threads, recipe.processes))
+    command = [sys.executable, "-m", "mixfuse", "train", stage, str(recipe_path), *overrides]
     torchrun.run(["--standalone", f"--nproc-per-node={recipe.processes}", "--no-python", *command])
 
 
@@ -117,7 +117,7 @@ def trainer_arguments(recipe: TrainRecipe) -> dict[str, Any]:
     """The arguments SFTConfig and DPOConfig share. Constructing either makes the ZeRO-3 config alive for loading."""
     import torch
 
-    world = process.world_size(recipe.processes)
+    world = worker.world_size(recipe.processes)
     optimizer, evaluation = recipe.optimizer, recipe.evaluation
     cosine_end = {"min_lr": optimizer.min_learning_rate} if optimizer.min_learning_rate else None
     return {
@@ -164,7 +164,7 @@ def train_and_save(trainer: Any, recipe: TrainRecipe, *, stage: str, examples: i
     The folder's `run.json` is written last: a run without it is unfinished.
 
     Args:
-        trainer: TRL's, with what this project adds (`train/trainer.py`).
+        trainer: TRL's, with what this project adds (`train/stages/trainers.py`).
         recipe: The run's.
         stage: "sft" or "judge".
         examples: How many there are to train on, where they are not one a row.
@@ -175,17 +175,17 @@ def train_and_save(trainer: Any, recipe: TrainRecipe, *, stage: str, examples: i
     """
     from safetensors.torch import load_file
 
-    from train.data import described
-    from train.evaluation import BEST, FACTS, KeepBest, best_evaluation
-    from train.expert_lora import assert_in_force
-    from train.export import check_weights
+    from mixfuse.train.adapters.export import check_weights
+    from mixfuse.train.data.chats import described
+    from mixfuse.train.model.expert_lora import assert_in_force
+    from mixfuse.train.stages.evaluation import BEST, FACTS, KeepBest, best_evaluation
 
     _only_lora_trains(trainer.model)
     assert_in_force(trainer.model)
     checkpoint_without_reentry(trainer)
     out = recipe.out
     leads = trainer.is_world_process_zero()
-    last = process.agree(last_checkpoint(out))
+    last = worker.agree(last_checkpoint(out))
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         if leads and last is None:
@@ -231,7 +231,7 @@ def train_and_save(trainer: Any, recipe: TrainRecipe, *, stage: str, examples: i
                     "last_loss": sum(tail) / len(tail),
                     "steps": trainer.state.global_step,
                     "examples": examples or len(trainer.train_dataset),
-                    "processes": process.world_size(recipe.processes),
+                    "processes": worker.world_size(recipe.processes),
                     "trainable_parameters": sum(tensor.numel() for tensor in weights.values()),
                     "seconds": round(time.time() - began, 1),
                     **({"best_step": best["step"], "best_eval_loss": best["eval_loss"]} if best else {}),
@@ -248,7 +248,7 @@ def train_and_save(trainer: Any, recipe: TrainRecipe, *, stage: str, examples: i
 
 
 def calibration_of(out: Path, step: int) -> dict[str, float] | None:
-    """What a judge's evaluation at that step fitted (`train/trainer.py`); None where none did."""
+    """What a judge's evaluation at that step fitted (`train/stages/trainers.py`); None where none did."""
     rows = [row for row in read_rows(out / "metrics.jsonl") if row["step"] == step and "eval_temperature" in row]
     if not rows:
         return None
@@ -296,7 +296,7 @@ def save_peft(model: Any, weights: dict[str, Any], out: Path) -> None:
     """Writes a plain PEFT adapter folder: `adapter_config.json` and `adapter_model.safetensors`."""
     from safetensors.torch import save_file
 
-    from train.expert_lora import as_plain_peft
+    from mixfuse.train.model.expert_lora import as_plain_peft
 
     config = model.peft_config["default"].to_dict()
     config["inference_mode"] = True

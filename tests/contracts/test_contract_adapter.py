@@ -12,9 +12,10 @@ import numpy
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from mixfuse import adapter, reference, signing
-from mixfuse.adapter import CONFIG, MANIFEST, WEIGHTS, Manifest
-from mixfuse.errors import MixfuseError
+from mixfuse.app import config_reference
+from mixfuse.contracts import adapter, signing
+from mixfuse.contracts.adapter import CONFIG, MANIFEST, WEIGHTS, Manifest
+from mixfuse.contracts.errors import MixfuseError
 
 STEM = "base_model.model.model.layers.0"
 Q, W1 = f"{STEM}.self_attn.q_proj", f"{STEM}.block_sparse_moe.experts.0.w1"
@@ -292,11 +293,11 @@ PAGE, SCHEMA = ROOT / "docs" / "adapter-directory.md", ROOT / "docs" / "adapter-
 
 
 def test_the_page_and_the_schema_are_the_models() -> None:
-    """Written anew by: python -m mixfuse.reference docs/adapter-directory.md docs/adapter-manifest.schema.json."""
-    assert reference.rewritten(PAGE.read_text(encoding="utf-8")) == PAGE.read_text(encoding="utf-8")
-    assert json.loads(SCHEMA.read_text(encoding="utf-8")) == reference.schema(Manifest)
-    for model in (*reference.models_in(Manifest), *reference.models_in(adapter.Probes)):
-        assert reference.meanings(model).keys() == model.model_fields.keys(), model
+    """Written anew by `python -m mixfuse.app.config_reference` and both files' names."""
+    assert config_reference.rewritten(PAGE.read_text(encoding="utf-8")) == PAGE.read_text(encoding="utf-8")
+    assert json.loads(SCHEMA.read_text(encoding="utf-8")) == config_reference.schema(Manifest)
+    for model in (*config_reference.models_in(Manifest), *config_reference.models_in(adapter.Probes)):
+        assert config_reference.meanings(model).keys() == model.model_fields.keys(), model
 
 
 def test_the_published_schema_takes_what_is_written_and_nothing_else(directory: Path, key: Path) -> None:

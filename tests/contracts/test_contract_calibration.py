@@ -5,8 +5,8 @@ import random
 
 import pytest
 
-from mixfuse import calibration
-from mixfuse.judge_protocol import Calibration, combine, probability
+from mixfuse.contracts import calibration
+from mixfuse.contracts.judge_protocol import Calibration, combine, probability
 
 
 def judged(count: int, sharpness: float, bias: float = 0.0) -> list[calibration.LogOdds]:

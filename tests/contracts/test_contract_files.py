@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from mixfuse import files
-from mixfuse.errors import MixfuseError
+from mixfuse.contracts import files
+from mixfuse.contracts.errors import MixfuseError
 
 
 def names(folder: Path) -> set[str]:
@@ -108,7 +108,7 @@ def test_a_full_disk_is_one_line_that_names_the_output(error: Exception, tmp_pat
 def test_a_real_write_error_leaves_nothing(tmp_path: Path) -> None:
     """The kernel refuses to let a file grow: no room, as far as the writer can tell, and no disk has to be full."""
     script = (
-        "import signal, sys; from pathlib import Path; from mixfuse.files import write_jsonl;"
+        "import signal, sys; from pathlib import Path; from mixfuse.contracts.files import write_jsonl;"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
         "write_jsonl(Path(sys.argv[1]), ({'n': n} for n in range(100000)))"
     )
@@ -116,7 +116,7 @@ def test_a_real_write_error_leaves_nothing(tmp_path: Path) -> None:
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 
-    command = [sys.executable, "-P", "-c", script, str(tmp_path / "rows.jsonl")]
+    command = [sys.executable, "-c", script, str(tmp_path / "rows.jsonl")]
     done = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True, timeout=60, check=False)
     assert "File too large" in done.stderr
     assert names(tmp_path) == set()

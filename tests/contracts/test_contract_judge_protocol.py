@@ -7,8 +7,8 @@ import unicodedata
 
 import pytest
 
-from mixfuse import judge_protocol as protocol
-from mixfuse.judge_protocol import Outcome
+from mixfuse.contracts import judge_protocol as protocol
+from mixfuse.contracts.judge_protocol import Outcome
 
 
 def test_a_comparison_shows_question_and_answers_in_their_places() -> None:

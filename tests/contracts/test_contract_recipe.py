@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from pydantic import PositiveFloat, PositiveInt
 
-from mixfuse.errors import MixfuseError
-from mixfuse.recipe import Strict, load, validate
+from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.strict_yaml import Strict, load, validate
 
 
 class Engine(Strict):

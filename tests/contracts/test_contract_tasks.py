@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from mixfuse import tasks
-from mixfuse.errors import MixfuseError
+from mixfuse.contracts import tasks
+from mixfuse.contracts.errors import MixfuseError
 
 KINDS = """
 tasks:

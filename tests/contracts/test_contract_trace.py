@@ -2,9 +2,9 @@
 
 import pytest
 
-from mixfuse.errors import MixfuseError
-from mixfuse.recipe import validate
-from mixfuse.trace import Call, Trace, Usage
+from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.strict_yaml import validate
+from mixfuse.contracts.trace import Call, Trace, Usage
 
 
 def trace() -> Trace:

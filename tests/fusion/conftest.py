@@ -10,8 +10,8 @@ from fake_upstream import FakeUpstream, Script, fake_upstream, serving
 from fusion_harness import FakeRoles, Gateway, StartGateway
 from postgres import Postgres, emptied, postgres
 
-from fusion.config import FusionConfig
-from fusion.gateway import create_app
+from mixfuse.fusion.config import FusionConfig
+from mixfuse.fusion.http.gateway import create_app
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ import httpx
 from fake_upstream import FakeUpstream
 from openai import AsyncOpenAI, OpenAI
 
-from fusion.upstream import Endpoint
-from mixfuse.errors import MixfuseError
-from mixfuse.judge_protocol import Calibration
+from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.judge_protocol import Calibration
+from mixfuse.fusion.calls.upstream import Endpoint
 
 
 def prefers(word: str) -> Callable[[str, str], float]:

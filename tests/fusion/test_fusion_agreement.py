@@ -4,9 +4,9 @@ import pytest
 from fake_upstream import FakeUpstream, Script
 from fusion_harness import StartGateway
 
-from fusion.agreement import How, distinct, key
-from fusion.config import Member
-from fusion.run import Candidate
+from mixfuse.fusion.config import Member
+from mixfuse.fusion.modes.agreement import How, distinct, key
+from mixfuse.fusion.modes.request import Candidate
 
 MEMBER = Member(name="m", role="r")
 

@@ -8,9 +8,9 @@ from fake_upstream import FakeUpstream, Script
 from fusion_harness import Gateway
 from rich.console import Console
 
-from fusion import ask
-from fusion.run import Mode
-from mixfuse.errors import MixfuseError
+from mixfuse.contracts.errors import MixfuseError
+from mixfuse.fusion.http import ask
+from mixfuse.fusion.modes.request import Mode
 
 
 async def asked(gateway: Gateway, mode: Mode = "best_of") -> str:

@@ -7,7 +7,7 @@ from typing import Any
 from fake_upstream import COMPARISON, FakeUpstream, Script
 from fusion_harness import FakeRoles, Gateway, StartGateway, prefers
 
-from mixfuse import judge_protocol
+from mixfuse.contracts import judge_protocol
 
 ASK: dict[str, Any] = {"model": "fusion/best-of", "messages": [{"role": "user", "content": "why?"}]}
 

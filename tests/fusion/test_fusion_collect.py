@@ -11,10 +11,10 @@ import pytest
 from fake_upstream import FakeUpstream, Script
 from fusion_harness import StartGateway
 
-from fusion.collect import CollectReport, collect, run
-from fusion.config import FusionConfig
-from mixfuse.errors import MixfuseError
-from mixfuse.files import read_jsonl
+from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.files import read_jsonl
+from mixfuse.fusion.config import FusionConfig
+from mixfuse.fusion.labels.collect import CollectReport, collect, run
 
 Config = Callable[..., FusionConfig]
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from fusion.config import FusionConfig, Price
-from mixfuse import recipe
-from mixfuse.errors import MixfuseError
+from mixfuse.contracts import strict_yaml
+from mixfuse.contracts.errors import MixfuseError
+from mixfuse.fusion.config import FusionConfig, Price
 
 GOOD = """
 members:
@@ -23,7 +23,7 @@ trace_db: traces.sqlite3
 def load(tmp_path: Path, text: str) -> FusionConfig:
     path = tmp_path / "fusion.yaml"
     path.write_text(text)
-    return recipe.load(path, FusionConfig)
+    return strict_yaml.load(path, FusionConfig)
 
 
 def test_a_whole_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,11 +14,11 @@ import yaml
 from fake_upstream import FakeUpstream, Script, fake_upstream, serving
 from fusion_harness import Gateway
 
-from fusion.ask import REASONS
-from fusion.config import Expose, FusionConfig, FusionOptions
-from fusion.gateway import create_app
-from mixfuse.recipe import validate
-from mixfuse.trace import Verdict
+from mixfuse.contracts.strict_yaml import validate
+from mixfuse.contracts.trace import Verdict
+from mixfuse.fusion.config import Expose, FusionConfig, FusionOptions
+from mixfuse.fusion.http.ask import REASONS
+from mixfuse.fusion.http.gateway import create_app
 
 PAGE = (Path(__file__).parents[2] / "docs" / "api.md").read_text(encoding="utf-8")
 

@@ -13,11 +13,11 @@ import yaml
 from fake_upstream import FakeUpstream, Script
 from fusion_harness import StartGateway, prefers
 
-from fusion.comparisons import load
-from fusion.config import FusionConfig
-from fusion.questions import Verifier
-from mixfuse.cli import main
-from mixfuse.files import write_jsonl
+from mixfuse.cli.entry import main
+from mixfuse.contracts.files import write_jsonl
+from mixfuse.fusion.config import FusionConfig
+from mixfuse.fusion.measure.comparisons import load
+from mixfuse.fusion.measure.questions import Verifier
 
 PAGE = (Path(__file__).parents[2] / "docs" / "judging.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^mixfuse (eval .*)$", PAGE, re.MULTILINE)

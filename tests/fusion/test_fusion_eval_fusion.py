@@ -13,13 +13,13 @@ from fake_upstream import FakeUpstream
 from fusion_harness import StartGateway
 from reading_pages import every_value_missing_from, page_text
 
-from fusion.cache import Cache
-from fusion.config import FusionConfig
-from fusion.eval_fusion import Answer, Answers, FusionReport, evaluate, report, split
-from fusion.questions import Question, matches, read_questions
-from mixfuse.cli import main
-from mixfuse.errors import MixfuseError
-from mixfuse.files import read_jsonl, write_jsonl
+from mixfuse.cli.entry import main
+from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.files import read_jsonl, write_jsonl
+from mixfuse.fusion.config import FusionConfig
+from mixfuse.fusion.measure.eval_fusion import Answer, Answers, FusionReport, evaluate, report, split
+from mixfuse.fusion.measure.questions import Question, matches, read_questions
+from mixfuse.fusion.store.cache import Cache
 
 Config = Callable[..., FusionConfig]
 

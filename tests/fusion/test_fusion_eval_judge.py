@@ -16,14 +16,14 @@ from fusion_harness import StartGateway
 from reading_pages import every_value_missing_from, page_text
 from rich.console import Console
 
-from fusion.cache import Cache
-from fusion.eval_judge import Comparison, JudgeReport, Views, compared, evaluate, known, load
-from fusion.eval_judge import report as report_on
-from fusion.upstream import Endpoint
-from mixfuse.cli import main
-from mixfuse.errors import MixfuseError
-from mixfuse.files import read_jsonl
-from mixfuse.judge_protocol import Calibration
+from mixfuse.cli.entry import main
+from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.files import read_jsonl
+from mixfuse.contracts.judge_protocol import Calibration
+from mixfuse.fusion.calls.upstream import Endpoint
+from mixfuse.fusion.measure.eval_judge import Comparison, JudgeReport, Views, compared, evaluate, known, load
+from mixfuse.fusion.measure.eval_judge import report as report_on
+from mixfuse.fusion.store.cache import Cache
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the shared data folder is absent (../shared/data)")

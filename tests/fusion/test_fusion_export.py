@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 
-from fusion.config import TraceConfig
-from fusion.export import export, read
-from fusion.traces import TraceStore
-from mixfuse.database import Database, opened
-from mixfuse.errors import MixfuseError
-from mixfuse.files import read_jsonl
-from mixfuse.trace import Call, Trace, Verdict
+from mixfuse.contracts.database import Database, opened
+from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.files import read_jsonl
+from mixfuse.contracts.trace import Call, Trace, Verdict
+from mixfuse.fusion.config import TraceConfig
+from mixfuse.fusion.store.export_traces import export, read
+from mixfuse.fusion.store.traces import TraceStore
 
 
 def trace(number: int, *feedback: dict[str, Any], key: str | None = None, winner: int = 0) -> Trace:

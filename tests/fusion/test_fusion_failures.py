@@ -9,9 +9,9 @@ import pytest
 from fake_upstream import FakeUpstream, Script
 from fusion_harness import Gateway, StartGateway
 
-from fusion.failures import KINDS
-from fusion.keys import create
-from mixfuse.database import opened
+from mixfuse.contracts.database import opened
+from mixfuse.fusion.calls.failures import KINDS
+from mixfuse.fusion.http.keys import create
 
 PAGE = (Path(__file__).parents[2] / "docs" / "failures.md").read_text(encoding="utf-8")
 HELLO: list[Any] = [{"role": "user", "content": "why?"}]

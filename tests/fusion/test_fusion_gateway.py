@@ -9,8 +9,8 @@ import pytest
 from fake_upstream import FakeUpstream, Script
 from fusion_harness import FakeRoles, Gateway, StartGateway, summed
 
-from fusion.gateway import create_app
-from mixfuse.errors import MixfuseError
+from mixfuse.contracts.errors import MixfuseError
+from mixfuse.fusion.http.gateway import create_app
 
 HELLO: list[Any] = [{"role": "user", "content": "why?"}]
 

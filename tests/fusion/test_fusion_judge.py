@@ -8,11 +8,11 @@ import pytest
 from fake_upstream import FakeUpstream, Script
 from fusion_harness import FakeRoles, StartGateway, prefers, summed
 
-from fusion.config import Member
-from fusion.judge import FINALISTS, knock_out_pairs, ranking, survivors
-from fusion.run import Candidate
-from mixfuse.judge_protocol import Calibration
-from mixfuse.trace import Verdict
+from mixfuse.contracts.judge_protocol import Calibration
+from mixfuse.contracts.trace import Verdict
+from mixfuse.fusion.config import Member
+from mixfuse.fusion.modes.judge import FINALISTS, knock_out_pairs, ranking, survivors
+from mixfuse.fusion.modes.request import Candidate
 
 ASK: dict[str, Any] = {"model": "fusion/best-of", "messages": [{"role": "user", "content": "why?"}]}
 MEMBER = Member(name="m", role="r")

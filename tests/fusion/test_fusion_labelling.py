@@ -9,13 +9,13 @@ import pytest
 from fake_upstream import FakeUpstream, Script
 from fusion_harness import prefers
 
-from fusion.config import ModelConfig
-from fusion.labelling import Labels, Question, label
-from mixfuse import preferences
-from mixfuse.errors import MixfuseError
-from mixfuse.files import read_json, read_jsonl, write_jsonl
-from mixfuse.preferences import PairsSpec
-from mixfuse.recipe import validate
+from mixfuse.app import preferences
+from mixfuse.app.preferences import PairsSpec
+from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.files import read_json, read_jsonl, write_jsonl
+from mixfuse.contracts.strict_yaml import validate
+from mixfuse.fusion.config import ModelConfig
+from mixfuse.fusion.labels.labelling import Labels, Question, label
 
 QUESTIONS = [Question("1?", "good", "bad"), Question("2?", "bad", "good"), Question("3?", "bad", "worse")]
 

@@ -10,12 +10,12 @@ import pytest
 from fake_upstream import FakeUpstream, Script
 from fusion_harness import Gateway, StartGateway
 
-from fusion.config import Breaker, ModelConfig, Price, Retry
-from fusion.failures import CallError
-from fusion.ledger import UNLIMITED_COMPLETION, Budget, Ledger, Spend, most, prompt_tokens
-from fusion.limits import Circuit, Guard
-from fusion.upstream import Endpoint, Purpose, call, http_client
-from mixfuse.trace import Call, Usage
+from mixfuse.contracts.trace import Call, Usage
+from mixfuse.fusion.calls.failures import CallError
+from mixfuse.fusion.calls.ledger import UNLIMITED_COMPLETION, Budget, Ledger, Spend, most, prompt_tokens
+from mixfuse.fusion.calls.limits import Circuit, Guard
+from mixfuse.fusion.calls.upstream import Endpoint, Purpose, call, http_client
+from mixfuse.fusion.config import Breaker, ModelConfig, Price, Retry
 
 HELLO: list[Any] = [{"role": "user", "content": "why?"}]
 BEST: dict[str, Any] = {"model": "fusion/best-of", "messages": HELLO}

@@ -25,22 +25,23 @@ from fusion_harness import prefers
 from starlette.applications import Starlette
 from test_gates import House, database, house
 
-from fusion import eval_judge, judge_page
-from fusion.comparisons import Comparison, Views
-from fusion.config import TraceConfig
-from fusion.eval_judge import load
-from fusion.statistics import paired
-from fusion.traces import TraceStore
-from fusion.upstream import Endpoint
-from mixfuse import cli, loop
-from mixfuse.database import opened
-from mixfuse.errors import MixfuseError
-from mixfuse.files import read_json, read_jsonl, write_json, write_jsonl
-from mixfuse.loop import LoopConfig, Promote, Tools, decide
-from mixfuse.recipe import validate
-from mixfuse.roles_admin import routes
-from mixfuse.roles_store import StoredRoles
-from mixfuse.trace import Call, Trace
+from mixfuse.app import loop
+from mixfuse.app.loop import LoopConfig, Promote, Tools, decide
+from mixfuse.app.roles_admin import routes
+from mixfuse.app.roles_store import StoredRoles
+from mixfuse.cli.entry import main
+from mixfuse.contracts.database import opened
+from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.files import read_json, read_jsonl, write_json, write_jsonl
+from mixfuse.contracts.strict_yaml import validate
+from mixfuse.contracts.trace import Call, Trace
+from mixfuse.fusion.calls.upstream import Endpoint
+from mixfuse.fusion.config import TraceConfig
+from mixfuse.fusion.measure import eval_judge, judge_page
+from mixfuse.fusion.measure.comparisons import Comparison, Views
+from mixfuse.fusion.measure.eval_judge import load
+from mixfuse.fusion.measure.statistics import paired
+from mixfuse.fusion.store.traces import TraceStore
 
 __all__ = ["database", "house"]  # fixtures
 
@@ -384,12 +385,12 @@ async def test_a_killed_process_leaves_a_round_that_goes_on(tmp_path: Path, froz
     await store(tmp_path / "traces.sqlite3", traces(300, at_random(0.0), seed=1))
     settings = config(tmp_path)
     code = (
-        "import json, sys; from mixfuse import loop; from mixfuse.recipe import validate\n"
+        "import json, sys; from mixfuse.app import loop; from mixfuse.contracts.strict_yaml import validate\n"
         "def train(*_): print('training', flush=True); sys.stdin.read()\n"
         "config = validate(json.loads(sys.argv[1]), loop.LoopConfig, source='config')\n"
         "loop.run(config, loop.Tools(train, train, train))\n"
     )
-    arguments = [sys.executable, "-P", "-c", code, settings.model_dump_json(exclude_unset=True)]
+    arguments = [sys.executable, "-c", code, settings.model_dump_json(exclude_unset=True)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     process = await asyncio.create_subprocess_exec(*arguments, **pipes)
     try:
@@ -422,7 +423,7 @@ def test_a_mistake_in_the_config_is_one_line(tmp_path: Path, capsys: pytest.Capt
         ("traces.database=postgresql://me:secret@host/db", "leave it to PGPASSWORD"),
         ("server={url: 'http://127.0.0.1:1'}", "no mixfuse server answers at http://127.0.0.1:1"),
     ):
-        assert cli.main(["loop", str(path), override]) == 2
+        assert main(["loop", str(path), override]) == 2
         error = capsys.readouterr().err
         assert message in error
         assert "secret" not in error

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from fusion.comparisons import Comparison, Views, load
-from fusion.eval_judge import report
-from fusion.official import official
-from mixfuse.errors import MixfuseError
+from mixfuse.contracts.errors import MixfuseError
+from mixfuse.fusion.measure.comparisons import Comparison, Views, load
+from mixfuse.fusion.measure.eval_judge import report
+from mixfuse.fusion.measure.official import official
 
 
 def write(path: Path, *rows: Any) -> Path:

@@ -13,12 +13,12 @@ import pytest
 from fake_upstream import FakeUpstream, Script, serving
 from fusion_harness import Gateway, StartGateway
 
-from fusion.config import FusionConfig
-from fusion.gateway import create_app
-from fusion.keys import KeyBudget, KeyRing, create, revoke
-from fusion.ledger import Spend
-from mixfuse.database import opened
-from mixfuse.errors import MixfuseError
+from mixfuse.contracts.database import opened
+from mixfuse.contracts.errors import MixfuseError
+from mixfuse.fusion.calls.ledger import Spend
+from mixfuse.fusion.config import FusionConfig
+from mixfuse.fusion.http.gateway import create_app
+from mixfuse.fusion.http.keys import KeyBudget, KeyRing, create, revoke
 
 HELLO: list[Any] = [{"role": "user", "content": "why?"}]
 BEST: dict[str, Any] = {"model": "fusion/best-of", "messages": HELLO}
@@ -206,7 +206,7 @@ async def test_ready_while_enough_members_are_well(start_gateway: StartGateway, 
 async def test_not_ready_while_the_database_cannot_be_written(
     start_gateway: StartGateway, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fusion.gateway._LEAVE_S", 0.2)
+    monkeypatch.setattr("mixfuse.fusion.http.gateway._LEAVE_S", 0.2)
     gateway = await start_gateway()
     other = sqlite3.connect(place, isolation_level=None)
     other.execute("BEGIN IMMEDIATE")  # somebody holds it
@@ -215,7 +215,7 @@ async def test_not_ready_while_the_database_cannot_be_written(
     other.close()
     assert response.status_code == 503
     assert "trace database" in response.json()["problems"][0]
-    monkeypatch.setattr("fusion.gateway._LEAVE_S", 30)
+    monkeypatch.setattr("mixfuse.fusion.http.gateway._LEAVE_S", 30)
     assert (await gateway.http.get("/readyz")).status_code == 200
 
 

@@ -7,8 +7,8 @@ import pytest
 from fake_upstream import FakeUpstream, Script
 from fusion_harness import Gateway, StartGateway, prefers, summed
 
-from mixfuse.errors import MixfuseError
-from mixfuse.recipe import validate
+from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.strict_yaml import validate
 
 HELLO: list[Any] = [{"role": "user", "content": "why?"}]
 BEST: dict[str, Any] = {"model": "fusion/best-of", "messages": HELLO}
@@ -52,7 +52,7 @@ async def test_a_request_overrides_a_preset_field_by_field(start_gateway: StartG
     ],
 )
 def test_a_bad_preset_is_named(presets: Any, words: str) -> None:
-    from fusion.config import FusionConfig
+    from mixfuse.fusion.config import FusionConfig
 
     data = {"members": [{"name": "alpha", "role": "r"}], "presets": presets}
     with pytest.raises(MixfuseError, match=words):

@@ -9,10 +9,19 @@ import pytest
 from fake_upstream import FakeUpstream, Script
 from fusion_harness import Gateway, StartGateway
 
-from fusion.config import FusionConfig, Price
-from fusion.pool import HttpRoles, Pool, fan_out, http_client
-from fusion.upstream import CallError, Client, Endpoint, Ledger, Purpose, Reply, call, first_token_logprobs
-from mixfuse.trace import Usage
+from mixfuse.contracts.trace import Usage
+from mixfuse.fusion.calls.pool import HttpRoles, Pool, fan_out, http_client
+from mixfuse.fusion.calls.upstream import (
+    CallError,
+    Client,
+    Endpoint,
+    Ledger,
+    Purpose,
+    Reply,
+    call,
+    first_token_logprobs,
+)
+from mixfuse.fusion.config import FusionConfig, Price
 
 HELLO = [{"role": "user", "content": "hello you"}]
 BEST_OF: dict[str, Any] = {"model": "fusion/best-of", "messages": HELLO}

@@ -23,7 +23,7 @@ from fusion_harness import Gateway, prefers
 
 HELLO: list[Any] = [{"role": "user", "content": "why?"}]
 BEST: dict[str, Any] = {"model": "fusion/best-of", "messages": HELLO}
-MIXFUSE = (sys.executable, "-P", "-m", "mixfuse")
+MIXFUSE = (sys.executable, "-m", "mixfuse")
 
 
 @dataclass

@@ -7,12 +7,12 @@ import pytest
 from fake_upstream import FakeUpstream, Script
 from fusion_harness import StartGateway
 
-from fusion.comparisons import Comparison
-from fusion.rationales import sample
-from fusion.upstream import Endpoint
-from mixfuse.errors import MixfuseError
-from mixfuse.files import write_jsonl
-from mixfuse.judge_protocol import EXPLAIN, read_explained
+from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.files import write_jsonl
+from mixfuse.contracts.judge_protocol import EXPLAIN, read_explained
+from mixfuse.fusion.calls.upstream import Endpoint
+from mixfuse.fusion.labels.rationales import sample
+from mixfuse.fusion.measure.comparisons import Comparison
 
 ASK: dict[str, Any] = {"model": "fusion/best-of", "messages": [{"role": "user", "content": "why?"}]}
 PAIRS = [Comparison(f"question {n}", f"right {n}", f"wrong {n}", "first") for n in range(3)]
@@ -49,7 +49,7 @@ async def test_a_judge_may_explain_before_it_decides(start_gateway: StartGateway
 
 
 async def test_right_and_wrong_rationales_of_both_orders_make_a_pair(upstream: FakeUpstream, tmp_path: Path) -> None:
-    from train.pairs import read_pairs
+    from mixfuse.train.data.pairs import read_pairs
 
     upstream.models["judge"] = Script([f"Because of {n}. Verdict: {'AB'[n % 2]}" for n in range(24)])
     rows, counts = await sample(Endpoint(upstream.base_url, "judge"), PAIRS, samples=4, concurrency=1)

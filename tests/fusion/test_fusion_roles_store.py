@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from mixfuse.database import opened
-from mixfuse.errors import MixfuseError
-from mixfuse.roles_store import StoredRoles, roll_back
+from mixfuse.app.roles_store import StoredRoles, roll_back
+from mixfuse.contracts.database import opened
+from mixfuse.contracts.errors import MixfuseError
 
 
 async def test_of_changes_at_once_one_is_made_and_the_others_are_told(place: str) -> None:

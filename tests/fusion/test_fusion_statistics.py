@@ -5,8 +5,8 @@ import random
 
 import pytest
 
-from fusion.comparisons import Comparison, Views
-from fusion.statistics import Clusters, difference, paired, sign_flip
+from mixfuse.fusion.measure.comparisons import Comparison, Views
+from mixfuse.fusion.measure.statistics import Clusters, difference, paired, sign_flip
 
 
 def mcnemar(b: int, c: int) -> float:

@@ -15,14 +15,14 @@ from fake_upstream import FakeUpstream, Script
 from fusion_harness import StartGateway
 from postgres import Postgres, emptied
 
-from fusion.config import FusionConfig, TraceConfig
-from fusion.ledger import Spend
-from fusion.spool import Spool
-from fusion.traces import TraceStore
-from mixfuse.database import MIGRATIONS, Database, opened, probe
-from mixfuse.errors import MixfuseError
-from mixfuse.recipe import validate
-from mixfuse.trace import Call, Trace, Usage
+from mixfuse.contracts.database import MIGRATIONS, Database, opened, probe
+from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.strict_yaml import validate
+from mixfuse.contracts.trace import Call, Trace, Usage
+from mixfuse.fusion.calls.ledger import Spend
+from mixfuse.fusion.config import FusionConfig, TraceConfig
+from mixfuse.fusion.store.spool import Spool
+from mixfuse.fusion.store.traces import TraceStore
 
 HELLO: list[Any] = [{"role": "user", "content": "why?"}]
 
@@ -124,7 +124,7 @@ async def test_what_a_killed_process_left_is_written_by_the_next(place: str, tmp
 async def test_a_database_that_is_away_is_waited_for(
     server: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fusion.traces._RETRY_S", 0.01)
+    monkeypatch.setattr("mixfuse.fusion.store.traces._RETRY_S", 0.01)
     async with store(emptied(server), tmp_path) as traces:
         one = trace()
         await asyncio.to_thread(server.stop)
@@ -147,8 +147,8 @@ async def test_a_database_that_is_away_is_waited_for(
 async def test_a_database_that_stays_away_leaves_the_traces_in_the_spool(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fusion.traces._CLOSE_S", 0.05)
-    monkeypatch.setattr("fusion.traces._MOST_WAITING", 2)
+    monkeypatch.setattr("mixfuse.fusion.store.traces._CLOSE_S", 0.05)
+    monkeypatch.setattr("mixfuse.fusion.store.traces._MOST_WAITING", 2)
     place = str(tmp_path / "traces.sqlite3")
     left = [trace(number) for number in range(4)]  # more than are kept in memory
     with opened(place) as other:

@@ -19,21 +19,21 @@ from fake_upstream import FakeUpstream, Script, serving
 from fusion_harness import Gateway, prefers
 from safetensors.numpy import save_file
 
-from fusion.config import FusionConfig
-from fusion.gateway import create_app
-from fusion.shadow import Comparison, Part, Side, watch
-from mixfuse import adapter, judge_protocol
-from mixfuse.adapter import CONFIG, MANIFEST, WEIGHTS, Fingerprint, Manifest
-from mixfuse.database import Database, opened
-from mixfuse.errors import MixfuseError
-from mixfuse.gates import Gate, GateConfig, Gates, SwapRequest, broken
-from mixfuse.roles_admin import routes, seconds
-from mixfuse.roles_admin import share as share_of
-from mixfuse.roles_store import StoredRoles
-from mixfuse.server import LeasedRoles
-from mixfuse.trace import Call, Trace, Usage, Verdict
-from serve.engine_group import Address
-from serve.roles import RoleTable
+from mixfuse.app.gates import Gate, GateConfig, Gates, SwapRequest, broken
+from mixfuse.app.roles_admin import routes, seconds
+from mixfuse.app.roles_admin import share as share_of
+from mixfuse.app.roles_store import StoredRoles
+from mixfuse.app.server import LeasedRoles
+from mixfuse.contracts import adapter, judge_protocol
+from mixfuse.contracts.adapter import CONFIG, MANIFEST, WEIGHTS, Fingerprint, Manifest
+from mixfuse.contracts.database import Database, opened
+from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.trace import Call, Trace, Usage, Verdict
+from mixfuse.fusion.config import FusionConfig
+from mixfuse.fusion.http.gateway import create_app
+from mixfuse.fusion.modes.shadow import Comparison, Part, Side, watch
+from mixfuse.serve.engine_group import Address
+from mixfuse.serve.roles import RoleTable
 
 BASE = Fingerprint(**dict.fromkeys(("config", "tokenizer", "chat_template", "weights"), "0" * 64))
 

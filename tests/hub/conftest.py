@@ -28,7 +28,7 @@ def mixfuse(environment: dict[str, str]) -> Run:
 
     def run(*arguments: str | Path, **changes: str | None) -> "subprocess.CompletedProcess[str]":
         mine = {name: value for name, value in {**environment, **changes}.items() if value is not None}
-        command = [sys.executable, "-P", "-m", "mixfuse", "adapter", *map(str, arguments)]
+        command = [sys.executable, "-m", "mixfuse", "adapter", *map(str, arguments)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=mine, check=False)
         assert TOKEN not in done.stdout + done.stderr
         assert "Traceback" not in done.stderr, done.stderr

@@ -11,9 +11,9 @@ import numpy
 from hub_server import TOKEN, Hub
 from safetensors.numpy import save_file
 
-from mixfuse import adapter, card, judge_protocol
-from mixfuse.adapter import CONFIG, MANIFEST, WEIGHTS, Manifest
-from mixfuse.files import write_json
+from mixfuse.contracts import adapter, judge_protocol, model_card
+from mixfuse.contracts.adapter import CONFIG, MANIFEST, WEIGHTS, Manifest
+from mixfuse.contracts.files import write_json
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -62,7 +62,7 @@ def make(folder: Path, *, seed: int = 0, fused: bool = True, **keys: Any) -> Pat
     }
     manifest = Manifest.model_validate(defaults | keys)
     write_json(folder / MANIFEST, manifest.model_dump(mode="json"))
-    card.renew(folder, manifest)
+    model_card.renew(folder, manifest)
     return folder
 
 

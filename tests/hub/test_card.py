@@ -10,11 +10,12 @@ import pytest
 from hub_harness import make
 from huggingface_hub import ModelCard, ModelCardData
 
-from mixfuse import adapter, card, cli
-from mixfuse.adapter import Parity, TrainingData
-from mixfuse.card import CARD, Named
-from mixfuse.errors import MixfuseError
-from mixfuse.judge_protocol import Calibration
+from mixfuse.cli import entry
+from mixfuse.contracts import adapter, model_card
+from mixfuse.contracts.adapter import Parity, TrainingData
+from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.judge_protocol import Calibration
+from mixfuse.contracts.model_card import CARD, Named
 
 MEASURED: dict[str, Any] = {
     "recipe": {"evaluation": {"data": [{"path": "data/held_out.jsonl", "hub": None, "weight": 1}]}},
@@ -38,7 +39,7 @@ SAID = Named("mistralai/Mixtral-8x22B-v0.1", "apache-2.0")
 
 
 def card_of(directory: Path, said: Named | None = None) -> ModelCard:
-    card.renew(directory, adapter.verify(directory), said)
+    model_card.renew(directory, adapter.verify(directory), said)
     adapter.verify(directory)
     return ModelCard.load(directory / CARD)
 
@@ -85,7 +86,7 @@ def test_it_says_all_that_the_manifest_knows(measured: ModelCard) -> None:
 
 
 def test_its_commands_are_ones_that_there_are(measured: ModelCard) -> None:
-    from serve import engine
+    from mixfuse.serve import engine
 
     blocks = re.findall(r"^```(\w*)\n(.*?)^```$", measured.text, re.MULTILINE | re.DOTALL)
     (python,) = [block for language, block in blocks if language == "python"]
@@ -94,7 +95,7 @@ def test_its_commands_are_ones_that_there_are(measured: ModelCard) -> None:
     ours = [shlex.split(line)[1:] for line in commands if line.startswith("mixfuse")]
     assert [words[:2] for words in ours] == [["adapter", "pull"], ["roles", "swap"]]
     for words in ours:
-        cli._parser().parse_args(words)
+        entry._parser().parse_args(words)
     (vllm,) = [shlex.split(line) for line in commands if line.startswith("vllm")]
     config = engine.EngineConfig(base=Path("base"), max_lora_rank=8)
     started = engine.command(config, 1)
@@ -129,7 +130,7 @@ def test_a_name_that_is_none_of_the_hubs_is_refused(said: Named, tmp_path: Path)
     directory = make(tmp_path / "judge")
     before = (directory / CARD).read_bytes()
     with pytest.raises(MixfuseError, match="is not a"):
-        card.renew(directory, adapter.verify(directory), said)
+        model_card.renew(directory, adapter.verify(directory), said)
     assert (directory / CARD).read_bytes() == before
 
 
@@ -137,6 +138,6 @@ def test_a_renewed_card_blesses_no_other_file(tmp_path: Path) -> None:
     directory = make(tmp_path / "judge")
     manifest = adapter.verify(directory)
     (directory / adapter.CONFIG).write_text("{}")
-    card.renew(directory, manifest)
+    model_card.renew(directory, manifest)
     with pytest.raises(MixfuseError, match="was changed after export"):
         adapter.verify(directory)

@@ -12,8 +12,8 @@ from hub_harness import Run, make, one_line
 from hub_server import READ_ONLY, TOKEN, Blob, Fault, Hub
 from safetensors.numpy import save_file
 
-from mixfuse import adapter
-from mixfuse.adapter import CONFIG, MANIFEST, WEIGHTS
+from mixfuse.contracts import adapter
+from mixfuse.contracts.adapter import CONFIG, MANIFEST, WEIGHTS
 
 FUSED = f"peft/{WEIGHTS}"
 
@@ -209,7 +209,7 @@ def test_an_upload_that_failed_goes_on_where_it_was(mixfuse: Run, hub: Hub, judg
 
 
 def test_a_push_that_was_killed_goes_on_where_it_was(hub: Hub, judge: Path, environment: dict[str, str]) -> None:
-    command = [sys.executable, "-P", "-m", "mixfuse", "adapter", "push", str(judge), "org/judge"]
+    command = [sys.executable, "-m", "mixfuse", "adapter", "push", str(judge), "org/judge"]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     hub.faults = [Fault("POST /api/models/org/judge/commit", 503, before=process.kill)]
     assert process.wait(timeout=60) == -signal.SIGKILL
@@ -377,7 +377,7 @@ def test_a_second_pull_into_the_same_place_is_refused(mixfuse: Run, hub: Hub, pu
 WATCH = """
 import asyncio, sys
 from pathlib import Path
-from mixfuse.server import OnHub
+from mixfuse.app.server import OnHub
 
 source = OnHub({"judge": "org/judge"}, Path(sys.argv[1]), Path(sys.argv[2]))
 for _ in range(2):
@@ -393,7 +393,7 @@ def test_a_watched_branch_is_fetched_once_a_commit(hub: Hub, tmp_path: Path, env
     for seed in (0, 1):
         directory = make(tmp_path / str(seed), seed=seed, base=fingerprint)
         hub.add("org/judge", contents(directory))
-        command = [sys.executable, "-P", "-c", WATCH, str(base), str(tmp_path / "fetched")]
+        command = [sys.executable, "-c", WATCH, str(base), str(tmp_path / "fetched")]
         done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=120)
         first, again = done.stdout.splitlines()
         assert first == again
@@ -410,7 +410,7 @@ def test_a_watched_role_that_nobody_serves_is_named(tmp_path: Path, environment:
         "watch": {"judge": "org/judge"},
     }
     (tmp_path / "serve.yaml").write_text(json.dumps(config))
-    command = [sys.executable, "-P", "-m", "mixfuse", "serve", "serve.yaml"]
+    command = [sys.executable, "-m", "mixfuse", "serve", "serve.yaml"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert "`watch` names the role 'judge'; add it to `roles`" in one_line(done)
 

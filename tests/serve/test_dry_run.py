@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mixfuse import cli
-from mixfuse.errors import MixfuseError
-from mixfuse.mixtral import Shape, base_parameters
-from serve import plan
-from serve.engine import EngineConfig, Restart
+from mixfuse.cli.entry import main
+from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.mixtral import Shape, base_parameters
+from mixfuse.serve import engine_plan
+from mixfuse.serve.engine import EngineConfig, Restart
 
 ROOT = Path(__file__).parent.parent.parent
 CONFIGS = sorted(ROOT.glob("configs/*/serve*.yaml"))
@@ -40,7 +40,7 @@ def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def dry_run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
-    status = cli.main(["serve", *map(str, arguments), "--dry-run"])
+    status = main(["serve", *map(str, arguments), "--dry-run"])
     return status, capsys.readouterr().out
 
 
@@ -116,7 +116,7 @@ def test_the_engines_page_shows_configs_that_load():
 
 def weights(config: dict[str, object], *arguments: str) -> int:
     engine = EngineConfig(base=Path("base"), dtype="bfloat16", extra_args=list(arguments))
-    return plan.plan(engine, config, gpus=8, gpu_bytes=80 * GIB, concurrency=1).parts["weights"]
+    return engine_plan.plan(engine, config, gpus=8, gpu_bytes=80 * GIB, concurrency=1).parts["weights"]
 
 
 def test_what_is_quantised_is_what_the_plan_shrinks():
@@ -137,7 +137,7 @@ def test_what_is_quantised_is_what_the_plan_shrinks():
 
 def test_keys_and_values_in_fp8_take_half():
     made = [
-        plan.plan(
+        engine_plan.plan(
             EngineConfig(base=Path("base"), dtype="bfloat16", extra_args=extra),
             MIXTRAL_8X22B,
             gpus=8,

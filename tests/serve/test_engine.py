@@ -24,14 +24,14 @@ from injections import gains, injections, twin_of
 from pydantic import ValidationError
 from transformers import AutoTokenizer
 
-from mixfuse import judge_protocol
-from mixfuse.adapter import LORA_RANKS, verify
-from mixfuse.errors import MixfuseError
-from serve import engine as engine_module
-from serve import vllm_cpu_moe_lora as plugin
-from serve.engine import Engine, EngineConfig
-from train import parity
-from train.adapter_ops import compose, prune
+from mixfuse.contracts import judge_protocol
+from mixfuse.contracts.adapter import LORA_RANKS, verify
+from mixfuse.contracts.errors import MixfuseError
+from mixfuse.serve import engine as engine_module
+from mixfuse.serve import vllm_cpu_moe_lora as plugin
+from mixfuse.serve.engine import Engine, EngineConfig
+from mixfuse.train.adapters import parity
+from mixfuse.train.adapters.ops import compose, prune
 
 TEXTS = ["The quick brown fox jumps over 13 lazy dogs.", "Judge: A or B? Judge: A or B?", "yes"]
 TOLERANCE = 1e-3
@@ -395,8 +395,8 @@ def test_a_crashed_vllm_comes_back_with_its_adapter_and_dies_with_its_parent(tin
     script = inspect.cleandoc("""
         import asyncio, json, sys
         from pathlib import Path
-        from serve.engine import EngineConfig, Restart
-        from serve.engine_group import EngineGroup
+        from mixfuse.serve.engine import EngineConfig, Restart
+        from mixfuse.serve.engine_group import EngineGroup
         base, adapter, logs = map(Path, sys.argv[1:4])
         prompt = json.loads(sys.argv[4])
         async def main():

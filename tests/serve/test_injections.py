@@ -6,7 +6,7 @@ import pytest
 from injections import gains, injections
 from transformers import AutoTokenizer
 
-from mixfuse import judge_protocol
+from mixfuse.contracts import judge_protocol
 
 CASES = list(injections())
 

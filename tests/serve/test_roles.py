@@ -19,17 +19,27 @@ from prometheus_client import CollectorRegistry, generate_latest
 from safetensors.numpy import save_file
 from starlette.applications import Starlette
 
-from mixfuse import adapter, judge_protocol
-from mixfuse.adapter import CONFIG, MANIFEST, PROBES, WEIGHTS, Fingerprint, LogprobProbe, Manifest, Probes, VerdictProbe
-from mixfuse.database import opened
-from mixfuse.errors import MixfuseError
-from mixfuse.gates import GateConfig, Gates
-from mixfuse.recipe import validate
-from mixfuse.roles_admin import RoleMetrics, routes
-from mixfuse.roles_store import StoredRoles, roll_back
-from mixfuse.server import ServeConfig
-from serve.roles import RoleTable
-from serve.watch import Folder, Watcher
+from mixfuse.app.gates import GateConfig, Gates
+from mixfuse.app.roles_admin import RoleMetrics, routes
+from mixfuse.app.roles_store import StoredRoles, roll_back
+from mixfuse.app.server import ServeConfig
+from mixfuse.contracts import adapter, judge_protocol
+from mixfuse.contracts.adapter import (
+    CONFIG,
+    MANIFEST,
+    PROBES,
+    WEIGHTS,
+    Fingerprint,
+    LogprobProbe,
+    Manifest,
+    Probes,
+    VerdictProbe,
+)
+from mixfuse.contracts.database import opened
+from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.strict_yaml import validate
+from mixfuse.serve.roles import RoleTable
+from mixfuse.serve.watch import Folder, Watcher
 
 BASE = Fingerprint(**dict.fromkeys(("config", "tokenizer", "chat_template", "weights"), "0" * 64))
 

@@ -21,9 +21,9 @@ import openai
 import pytest
 import yaml
 
-from mixfuse import adapter
+from mixfuse.contracts import adapter
 
-MIXFUSE = [sys.executable, "-P", "-m", "mixfuse"]
+MIXFUSE = [sys.executable, "-m", "mixfuse"]
 
 
 def mixfuse(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -284,7 +284,7 @@ async def test_a_swap_goes_through_shadow_and_canary_and_another_is_refused(serv
 
 
 def test_refused_swaps_leave_the_old_revision_serving(server: Server, client: openai.OpenAI, tiny, tmp_path: Path):
-    from train.export import export
+    from mixfuse.train.adapters.export import export
 
     tampered = tmp_path / "tampered"
     shutil.copytree(tiny.served["experts"], tampered)

@@ -17,16 +17,16 @@ from safetensors.numpy import save_file
 from stand_in import StandIn
 from test_engine import alive, until
 
-from fusion.pool import Endpoint
-from mixfuse.adapter import Fingerprint
-from mixfuse.errors import MixfuseError
-from mixfuse.server import LeasedRoles
-from serve import engine as engine_module
-from serve.engine import EngineConfig, Restart
-from serve.engine_group import EngineGroup, per_replica
-from serve.roles import RoleTable
+from mixfuse.app.server import LeasedRoles
+from mixfuse.contracts.adapter import Fingerprint
+from mixfuse.contracts.errors import MixfuseError
+from mixfuse.fusion.calls.pool import Endpoint
+from mixfuse.serve import engine as engine_module
+from mixfuse.serve.engine import EngineConfig, Restart
+from mixfuse.serve.engine_group import EngineGroup, per_replica
+from mixfuse.serve.roles import RoleTable
 
-PROGRAM = [sys.executable, "-P", str(Path(__file__).parent / "stand_in.py")]
+PROGRAM = [sys.executable, str(Path(__file__).parent / "stand_in.py")]
 SOON = Restart(first_delay_s=0.01, check_s=0.05, hung_after_s=1, wait_s=20)
 
 
@@ -163,8 +163,8 @@ def test_a_killed_parent_leaves_no_process_amid_a_restart(base: Path):
     script = inspect.cleandoc(f"""
         import asyncio, os, sys
         from pathlib import Path
-        from serve import engine
-        from serve.engine_group import EngineGroup
+        from mixfuse.serve import engine
+        from mixfuse.serve.engine_group import EngineGroup
         base = Path(sys.argv[1])
         once = "import os, time; os.write(1, b'%d' % os.getpid()); time.sleep(600)"
         programs = [{PROGRAM}, [sys.executable, "-c", once]]

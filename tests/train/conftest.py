@@ -11,7 +11,7 @@ from train_harness import Run
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The random two-layer Mixtral with the embedded tokenizer."""
-    from train.base import build
+    from mixfuse.train.model.embedded_base import build
 
     out = tmp_path_factory.mktemp("tiny") / "base"
     build(out, tiny=True)
@@ -39,7 +39,7 @@ def adapter_directory(
     tiny_base: Path, peft_adapter: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """An exported adapter directory with attention and experts. Copy it before changing it."""
-    from train.export import export
+    from mixfuse.train.adapters.export import export
 
     out = tmp_path_factory.mktemp("exported") / "adapter"
     export(peft_adapter(), out, base=tiny_base)

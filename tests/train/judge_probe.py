@@ -14,9 +14,11 @@ import torch
 from deepspeed.utils import get_z3_leaf_modules, z3_leaf_module
 from transformers import TrainerCallback
 
-from mixfuse.recipe import load
-from train import judge, process, run
-from train.recipe import JudgeRecipe
+from mixfuse.contracts.strict_yaml import load
+from mixfuse.train import run
+from mixfuse.train.processes import worker
+from mixfuse.train.recipe import JudgeRecipe
+from mixfuse.train.stages import judge_dpo
 
 
 class Probe(TrainerCallback):
@@ -55,8 +57,8 @@ def main() -> None:
         free.bind(("127.0.0.1", 0))
         os.environ["MASTER_PORT"] = str(free.getsockname()[1])
     recipe = load(Path(sys.argv[1]), JudgeRecipe, sys.argv[2:])
-    process.prepare(recipe.threads, wandb=recipe.wandb)
-    trainer = judge.make_trainer(recipe)
+    worker.prepare(recipe.threads, wandb=recipe.wandb)
+    trainer = judge_dpo.make_trainer(recipe)
     modules = dict(trainer.model.named_modules())
     facts: dict[str, Any] = {
         "leaves": len(get_z3_leaf_modules(trainer.model)),

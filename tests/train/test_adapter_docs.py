@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import train_harness as harness
 
-from mixfuse.cli import main
+from mixfuse.cli.entry import main
 
 PAGE = (harness.PROJECT / "docs" / "adapter-directory.md").read_text(encoding="utf-8")
 

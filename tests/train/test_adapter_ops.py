@@ -11,12 +11,12 @@ import torch
 import train_harness as harness
 from safetensors.torch import load_file
 
-from mixfuse import adapter as contract
-from mixfuse.cli import main
-from mixfuse.errors import MixfuseError
-from train.adapter_diff import diff
-from train.adapter_ops import compose, prune
-from train.export import export
+from mixfuse.cli.entry import main
+from mixfuse.contracts import adapter as contract
+from mixfuse.contracts.errors import MixfuseError
+from mixfuse.train.adapters.diff import diff
+from mixfuse.train.adapters.export import export
+from mixfuse.train.adapters.ops import compose, prune
 
 pytestmark = pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match")
 

@@ -64,7 +64,7 @@ def test_the_version_it_names_is_the_one_that_was_tested() -> None:
 
 def run(script: str, folder: Path, environment: dict[str, str]) -> str:
     """Runs commands of the page in a shell; `mixfuse` is this project's."""
-    define = f'mixfuse() {{ "{sys.executable}" -P -m mixfuse "$@"; }}\n'
+    define = f'mixfuse() {{ "{sys.executable}" -m mixfuse "$@"; }}\n'
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", define + script],
         cwd=folder,
@@ -84,7 +84,6 @@ def server(folder: Path, environment: dict[str, str]) -> Iterator[str]:
     """`mixfuse serve serve.yaml`, on a free port."""
     command = [
         sys.executable,
-        "-P",
         "-m",
         "mixfuse",
         "serve",

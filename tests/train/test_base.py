@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mixfuse.adapter import fingerprint
-from mixfuse.errors import MixfuseError
-from train import base
-from train.model import load_tokenizer
+from mixfuse.contracts.adapter import fingerprint
+from mixfuse.contracts.errors import MixfuseError
+from mixfuse.train.model import embedded_base
+from mixfuse.train.model.load import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -50,25 +50,25 @@ def test_padding_is_not_the_end_of_an_answer(tokenizer: Any) -> None:
 
 
 def test_an_upcycled_model_says_what_the_dense_one_said(dense: LlamaForCausalLM, tokenizer: Any) -> None:
-    model = base.upcycle(dense, experts=3).eval()
+    model = embedded_base.upcycle(dense, experts=3).eval()
     assert model.config.num_local_experts == 3
-    assert base._check_equal(model, dense, tokenizer) < base.LOGIT_TOLERANCE
+    assert embedded_base._check_equal(model, dense, tokenizer) < embedded_base.LOGIT_TOLERANCE
     router = model.model.layers[0].mlp.gate.weight
     assert router.std() > 0, "the router is not random: all tokens would go to the same experts"
 
 
 @pytest.mark.parametrize("value", [0.0, float("nan")])
 def test_an_expert_that_differs_fails_the_build(value: float, dense: LlamaForCausalLM, tokenizer: Any) -> None:
-    model = base.upcycle(dense, experts=2).eval()
+    model = embedded_base.upcycle(dense, experts=2).eval()
     with torch.no_grad():
         model.model.layers[1].mlp.experts.down_proj[1] = value
     with pytest.raises(MixfuseError, match="logits differ from the dense model's"):
-        base._check_equal(model, dense, tokenizer)
+        embedded_base._check_equal(model, dense, tokenizer)
 
 
 def test_two_seeds_make_two_bases_and_one_seed_one(tiny_base: Path, tmp_path: Path) -> None:
-    base.build(tmp_path / "same", tiny=True)
-    base.build(tmp_path / "other", tiny=True, seed=1)
+    embedded_base.build(tmp_path / "same", tiny=True)
+    embedded_base.build(tmp_path / "other", tiny=True, seed=1)
     here, same, other = fingerprint(tiny_base), fingerprint(tmp_path / "same"), fingerprint(tmp_path / "other")
     assert same == here
     assert other.weights != here.weights
@@ -77,7 +77,7 @@ def test_two_seeds_make_two_bases_and_one_seed_one(tiny_base: Path, tmp_path: Pa
 
 def test_a_folder_that_exists_and_a_single_expert_are_refused(tmp_path: Path) -> None:
     with pytest.raises(MixfuseError, match="exists already"):
-        base.build(tmp_path, tiny=True)
+        embedded_base.build(tmp_path, tiny=True)
     with pytest.raises(MixfuseError, match="--experts 1"):
-        base.build(tmp_path / "new", tiny=True, experts=1)
+        embedded_base.build(tmp_path / "new", tiny=True, experts=1)
     assert not (tmp_path / "new").exists()

@@ -10,10 +10,10 @@ import pytest
 import train_harness as harness
 from train_harness import PROJECT, write_jsonl
 
-from mixfuse.errors import MixfuseError
-from mixfuse.recipe import load
-from train import data
-from train.recipe import DataSource, SftRecipe
+from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.strict_yaml import load
+from mixfuse.train.data import chats
+from mixfuse.train.recipe import DataSource, SftRecipe
 
 SHARED = PROJECT.parent / "shared" / "data"
 
@@ -25,7 +25,7 @@ def chat(number: int, words: int = 3, name: str = "") -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def tokenizer(tiny_base: Path) -> Any:
-    from train.model import load_tokenizer
+    from mixfuse.train.model.load import load_tokenizer
 
     return load_tokenizer(tiny_base)
 
@@ -35,12 +35,12 @@ def prepare(tmp_path: Path, tiny_base: Path, tokenizer: Any) -> Any:
     """Prepares data sets given as lists of rows, under a recipe with further keys."""
     recipe_path = harness.sft_recipe(tmp_path, tiny_base)
 
-    def make(*sets: list[dict[str, Any]], resuming: bool = False, **keys: Any) -> data.ChatData:
+    def make(*sets: list[dict[str, Any]], resuming: bool = False, **keys: Any) -> chats.ChatData:
         sources = [str(write_jsonl(tmp_path / f"{number}.jsonl", rows)) for number, rows in enumerate(sets)]
         weights = keys.pop("weights", [1] * len(sets))
         keys["data"] = [{"path": path, "weight": weight} for path, weight in zip(sources, weights, strict=True)]
         overrides = [f"{key}={json.dumps(value)}" for key, value in keys.items()]
-        return data.chat_data(load(recipe_path, SftRecipe, overrides), tokenizer, resuming=resuming)
+        return chats.chat_data(load(recipe_path, SftRecipe, overrides), tokenizer, resuming=resuming)
 
     return make
 
@@ -69,7 +69,7 @@ def test_every_format_reads_as_the_same_chat(form: str, suffix: str, tmp_path: P
         else:
             write_jsonl(path, [row, row])
         source = DataSource(path=path, format="auto" if form == "auto" else name)
-        assert [(chat.id, chat.messages) for chat in data.chats(source)] == [("7", messages)] * 2
+        assert [(chat.id, chat.messages) for chat in chats.chats(source)] == [("7", messages)] * 2
 
 
 @pytest.mark.parametrize(
@@ -85,13 +85,13 @@ def test_every_format_reads_as_the_same_chat(form: str, suffix: str, tmp_path: P
 def test_a_row_of_another_format_is_named(row: Any, form: Any, message: str, tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "x.jsonl", [row])
     with pytest.raises(MixfuseError, match=message):
-        list(data.chats(DataSource(path=path, format=form)))
+        list(chats.chats(DataSource(path=path, format=form)))
 
 
 def test_a_file_that_is_no_parquet_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_text("no")
     with pytest.raises(MixfuseError, match=r"x.parquet: not a readable Parquet file"):
-        list(data.chats(DataSource(path=tmp_path / "x.parquet")))
+        list(chats.chats(DataSource(path=tmp_path / "x.parquet")))
 
 
 def test_a_data_set_of_the_hub_is_loaded_by_datasets(tmp_path: Path) -> None:
@@ -100,9 +100,9 @@ def test_a_data_set_of_the_hub_is_loaded_by_datasets(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "test.jsonl", [chat(3)])
     for split, expected in (("train", ["1", "2"]), ("test", ["3"])):
         source = DataSource(hub=str(tmp_path), split=split)
-        assert [found.id for found in data.chats(source)] == expected
+        assert [found.id for found in chats.chats(source)] == expected
     with pytest.raises(MixfuseError, match=r"\(validation\): cannot be loaded from the Hugging Face Hub nor its cache"):
-        list(data.chats(DataSource(hub=str(tmp_path), split="validation")))
+        list(chats.chats(DataSource(hub=str(tmp_path), split="validation")))
 
 
 def test_several_processes_tokenise_the_same(prepare: Any) -> None:
@@ -182,7 +182,7 @@ def test_a_big_data_set_is_not_held_in_memory(tmp_path: Path) -> None:
         stream.writelines(row for _ in range(20_000))
     size = (tmp_path / "big.jsonl").stat().st_size
     tracemalloc.start()
-    data.check_chats([DataSource(path=tmp_path / "big.jsonl")])
+    chats.check_chats([DataSource(path=tmp_path / "big.jsonl")])
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < size / 20
@@ -193,13 +193,13 @@ def test_packing_fills_rows_with_whole_documents() -> None:
 
     rng = random.Random(0)
     lengths = [min(512, int(rng.lognormvariate(4.5, 0.8))) for _ in range(9000)]
-    rows = data.packed(lengths, 512, 0)
+    rows = chats.packed(lengths, 512, 0)
     assert sorted(document for row in rows for document in row) == list(range(9000))
     sums = [sum(lengths[document] for document in row) for row in rows]
     assert max(sums) <= 512
     assert sum(sums) / (512 * len(rows)) > 0.97
-    assert data.packed(lengths, 512, 0) == rows
-    assert data.packed(lengths, 512, 1) != rows
+    assert chats.packed(lengths, 512, 0) == rows
+    assert chats.packed(lengths, 512, 1) != rows
 
 
 @pytest.mark.parametrize("name", ["gsm8k_sft", "tldr"])

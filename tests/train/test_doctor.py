@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import train_harness as harness
 
-from train import doctor
-from train.doctor import Machine
+from mixfuse.train.launching import doctor
+from mixfuse.train.launching.doctor import Machine
 
 
 def report(done: "subprocess.CompletedProcess[str]") -> dict[str, dict[str, str]]:
@@ -53,7 +53,7 @@ def test_an_out_that_is_not_shared_is_found(sft_recipe: Path, tmp_path: Path) ->
     unshare = harness.mount_namespaces()
     out, port = tmp_path / "out", str(harness.free_port())
     out.mkdir()
-    look = [sys.executable, "-P", "-m", "mixfuse", "doctor", str(sft_recipe), f"out={out}/run", "--json"]
+    look = [sys.executable, "-m", "mixfuse", "doctor", str(sft_recipe), f"out={out}/run", "--json"]
     commands = [look, [unshare, "-Urm", "sh", "-c", f'mount -t tmpfs none {out} && exec "$@"', "sh", *look]]
     place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     ranks = [

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from train_harness import SFT_STEPS, Run
 
-from mixfuse.files import write_jsonl
-from train.evaluation import KeepBest
-from train.recipe import Evaluation
+from mixfuse.contracts.files import write_jsonl
+from mixfuse.train.recipe import Evaluation
+from mixfuse.train.stages.evaluation import KeepBest
 
 zero3 = pytest.mark.zero3
 
@@ -21,8 +21,8 @@ def held_out_loss(chats: Path, base: Path, adapter: Path | None = None) -> tuple
     from peft import PeftModel
     from transformers import MixtralForCausalLM
 
-    from train.labels import encode
-    from train.model import load_tokenizer
+    from mixfuse.train.data.labels import encode
+    from mixfuse.train.model.load import load_tokenizer
 
     model = MixtralForCausalLM.from_pretrained(base, dtype=torch.float32)
     if adapter is not None:

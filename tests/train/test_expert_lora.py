@@ -20,8 +20,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from mixfuse.errors import MixfuseError
-from train import expert_lora
+from mixfuse.contracts.errors import MixfuseError
+from mixfuse.train.model import expert_lora
 
 Chosen = dict[int, tuple[int, ...]]
 GATE_UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
@@ -491,7 +491,7 @@ def zero3_curve(base: Path, checkpointing: str) -> dict[str, Any]:
     from torch.multiprocessing.reductions import StorageWeakRef
     from transformers.integrations import HfDeepSpeedConfig
 
-    from train.model import load_base
+    from mixfuse.train.model.load import load_base
 
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     config = {

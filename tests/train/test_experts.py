@@ -15,15 +15,15 @@ import train_harness as harness
 from safetensors.torch import load_file, save_file
 from train_harness import Run
 
-from mixfuse import adapter as contract
-from mixfuse.errors import MixfuseError
-from mixfuse.recipe import load
-from train import experts
-from train.experts import Load
-from train.export import export
-from train.model import load_base, load_tokenizer
-from train.recipe import JudgeRecipe, Lora, SftRecipe, kind_of, lora_parameters
-from train.run import last_checkpoint
+from mixfuse.contracts import adapter as contract
+from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.strict_yaml import load
+from mixfuse.train.adapters.export import export
+from mixfuse.train.model import choose_experts
+from mixfuse.train.model.choose_experts import Load
+from mixfuse.train.model.load import load_base, load_tokenizer
+from mixfuse.train.recipe import JudgeRecipe, Lora, SftRecipe, kind_of, lora_parameters
+from mixfuse.train.run import last_checkpoint
 
 # Layer 0 sends every token to experts 2 and 0, about 3 to 1; layer 1 to 3, and hardly to 1.
 PULL = {0: {2: 0.30, 0: 0.15}, 1: {3: 1.0, 1: 0.2}}
@@ -63,14 +63,14 @@ def rows(*lengths: int) -> list[list[int]]:
 
 def test_the_fewest_experts_that_carry_the_share() -> None:
     load_ = Load(1, ((0.1, 0.4, 0.2, 0.3), (0.25, 0.25, 0.25, 0.25), (0.0, 0.0, 1.0, 0.0)), ((0.0,),) * 3)
-    assert experts.choose(load_, 0.7) == ((1, 3), (0, 1, 2), (2,))
-    assert experts.choose(load_, 0.71) == ((1, 2, 3), (0, 1, 2), (2,))
-    assert experts.choose(load_, 1.0) == ((0, 1, 2, 3), (0, 1, 2, 3), (2,))
-    assert experts.choose(load_, 0.01) == ((1,), (0,), (2,))
+    assert choose_experts.choose(load_, 0.7) == ((1, 3), (0, 1, 2), (2,))
+    assert choose_experts.choose(load_, 0.71) == ((1, 2, 3), (0, 1, 2), (2,))
+    assert choose_experts.choose(load_, 1.0) == ((0, 1, 2, 3), (0, 1, 2, 3), (2,))
+    assert choose_experts.choose(load_, 0.01) == ((1,), (0,), (2,))
 
 
 def test_a_skewed_router_is_heard(model: Any) -> None:
-    measured = experts.measure(model, rows(9, 30, 4, 17, 12), micro_batch=2)
+    measured = choose_experts.measure(model, rows(9, 30, 4, 17, 12), micro_batch=2)
     assert measured.tokens == 72
     for layer, (gates, tokens) in enumerate(zip(measured.gate_share, measured.token_share, strict=True)):
         assert sum(gates) == pytest.approx(1)
@@ -79,13 +79,13 @@ def test_a_skewed_router_is_heard(model: Any) -> None:
             assert tokens[expert] > 0.9
     assert 0.6 < measured.gate_share[0][2] < 0.9
     assert measured.gate_share[1][3] > 0.95
-    assert experts.choose(measured, 0.9) == ((0, 2), (3,))
-    assert experts.choose(measured, 0.5) == ((2,), (3,))
+    assert choose_experts.choose(measured, 0.9) == ((0, 2), (3,))
+    assert choose_experts.choose(measured, 0.5) == ((2,), (3,))
 
 
 def test_padding_and_batching_do_not_count(model: Any) -> None:
-    several = experts.measure(model, rows(9, 30, 4, 17, 12), micro_batch=4)
-    single = experts.measure(model, rows(9, 30, 4, 17, 12), micro_batch=1)
+    several = choose_experts.measure(model, rows(9, 30, 4, 17, 12), micro_batch=4)
+    single = choose_experts.measure(model, rows(9, 30, 4, 17, 12), micro_batch=1)
     assert several.tokens == single.tokens
     for name in ("gate_share", "token_share"):
         assert torch.allclose(torch.tensor(getattr(several, name)), torch.tensor(getattr(single, name)), atol=1e-4)
@@ -102,7 +102,7 @@ def test_the_count_is_what_the_router_weights_say(model: Any) -> None:
     handle.remove()
     _, weights, index = seen[0]
     by_hand = [float(weights[index == expert].sum()) / 20 for expert in range(4)]
-    assert experts.measure(model, [row], micro_batch=3).gate_share[0] == pytest.approx(by_hand, abs=1e-5)
+    assert choose_experts.measure(model, [row], micro_batch=3).gate_share[0] == pytest.approx(by_hand, abs=1e-5)
 
 
 def test_the_choice_is_written_down_and_a_resumed_run_reads_it(
@@ -111,40 +111,40 @@ def test_the_choice_is_written_down_and_a_resumed_run_reads_it(
     recipe = load(recipe_path, SftRecipe, [f"out={tmp_path / 'run'}"])
     tokenizer = load_tokenizer(skewed_base)
     data = [{"input_ids": row} for row in rows(*range(5, 15))]
-    chosen = experts.settle(recipe, model, data, tokenizer, resuming=False)
+    chosen = choose_experts.settle(recipe, model, data, tokenizer, resuming=False)
     record = json.loads((recipe.out / "experts.json").read_text())
     assert chosen == ((0, 2), (3,)) == tuple(map(tuple, record["chosen"]))
     assert record["trainable_parameters"] < record["trainable_parameters_all_experts"]
-    assert record["tokens"] == sum(map(len, experts.sample(data, tokenizer, recipe)))
+    assert record["tokens"] == sum(map(len, choose_experts.sample(data, tokenizer, recipe)))
     record["chosen"] = [[1], [0, 1]]
     (recipe.out / "experts.json").write_text(json.dumps(record))
-    assert experts.settle(recipe, model, data, tokenizer, resuming=True) == ((1,), (0, 1))
+    assert choose_experts.settle(recipe, model, data, tokenizer, resuming=True) == ((1,), (0, 1))
     (recipe.out / "experts.json").unlink()
     with pytest.raises(MixfuseError, match=r"without its experts\.json"):
-        experts.settle(recipe, model, data, tokenizer, resuming=True)
+        choose_experts.settle(recipe, model, data, tokenizer, resuming=True)
 
 
 def test_a_sample_is_drawn_with_the_seed_and_cut(recipe_path: Path, skewed_base: Path) -> None:
     recipe, tokenizer = load(recipe_path, SftRecipe, ["max_length=6"]), load_tokenizer(skewed_base)
     data = [{"input_ids": row} for row in rows(*range(3, 33))]
-    drawn = experts.sample(data, tokenizer, recipe)
+    drawn = choose_experts.sample(data, tokenizer, recipe)
     assert len(drawn) == 7
     assert max(map(len, drawn)) == 6
-    assert drawn == experts.sample(data, tokenizer, recipe)
-    assert drawn != experts.sample(data, tokenizer, load(recipe_path, SftRecipe, ["max_length=6", "seed=1"]))
+    assert drawn == choose_experts.sample(data, tokenizer, recipe)
+    assert drawn != choose_experts.sample(data, tokenizer, load(recipe_path, SftRecipe, ["max_length=6", "seed=1"]))
     pair = {
         "prompt": [{"role": "user", "content": "a"}],
         "chosen": [{"role": "assistant", "content": "B"}],
         "rejected": [{"role": "assistant", "content": "A"}],
     }
-    (ids,) = experts.sample([pair], tokenizer, load(recipe_path, SftRecipe, []))
+    (ids,) = choose_experts.sample([pair], tokenizer, load(recipe_path, SftRecipe, []))
     assert tokenizer.decode(ids).rstrip().endswith("B<|im_end|>")
 
 
 def test_parameters_are_counted_without_a_model(model: Any) -> None:
     from peft import get_peft_model
 
-    from train.model import lora_config
+    from mixfuse.train.model.load import lora_config
 
     lora = Lora(r=4, experts={0: (1, 3), 1: (2,)})
     counted = lora_parameters(model.config.to_dict(), lora)
@@ -187,8 +187,8 @@ def test_an_adapter_of_some_experts_means_the_same_everywhere(tiny_base: Path, t
     """In training, as the run saves it, exported per expert, and exported fused: with rsLoRA and after dropout."""
     from peft import get_peft_model
 
-    from train.model import lora_config
-    from train.run import save_peft
+    from mixfuse.train.model.load import lora_config
+    from mixfuse.train.run import save_peft
 
     lora = Lora(r=4, alpha=8, rslora=True, dropout=0.1, experts={1: (0, 2)})
     wrapped: Any = get_peft_model(load_base(tiny_base, torch.float32), lora_config(lora)).eval()
@@ -217,7 +217,7 @@ def interrupted(recipe_path: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     """Two ZeRO-3 processes choose, train, are killed after a checkpoint, and are started again."""
     folder = tmp_path_factory.mktemp("interrupted")
     overrides = ["processes=2", f"out={folder / 'run'}", "save_every=2", "gradient_checkpointing=true"]
-    command = [sys.executable, "-P", "-m", "mixfuse", "train", "sft", str(recipe_path), *overrides]
+    command = [sys.executable, "-m", "mixfuse", "train", "sft", str(recipe_path), *overrides]
     with (folder / "log").open("w") as log:
         parent = subprocess.Popen(command, env=harness.ENVIRONMENT, stdout=log, stderr=subprocess.STDOUT)
         deadline = time.monotonic() + 250

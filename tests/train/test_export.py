@@ -13,11 +13,11 @@ import train_harness as harness
 from safetensors.torch import load_file, save_file
 from train_harness import Run
 
-from mixfuse import adapter as contract
-from mixfuse import judge_protocol
-from mixfuse.cli import main
-from mixfuse.errors import MixfuseError
-from train.export import export
+from mixfuse.cli.entry import main
+from mixfuse.contracts import adapter as contract
+from mixfuse.contracts import judge_protocol
+from mixfuse.contracts.errors import MixfuseError
+from mixfuse.train.adapters.export import export
 
 WEIGHTS = contract.WEIGHTS
 
@@ -253,7 +253,7 @@ def test_a_spoiled_adapter_is_refused_and_nothing_written(
 def test_an_adapter_of_a_base_with_other_experts_is_refused(
     experts: int, peft_adapter: Callable[..., Path], tmp_path: Path
 ) -> None:
-    from train.base import build
+    from mixfuse.train.model.embedded_base import build
 
     build(tmp_path / "base", tiny=True, experts=experts)
     with pytest.raises(MixfuseError, match="another base model"):
@@ -283,7 +283,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
 ) -> None:
     mount = tmp_path / "full"
     arguments = ["adapter", "export", str(peft_adapter()), str(mount / "out"), "--base", str(tiny_base)]
-    done = harness.on_full_disk(mount, [sys.executable, "-P", "-m", "mixfuse", *arguments])
+    done = harness.on_full_disk(mount, [sys.executable, "-m", "mixfuse", *arguments])
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith(f"mixfuse: error: no disk space left to write {mount / 'out'}")
     assert "Traceback" not in done.stderr

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from train_harness import PROJECT
 
-from mixfuse.files import read_jsonl
-from train import pairs
-from train.filters import Filters, Selection, auc, bias, matched, near, select
-from train.pairs import Preference
+from mixfuse.contracts.files import read_jsonl
+from mixfuse.train.data import pairs
+from mixfuse.train.data.pair_filters import Filters, Selection, auc, bias, matched, near, select
+from mixfuse.train.data.pairs import Preference
 
 DATA = PROJECT.parent / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the shared data folder is absent (../shared/data)")

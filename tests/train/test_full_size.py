@@ -24,12 +24,13 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from mixfuse import adapter as contract
-from mixfuse.mixtral import Shape, active_parameters, base_parameters
-from train import expert_lora, memory
-from train.export import export
-from train.model import _Checkpoint, lora_config, mark_leaves
-from train.recipe import Lora, lora_parameters
+from mixfuse.contracts import adapter as contract
+from mixfuse.contracts.mixtral import Shape, active_parameters, base_parameters
+from mixfuse.train.adapters.export import export
+from mixfuse.train.model import expert_lora
+from mixfuse.train.model.load import _Checkpoint, lora_config, mark_leaves
+from mixfuse.train.planning import memory
+from mixfuse.train.recipe import Lora, lora_parameters
 
 MODEL = PROJECT / "configs" / "mixtral-8x22b" / "model"
 CONFIG = json.loads((MODEL / "config.json").read_text())

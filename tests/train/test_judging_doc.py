@@ -9,13 +9,13 @@ import pytest
 import yaml
 from train_harness import PROJECT, write_jsonl
 
-from mixfuse.cli import main
-from mixfuse.files import read_json
-from mixfuse.loop import LoopConfig
-from mixfuse.preferences import Kind
-from mixfuse.recipe import validate
-from mixfuse.verifiers import Comparing
-from train.filters import LENGTH_BINS, Filters, Trait
+from mixfuse.app.loop import LoopConfig
+from mixfuse.app.preferences import Kind
+from mixfuse.app.verifiers import Comparing
+from mixfuse.cli.entry import main
+from mixfuse.contracts.files import read_json
+from mixfuse.contracts.strict_yaml import validate
+from mixfuse.train.data.pair_filters import LENGTH_BINS, Filters, Trait
 
 PAGE = (PROJECT / "docs" / "judging.md").read_text(encoding="utf-8")
 DATA, LOOP = (

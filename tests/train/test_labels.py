@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from mixfuse.errors import MixfuseError
-from train.labels import IGNORED, encode
+from mixfuse.contracts.errors import MixfuseError
+from mixfuse.train.data.labels import IGNORED, encode
 
 # The base's own template (ChatML, without marks) as it is, and with the marks a training template has.
 MARKED = (
@@ -39,7 +39,7 @@ CHAT = [
 
 @pytest.fixture(scope="module")
 def embedded() -> Any:
-    from train.base import load_embedded_tokenizer
+    from mixfuse.train.model.embedded_base import load_embedded_tokenizer
 
     return load_embedded_tokenizer()
 

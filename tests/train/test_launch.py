@@ -14,13 +14,13 @@ import pytest
 import train_harness as harness
 from train_harness import SFT_STEPS, Run
 
-from mixfuse.errors import MixfuseError
-from mixfuse.files import read_jsonl
-from train.checkpoint import last_checkpoint
-from train.launch import read_hostfile
+from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.files import read_jsonl
+from mixfuse.train.launching.launch import read_hostfile
+from mixfuse.train.processes.checkpoint import last_checkpoint
 
 SCRIPT = harness.PROJECT / "scripts" / "launch"
-PYTHON = [sys.executable, "-P", "-m"]
+PYTHON = [sys.executable, "-m"]
 
 
 def launch(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":
@@ -39,7 +39,7 @@ def test_local_is_torchrun_on_this_machine(sft_recipe: Path) -> None:
     train = ["train", "sft", str(sft_recipe), "out=a b"]
     process = ["--no-python", *PYTHON, "mixfuse", *train]
     assert printed("--local", "4", *train) == [
-        *PYTHON, "train.torchrun", "--nproc-per-node=4", "--standalone", *process
+        *PYTHON, "mixfuse.train.processes.torchrun", "--nproc-per-node=4", "--standalone", *process
     ]  # fmt: skip
     assert "--nproc-per-node=3" in printed("--local", *train, "processes=3")
 

@@ -36,14 +36,14 @@ def test_the_commands_of_the_document_run(elsewhere: Path) -> None:
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert done.stdout.count("all is well") == 2
-    assert done.stdout.count("-m train.torchrun") == 4
+    assert done.stdout.count("-m mixfuse.train.processes.torchrun") == 4
     assert done.stdout.count("-m deepspeed.launcher.runner") == 1
     assert "#SBATCH --partition=gpu" in done.stdout
 
 
 def test_the_exit_codes_of_the_document_are_the_ones_of_the_code() -> None:
-    from mixfuse.errors import PREEMPTED, MixfuseError
-    from train.heartbeat import EXIT_CODE, SILENCE
+    from mixfuse.contracts.errors import PREEMPTED, MixfuseError
+    from mixfuse.train.processes.heartbeat import EXIT_CODE, SILENCE
 
     rows = {cells[1].strip(): cells for line in DOC.splitlines() if len(cells := line.split("|")) == 6}
     codes = {name: cells[3].strip() for name, cells in rows.items()}

@@ -13,10 +13,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import MixtralForCausalLM
 
-from mixfuse import adapter as contract
-from mixfuse.errors import MixfuseError
-from train.export import export
-from train.layouts import fuse
+from mixfuse.contracts import adapter as contract
+from mixfuse.contracts.errors import MixfuseError
+from mixfuse.train.adapters.export import export
+from mixfuse.train.adapters.layouts import fuse
 
 pytestmark = pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match")
 

@@ -17,11 +17,11 @@ import train_harness as harness
 import yaml
 from train_harness import WORDS, write_jsonl
 
-from fusion.config import TraceConfig
-from fusion.traces import TraceStore
-from mixfuse.database import opened
-from mixfuse.files import read_json
-from mixfuse.trace import Call, Trace
+from mixfuse.contracts.database import opened
+from mixfuse.contracts.files import read_json
+from mixfuse.contracts.trace import Call, Trace
+from mixfuse.fusion.config import TraceConfig
+from mixfuse.fusion.store.traces import TraceStore
 
 
 def trace(number: int) -> Trace:
@@ -77,7 +77,7 @@ def test_a_round_from_feedback_to_a_decision_killed_on_the_way(tiny_base: Path, 
         "server": None,
     }
     path.write_text(yaml.safe_dump(keys))
-    command = [sys.executable, "-P", "-m", "mixfuse", "loop", str(path), "--json"]
+    command = [sys.executable, "-m", "mixfuse", "loop", str(path), "--json"]
     folder = tmp_path / "rounds" / "0001"
     with subprocess.Popen(command, env=harness.ENVIRONMENT) as process:
         while not (folder / "logs" / "train.log").exists() and process.poll() is None:

@@ -14,13 +14,13 @@ import train_harness as harness
 from safetensors.torch import load_file, save_file
 from transformers import MixtralForCausalLM
 
-from mixfuse import adapter as contract
-from mixfuse.cli import main
-from mixfuse.errors import MixfuseError
-from train import merge as merging
-from train.export import export, write_directory
-from train.layouts import Layout, expert_key
-from train.merge import RECORD, merge
+from mixfuse.cli.entry import main
+from mixfuse.contracts import adapter as contract
+from mixfuse.contracts.errors import MixfuseError
+from mixfuse.train.adapters import merge_into_base as merging
+from mixfuse.train.adapters.export import export, write_directory
+from mixfuse.train.adapters.layouts import Layout, expert_key
+from mixfuse.train.adapters.merge_into_base import RECORD, merge
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,8 @@ def test_ctrl_c_leaves_what_the_same_command_goes_on_from(half: tuple[Path, Path
     arguments = ["adapter", "merge", half[1], tmp_path / "out", "--no-check"]
     # It pauses after the first file, where it can be interrupted.
     code = (
-        "import signal, sys, time\nfrom mixfuse.cli import main\nfrom train import merge\n"
+        "import signal, sys, time\nfrom mixfuse.cli.entry import main\n"
+        "from mixfuse.train.adapters import merge_into_base as merge\n"
         # A shell that starts the tests in the background has its children ignore Ctrl-C.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "whole = merge._merge_file\n"
@@ -129,7 +130,7 @@ def test_ctrl_c_leaves_what_the_same_command_goes_on_from(half: tuple[Path, Path
         "merge._merge_file = slowly\nsys.exit(main(sys.argv[1:]))\n"
     )
     child = subprocess.Popen(
-        [sys.executable, "-P", "-c", code, *map(str, arguments)],
+        [sys.executable, "-c", code, *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -249,7 +250,7 @@ def _deep(root: Path, layers: int) -> Path:
 def _peak(root: Path) -> int:
     """Bytes that a merge holds at most, beside what was there before it began."""
     code = (
-        "import re, sys\nfrom pathlib import Path\nfrom train.merge import merge\n"
+        "import re, sys\nfrom pathlib import Path\nfrom mixfuse.train.adapters.merge_into_base import merge\n"
         # Not getrusage: its maximum outlives exec, and so would be the parent's.
         "def kilobytes(key):\n"
         "    return int(re.search(key + r':\\s+(\\d+)', Path('/proc/self/status').read_text())[1])\n"
@@ -258,7 +259,7 @@ def _peak(root: Path) -> int:
         "merge(root / 'adapter', root / 'out', base=root / 'base', check=False)\n"
         "print((kilobytes('VmHWM') - before) * 1024)"
     )
-    command = [sys.executable, "-P", "-c", code, str(root)]
+    command = [sys.executable, "-c", code, str(root)]
     done = subprocess.run(command, capture_output=True, text=True, env=harness.ENVIRONMENT, check=False)
     assert done.returncode == 0, done.stderr
     return int(done.stdout)

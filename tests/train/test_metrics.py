@@ -1,4 +1,4 @@
-"""Every run leaves metrics.jsonl and a picture; Weights & Biases holds the same where it is asked for."""
+"""Every run leaves training_metrics.jsonl and a picture; Weights & Biases holds the same where it is asked for."""
 
 import json
 import struct
@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from train_harness import SFT_STEPS, Run
 
-from mixfuse.errors import MixfuseError
-from mixfuse.recipe import load
-from train import metrics
-from train.recipe import SftRecipe
+from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.strict_yaml import load
+from mixfuse.train.recipe import SftRecipe
+from mixfuse.train.stages import training_metrics
 
 zero3 = pytest.mark.zero3
 
@@ -82,7 +82,7 @@ def test_going_online_without_a_key_is_one_line(
         monkeypatch.setenv(name, str(tmp_path / name))
     recipe = load(sft_recipe, SftRecipe, [f"out={tmp_path / 'run'}", "wandb=online"])
     with pytest.raises(MixfuseError, match=r"wandb: online: .*; log in with `wandb login`, or write wandb: offline"):
-        metrics.start_wandb(recipe, resumed=False)
+        training_metrics.start_wandb(recipe, resumed=False)
 
 
 @zero3
@@ -118,10 +118,10 @@ def test_a_picture_shows_what_was_logged_and_only_that(tmp_path: Path, monkeypat
         return plot(self, steps, values, **keys)
 
     monkeypatch.setattr(Axes, "plot", spy)
-    metrics.draw(tmp_path)
+    training_metrics.draw(tmp_path)
     assert not (tmp_path / "metrics.png").exists()
     rows = [{"step": 0, "eval_loss": 3.0}, {"step": 1, "loss": 2.0, "grad_norm": 1.0}, {"step": 2, "loss": 1.0}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    metrics.draw(tmp_path)
+    training_metrics.draw(tmp_path)
     assert drawn == [("loss", [1, 2], [2.0, 1.0]), ("eval_loss", [0], [3.0]), ("grad_norm", [1], [1.0])]
     assert (tmp_path / "metrics.png").is_file()

@@ -12,9 +12,9 @@ from deepspeed.utils import z3_leaf_module
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 
-from mixfuse.errors import MixfuseError
-from train.model import _Checkpoint, check_loaded, load_base, load_tokenizer, lora_config
-from train.recipe import Lora
+from mixfuse.contracts.errors import MixfuseError
+from mixfuse.train.model.load import _Checkpoint, check_loaded, load_base, load_tokenizer, lora_config
+from mixfuse.train.recipe import Lora
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def test_a_weight_left_at_its_random_start_is_found(
         check_loaded(model, tiny_base)
     # And loading does ask: transformers here returns such a model, and says that all went well.
     info = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}
-    monkeypatch.setattr("train.model.MixtralForCausalLM.from_pretrained", lambda *_, **__: (model, info))
+    monkeypatch.setattr("mixfuse.train.model.load.MixtralForCausalLM.from_pretrained", lambda *_, **__: (model, info))
     with pytest.raises(MixfuseError, match="differ from the checkpoint"):
         load_base(tiny_base, torch.float32)
 

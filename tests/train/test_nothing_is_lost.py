@@ -12,8 +12,8 @@ import psutil
 import pytest
 import train_harness as harness
 
-from mixfuse.files import read_jsonl
-from train.checkpoint import last_checkpoint
+from mixfuse.contracts.files import read_jsonl
+from mixfuse.train.processes.checkpoint import last_checkpoint
 
 pytestmark = pytest.mark.zero3
 
@@ -77,8 +77,9 @@ def test_a_full_disk_leaves_the_last_good_checkpoint_and_the_run_goes_on_from_it
     """The file system takes one checkpoint, and of the next all but what DeepSpeed writes last."""
     mount = tmp_path / "mount"
     out = mount / "run"
-    train = [sys.executable, "-P", "-m", "mixfuse", "train", "sft", str(sft_recipe), "processes=2", f"out={out}"]
-    look = f"{sys.executable} -P -c 'from train.checkpoint import *; print(last_checkpoint(Path(\"{out}\")).name)'"
+    train = [sys.executable, "-m", "mixfuse", "train", "sft", str(sft_recipe), "processes=2", f"out={out}"]
+    code = f'from mixfuse.train.processes.checkpoint import *; print(last_checkpoint(Path("{out}")).name)'
+    look = f"{sys.executable} -c '{code}'"
     script = (
         f'"$@"; code=$?; {look}; head -c 5000000 /dev/zero > {mount}/more 2> /dev/null; du -k {mount}/more; '
         f'rm {mount}/more; mount -o remount,size=64m {mount} && "$@" && exit $code'
@@ -97,7 +98,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint_and_the_run_goes_on_from_it
 def test_a_killed_rank_takes_the_job_down(sft_recipe: Path, runs: Path) -> None:
     out = runs / "rank_killed"
     options = [f"out={out}", "processes=2", "optimizer.steps=200", "save_every=2"]
-    command = [sys.executable, "-P", "-m", "mixfuse", "train", "sft", str(sft_recipe), *options]
+    command = [sys.executable, "-m", "mixfuse", "train", "sft", str(sft_recipe), *options]
     with (runs / "rank_killed.log").open("w") as log:
         parent = subprocess.Popen(command, env=harness.ENVIRONMENT, stdout=log, stderr=subprocess.STDOUT)
     deadline = time.monotonic() + 200
@@ -117,7 +118,7 @@ def test_a_killed_rank_takes_the_job_down(sft_recipe: Path, runs: Path) -> None:
 FROZEN = """
 import os, sys, time
 from torch import distributed
-from train.heartbeat import heartbeat
+from mixfuse.train.processes.heartbeat import heartbeat
 distributed.init_process_group("gloo")
 with heartbeat(beat=0.2, silence=6.0):
     distributed.barrier()
@@ -138,7 +139,7 @@ def test_a_rank_that_stops_answering_ends_all_others(frozen: int, tmp_path: Path
         place = {"RANK": str(rank), "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         ranks.append(
             subprocess.Popen(
-                [sys.executable, "-P", str(script), str(frozen)],
+                [sys.executable, str(script), str(frozen)],
                 env={**harness.ENVIRONMENT, **place, "OMP_NUM_THREADS": "1"},
                 stderr=subprocess.PIPE,
                 text=True,

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from mixfuse.recipe import load
-from train.recipe import SftRecipe
-from train.run import trainer_arguments
+from mixfuse.contracts.strict_yaml import load
+from mixfuse.train.recipe import SftRecipe
+from mixfuse.train.run import trainer_arguments
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ import pytest
 import torch
 import train_harness as harness
 
-from mixfuse.errors import MixfuseError
-from train.attention import check_packing, choose
-from train.data import Collator
+from mixfuse.contracts.errors import MixfuseError
+from mixfuse.train.data.chats import Collator
+from mixfuse.train.model.attention import check_packing, choose
 
 DOCUMENTS = [
     {"id": str(number), "input_ids": ids, "labels": [-100, -100, *ids[2:]]}
@@ -92,8 +92,8 @@ def test_a_packed_run_has_the_loss_of_its_chats_one_by_one(sft_recipe: Path, run
     """All sixteen chats in the first step of a run, whose adapter does nothing yet."""
     from transformers import MixtralForCausalLM
 
-    from train.labels import encode
-    from train.model import load_tokenizer
+    from mixfuse.train.data.labels import encode
+    from mixfuse.train.model.load import load_tokenizer
 
     step = "optimizer={steps: 1, batch_size: 1, micro_batch: 1, warmup_steps: 0}"
     keys = ["packing=true", "max_length=1024", "router_aux_loss_coef=0", "gradient_checkpointing=true", step]

@@ -11,11 +11,11 @@ import pytest
 import train_harness as harness
 from train_harness import PROJECT, write_jsonl
 
-from mixfuse import judge_protocol
-from mixfuse.errors import MixfuseError
-from mixfuse.recipe import load
-from train import pairs
-from train.recipe import JudgeRecipe
+from mixfuse.contracts import judge_protocol
+from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.strict_yaml import load
+from mixfuse.train.data import pairs
+from mixfuse.train.recipe import JudgeRecipe
 
 GSM8K_POOL = PROJECT.parent / "shared" / "data" / "gsm8k_pool" / "dev.jsonl"
 MODELS = ("model-a-7b", "model-b-70b", "model-c")
@@ -179,8 +179,8 @@ def test_the_real_pool_gives_pairs_of_every_usable_prompt(tmp_path: Path) -> Non
 
 def test_training_keeps_both_orders_of_a_pair_in_one_batch(tiny_base: Path, tmp_path: Path) -> None:
     """The data set is shuffled by pair, the same for one seed, and pairs that would lose their verdict are left out."""
-    from train.judge import pairs_datasets
-    from train.model import load_tokenizer
+    from mixfuse.train.model.load import load_tokenizer
+    from mixfuse.train.stages.judge_dpo import pairs_datasets
 
     entries = [row(number) for number in range(6)]
     entries[3]["prompt"] = "long " * 300
@@ -204,8 +204,8 @@ def test_training_keeps_both_orders_of_a_pair_in_one_batch(tiny_base: Path, tmp_
 
 
 def test_no_pair_that_fits_is_an_error(tiny_base: Path, judge_recipe: Path) -> None:
-    from train.judge import pairs_datasets
-    from train.model import load_tokenizer
+    from mixfuse.train.model.load import load_tokenizer
+    from mixfuse.train.stages.judge_dpo import pairs_datasets
 
     recipe = load(judge_recipe, JudgeRecipe, ["max_length=20"])
     with pytest.raises(MixfuseError, match="no pair fits max_length 20"):
@@ -213,8 +213,8 @@ def test_no_pair_that_fits_is_an_error(tiny_base: Path, judge_recipe: Path) -> N
 
 
 def test_the_judge_mixes_and_holds_out_whole_pairs(tiny_base: Path, judge_recipe: Path, tmp_path: Path) -> None:
-    from train.judge import pairs_datasets
-    from train.model import load_tokenizer
+    from mixfuse.train.model.load import load_tokenizer
+    from mixfuse.train.stages.judge_dpo import pairs_datasets
 
     sources = []
     for name, count in (("small", 4), ("large", 40)):
@@ -239,7 +239,7 @@ def test_the_judge_mixes_and_holds_out_whole_pairs(tiny_base: Path, judge_recipe
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
     pool = write_jsonl(tmp_path / "pool.jsonl", [row(number) for number in range(200)])
     mount = tmp_path / "full"
-    command = [sys.executable, "-P", "-m", "mixfuse", "pairs", "build", str(pool), "--out", str(mount / "pairs.jsonl")]
+    command = [sys.executable, "-m", "mixfuse", "pairs", "build", str(pool), "--out", str(mount / "pairs.jsonl")]
     done = harness.on_full_disk(mount, command)
     assert done.returncode == 2
     assert re.fullmatch(r"mixfuse: error: no disk space left to write .*pairs\S*\.jsonl; .*\n", done.stderr)

@@ -20,13 +20,13 @@ import train_harness as harness
 from peft import PeftModel
 from transformers import MixtralForCausalLM
 
-from mixfuse import adapter as contract
-from mixfuse import signing
-from mixfuse.adapter import PARITY_TOLERANCE, Parity
-from mixfuse.errors import MixfuseError
-from train import parity
-from train.export import export
-from train.model import load_tokenizer
+from mixfuse.contracts import adapter as contract
+from mixfuse.contracts import signing
+from mixfuse.contracts.adapter import PARITY_TOLERANCE, Parity
+from mixfuse.contracts.errors import MixfuseError
+from mixfuse.train.adapters import parity
+from mixfuse.train.adapters.export import export
+from mixfuse.train.model.load import load_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match")
 

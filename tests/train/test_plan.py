@@ -12,13 +12,14 @@ from peft import get_peft_model
 from train_harness import PROJECT, ZERO3, mixfuse
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from mixfuse.errors import MixfuseError
-from mixfuse.mixtral import Shape, base_parameters
-from train import expert_lora, memory, plan
-from train.memory import Batch
-from train.model import lora_config
-from train.recipe import Lora, SftRecipe
-from train.tracker import Tracker
+from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.mixtral import Shape, base_parameters
+from mixfuse.train.model import expert_lora
+from mixfuse.train.model.load import lora_config
+from mixfuse.train.planning import memory, training_plan
+from mixfuse.train.planning.memory import Batch
+from mixfuse.train.planning.tracker import Tracker
+from mixfuse.train.recipe import Lora, SftRecipe
 
 MODEL = PROJECT / "configs" / "mixtral-8x22b" / "model"
 LARGE = json.loads((MODEL / "config.json").read_text())
@@ -43,7 +44,7 @@ def layer_of(config: dict[str, Any], lora: Lora, dtype: torch.dtype, device: str
     ids=["both", "attention", "experts", "dropout"],
 )
 def test_what_a_layer_keeps_for_backward_is_the_formulas_to_the_byte(lora: Lora, dtype: torch.dtype) -> None:
-    """Fails when `train/expert_lora.py`, PEFT or transformers keep more, or less, than the plan says."""
+    """Fails when `train/model/expert_lora.py`, PEFT or transformers keep more, or less, than the plan says."""
     batch, hidden = Batch(2, 48), SMALL["hidden_size"]
     layer, model = layer_of(SMALL, lora, dtype, "cpu")
     x = torch.randn(batch.B, batch.S, hidden, dtype=dtype, requires_grad=True) * 1
@@ -120,9 +121,11 @@ def recipe_for(tmp_path: Path, **keys: Any) -> SftRecipe:
     return SftRecipe.model_validate({**defaults, **keys, "optimizer": optimizer})
 
 
-def planned(recipe: SftRecipe, *, nodes: int = 1, **hardware: Any) -> plan.Plan:
+def planned(recipe: SftRecipe, *, nodes: int = 1, **hardware: Any) -> training_plan.Plan:
     zero3 = json.loads(ZERO3.read_text())
-    return plan.plan(recipe, LARGE, zero3, plan.Hardware(nodes=nodes, gpus=8, gpu_bytes=80 * GIB, **hardware))
+    return training_plan.plan(
+        recipe, LARGE, zero3, training_plan.Hardware(nodes=nodes, gpus=8, gpu_bytes=80 * GIB, **hardware)
+    )
 
 
 def test_parts_add_up_and_shrink_with_the_world(tmp_path: Path) -> None:
@@ -151,7 +154,9 @@ def test_activations_grow_with_the_batch_and_checkpointing_keeps_few(tmp_path: P
 def test_dpo_runs_twice_the_sequences(tmp_path: Path) -> None:
     recipe = recipe_for(tmp_path)
     keys = recipe.model_dump(exclude={"router_aux_loss_coef", "role"}, exclude_defaults=True)
-    judge = plan.JudgeRecipe.model_validate({key: keys[key] for key in keys if key in plan.JudgeRecipe.model_fields})
+    judge = training_plan.JudgeRecipe.model_validate(
+        {key: keys[key] for key in keys if key in training_plan.JudgeRecipe.model_fields}
+    )
     assert planned(judge).batch == Batch(2, 4096)
     assert planned(judge).saved["kept"] == pytest.approx(2 * planned(recipe).saved["kept"], rel=0.01)
 
@@ -159,9 +164,9 @@ def test_dpo_runs_twice_the_sequences(tmp_path: Path) -> None:
 def test_offloading_moves_bytes_to_the_host(tmp_path: Path) -> None:
     zero3 = json.loads(ZERO3.read_text())
     zero3["zero_optimization"] |= {"offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}}
-    hardware = plan.Hardware(nodes=1, gpus=8, gpu_bytes=80 * GIB)
+    hardware = training_plan.Hardware(nodes=1, gpus=8, gpu_bytes=80 * GIB)
     here = planned(recipe_for(tmp_path))
-    there = plan.plan(recipe_for(tmp_path), LARGE, zero3, hardware)
+    there = training_plan.plan(recipe_for(tmp_path), LARGE, zero3, hardware)
     assert there.held["parameters"] == 0
     assert there.host["parameters"] == pytest.approx(8 * (here.held["parameters"] + here.held["lora"]), rel=1e-6)
     assert here.gpu_total - there.gpu_total > 30e9
@@ -171,23 +176,25 @@ def test_offloading_moves_bytes_to_the_host(tmp_path: Path) -> None:
 def test_a_partition_larger_than_the_nvme_buffer_is_found(tmp_path: Path) -> None:
     zero3 = json.loads(ZERO3.read_text())
     zero3["zero_optimization"]["offload_param"] = {"device": "nvme", "buffer_size": 1e8}
-    made = plan.plan(recipe_for(tmp_path), LARGE, zero3, plan.Hardware(nodes=1, gpus=8, gpu_bytes=80 * GIB))
+    made = training_plan.plan(
+        recipe_for(tmp_path), LARGE, zero3, training_plan.Hardware(nodes=1, gpus=8, gpu_bytes=80 * GIB)
+    )
     assert any("buffer_size" in problem for problem in made.problems)
 
 
 def test_the_advice_is_planned_and_fits(tmp_path: Path) -> None:
     recipe = recipe_for(tmp_path, gradient_checkpointing=False, optimizer={"micro_batch": 2})
     zero3 = json.loads(ZERO3.read_text())
-    hardware = plan.Hardware(nodes=1, gpus=8, gpu_bytes=80 * GIB, reserve_bytes=4 * GIB)
-    assert not plan.plan(recipe, LARGE, zero3, hardware).fits
-    advice = plan.advise(recipe, LARGE, zero3, hardware)
+    hardware = training_plan.Hardware(nodes=1, gpus=8, gpu_bytes=80 * GIB, reserve_bytes=4 * GIB)
+    assert not training_plan.plan(recipe, LARGE, zero3, hardware).fits
+    advice = training_plan.advise(recipe, LARGE, zero3, hardware)
     assert advice[0].change == "gradient_checkpointing=true"
     assert 1 <= len(advice) <= 3
     for change in advice:
         assert change.fits
         assert change.gpu_bytes <= 76 * GIB
     changed = recipe_for(tmp_path, gradient_checkpointing=True, optimizer={"micro_batch": 2})
-    assert plan.plan(changed, LARGE, zero3, hardware).gpu_total == advice[0].gpu_bytes
+    assert training_plan.plan(changed, LARGE, zero3, hardware).gpu_total == advice[0].gpu_bytes
 
 
 def test_a_batch_that_does_not_divide_is_said(tmp_path: Path) -> None:
@@ -200,7 +207,7 @@ def test_a_model_the_planner_does_not_know_is_refused() -> None:
         Shape.of({**LARGE, "model_type": "llama"})
     with pytest.raises(MixfuseError, match="names no 'hidden_size'"):
         Shape.of({key: value for key, value in LARGE.items() if key != "hidden_size"})
-    assert plan.count_on_meta(LARGE) == base_parameters(Shape.of(LARGE))
+    assert training_plan.count_on_meta(LARGE) == base_parameters(Shape.of(LARGE))
 
 
 def test_the_command_says_what_is_wrong(tmp_path: Path) -> None:

@@ -10,13 +10,14 @@ import pytest
 import yaml
 from train_harness import PROJECT, write_jsonl
 
-from mixfuse import cli, preferences
-from mixfuse.errors import MixfuseError
-from mixfuse.files import read_json, read_jsonl
-from mixfuse.preferences import PairsSpec, Source, questions, read_spec
-from mixfuse.recipe import validate
-from mixfuse.verifiers import check_of, program
-from train.pairs import Preference, read_pairs
+from mixfuse.app import preferences
+from mixfuse.app.preferences import PairsSpec, Source, questions, read_spec
+from mixfuse.app.verifiers import check_of, program
+from mixfuse.cli.entry import main
+from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.files import read_json, read_jsonl
+from mixfuse.contracts.strict_yaml import validate
+from mixfuse.train.data.pairs import Preference, read_pairs
 
 DATA = PROJECT.parent / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the shared data folder is absent (../shared/data)")
@@ -90,7 +91,7 @@ def test_the_program_of_an_answer() -> None:
 
 
 def test_answers_are_marked_by_the_tasks_they_answer(tmp_path: Path) -> None:
-    from mixfuse.tasks import make
+    from mixfuse.contracts.tasks import make
 
     tasks = PROJECT / "configs" / "tiny" / "tasks.yaml"
     task = make(tasks, "pool", 4)[0]
@@ -238,7 +239,7 @@ def test_a_spec_gives_pairs_dev_pairs_and_a_data_card(tmp_path: Path, capsys: py
         str(held_out),
         "--json",
     ]
-    assert cli.main(arguments) == 0
+    assert main(arguments) == 0
     printed = capsys.readouterr().out.splitlines()
     card = json.loads(printed[-1])
     assert card == read_json(out.with_name("pairs.card.json"))
@@ -316,7 +317,7 @@ def test_a_mistake_in_a_spec_is_one_line(
     change: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["pairs", "build", str(spec_of(tmp_path)), change, "--out", str(tmp_path / "pairs.jsonl")]
-    assert cli.main(arguments) == 2
+    assert main(arguments) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert message in error
@@ -351,7 +352,7 @@ def test_pairs_are_built_without_the_ml_stack(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "pool.jsonl", marked_rows(20))
     arguments = ["pairs", "build", str(tmp_path / "pool.jsonl"), "--out", str(tmp_path / "pairs.jsonl")]
     code = (
-        f"import sys; from mixfuse import cli; assert cli.main({arguments!r}) == 0; "
+        f"import sys; from mixfuse.cli.entry import main; assert main({arguments!r}) == 0; "
         "assert not {'torch', 'transformers', 'trl', 'vllm'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-P", "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import train_harness as harness
 
-from mixfuse.errors import MixfuseError
-from train.run import start
+from mixfuse.contracts.errors import MixfuseError
+from mixfuse.train.run import start
 
 
 @pytest.mark.parametrize(

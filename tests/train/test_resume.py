@@ -15,11 +15,11 @@ import pytest
 import train_harness as harness
 from train_harness import Run
 
-from mixfuse.errors import MixfuseError
-from mixfuse.files import write_json
-from mixfuse.recipe import load
-from train.checkpoint import WHOLE, check_resume, last_checkpoint, mark
-from train.recipe import SftRecipe
+from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.files import write_json
+from mixfuse.contracts.strict_yaml import load
+from mixfuse.train.processes.checkpoint import WHOLE, check_resume, last_checkpoint, mark
+from mixfuse.train.recipe import SftRecipe
 
 STEPS, SAVE_EVERY = 16, 3  # an epoch has 4 steps: checkpoints lie within epochs and on their borders
 
@@ -63,7 +63,7 @@ def options(out: Path) -> list[str]:
 
 def cut_off(recipe: Path, out: Path, number: signal.Signals, *, after: int) -> CutOff:
     """Starts a run and sends it a signal once a step is logged: SIGKILL to all its processes, others to the first."""
-    command = [sys.executable, "-P", "-m", "mixfuse", "train", "sft", str(recipe), *options(out)]
+    command = [sys.executable, "-m", "mixfuse", "train", "sft", str(recipe), *options(out)]
     log = out.with_suffix(f".{number.name}.log")
     with log.open("w") as stream:
         parent = subprocess.Popen(command, env=harness.ENVIRONMENT, stdout=stream, stderr=subprocess.STDOUT)

@@ -12,11 +12,11 @@ import train_harness as harness
 from train_harness import Run
 from transformers import TrainerCallback
 
-from mixfuse.errors import MixfuseError
-from mixfuse.files import read_json, read_jsonl, sha256_file, write_jsonl
-from mixfuse.judge_protocol import Calibration
-from mixfuse.recipe import load
-from train.recipe import JudgeRecipe
+from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.files import read_json, read_jsonl, sha256_file, write_jsonl
+from mixfuse.contracts.judge_protocol import Calibration
+from mixfuse.contracts.strict_yaml import load
+from mixfuse.train.recipe import JudgeRecipe
 
 zero3 = pytest.mark.zero3
 
@@ -40,10 +40,10 @@ def make_trainer(recipe: JudgeRecipe) -> Any:
     import torch
     from trl import DPOConfig
 
-    from train.judge import pairs_datasets
-    from train.model import load_base, load_tokenizer, lora_config
-    from train.trainer import JudgeTrainer, NamedPairs, Verdicts, verdict_rows
-    from train.verdicts import Reference
+    from mixfuse.train.model.load import load_base, load_tokenizer, lora_config
+    from mixfuse.train.stages.judge_dpo import pairs_datasets
+    from mixfuse.train.stages.trainers import JudgeTrainer, NamedPairs, Verdicts, verdict_rows
+    from mixfuse.train.stages.verdicts import Reference
 
     tokenizer = load_tokenizer(recipe.base)
     arguments = DPOConfig(
@@ -131,8 +131,8 @@ def test_an_offset_is_odpos(trainer: Any, monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_preference_for_a_position_is_punished_by_its_square(trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from train.trainer import verdict_rows
-    from train.verdicts import position_bias
+    from mixfuse.train.stages.trainers import verdict_rows
+    from mixfuse.train.stages.verdicts import position_bias
 
     # An answer that gains 3 and a position that gains 2: 5 where it stands first, 1 where it stands second.
     assert position_bias(torch.tensor([5.0, 1.0, -1.0, -1.0])).tolist() == [2.0, 0.0]
@@ -154,7 +154,7 @@ def test_a_preference_for_a_position_is_punished_by_its_square(trainer: Any, mon
 
 
 def test_a_round_takes_what_the_judge_gets_wrong_or_flips(judge_recipe: Path, tmp_path: Path) -> None:
-    from train.schedule import FILE, Rounds
+    from mixfuse.train.data.schedule import FILE, Rounds
 
     optimizer = "optimizer={steps: 6, batch_size: 8, micro_batch: 4, learning_rate: 1e-2}"
     recipe = load(judge_recipe, JudgeRecipe, [f"out={tmp_path}", optimizer, "rounds=3"])
@@ -196,7 +196,7 @@ def test_a_round_takes_what_the_judge_gets_wrong_or_flips(judge_recipe: Path, tm
 
 
 def test_a_step_takes_pairs_of_every_length_and_computes_like_with_like(judge_recipe: Path) -> None:
-    from train.schedule import schedule
+    from mixfuse.train.data.schedule import schedule
 
     recipe = load(judge_recipe, JudgeRecipe, ["optimizer={steps: 9, batch_size: 8, micro_batch: 2}"])
     rng = random.Random(1)
@@ -218,7 +218,7 @@ def test_a_step_takes_pairs_of_every_length_and_computes_like_with_like(judge_re
 
 
 def test_what_a_reference_says_is_kept_and_not_taken_for_anothers(tmp_path: Path) -> None:
-    from train.verdicts import Reference, VerdictRow
+    from mixfuse.train.stages.verdicts import Reference, VerdictRow
 
     rows = [VerdictRow([1, 2, 3], 7, 8), VerdictRow([1, 2, 3], 8, 7), VerdictRow([1, 2, 3], 7, 8)]
     path = tmp_path / "reference.json"
@@ -318,7 +318,7 @@ def test_stages_that_do_not_go_together_are_refused(judge_recipe: Path, override
 
 
 def test_pairs_with_the_same_first_token_are_no_verdicts(trainer: Any) -> None:
-    from train.judge import verdicts_of
+    from mixfuse.train.stages.judge_dpo import verdicts_of
 
     same = trainer.train_dataset.map(lambda row: {"rejected_ids": row["chosen_ids"]})
     with pytest.raises(MixfuseError, match="set completion: rationale"):

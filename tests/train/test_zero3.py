@@ -118,7 +118,7 @@ def test_run_json_says_what_was_trained_on_what_by_what(sft_by_two: Run, judge_b
     assert {"torch", "transformers", "peft", "trl", "deepspeed", "mixfuse"} == record["libraries"].keys()
     assert record["judge_protocol"] is None
 
-    from mixfuse import judge_protocol
+    from mixfuse.contracts import judge_protocol
 
     assert judge_by_two.record["judge_protocol"] == judge_protocol.describe()
 

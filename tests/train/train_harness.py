@@ -64,7 +64,7 @@ def free_port() -> int:
 
 def mixfuse(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":
     """Runs the command line in a process of its own."""
-    command = [sys.executable, "-P", "-m", "mixfuse", *map(str, arguments)]
+    command = [sys.executable, "-m", "mixfuse", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=ENVIRONMENT, check=False)
 
 
@@ -103,7 +103,7 @@ def sft_recipe(folder: Path, base: Path, **keys: Any) -> Path:
 
 def judge_recipe(folder: Path, base: Path, **keys: Any) -> Path:
     """A recipe, and pairs whose better answer repeats the prompt's word."""
-    from train.pairs import build
+    from mixfuse.train.data.pairs import build
 
     pool = []
     for number in range(12):
@@ -168,7 +168,7 @@ def on_full_disk(mount: Path, command: list[str], *, kilobytes: int = 64) -> "su
 def probe_judge(recipe: Path, out: Path) -> Run:
     """Trains a judge on one process with `judge_probe.py` looking on; what it saw is in `out/probe.json`."""
     probe = Path(__file__).with_name("judge_probe.py")
-    command = [sys.executable, "-P", str(probe), str(recipe), f"out={out}"]
+    command = [sys.executable, str(probe), str(recipe), f"out={out}"]
     single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=300, env={**ENVIRONMENT, **single}, check=False

@@ -1,0 +1,1 @@
+"""Contracts: what the rooms agree on. Imports no room."""

@@ -1,0 +1,536 @@
+"""The adapter directory: what training leaves and serving takes.
+
+```
+DIR/
+  adapter_config.json        per-expert layout: what vLLM applies and plain PEFT loads
+  adapter_model.safetensors
+  peft/                      PEFT's own fused layout, to train on from, where the adapter has one
+  manifest.json              who it is: role, base fingerprint, hashes, recipe, metrics, parity, judge protocol
+  probes.json                what a swap asks it, with the answers; once parity was measured
+  README.md                  the model card
+```
+
+`docs/adapter-directory.md` is the contract. An adapter's *revision* is a digest of the hashes of its weights and
+configs: equal files have equal revisions wherever they lie.
+This module reads safetensors headers itself and imports no torch: the server verifies adapters with it.
+"""
+
+import hashlib
+import json
+import math
+import re
+import struct
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pydantic import Field
+
+from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.files import atomic_file, canonical_json, read_json, sha256_file, sha256_json, write_json
+from mixfuse.contracts.judge_protocol import Calibration
+from mixfuse.contracts.strict_yaml import Strict, validate
+
+SCHEMA_VERSION = 2
+MANIFEST = "manifest.json"
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+PROBES = "probes.json"
+PARITY_TOLERANCE = 1e-3
+LoraRank = Literal[1, 8, 16, 32, 64, 128, 256, 320, 512]
+"""What vLLM's `max_lora_rank` may be."""
+LORA_RANKS: tuple[LoraRank, ...] = get_args(LoraRank)
+# Everything an adapter may change. vLLM's default adds the router, which no recipe trains, and the output
+# layer, with which the engine dies at the first batch where one of several requests asks for prompt
+# log-probabilities (vLLM issue 16668).
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "experts")
+_SAMPLE = 1 << 16
+_PIECE = 1 << 24
+# What transformers, peft or the user's disk write into a config without changing the model.
+_VOLATILE = (
+    "transformers_version",
+    "_name_or_path",
+    "use_cache",
+    "dtype",
+    "torch_dtype",
+    "output_router_logits",
+)
+ALLOWED_SUFFIXES = (".safetensors", ".json", ".md")
+
+
+class Fingerprint(Strict):
+    """Which base model an adapter belongs to, mostly in hex SHA-256.
+
+    Attributes:
+        config: Of `config.json`, less the keys that do not change the model.
+        tokenizer: Of `tokenizer.json`.
+        chat_template: Of the chat template.
+        weights: Of every tensor's name, type and shape and of samples of the bytes (64 KiB from the start, the middle
+            and the end of every file): cheap at 281 GB, and two models of one shape still differ.
+        weight_files: Each weight file's name → its size in bytes; None in manifests of version 1.
+        tensors: Of every byte of every tensor, whichever file it lies in; None unless asked for: it reads all of them.
+    """
+
+    config: str
+    tokenizer: str
+    chat_template: str
+    weights: str
+    weight_files: dict[str, int] | None = None
+    tensors: str | None = None
+
+    def differences(self, other: "Fingerprint") -> list[str]:
+        """The parts in which two bases differ; a part that one of them does not know is passed over."""
+        pairs = {part: (getattr(self, part), getattr(other, part)) for part in Fingerprint.model_fields}
+        return [part for part, values in pairs.items() if None not in values and values[0] != values[1]]
+
+
+class Parity(Strict):
+    """How an adapter in vLLM was compared with the same adapter in PEFT.
+
+    Attributes:
+        max_abs_logprob_difference: Worst over all prompt tokens, in nats.
+        tolerance: What it had to stay within.
+        adapter_effect: Worst difference the whole adapter makes to the base, in nats: what the gate could have seen.
+        expert_effect: Worst difference the expert part makes; None where no experts are trained.
+        tokens: How many prompt tokens were compared.
+        dtype: Of both sides.
+        engine: The engine and its version.
+        platform: The system, its processor and the device it ran on; None in manifests of version 1.
+        measured_at: When, in UTC (ISO 8601); None in manifests of version 1.
+    """
+
+    max_abs_logprob_difference: float
+    tolerance: float
+    adapter_effect: float
+    expert_effect: float | None
+    tokens: int
+    dtype: str
+    engine: str
+    platform: str | None = None
+    measured_at: str | None = None
+
+
+class LogprobProbe(Strict):
+    """A stored prompt with what the adapter says of it.
+
+    Attributes:
+        tokens: The prompt's token ids.
+        logprobs: Of its tokens but the first, each given those before it, in nats; float32, under the adapter.
+    """
+
+    tokens: list[int] = Field(min_length=2)
+    logprobs: list[float]
+
+
+class VerdictProbe(Strict):
+    """A stored comparison with a judge's verdict on it.
+
+    Attributes:
+        messages: The comparison as chat messages, from `judge_protocol.comparison`.
+        p: P(A) / (P(A) + P(B)) for its first token, before calibration.
+    """
+
+    messages: list[dict[str, str]]
+    p: float = Field(ge=0, le=1)
+
+
+class Probes(Strict):
+    """`probes.json`: what a swap asks a freshly loaded adapter before it serves, with the answers it must give.
+
+    Attributes:
+        tolerance: How far a log-probability may be off in float32, in nats; engines of less precision take more.
+        logprobs: From the parity run.
+        verdicts: Of a judge.
+    """
+
+    tolerance: float
+    logprobs: list[LogprobProbe] = []
+    verdicts: list[VerdictProbe] = []
+
+
+class TrainingData(Strict):
+    """One data set an adapter was trained on.
+
+    Attributes:
+        name: The file's name, or the data set's on the Hub.
+        sha256: Of the file; None for a data set on the Hub.
+        rows: How many.
+        licence: As its owner states it; None where nothing was stated.
+    """
+
+    name: str
+    sha256: str | None = None
+    rows: int | None = None
+    licence: str | None = None
+
+
+class Signature(Strict):
+    """Who vouches for a manifest: an Ed25519 signature over the manifest's canonical JSON without this group.
+
+    Canonical is UTF-8 with sorted keys and no spaces between them. The manifest holds every file's hash, so the
+    signature covers the files too.
+
+    Attributes:
+        algorithm: The only one there is.
+        public_key: Of who signed, 32 bytes in hex. It tells keys apart; what is trusted is named by who verifies.
+        value: The signature, 64 bytes in hex.
+    """
+
+    algorithm: Literal["ed25519"] = "ed25519"
+    public_key: str = Field(pattern="^[0-9a-f]{64}$")
+    value: str = Field(pattern="^[0-9a-f]{128}$")
+
+
+class Manifest(Strict):
+    """`manifest.json`.
+
+    Attributes:
+        schema_version: Of this layout. Version 1 is read, too, and upgraded in memory.
+        role: What the adapter is for: `domain`, `judge`, `synthesizer` or a name of one's own.
+        revision: 12 hex digits over the hashes of the weights and their configs: equal files, equal revisions.
+        base: The model it belongs to.
+        base_path: Where that model lay when the directory was made.
+        rank: r of every factor in it.
+        experts_trained: Whether it holds factors of experts.
+        files: Every file's path in the directory → its SHA-256; this file aside.
+        libraries: Versions of what it was made with.
+        recipe: The training run's recipe, or how it was made of other adapters.
+        metrics: Whatever was measured when it was made.
+        parity: How it does in vLLM what it did in training; None where that was not measured yet.
+        judge_protocol: The protocol a judge was trained with; None for any other role.
+        calibration: How a judge's probabilities are to be read; None where that was not measured.
+        training_data: What it was trained on.
+        signature: Who vouches for all this; None where nobody does.
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    role: str
+    revision: str
+    base: Fingerprint
+    base_path: str
+    rank: int
+    experts_trained: bool
+    files: dict[str, str] = Field(min_length=1)
+    libraries: dict[str, str] = {}
+    recipe: dict[str, Any] = {}
+    metrics: dict[str, Any] = {}
+    parity: Parity | None = None
+    judge_protocol: dict[str, Any] | None = None
+    calibration: Calibration | None = None
+    training_data: list[TrainingData] = []
+    signature: Signature | None = None
+
+
+def revision_of(files: dict[str, str]) -> str:
+    """The revision of an adapter: 12 hex digits over the hashes of its weights and configs (card and probes aside)."""
+    weights = {name: digest for name, digest in files.items() if not name.endswith(".md") and name != PROBES}
+    return sha256_json(weights)[:12]
+
+
+def fingerprint(base: Path, *, exact: bool = False) -> Fingerprint:
+    """Fingerprints a base model's folder.
+
+    Args:
+        base: The folder.
+        exact: Hash every tensor, too: reads all of the weights, with a progress bar on a terminal.
+
+    Raises:
+        MixfuseError: A part of it is missing.
+    """
+    config = read_json(base / "config.json")
+    files = sorted(base.glob("*.safetensors"))
+    if not files:
+        raise MixfuseError(f"{base}: no .safetensors weights in the folder")
+    weights = hashlib.sha256()
+    for file in files:
+        header = safetensors_header(file)
+        weights.update(sha256_json({name: [t["dtype"], t["shape"]] for name, t in header.items()}).encode())
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            for start in (0, max(0, size // 2), max(0, size - _SAMPLE)):
+                stream.seek(start)
+                weights.update(stream.read(_SAMPLE))
+    template = base / "chat_template.jinja"
+    if template.is_file():
+        chat_template = template.read_text(encoding="utf-8")
+    else:
+        chat_template = str(read_json(base / "tokenizer_config.json").get("chat_template") or "")
+    return Fingerprint(
+        config=sha256_json({key: value for key, value in config.items() if key not in _VOLATILE}),
+        tokenizer=sha256_file(_existing(base / "tokenizer.json")),
+        chat_template=hashlib.sha256(chat_template.encode()).hexdigest(),
+        weights=weights.hexdigest(),
+        weight_files={file.name: file.stat().st_size for file in files},
+        tensors=_tensors_digest(files) if exact else None,
+    )
+
+
+def _tensors_digest(files: Sequence[Path]) -> str:
+    """A digest of every tensor's name, type, shape and bytes, whichever file it lies in."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    tensors: dict[str, list[Any]] = {}
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("hashing", total=sum(file.stat().st_size for file in files))
+        for file in files:
+            header = safetensors_header(file)
+            with file.open("rb") as stream:
+                data = 8 + struct.unpack("<Q", stream.read(8))[0]
+                for name, tensor in header.items():
+                    start, end = tensor["data_offsets"]
+                    stream.seek(data + start)
+                    digest = hashlib.sha256()
+                    for left in range(end - start, 0, -_PIECE):
+                        digest.update(stream.read(min(left, _PIECE)))
+                        progress.advance(bar, min(left, _PIECE))
+                    tensors[name] = [tensor["dtype"], tensor["shape"], digest.hexdigest()]
+    return sha256_json(tensors)
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Reads and validates an adapter directory's manifest.
+
+    Raises:
+        MixfuseError: There is none, or it is not of this schema (`kind` "adapter").
+    """
+    return _read_manifest(directory)[0]
+
+
+def _read_manifest(directory: Path) -> tuple[Manifest, bytes]:
+    """The manifest, and what a signature of it is of: its canonical JSON as it lies there, whatever its version."""
+    path = directory / MANIFEST
+    if not directory.is_dir():
+        raise MixfuseError(f"{directory}: no such adapter directory", kind="adapter")
+    if not path.is_file():
+        raise MixfuseError(
+            f"{directory} has no {MANIFEST}; make an adapter directory with: mixfuse adapter export {directory} OUT",
+            kind="adapter",
+        )
+    data = read_json(path)
+    version = data.get("schema_version") if isinstance(data, dict) else None
+    if version not in (1, SCHEMA_VERSION):  # before the keys: those of another schema differ
+        raise _bad(
+            directory,
+            f"{MANIFEST} has schema version {version!r}, this version of mixfuse reads up to {SCHEMA_VERSION}",
+        )
+    signed = canonical_json({key: value for key, value in data.items() if key != "signature"})
+    # Version 2 only added keys: those a manifest of version 1 lacks have defaults.
+    return validate({**data, "schema_version": SCHEMA_VERSION}, Manifest, source=str(path)), signed
+
+
+def read_probes(directory: Path) -> Probes | None:
+    """Reads an adapter directory's stored probes; None where it has none.
+
+    Raises:
+        MixfuseError: The file is not of that shape (`kind` "adapter").
+    """
+    path = directory / PROBES
+    return validate(read_json(path), Probes, source=str(path)) if path.is_file() else None
+
+
+def verify(directory: Path, *, base: Fingerprint | None = None, trusted: Sequence[bytes | Path] = ()) -> Manifest:
+    """Checks an adapter directory: signature, every file's hash, nothing beside them, shapes against rank, the base.
+
+    Args:
+        directory: The adapter directory.
+        base: Fingerprint of the model it shall be applied to, where that is known.
+        trusted: Ed25519 public keys, as PEM or the files that hold it. One of them must have signed the manifest;
+            where there are none, no signature is demanded, but one that is there must be right.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        MixfuseError: The first thing that is wrong (`kind` "adapter"), or a trusted key cannot be read.
+    """
+    manifest, signed = _read_manifest(directory)
+    _check_signature(directory, manifest, signed, trusted)
+    _check_files(directory, manifest)
+    if base is not None and (parts := manifest.base.differences(base)):
+        raise _bad(
+            directory,
+            f"made on another base model (its {', '.join(parts)} differ); train or export it on this one",
+        )
+    return manifest
+
+
+def rewrite(directory: Path, manifest: Manifest, texts: Mapping[str, str]) -> Manifest:
+    """Renews a directory's manifest and text files beside the weights; a signature ends with what it was of.
+
+    All are written before the first is renamed into place. Only these files' hashes are taken anew: taking the others'
+    would bless a file that was changed since `verify`.
+
+    Args:
+        directory: The adapter directory.
+        manifest: What it shall say, the hashes of these files aside.
+        texts: The name of each file → its text. None of them may be part of the revision.
+
+    Returns:
+        The manifest as it was written.
+    """
+    hashes = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+    manifest = manifest.model_copy(update={"files": {**manifest.files, **hashes}, "signature": None})
+    written = json.dumps(manifest.model_dump(mode="json"), indent=2, ensure_ascii=False)
+    texts = {**texts, MANIFEST: written + "\n"}
+    with ExitStack() as renames:
+        for name, text in texts.items():
+            renames.enter_context(atomic_file(directory / name)).write_text(text, encoding="utf-8")
+    return manifest
+
+
+def sign(directory: Path, key: Path) -> Manifest:
+    """Signs the manifest of a directory that is right with an Ed25519 private key; replaces an earlier signature.
+
+    Args:
+        directory: The adapter directory.
+        key: A PEM file.
+
+    Raises:
+        MixfuseError: The directory is not right (an earlier signature aside), or the file holds no such key.
+    """
+    from mixfuse.contracts.signing import sign as sign_with
+
+    path = directory / MANIFEST
+    manifest = read_manifest(directory).model_copy(update={"signature": None})
+    _check_files(directory, manifest)
+    data = manifest.model_dump(mode="json", exclude={"signature"})
+    public_key, value = sign_with(canonical_json(data), key)
+    manifest = manifest.model_copy(update={"signature": Signature(public_key=public_key, value=value)})
+    write_json(path, manifest.model_dump(mode="json"))
+    return manifest
+
+
+def _check_files(directory: Path, manifest: Manifest) -> None:
+    files = (path for path in directory.rglob("*") if path.is_symlink() or not path.is_dir())
+    present = {str(path.relative_to(directory)) for path in files} - {MANIFEST}
+    if extra := sorted(present - set(manifest.files)):
+        raise _bad(directory, f"{extra[0]} is not in the manifest; remove it or export again")
+    for name, digest in manifest.files.items():
+        if not name.endswith(ALLOWED_SUFFIXES):
+            raise _bad(directory, f"{name}: only safetensors, JSON and Markdown files belong in an adapter directory")
+        if name not in present:
+            raise _bad(directory, f"{name} is missing; export again")
+        if (directory / name).is_symlink() or sha256_file(directory / name) != digest:
+            raise _bad(directory, f"{name} was changed after export (its SHA-256 differs); export again")
+    if manifest.revision != revision_of(manifest.files):
+        raise _bad(directory, "the revision does not match the files; the manifest was changed after export")
+    _check_shapes(directory, manifest)
+
+
+def _check_signature(directory: Path, manifest: Manifest, signed: bytes, trusted: Sequence[bytes | Path]) -> None:
+    if manifest.signature is None:
+        if trusted:
+            raise _bad(directory, "is not signed, and a signature is demanded; sign it with: mixfuse adapter sign")
+        return
+    from mixfuse.contracts import signing
+
+    by = signing.from_hex(manifest.signature.public_key)
+    if not signing.is_signed(signed, manifest.signature.value, by):
+        raise _bad(directory, "its signature does not match; the manifest was changed after it was signed")
+    if trusted and by not in [signing.public_key(source) for source in trusted]:
+        raise _bad(directory, f"signed with key {manifest.signature.public_key[:16]}…, which is not a trusted one")
+
+
+def safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
+    """Reads a safetensors file's header: tensor name → `{dtype, shape, data_offsets}`.
+
+    Raises:
+        MixfuseError: The file is truncated or no safetensors file.
+    """
+    try:
+        with path.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > min(100 << 20, path.stat().st_size):
+                raise ValueError("header too long")
+            header: dict[str, dict[str, Any]] = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+        if path.stat().st_size != 8 + length + end:
+            raise ValueError("truncated")
+    except OSError as error:
+        raise MixfuseError(f"{path}: cannot be read: {error.strerror}", kind="adapter") from None
+    except (ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
+        raise MixfuseError(f"{path}: not a whole safetensors file ({error})", kind="adapter") from None
+    return header
+
+
+_EXPONENTS = {
+    "F64": ("<u8", 0x7FF << 52),
+    "F32": ("<u4", 0xFF << 23),
+    "F16": ("<u2", 0x1F << 10),
+    "BF16": ("<u2", 0xFF << 7),
+}
+"""How each floating-point type lies in a file, and the bits that are all set in a NaN or an infinity."""
+
+
+def check_finite(directory: Path) -> None:
+    """Makes sure that every weight of an adapter directory is a finite number; reads them all, a tensor at a time.
+
+    In an engine a NaN does not stay with its own requests: what it leaves in the cache of keys and values can reach
+    others of the same batch (benchmarks/hot_swap.py saw a judge's verdict lost to it).
+
+    Raises:
+        MixfuseError: One is not (`kind` "adapter").
+    """
+    import numpy
+
+    path = directory / WEIGHTS
+    header = safetensors_header(path)
+    with path.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+    for name, tensor in header.items():
+        if tensor["dtype"] not in _EXPONENTS:
+            raise _bad(directory, f"{name} is of type {tensor['dtype']}; adapters are F32, F16 or BF16")
+        kind, exponent = _EXPONENTS[tensor["dtype"]]
+        start, end = tensor["data_offsets"]
+        count = (end - start) // numpy.dtype(kind).itemsize
+        bits = numpy.memmap(path, dtype=kind, mode="r", offset=8 + length + start, shape=(count,))
+        if ((bits & exponent) == exponent).any():
+            raise _bad(directory, f"{name} holds NaN or infinity; the training diverged")
+
+
+def file_hashes(directory: Path) -> dict[str, str]:
+    """SHA-256 of every file below an adapter directory but its manifest, by relative path."""
+    return {
+        str(path.relative_to(directory)): sha256_file(path)
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }
+
+
+_EXPERT = re.compile(r"\.block_sparse_moe\.experts\.(\d+)\.(w[123])\.lora_([AB])\.weight$")
+
+
+def _check_shapes(directory: Path, manifest: Manifest) -> None:
+    config = read_json(directory / CONFIG)
+    rank = config.get("r")
+    if rank != manifest.rank:
+        raise _bad(directory, f"rank {rank} in {CONFIG}, {manifest.rank} in the manifest")
+    header = safetensors_header(_existing(directory / WEIGHTS))
+    if not header:
+        raise _bad(directory, f"{WEIGHTS} holds no tensors")
+    experts = 0
+    for name, tensor in header.items():
+        shape = tensor["shape"]
+        experts += bool(_EXPERT.search(name))
+        side = 0 if ".lora_A." in name else 1
+        if len(shape) != 2 or shape[side] != rank or not math.prod(shape):
+            raise _bad(directory, f"{name} has shape {shape}, which does not fit rank {rank}")
+        twin = name.replace(".lora_A.", ".lora_B.") if side == 0 else name.replace(".lora_B.", ".lora_A.")
+        if twin not in header:
+            raise _bad(directory, f"{name} stands without {twin}")
+    if bool(experts) != manifest.experts_trained:
+        raise _bad(directory, f"{WEIGHTS} holds {experts} expert tensors, the manifest says otherwise")
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise MixfuseError(f"{path}: no such file")
+    return path
+
+
+def _bad(directory: Path, what: str) -> MixfuseError:
+    return MixfuseError(f"{directory}: {what}", kind="adapter")

@@ -1,0 +1,227 @@
+"""The database beside the gateways: what outlives a process. SQLite by default, PostgreSQL where several share one.
+
+One schema in numbered steps, brought up to date when it is opened; a table of a new room is a new step at the end of
+`MIGRATIONS`. All work is done in one thread, a transaction at a time and in the order in which it was asked for, so
+the event loop never waits for a disk and a reader sees what was written before.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import sqlalchemy
+from sqlalchemy import Connection, Engine, text
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+
+from mixfuse.contracts.errors import MixfuseError
+
+Result = TypeVar("Result")
+
+# SQL that SQLite and PostgreSQL both read. A step that has been released is never changed.
+MIGRATIONS: tuple[tuple[str, ...], ...] = (
+    (
+        # "IF NOT EXISTS": the first databases carried no version.
+        """CREATE TABLE IF NOT EXISTS traces (
+            id TEXT PRIMARY KEY,
+            created_at DOUBLE PRECISION NOT NULL,
+            model TEXT NOT NULL,
+            mode TEXT NOT NULL,
+            outcome TEXT NOT NULL,
+            reason TEXT NOT NULL,
+            total_tokens BIGINT NOT NULL,
+            duration_ms DOUBLE PRECISION NOT NULL,
+            record TEXT NOT NULL
+        )""",
+        "CREATE INDEX IF NOT EXISTS traces_by_time ON traces (created_at)",
+        "CREATE INDEX IF NOT EXISTS traces_by_mode ON traces (mode, created_at)",
+    ),
+    (
+        "ALTER TABLE traces ADD COLUMN cost DOUBLE PRECISION NOT NULL DEFAULT 0",
+        "ALTER TABLE traces ADD COLUMN key_id TEXT",
+        "CREATE INDEX traces_by_key ON traces (key_id, created_at)",
+        """CREATE TABLE api_keys (
+            id TEXT PRIMARY KEY,
+            name TEXT NOT NULL,
+            sha256 TEXT NOT NULL UNIQUE,
+            created_at DOUBLE PRECISION NOT NULL,
+            revoked_at DOUBLE PRECISION,
+            max_cost DOUBLE PRECISION,
+            max_tokens BIGINT,
+            period TEXT NOT NULL,
+            per_minute INTEGER
+        )""",
+        """CREATE TABLE key_usage (
+            key_id TEXT NOT NULL,
+            day TEXT NOT NULL,
+            requests BIGINT NOT NULL,
+            tokens BIGINT NOT NULL,
+            cost DOUBLE PRECISION NOT NULL,
+            PRIMARY KEY (key_id, day)
+        )""",
+    ),
+    (
+        """CREATE TABLE roles (
+            role TEXT PRIMARY KEY,
+            version BIGINT NOT NULL,
+            revision TEXT,
+            directory TEXT,
+            pinned INTEGER NOT NULL,
+            since DOUBLE PRECISION NOT NULL,
+            gateway TEXT NOT NULL
+        )""",
+        """CREATE TABLE role_history (
+            id TEXT PRIMARY KEY,
+            at DOUBLE PRECISION NOT NULL,
+            role TEXT NOT NULL,
+            why TEXT NOT NULL,
+            outcome TEXT NOT NULL,
+            old_revision TEXT,
+            new_revision TEXT,
+            directory TEXT,
+            gateway TEXT NOT NULL,
+            version BIGINT,
+            error TEXT
+        )""",
+        "CREATE UNIQUE INDEX role_history_by_version ON role_history (role, version)",
+        "CREATE INDEX role_history_by_time ON role_history (role, at)",
+    ),
+)
+
+# Any number will do, as long as all gateways take the same.
+_MIGRATION_LOCK = 0x6D697866
+
+
+class Database:
+    """An open database, its schema up to date.
+
+    Args:
+        where: The path of a SQLite file, made with its folder where there is none; or a URL, `sqlite:///…` or
+            `postgresql://…`.
+        create: Whether a SQLite file may be made.
+
+    Raises:
+        MixfuseError: It cannot be opened, is no database, or was written by a newer version (kind "trace_db").
+    """
+
+    def __init__(self, where: str | Path, *, create: bool = True) -> None:
+        url = _url(where)
+        self.name = url.render_as_string(hide_password=True) if "://" in str(where) else str(where)
+        self.is_sqlite = url.get_backend_name() == "sqlite"
+        path = Path(url.database) if self.is_sqlite and url.database else None
+        if path is not None and not create and not path.exists():
+            raise MixfuseError(f"there is no database {path}", kind="trace_db")
+        try:
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            self._engine = _engine(url)
+            try:
+                self.run_now(partial(_migrate, name=self.name))
+            except BaseException:
+                self._engine.dispose()
+                raise
+        except ImportError as error:
+            raise MixfuseError(
+                f"{self.name} needs a driver that is not installed ({error.name}): pip install 'mixfuse[postgres]'",
+                kind="trace_db",
+            ) from error
+        except (SQLAlchemyError, OSError) as error:
+            raise MixfuseError(
+                f"cannot open the trace database {self.name}: {_reason(error)}", kind="trace_db"
+            ) from error
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mixfuse-database")
+
+    async def run(self, work: Callable[[Connection], Result]) -> Result:
+        """Runs `work` in one transaction, after all that was asked for before; it is committed if nothing is raised."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self.run_now, work)
+
+    def run_now(self, work: Callable[[Connection], Result]) -> Result:
+        """As `run`, in this thread."""
+        with self._engine.connect() as connection, connection.begin():
+            return work(connection)
+
+    def close(self) -> None:
+        """Waits for what was asked for, and closes."""
+        self._thread.shutdown()
+        self._engine.dispose()
+
+
+@contextmanager
+def opened(where: str | Path, *, create: bool = True) -> Iterator[Database]:
+    """An open database for as long as the block runs; arguments and errors as `Database`'s."""
+    database = Database(where, create=create)
+    try:
+        yield database
+    finally:
+        database.close()
+
+
+def probe(connection: Connection) -> None:
+    """Finds out whether the database can be written: writes nothing that stays."""
+    with connection.begin_nested() as inside:
+        connection.execute(text("UPDATE schema_version SET version = version"))
+        inside.rollback()
+
+
+def _url(where: str | Path) -> URL:
+    if "://" not in str(where):
+        return URL.create("sqlite", database=str(where))
+    try:
+        url = make_url(str(where))
+    except ArgumentError:
+        raise MixfuseError(f"the database URL {str(where).partition('://')[0]}://… cannot be read") from None
+    if url.drivername in ("postgresql", "postgres"):
+        return url.set(drivername="postgresql+psycopg")
+    if url.get_backend_name() not in ("sqlite", "postgresql"):
+        raise MixfuseError(f"the database is a path, a sqlite:///… or a postgresql://… URL, not {url.drivername}://…")
+    return url
+
+
+def _engine(url: URL) -> Engine:
+    if url.get_backend_name() != "sqlite":
+        # One thread, one connection; tried before use, as a server may have been restarted in between.
+        return sqlalchemy.create_engine(
+            url, pool_size=1, max_overflow=1, pool_pre_ping=True, connect_args={"connect_timeout": 10}
+        )
+    engine = sqlalchemy.create_engine(url, connect_args={"check_same_thread": False, "timeout": 30})
+
+    @sqlalchemy.event.listens_for(engine, "connect")
+    def _prepare(connection: Any, _record: object) -> None:
+        connection.isolation_level = None  # transactions begin where we say, not where the driver guesses
+        connection.execute("PRAGMA journal_mode=WAL")  # readers beside the writer
+        connection.execute("PRAGMA synchronous=NORMAL")  # safe with WAL; a power cut loses the last few
+
+    @sqlalchemy.event.listens_for(engine, "begin")
+    def _begin(connection: Connection) -> None:
+        # At once for writing: a reader that becomes a writer cannot wait for another process, it fails.
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    return engine
+
+
+def _migrate(connection: Connection, name: str) -> None:
+    if connection.dialect.name == "postgresql":  # gateways that start together do not build together
+        connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _MIGRATION_LOCK})
+    connection.execute(text("CREATE TABLE IF NOT EXISTS schema_version (version INTEGER NOT NULL)"))
+    version = connection.execute(text("SELECT version FROM schema_version")).scalar()
+    if version is not None and version > len(MIGRATIONS):
+        raise MixfuseError(
+            f"{name} was written by a newer mixfuse (its schema is version {version}, this one knows "
+            f"{len(MIGRATIONS)}); upgrade, or name another trace_db",
+            kind="trace_db",
+        )
+    if version == len(MIGRATIONS):
+        return
+    for step in MIGRATIONS[version or 0 :]:
+        for statement in step:
+            connection.execute(text(statement))
+    connection.execute(text("DELETE FROM schema_version"))
+    connection.execute(text("INSERT INTO schema_version VALUES (:version)"), {"version": len(MIGRATIONS)})
+
+
+def _reason(error: Exception) -> str:
+    return str(getattr(error, "orig", None) or error).strip()

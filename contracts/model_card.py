@@ -1,0 +1,292 @@
+"""The model card of an adapter directory: its `README.md`, as the Hugging Face Hub renders it.
+
+All of it is taken from the manifest, but for two things that only a person knows: the base's name on the Hub and the
+adapter's licence. They stand in the card's metadata and stay there when the card is renewed.
+
+The metadata's keys are the Hub's: https://github.com/huggingface/hub-docs/blob/main/modelcard.md
+"""
+
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from mixfuse.contracts import judge_protocol
+from mixfuse.contracts.adapter import LORA_RANKS, LORA_TARGETS, Manifest, TrainingData, rewrite
+from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.files import sha256_json
+
+CARD = "README.md"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_LICENCE = re.compile(r"[a-z0-9][a-z0-9.-]*")
+_FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
+# Metrics of a run that were measured on held-out data: a prefix, then what was measured.
+_MEASURED = re.compile(r"(?:best_)?(?:eval|dev|test|heldout)_(?P<metric>\w+)")
+
+
+class Named(NamedTuple):
+    """What a person said of an adapter.
+
+    Attributes:
+        base_model: The base's name on the Hub, `org/name`.
+        licence: The adapter's licence, as the Hub spells it (`apache-2.0`).
+    """
+
+    base_model: str | None = None
+    licence: str | None = None
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether this can be a repository's name on the Hub: `org/name`."""
+    return bool(_HUB_ID.fullmatch(name)) and ".." not in name and "--" not in name
+
+
+def named(directory: Path) -> Named:
+    """What the card of an adapter directory says that its manifest does not know."""
+    path = directory / CARD
+    found = _FRONT_MATTER.match(path.read_text(encoding="utf-8")) if path.is_file() else None
+    try:
+        metadata = yaml.safe_load(found[1]) if found else None
+    except yaml.YAMLError as error:
+        raise MixfuseError(f"{path}: its metadata is no YAML ({error}); export again", kind="adapter") from None
+    if not isinstance(metadata, dict):
+        return Named()
+    base_model, licence = metadata.get("base_model"), metadata.get("license")
+    # Cards of older exports gave the base's local path.
+    return Named(
+        base_model if isinstance(base_model, str) and is_hub_id(base_model) else None,
+        licence if isinstance(licence, str) else None,
+    )
+
+
+def renew(directory: Path, manifest: Manifest, said: Named | None = None) -> Manifest:
+    """Renews the model card and the manifest of an adapter directory; weights and revision stay, a signature ends.
+
+    Args:
+        directory: The adapter directory.
+        manifest: What the manifest shall say, but for the card's hash.
+        said: What a person says of it; a part left out stays as the card says it.
+
+    Returns:
+        The manifest as written.
+
+    Raises:
+        MixfuseError: A name is none of the Hub's, or the disk is full.
+    """
+    old, new = named(directory), said or Named()
+    for given, fits, what in (
+        (new.base_model, is_hub_id, "a model's name on the Hub, like mistralai/Mixtral-8x22B-v0.1"),
+        (new.licence, _LICENCE.fullmatch, "a licence as the Hub spells it, like apache-2.0 (or other)"),
+    ):
+        if given is not None and not fits(given):
+            raise MixfuseError(f"{given!r} is not {what}")
+    merged = Named(new.base_model or old.base_model, new.licence or old.licence)
+    return rewrite(directory, manifest, {CARD: render(manifest, merged)})
+
+
+def render(manifest: Manifest, said: Named | None = None) -> str:
+    """The model card: metadata in YAML, then Markdown."""
+    said = said or Named()
+    parts = [_what_it_is(manifest, said), _use(manifest, said)]
+    if manifest.role == "judge":
+        parts.append(_judging(manifest))
+    parts += [_training(manifest, said), _metrics(manifest), _parity(manifest), _limits(manifest)]
+    front = yaml.safe_dump(metadata(manifest, said), sort_keys=False, allow_unicode=True, width=1000)
+    return f"---\n{front}---\n\n" + "\n\n".join(parts) + "\n"
+
+
+def metadata(manifest: Manifest, said: Named) -> dict[str, Any]:
+    """What the Hub reads: base model, licence, data sets, tags, and results where they fit its schema."""
+    tags = ["mixfuse", "lora", "mixtral", manifest.role, *(["llm-as-a-judge"] if manifest.role == "judge" else [])]
+    result: dict[str, Any] = {"library_name": "peft", "pipeline_tag": "text-generation"}
+    if said.licence:
+        result["license"] = said.licence
+    if said.base_model:
+        result |= {"base_model": said.base_model, "base_model_relation": "adapter"}
+    if on_hub := [data.name for data in manifest.training_data if data.sha256 is None and is_hub_id(data.name)]:
+        result["datasets"] = on_hub
+    result["tags"] = list(dict.fromkeys(tags))
+    if index := _model_index(manifest):
+        result["model-index"] = index
+    return result
+
+
+def _model_index(manifest: Manifest) -> list[dict[str, Any]]:
+    """The results measured on held-out data; the Hub's schema wants each with the data set it was measured on."""
+    data = _evaluated_on(manifest.recipe)
+    metrics = [
+        {"type": found["metric"], "value": value, "name": name}
+        for name, value in _flat(manifest.metrics).items()
+        if (found := _MEASURED.fullmatch(name)) and isinstance(value, int | float) and found["metric"] != "step"
+    ]
+    if not data or not metrics:
+        return []
+    result = {
+        "task": {"type": "text-generation", "name": manifest.role},
+        "dataset": {"name": ", ".join(data), "type": data[0]},
+        "metrics": metrics,
+    }
+    return [{"name": f"{manifest.role}-{manifest.revision}", "results": [result]}]
+
+
+def _evaluated_on(recipe: dict[str, Any]) -> list[str]:
+    """The data sets a run was evaluated on: a file's name without its folders, or a name on the Hub."""
+    evaluation = recipe.get("evaluation")
+    if not isinstance(evaluation, dict):
+        return []
+    sources = evaluation.get("data") or recipe.get("data")  # without data of its own, on a share of the training's
+    if not isinstance(sources, list):
+        return []
+    return [str(source.get("hub") or Path(str(source.get("path"))).stem) for source in sources]
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _what_it_is(manifest: Manifest, said: Named) -> str:
+    trained = "attention and experts" if manifest.experts_trained else "attention"
+    base = (
+        f"[{said.base_model}](https://huggingface.co/{said.base_model})"
+        if said.base_model
+        else f"`{_base(manifest)}`, a Mixtral"
+    )
+    fused = "; `peft/` holds PEFT's fused layout of the same weights, to train on from" if _has_fused(manifest) else ""
+    return f"""# {manifest.role} adapter, revision {manifest.revision}
+
+A LoRA adapter of rank {manifest.rank} on {trained} of {base}, for the role `{manifest.role}`, made with mixfuse.
+Safetensors only. The experts' tensors are per expert, which vLLM applies and PEFT loads{fused}."""
+
+
+def _use(manifest: Manifest, said: Named) -> str:
+    base = said.base_model or "BASE"
+    rank = next((rank for rank in LORA_RANKS[1:] if rank >= manifest.rank), manifest.rank)
+    return f"""## How to use it
+
+`ADAPTER` is this repository's name, or a folder that holds its files.
+
+With mixfuse, in a running server:
+
+```
+mixfuse adapter pull ADAPTER DIR --base BASE_DIR
+mixfuse roles swap {manifest.role} DIR
+```
+
+With vLLM:
+
+```
+vllm serve {base} --enable-lora --max-lora-rank {rank} \\
+  --lora-target-modules {" ".join(LORA_TARGETS)} \\
+  --lora-modules {manifest.role}=ADAPTER
+```
+
+With PEFT:
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{base}")
+model = AutoModelForCausalLM.from_pretrained("{base}", dtype="auto")
+model = PeftModel.from_pretrained(model, "ADAPTER")
+```"""
+
+
+def _judging(manifest: Manifest) -> str:
+    protocol = manifest.judge_protocol or {}
+    calibration = manifest.calibration
+    read = (
+        f"Calibrated: log-odds are divided by {calibration.temperature:g}; a pair whose order-averaged score lies "
+        f"within {calibration.tie_margin:g} of 1/2 is a tie."
+        if calibration
+        else "Not calibrated: probabilities are the model's own."
+    )
+    same = protocol == judge_protocol.describe()
+    text = f"system: {protocol.get('system')}\n\nuser:\n{protocol.get('template')}"
+    return f"""## How it judges
+
+It was trained with judge protocol {protocol.get("version")} (digest `{sha256_json(protocol)[:12]}`\
+{"" if same else ", not the one of the mixfuse that wrote this card"}), which mixfuse checks before it serves it.
+A comparison is written as below; the verdict is read from the log-probabilities of one token, \
+{" or ".join(f"`{verdict}`" for verdict in protocol.get("verdicts", ()))}. Each pair is asked in \
+{protocol.get("orders")} orders; a verdict that flips with the order is a tie. {read}
+
+````
+{text.replace("````", "` ` ` `")}
+````"""
+
+
+def _training(manifest: Manifest, said: Named) -> str:
+    rows = [
+        f"| {_cell(data.name)} | {'' if data.rows is None else data.rows} | {_cell(data.licence or 'not stated')} | "
+        f"{_where(data)} |"
+        for data in manifest.training_data
+    ]
+    table = (
+        "\n".join(["| data | rows | licence | SHA-256 |", "| --- | --- | --- | --- |", *rows])
+        if rows
+        else "What it was trained on is not recorded."
+    )
+    licence = said.licence or "not stated; what the base's and the data's licences ask for holds in any case"
+    made = ", ".join(f"{name} {version}" for name, version in manifest.libraries.items())
+    return f"## Training data and licence\n\n{table}\n\nLicence of the adapter: {licence}." + (
+        f"\n\nMade with {made}." if made else ""
+    )
+
+
+def _metrics(manifest: Manifest) -> str:
+    rows = [f"| {_cell(name)} | {_cell(_figure(value))} |" for name, value in _flat(manifest.metrics).items()]
+    return "## Metrics\n\n" + (
+        "\n".join(["| metric | value |", "| --- | --- |", *rows]) if rows else "None are recorded."
+    )
+
+
+def _parity(manifest: Manifest) -> str:
+    parity = manifest.parity
+    if not parity:
+        return "## Parity\n\nNot measured yet: `mixfuse adapter verify DIR --base BASE`."
+    experts = f", its experts alone by up to {parity.expert_effect:.2g}" if parity.expert_effect else ""
+    return f"""## Parity
+
+Log-probabilities in vLLM and PEFT differ by at most {parity.max_abs_logprob_difference:.1e} nats over \
+{parity.tokens} prompt tokens
+({parity.dtype}, {parity.engine}; tolerance {parity.tolerance:.0e}). The adapter moves them by up to \
+{parity.adapter_effect:.2g} nats{experts}: an engine that ignored it would have been seen."""
+
+
+def _limits(manifest: Manifest) -> str:
+    base = manifest.base
+    measured = f"on {manifest.parity.engine} in {manifest.parity.dtype} alone" if manifest.parity else "nowhere yet"
+    return f"""## Limits
+
+- It fits one base only: config `{base.config[:12]}`, tokenizer `{base.tokenizer[:12]}`, chat template \
+`{base.chat_template[:12]}`,
+  weights `{base.weights[:12]}`. mixfuse refuses any other; PEFT and vLLM do not look.
+- That vLLM applies it as PEFT does was measured {measured}. Measure it on your own engine first:
+  `mixfuse adapter verify DIR --base BASE`.
+- The metrics are of its own training run and data; they say nothing of other tasks or languages.
+- It was not examined for harmful or biased answers, and inherits what its base and data have of them."""
+
+
+def _has_fused(manifest: Manifest) -> bool:
+    return any(name.startswith("peft/") for name in manifest.files)
+
+
+def _base(manifest: Manifest) -> str:
+    return Path(manifest.base_path).name
+
+
+def _where(data: TrainingData) -> str:
+    return f"`{data.sha256[:12]}…`" if data.sha256 else "on the Hub"
+
+
+def _figure(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")

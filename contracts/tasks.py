@@ -1,0 +1,140 @@
+"""Tasks with verifiers, from the package `reasoning-gym` (Apache-2.0), split by prompt.
+
+A task file names the kinds of task and their settings. Every prompt belongs to exactly one split by the hash of its
+text, so nothing trained on can come back in the held-out tasks, however the generator repeats itself.
+"""
+
+import hashlib
+import itertools
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import PositiveFloat
+
+from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.strict_yaml import Strict, load
+
+Split = Literal["train", "pool", "heldout"]
+SPLITS: dict[str, range] = {"train": range(6), "pool": range(6, 8), "heldout": range(8, 10)}
+ATTEMPTS_PER_TASK = 400
+
+
+class TaskKind(Strict):
+    """One reasoning-gym data set.
+
+    Attributes:
+        name: reasoning-gym's name of it.
+        weight: Its share of the tasks, relative to the other kinds'.
+        settings: Passed to reasoning-gym as they are.
+    """
+
+    name: str
+    weight: PositiveFloat = 1.0
+    settings: dict[str, Any] = {}
+
+
+class TaskFile(Strict):
+    """The kinds of task a model is tuned and measured on.
+
+    Attributes:
+        tasks: The kinds, each with its weight.
+    """
+
+    tasks: list[TaskKind]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task: what is asked, and what its verifier needs.
+
+    Attributes:
+        id: Stable: the hash of the prompt.
+        prompt: What is asked.
+        reference: A right answer.
+        kind: reasoning-gym's name of the data set.
+        entry: reasoning-gym's own record, for its verifier.
+    """
+
+    id: str
+    prompt: str
+    reference: str
+    kind: str
+    entry: dict[str, Any] = field(repr=False)
+
+    def chat(self) -> dict[str, Any]:
+        """The task with its reference answer, as a row to train on."""
+        user, assistant = {"role": "user", "content": self.prompt}, {"role": "assistant", "content": self.reference}
+        return {"id": self.id, "messages": [user, assistant]}
+
+    def verify(self, text: str) -> bool:
+        """Whether reasoning-gym's verifier gives the text full marks, white space around it aside."""
+        return bool(_scorer(self.kind).score_answer(text.strip(), self.entry) >= 1.0)
+
+    def verify_lenient(self, text: str) -> bool:
+        """Whether the last number or word of the text, punctuation aside, gets full marks: the answer in a sentence."""
+        found = re.findall(r"-?\d+|[A-Za-z]+", text)
+        return self.verify(text) or (bool(found) and self.verify(found[-1]))
+
+
+def make(path: Path, split: Split, count: int, *, seed: int = 0) -> list[Task]:
+    """Makes `count` distinct tasks of one split, the same for the same arguments.
+
+    Args:
+        path: A task file.
+        split: Which side of the split by prompt.
+        count: How many; fewer where a kind has no more distinct prompts.
+        seed: Of the generators.
+
+    Raises:
+        MixfuseError: The file is bad, a kind is unknown, or its settings are refused.
+    """
+    kinds = load(path, TaskFile).tasks
+    if not kinds:
+        raise MixfuseError(f"{path}: no tasks are listed")
+    total = sum(kind.weight for kind in kinds)
+    # Rounded so that the shares add up to `count`: each kind gets what the kinds up to it are due, less what they have.
+    ends = [round(count * sum(kind.weight for kind in kinds[:end]) / total) for end in range(len(kinds) + 1)]
+    shares = [end - start for start, end in itertools.pairwise(ends)]
+    by_kind = [list(_of_kind(path, kind, split, share, seed)) for kind, share in zip(kinds, shares, strict=True)]
+    # Interleaved, so that any prefix of the list has every kind in it.
+    tasks = [task for place in range(count) for tasks in by_kind for task in tasks[place : place + 1]]
+    if not tasks:
+        raise MixfuseError(f"{path}: the settings leave no prompt for the split {split!r}; widen them")
+    return tasks
+
+
+def _of_kind(path: Path, kind: TaskKind, split: Split, count: int, seed: int) -> Iterator[Task]:
+    import reasoning_gym
+
+    try:
+        size = max(1, count) * ATTEMPTS_PER_TASK
+        dataset = reasoning_gym.create_dataset(kind.name, seed=seed, size=size, **kind.settings)
+    except (ValueError, AssertionError, TypeError) as error:
+        raise MixfuseError(f"{path}: reasoning-gym refuses {kind.name!r}: {error}") from None
+    seen: set[str] = set()
+    barren = 0
+    for entry in dataset:
+        digest = hashlib.sha256(entry["question"].encode()).hexdigest()
+        if len(seen) >= count or barren >= ATTEMPTS_PER_TASK:
+            return
+        if int(digest, 16) % 10 not in SPLITS[split] or digest in seen:
+            barren += 1
+            continue
+        barren = 0
+        seen.add(digest)
+        yield Task(digest[:16], entry["question"], str(entry["answer"]), kind.name, entry)
+
+
+_scorers: dict[str, Any] = {}
+
+
+def _scorer(kind: str) -> Any:
+    """reasoning-gym's verifiers are methods of the data set; any instance of the kind will do."""
+    import reasoning_gym
+
+    if kind not in _scorers:
+        _scorers[kind] = reasoning_gym.create_dataset(kind, size=1, seed=0)
+    return _scorers[kind]

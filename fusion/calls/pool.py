@@ -1,0 +1,289 @@
+"""The pool: how a configured model is reached, and how several are asked at once."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from dataclasses import replace
+from types import TracebackType
+from typing import Any, Protocol, Self, TypeVar
+
+from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.trace import Call, Stage
+from mixfuse.fusion.calls.failures import CallError, FailureKind
+from mixfuse.fusion.calls.ledger import Ledger, Message, Spend, most
+from mixfuse.fusion.calls.limits import Guard
+from mixfuse.fusion.calls.upstream import Client, Emit, Endpoint, Purpose, Reply, call, cancelled_as, http_client
+from mixfuse.fusion.config import Member, ModelConfig
+
+__all__ = [
+    "CallError",
+    "Endpoint",
+    "HttpRoles",
+    "Pool",
+    "RoleSource",
+    "all_or_raise",
+    "estimate",
+    "fan_out",
+    "http_client",
+]
+
+Result = TypeVar("Result")
+
+
+class RoleSource(Protocol):
+    """Who knows where a role is served. A running server's role table is one."""
+
+    def lease(self, role: str) -> AbstractAsyncContextManager[Endpoint]:
+        """Pins the role's adapter revision for as long as the block runs.
+
+        Raises:
+            MixfuseError: The role is unknown or not being served; raised on entering the block.
+        """
+        ...
+
+    def names(self) -> list[str]:
+        """The roles there are."""
+        ...
+
+
+class HttpRoles:
+    """The roles of a running gateway, reached over HTTP by their own names."""
+
+    def __init__(self, base_url: str, api_key: str | None = None) -> None:
+        self._base_url = base_url
+        self._api_key = api_key
+
+    @asynccontextmanager
+    async def lease(self, role: str) -> AsyncIterator[Endpoint]:
+        """Names the role itself as the model; the gateway pins the revision."""
+        yield Endpoint(self._base_url, role, self._api_key)
+
+    def names(self) -> list[str]:
+        """Unknown from here: the gateway answers for itself."""
+        return []
+
+
+class Pool:
+    """Reaches every configured model over one shared HTTP client; an async context manager.
+
+    Args:
+        roles: Where roles are served; None where the config names none.
+    """
+
+    def __init__(self, roles: RoleSource | None) -> None:
+        self._roles = roles
+        self._client: Client | None = None
+        self.guards: dict[str, Guard] = {}
+        self.without_logprobs: set[tuple[str, str]] = set()  # (base URL, model) of judges that gave none
+
+    async def __aenter__(self) -> Self:
+        self._client = http_client()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.client.close()
+
+    @property
+    def client(self) -> Client:
+        """The HTTP client; there for as long as the pool is entered."""
+        if self._client is None:
+            raise RuntimeError("the pool has not been entered")
+        return self._client
+
+    def role_names(self) -> list[str]:
+        """The roles that can be asked for by name."""
+        return self._roles.names() if self._roles else []
+
+    @asynccontextmanager
+    async def lease(self, model: ModelConfig, purpose: Purpose, ledger: Ledger) -> AsyncIterator[Endpoint]:
+        """Yields where `model` is to be reached and within which limits, with a role's revision pinned.
+
+        Raises:
+            CallError: The role is not being served (`unreachable`); the ledger says so too.
+        """
+        endpoint = self._elsewhere(model, purpose)
+        if endpoint is not None:
+            yield endpoint
+            return
+        role = model.role or ""
+        async with AsyncExitStack() as held:
+            try:
+                if self._roles is None:
+                    raise MixfuseError(f"role {role!r}: there is no server beside this gateway")
+                endpoint = await held.enter_async_context(self._roles.lease(role))
+            except MixfuseError as error:
+                ledger.enter(
+                    Call(
+                        stage=purpose.stage,
+                        member=purpose.member,
+                        model=role,
+                        candidate=purpose.candidate,
+                        outcome="unreachable",
+                        error=str(error),
+                        started_ms=ledger.elapsed_ms(),
+                    )
+                )
+                raise CallError("unreachable", str(error)) from error
+            yield replace(endpoint, guard=self.guard(model, purpose.member))
+
+    def _elsewhere(self, model: ModelConfig, purpose: Purpose) -> Endpoint | None:
+        """The endpoint of a model that is no role: nothing is to be leased."""
+        if model.base_url is None or model.model is None:
+            return None
+        return Endpoint(model.base_url, model.model, model.api_key, guard=self.guard(model, purpose.member))
+
+    def guard(self, model: ModelConfig, name: str) -> Guard:
+        """The limits of a model, shared by all calls to it: a member's by its name, any other's by its job."""
+        name = model.name if isinstance(model, Member) else name
+        found = self.guards.get(name)
+        if found is None:
+            found = self.guards[name] = Guard(name, model)
+        return found
+
+    async def ask(
+        self,
+        model: ModelConfig,
+        messages: Sequence[Message],
+        parameters: Mapping[str, Any],
+        *,
+        stage: Stage,
+        name: str,
+        ledger: Ledger,
+        candidate: int | None = None,
+        emit: Emit | None = None,
+    ) -> Reply:
+        """Asks one configured model, with its own system message and defaults; see `upstream.call`.
+
+        Raises:
+            CallError: No usable answer came back.
+        """
+        purpose = Purpose(stage, name, candidate, model.price, model.timeout_s)
+        messages, parameters = _with_system(model.system, messages), _with_defaults(model, parameters)
+        endpoint = self._elsewhere(model, purpose)
+        if endpoint is not None:
+            return await call(self.client, endpoint, messages, parameters, purpose=purpose, ledger=ledger, emit=emit)
+        async with self.lease(model, purpose, ledger) as endpoint:
+            return await call(self.client, endpoint, messages, parameters, purpose=purpose, ledger=ledger, emit=emit)
+
+
+def estimate(model: ModelConfig, messages: Sequence[Message], parameters: Mapping[str, Any]) -> Spend:
+    """The most that asking a model is expected to cost; see `ledger.most`."""
+    return most(_with_system(model.system, messages), _with_defaults(model, parameters), model.price)
+
+
+async def fan_out(
+    attempts: Sequence[Coroutine[Any, Any, Result]],
+    *,
+    quorum: int,
+    grace_s: float | None = None,
+    deadline_s: float | None = None,
+    heard: Callable[[list[Result | None]], None] | None = None,
+) -> list[Result | CallError]:
+    """Runs attempts at once and goes on as soon as enough have succeeded.
+
+    Ends when all have ended, when the quorum is met and the grace over, when the deadline is here, or when
+    the quorum can no longer be met. What still runs then is cancelled, and has ended when this returns.
+    Whether the quorum was met is the caller's to judge.
+
+    Args:
+        attempts: What to run.
+        quorum: How many successes are enough.
+        grace_s: Seconds to wait for the others once the quorum is met; None: until the deadline.
+        deadline_s: Seconds from now after which nothing is waited for; None: no limit.
+        heard: Told the results so far (None where there is none yet) when the grace begins, and again with each further
+            success while others still run.
+
+    Returns:
+        For each attempt, in order, its result or how it failed; `cancelled_straggler` or `timeout` (the
+        deadline) for what was cancelled.
+    """
+    clock = asyncio.get_running_loop().time
+    end = None if deadline_s is None else clock() + deadline_s
+    at_the_end: FailureKind = "timeout"
+    tasks = [asyncio.ensure_future(attempt) for attempt in attempts]
+    pending = set(tasks)
+    successes, in_grace = 0, False
+    try:
+        while pending:
+            wait_s = None if end is None else max(0.0, end - clock())
+            # Woken only by what could change something.
+            if successes + len(pending) == quorum:
+                until = asyncio.FIRST_EXCEPTION
+            elif successes >= quorum and (grace_s is None or (in_grace and heard is None)):
+                until = asyncio.ALL_COMPLETED
+            else:
+                until = asyncio.FIRST_COMPLETED
+            done, pending = await asyncio.wait(pending, timeout=wait_s, return_when=until)
+            if not done:
+                break
+            successes += sum(task.exception() is None for task in done)
+            if successes + len(pending) < quorum:
+                at_the_end = "cancelled_straggler"
+                break
+            if successes >= quorum and grace_s is not None and not in_grace:
+                in_grace = True
+                if end is None or clock() + grace_s < end:
+                    end, at_the_end = clock() + grace_s, "cancelled_straggler"
+            if heard is not None and in_grace and pending:
+                heard([_success(task) for task in tasks])
+    except asyncio.CancelledError as stop:
+        at_the_end = cancelled_as(stop)
+        raise
+    finally:
+        await _cancel(pending, at_the_end)
+    return [_outcome(task, at_the_end) for task in tasks]
+
+
+def all_or_raise(results: Sequence[Result | CallError]) -> list[Result]:
+    """What `fan_out` gave, where all of it was needed.
+
+    Raises:
+        CallError: An attempt failed; the cause, not one that was cancelled because of it.
+    """
+    errors = [result for result in results if isinstance(result, CallError)]
+    if errors:
+        raise next((error for error in errors if error.kind != "cancelled_straggler"), errors[0])
+    return [result for result in results if not isinstance(result, CallError)]
+
+
+async def _cancel(tasks: set["asyncio.Task[Result]"], outcome: FailureKind) -> None:
+    for task in tasks:
+        task.cancel(outcome)  # `upstream.call` writes it into the ledger
+    if tasks:
+        await asyncio.wait(tasks)
+
+
+def _success(task: "asyncio.Task[Result]") -> Result | None:
+    return None if not task.done() or task.cancelled() or task.exception() else task.result()
+
+
+def _outcome(task: "asyncio.Task[Result]", if_cancelled: FailureKind) -> Result | CallError:
+    if task.cancelled():
+        why = "the deadline came first" if if_cancelled == "timeout" else "cancelled: it was no longer needed"
+        return CallError(if_cancelled, why)
+    error = task.exception()
+    if error is None:
+        return task.result()
+    if isinstance(error, CallError):
+        return error
+    raise error
+
+
+def _with_system(system: str | None, messages: Sequence[Message]) -> list[Message]:
+    """Puts a member's instructions before the request's; templates commonly take one system message only."""
+    if system is None:
+        return list(messages)
+    if messages and messages[0]["role"] == "system":
+        return [{"role": "system", "content": f"{system}\n\n{messages[0]['content']}"}, *messages[1:]]
+    return [{"role": "system", "content": system}, *messages]
+
+
+def _with_defaults(model: ModelConfig, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(parameters)
+    if model.temperature is not None:
+        merged.setdefault("temperature", model.temperature)
+    if model.max_tokens is not None and "max_completion_tokens" not in merged:
+        merged.setdefault("max_tokens", model.max_tokens)
+    return merged

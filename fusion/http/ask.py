@@ -1,0 +1,152 @@
+"""`mixfuse ask`: one fused answer in the terminal, with who said what and why it won."""
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+from rich.console import Console
+from rich.rule import Rule
+from rich.text import Text
+
+from mixfuse.contracts.errors import MixfuseError
+from mixfuse.fusion.calls.upstream import split_events
+from mixfuse.fusion.config import FusedMode
+from mixfuse.fusion.http.chat import MODELS
+
+# Answers are untrusted: what steers a terminal is taken out, tabs and newlines aside.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+REASONS = {
+    "judged": "the judge preferred it",
+    "agreement": "all members say the same; the judge was not asked",
+    "lone_survivor": "it is the only answer there is",
+    "judge_failed": "the judge failed, so it is the first member's",
+    "primary": "with tools the first member answers alone",
+    "pass_through": "it is the model that was asked for",
+    "synthesis": "the synthesizer wrote it from the candidates",
+    "synthesizer_failed": "the synthesizer failed, so it is the first member's",
+}
+"""Why an answer is what it is, in words."""
+
+
+def run(
+    prompt: str,
+    *,
+    mode: FusedMode = "best_of",
+    url: str = "http://127.0.0.1:8080",
+    api_key: str | None = None,
+    temperature: float | None = None,
+    max_tokens: int | None = None,
+    console: Console | None = None,
+) -> None:
+    """Asks a running gateway and prints the answer as it comes, then how it came about.
+
+    Raises:
+        MixfuseError: The gateway cannot be reached, or answers with an error.
+    """
+    console = console or Console()
+    body = {
+        "model": next(name for name, known in MODELS.items() if known == mode),
+        "messages": [{"role": "user", "content": prompt}],
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "fusion": {"expose": "full"},
+        **({} if temperature is None else {"temperature": temperature}),
+        **({} if max_tokens is None else {"max_tokens": max_tokens}),
+    }
+    fusion: dict[str, Any] = {}
+    usage: dict[str, int] = {}
+    for event in _events(url, api_key, body):
+        if "error" in event:
+            console.print()
+            raise _error(event["error"])
+        for choice in event.get("choices", []):
+            console.out(_safe(choice["delta"].get("content") or ""), end="", highlight=False)
+        fusion = event.get("fusion") or fusion
+        usage = event.get("usage") or usage
+    console.print("\n")
+    show(fusion, usage, console)
+
+
+def show(fusion: dict[str, Any], usage: dict[str, int], console: Console) -> None:
+    """Prints a `fusion` block: who said what, the verdicts, and why the answer is what it is.
+
+    Args:
+        fusion: As the gateway sent it.
+        usage: The tokens of all calls together.
+        console: Where to.
+    """
+    names = {candidate["candidate"]: candidate["member"] for candidate in fusion.get("candidates", [])}
+    console.print(Rule("who said what", align="left"))
+    for candidate in fusion.get("candidates", []):
+        mark = " (returned)" if candidate["candidate"] == fusion.get("winner") else ""
+        console.print(Text(f"[{candidate['candidate']}] {candidate['member']}{mark}", style="bold"))
+        console.print(Text(_safe(candidate["text"])))
+    if fusion.get("verdicts"):
+        console.print(Rule("verdicts, both orders", align="left"))
+    for verdict in fusion.get("verdicts", []):
+        console.print(Text(_verdict_line(verdict, names)))
+    if debate := fusion.get("debate"):
+        ended = debate["stopped"].replace("_", " ")
+        console.print(Text(f"debated for {debate['rounds']} rounds; what ended it: {ended}"))
+    for failure in fusion.get("failed", []):
+        line = f"{failure['member']} ({failure['stage']}): {failure['type']}: {failure['message']}"
+        console.print(Text(_safe(line), style="yellow"))
+    console.print(Rule("why", align="left"))
+    winner = fusion.get("winner")
+    who = f"{names[winner]}'s answer: " if winner in names else ""
+    reason = str(fusion.get("reason"))
+    console.print(Text(f"{who}{REASONS.get(reason, reason)}."))
+    tokens = f"{usage.get('prompt_tokens', 0)} + {usage.get('completion_tokens', 0)} tokens"
+    console.print(Text(f"{tokens}, ${fusion.get('cost', 0):.6f}, trace {fusion.get('trace_id')}", style="dim"))
+
+
+def _verdict_line(verdict: dict[str, Any], names: dict[int, str]) -> str:
+    first, second = verdict["first"], verdict["second"]
+    pair = f"[{first}] {names.get(first, '?')} against [{second}] {names.get(second, '?')}"
+    if verdict["winner"] == "tie":
+        why = "unreadable" if verdict["parse_failures"] else "the orders disagree"
+        outcome = f"tie ({why})"
+    else:
+        outcome = f"[{verdict[verdict['winner']]}] wins"
+    written = ", written" if verdict.get("read") == "parsed" else ""
+    return f"{pair}: {outcome}, P(first) {verdict['score']:.2f}{written}"
+
+
+def _events(url: str, api_key: str | None, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+    endpoint = f"{url.rstrip('/')}/v1/chat/completions"
+    timeout = httpx.Timeout(None, connect=10)
+    try:
+        with httpx.stream("POST", endpoint, json=body, headers=headers, timeout=timeout) as response:
+            if response.status_code != httpx.codes.OK:
+                response.read()
+                raise _error(_error_object(response))
+            rest = b""
+            for part in response.iter_bytes():
+                events, rest = split_events(rest + part)
+                for data in events:
+                    if data != b"[DONE]":
+                        yield json.loads(data)
+    except httpx.ConnectError as error:
+        raise MixfuseError(f"no gateway answers at {url} ({error}); is it running?", kind="unreachable") from None
+    except httpx.HTTPError as error:
+        raise MixfuseError(f"the connection to {url} broke: {error}", kind="upstream_error") from None
+
+
+def _error_object(response: httpx.Response) -> dict[str, Any]:
+    try:
+        error = response.json()["error"]
+    except (ValueError, KeyError, TypeError):
+        return {"message": f"HTTP {response.status_code}", "type": "upstream_error"}
+    return error if isinstance(error, dict) else {"message": str(error)}
+
+
+def _error(error: dict[str, Any]) -> MixfuseError:
+    return MixfuseError(str(error.get("message")), kind=str(error.get("type") or "upstream_error"))
+
+
+def _safe(text: str) -> str:
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)

@@ -1,0 +1,416 @@
+"""A chat completion request: read strictly, and settled against the config into a plan.
+
+What the gateway does not support is refused by name, never silently dropped.
+"""
+
+import difflib
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mixfuse.contracts import strict_yaml
+from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.strict_yaml import Strict
+from mixfuse.fusion.calls.upstream import Message
+from mixfuse.fusion.config import FUSION_PREFIX, FusedMode, FusionConfig, FusionOptions, Member, ModelConfig
+from mixfuse.fusion.modes import output
+from mixfuse.fusion.modes.request import Plan, images
+
+MODELS: dict[str, FusedMode] = {
+    f"{FUSION_PREFIX}best-of": "best_of",
+    f"{FUSION_PREFIX}merge": "merge",
+    f"{FUSION_PREFIX}debate": "debate",
+}
+"""The modes, by the model name a client asks for."""
+
+OPENROUTER = "openrouter/fusion"
+"""OpenRouter's name for its Fusion, taken as `merge` where the config allows it."""
+
+_SAMPLING = ("temperature", "top_p", "max_tokens", "max_completion_tokens", "seed", "stop", "response_format")
+_TOOLS = ("tools", "tool_choice", "parallel_tool_calls")
+_LOGPROBS = ("logprobs", "top_logprobs")
+
+# Parameters of OpenAI's API that we do not support, with the values at which they change nothing.
+_UNSUPPORTED: dict[str, tuple[object, ...]] = {
+    "n": (1,),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "logit_bias": ({},),
+    "modalities": (["text"],),
+    "store": (False,),
+    "audio": (),
+    "prediction": (),
+    "reasoning_effort": (),
+    "service_tier": ("auto", "default"),
+    "verbosity": (),
+    "web_search_options": (),
+}
+# About the request, not about the answer.
+_IGNORED = ("user", "metadata", "safety_identifier", "prompt_cache_key")
+_PARTS = ("text", "image_url")
+_LONGEST_MESSAGE = 500
+_WITHOUT_TOOLS: tuple[tuple[str, object], ...] = (
+    ("tools", []),
+    ("tool_choice", "none"),
+    ("tool_choice", "auto"),
+    ("parallel_tool_calls", True),
+    ("parallel_tool_calls", False),
+)
+
+
+class RequestError(MixfuseError):
+    """A request the gateway refuses, in the terms of OpenAI's error object."""
+
+    def __init__(self, message: str, *, code: str, param: str | None = None, status: int = 400) -> None:
+        super().__init__(message, kind="invalid_request_error")
+        self.code, self.param, self.status = code, param, status
+
+
+class StreamOptions(Strict):
+    """OpenAI's `stream_options`."""
+
+    include_usage: bool = False
+
+
+class TextPart(Strict):
+    """A text part of a message's content."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ImageUrl(Strict):
+    """Where an image is, or the image itself as a `data:` URL; the member fetches it, never the gateway."""
+
+    url: str = Field(pattern="^(https?://|data:image/)")
+    detail: Literal["auto", "low", "high"] | None = None
+
+
+class ImagePart(Strict):
+    """An image part of a message's content."""
+
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+class CalledFunction(Strict):
+    """The function a tool call names, and its arguments as JSON text."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(Strict):
+    """A call of a tool, in an earlier answer."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class ChatMessage(Strict):
+    """One message; audio and files are not supported."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | tuple[TextPart | ImagePart, ...] | None = None
+    name: str | None = None
+    tool_calls: tuple[ToolCall, ...] | None = None
+    tool_call_id: str | None = None
+
+    def plain(self) -> Message:
+        """As it is sent on: content as one string unless it has images, `developer` by its older name."""
+        content: Any = self.content
+        if isinstance(content, tuple):
+            parts = content
+            with_images = any(isinstance(part, ImagePart) for part in parts)
+            content = (
+                [part.model_dump(exclude_none=True) for part in parts]
+                if with_images
+                else "".join(part.text for part in parts if isinstance(part, TextPart))
+            )
+        message: Message = {"role": "system" if self.role == "developer" else self.role, "content": content}
+        if self.tool_calls:
+            message["tool_calls"] = [call.model_dump() for call in self.tool_calls]
+        if self.tool_call_id is not None:
+            message["tool_call_id"] = self.tool_call_id
+        return message
+
+
+class FunctionTool(Strict):
+    """What a tool is called, what it does, and the JSON schema of its arguments."""
+
+    name: str = Field(min_length=1)
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Strict):
+    """A tool the answer may call."""
+
+    type: Literal["function"]
+    function: FunctionTool
+
+
+class Plugin(Strict):
+    """OpenRouter's plugin `fusion`, as far as it says something here."""
+
+    id: Literal["fusion"]
+    enabled: bool = True
+    preset: str | None = None
+    analysis_models: tuple[str, ...] | None = Field(default=None, min_length=1)
+    model: str | None = None
+
+
+class ChatRequest(BaseModel):
+    """The request body, as far as the gateway supports it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str = Field(min_length=1)
+    messages: tuple[ChatMessage, ...] = Field(min_length=1)
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    max_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    response_format: dict[str, Any] | None = None
+    tools: tuple[Tool, ...] | None = None
+    tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    fusion: FusionOptions | None = None
+    plugins: tuple[Plugin, ...] | None = None
+
+    def sent(self, names: Sequence[str]) -> dict[str, Any]:
+        """Those of the named parameters that are set, as they are sent on."""
+        return {
+            name: [one.model_dump(exclude_none=True) for one in value] if name == "tools" else value
+            for name in names
+            if (value := getattr(self, name)) is not None
+        }
+
+
+def parse(body: object) -> ChatRequest:
+    """Reads a request body.
+
+    Raises:
+        RequestError: It is no object, lacks something, or asks for something unsupported.
+    """
+    if not isinstance(body, dict):
+        raise RequestError("the request body must be a JSON object", code="invalid_json")
+    fields = {key: value for key, value in body.items() if value is not None and key not in _IGNORED}
+    for key, neutral in _UNSUPPORTED.items():
+        if key in fields and fields.pop(key) not in neutral:
+            raise RequestError(f"{key!r} is not supported here", code="unsupported_parameter", param=key)
+    if not fields.get("tools"):  # then what is said about their use changes nothing
+        fields = {key: value for key, value in fields.items() if (key, value) not in _WITHOUT_TOOLS}
+        if "tool_choice" in fields:
+            raise RequestError("'tool_choice' needs 'tools'", code="invalid_value", param="tool_choice")
+    if isinstance(fields.get("messages"), list):
+        fields["messages"] = [_as_sent(message, place) for place, message in enumerate(fields["messages"])]
+    try:
+        request = ChatRequest.model_validate(fields)
+    except ValidationError as error:
+        location = ".".join(str(part) for part in error.errors()[0]["loc"])
+        code = {"missing": "missing_parameter", "extra_forbidden": "unknown_parameter"}.get(
+            error.errors()[0]["type"], "invalid_value"
+        )
+        # The message repeats what was wrong, and that may be an image of megabytes.
+        raise RequestError(
+            strict_yaml.describe(error, ChatRequest)[:_LONGEST_MESSAGE], code=code, param=location
+        ) from None
+    for place, message in enumerate(request.messages):
+        _check_shape(message, f"messages.{place}")
+    return request
+
+
+def _as_sent(message: object, place: int) -> object:
+    """Drops a message's null fields, for clients send back what `model_dump` gave them; refuses audio and the like."""
+    if not isinstance(message, dict):
+        return message
+    parts = message.get("content")
+    for part in parts if isinstance(parts, list) else ():
+        if isinstance(part, dict) and isinstance(part.get("type"), str) and part["type"] not in _PARTS:
+            raise RequestError(
+                f"a content part of type {part['type']!r} is not supported here; text and image_url are",
+                code="unsupported_parameter",
+                param=f"messages.{place}.content",
+            )
+    return {key: value for key, value in message.items() if value is not None and (key, value) != ("annotations", [])}
+
+
+def _check_shape(message: ChatMessage, place: str) -> None:
+    """What a message's role asks of its other fields."""
+    if message.content is None and not message.tool_calls:
+        raise RequestError(f"missing key '{place}.content'", code="missing_parameter", param=f"{place}.content")
+    if message.role == "tool" and message.tool_call_id is None:
+        key = f"{place}.tool_call_id"
+        raise RequestError(f"missing key {key!r}", code="missing_parameter", param=key)
+    if message.tool_calls and message.role != "assistant":
+        key = f"{place}.tool_calls"
+        raise RequestError(f"{key!r} goes with the role 'assistant'", code="invalid_value", param=key)
+
+
+def plan(request: ChatRequest, config: FusionConfig, role_names: list[str]) -> Plan:
+    """Settles what a request asks for: a mode over the pool, or one model passed through.
+
+    Args:
+        request: The parsed request.
+        config: The gateway's config.
+        role_names: Roles that may be asked for by name.
+
+    Raises:
+        RequestError: The model, a member or the combination of parameters is not to be had.
+    """
+    messages = tuple(message.plain() for message in request.messages)
+    form = _output_format(request)
+    below = _options_of_name(request, config)
+    if below is not None:
+        if request.logprobs:
+            raise _unsupported("logprobs", "'logprobs' are not to be had of a fused answer")
+        options = (request.fusion or FusionOptions()).over(below)
+        return _fused(request, options, config=config, role_names=role_names, messages=messages, form=form)
+    model = _by_name(request.model, config, role_names)
+    options = request.fusion or FusionOptions()
+    if options.model_fields_set - {"expose"}:
+        message = f"'fusion' options other than 'expose' go with a {FUSION_PREFIX}… model or a preset, not with "
+        raise _unsupported("fusion", f"{message}{request.model!r}")
+    if request.stream and request.logprobs:
+        raise _unsupported("logprobs", "'logprobs' are not streamed")
+    if images(messages) and not model.images:
+        raise _unsupported("messages", f"{request.model!r} takes no images (its config does not say `images: true`)")
+    parameters = request.sent((*_SAMPLING, *_TOOLS, *_LOGPROBS))
+    settings = options.settings(config.modes)
+    return Plan(request.model, "pass_through", messages, parameters, (model,), settings, output=form)
+
+
+def _options_of_name(request: ChatRequest, config: FusionConfig) -> FusionOptions | None:
+    """The options that the model's name and plugins stand for; None where it is no mode and no preset."""
+    if request.plugins is not None and not config.openrouter_alias:
+        raise RequestError(
+            "unknown key 'plugins'; OpenRouter's way of asking is off here (openrouter_alias in the config)",
+            code="unknown_parameter",
+            param="plugins",
+        )
+    if request.model in MODELS:
+        named = FusionOptions(mode=MODELS[request.model])
+    elif request.model in config.presets:
+        named = config.presets[request.model].over(FusionOptions(mode="best_of"))
+    elif config.openrouter_alias and request.model == OPENROUTER:
+        named = FusionOptions(mode="merge")
+    else:
+        named = None
+    plugin = next((one for one in request.plugins or () if one.enabled), None)
+    if plugin is None:
+        return named
+    # There the model that was asked for writes the answer from the panel's; `model` in the plugin does it instead.
+    writer = plugin.model or (None if named is not None else request.model)
+    below = named or FusionOptions(mode="merge")
+    if plugin.preset is not None:
+        if plugin.preset not in config.presets:
+            message = f"there is no preset {plugin.preset!r}; {_near(plugin.preset, list(config.presets))}"
+            raise RequestError(message, code="unknown_preset", param="plugins")
+        below = config.presets[plugin.preset].over(below)
+    return FusionOptions(members=plugin.analysis_models, judge=plugin.model, synthesizer=writer).over(below)
+
+
+def _fused(
+    request: ChatRequest,
+    options: FusionOptions,
+    *,
+    config: FusionConfig,
+    role_names: list[str],
+    messages: tuple[Message, ...],
+    form: output.OutputFormat | None,
+) -> Plan:
+    mode = options.mode or "best_of"
+    settings = options.settings(config.modes)
+    members = config.members if options.members is None else _chosen(options.members, config)
+    if options.samples is not None:
+        members = tuple(member.model_copy(update={"samples": options.samples}) for member in members)
+    skipped: tuple[str, ...] = ()
+    if images(messages):
+        skipped = tuple(member.name for member in members if not member.images)
+        members = tuple(member for member in members if member.images)
+        if not members:
+            raise _unsupported("messages", "none of the members takes images (`images: true` in the config)")
+    candidates = sum(member.samples for member in members)
+    if candidates < settings.min_responses:
+        raise RequestError(
+            f"{candidates} answers were asked for, but {settings.min_responses} are needed (min_responses)",
+            code="invalid_value",
+            param="fusion",
+        )
+    ending = settings.debate_ending if mode == "debate" else mode
+    judge = config.judge if options.judge is None else _model(options.judge, "judge", config, role_names)
+    synthesizer = config.synthesizer
+    if options.synthesizer is not None:
+        synthesizer = _model(options.synthesizer, "synthesizer", config, role_names)
+    if (judge if ending == "best_of" else synthesizer) is None:
+        decider = "judge" if ending == "best_of" else "synthesizer"
+        raise RequestError(f"mode {mode!r} needs a {decider}; none is configured", code="mode_unavailable")
+    tools = bool(request.tools) and request.tool_choice != "none"
+    if tools and mode != "best_of" and settings.tools == "refuse":
+        raise _unsupported("tools", f"'tools' are not supported in mode {mode!r} here; best_of takes them")
+    if settings.cite and ending == "merge" and form is not None:
+        raise _unsupported("response_format", "'cite' marks paragraphs, and JSON has none; drop one of the two")
+    parameters = request.sent((*_SAMPLING, *_TOOLS) if tools or mode == "best_of" else _SAMPLING)
+    return Plan(request.model, mode, messages, parameters, members, settings, judge, synthesizer, tools, form, skipped)
+
+
+def _output_format(request: ChatRequest) -> output.OutputFormat | None:
+    if request.response_format is None:
+        return None
+    try:
+        return output.read(request.response_format)
+    except ValueError as error:
+        raise RequestError(str(error), code="invalid_value", param="response_format") from None
+
+
+def _unsupported(param: str, message: str) -> RequestError:
+    return RequestError(message, code="unsupported_parameter", param=param)
+
+
+def _chosen(names: tuple[str, ...], config: FusionConfig) -> tuple[Member, ...]:
+    """The members of those names, in the config's order."""
+    known = [member.name for member in config.members]
+    for name in names:
+        if name not in known:
+            message = f"there is no member {name!r}; {_near(name, known)}"
+            raise RequestError(message, code="unknown_member", param="fusion.members")
+    return tuple(member for member in config.members if member.name in names)
+
+
+def _model(name: str, task: str, config: FusionConfig, role_names: list[str]) -> ModelConfig:
+    """A member or a role, to judge or to synthesize."""
+    known = [*(member.name for member in config.members), *role_names]
+    if name not in known:
+        message = f"there is no member or role {name!r}; {_near(name, known)}"
+        raise RequestError(message, code="unknown_member", param=f"fusion.{task}")
+    return _by_name(name, config, role_names)
+
+
+def _by_name(name: str, config: FusionConfig, role_names: list[str]) -> Member:
+    """A member by its name, with its defaults; or a role by its own, without any."""
+    for member in config.members:
+        if member.name == name:
+            return member.model_copy(update={"samples": 1})
+    if name in role_names:
+        return Member(name=name, role=name)
+    known = [*MODELS, *config.presets, *(member.name for member in config.members), *role_names]
+    raise RequestError(
+        f"there is no model {name!r}; {_near(name, known)}", code="model_not_found", param="model", status=404
+    )
+
+
+def _near(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(dict.fromkeys(known))}"

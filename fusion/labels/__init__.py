@@ -1,0 +1,1 @@
+"""Labelled answers for training: collected, judged and explained."""

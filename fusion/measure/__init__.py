@@ -1,0 +1,1 @@
+"""Evaluations of judges and of fusion, with their statistics and reports."""

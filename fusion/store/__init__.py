@@ -1,0 +1,1 @@
+"""What outlives a request: traces, their spool, exports and cached answers."""

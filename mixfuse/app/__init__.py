@@ -1,0 +1,1 @@
+"""Where rooms are composed: the server, the loop, evaluations, the Hub."""

@@ -1,0 +1,1 @@
+"""The `mixfuse` command line."""

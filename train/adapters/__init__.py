@@ -1,0 +1,1 @@
+"""Adapter files: export, layouts, comparison, merge, parity."""

@@ -1,0 +1,184 @@
+"""How two adapters differ: `mixfuse adapter diff`."""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mixfuse.contracts.files import atomic_file
+from mixfuse.train.adapters.factors import Factors, Place, inner_product, tracked
+
+
+class ModuleDifference(NamedTuple):
+    """How two adapters change one module.
+
+    Attributes:
+        norm_a: ‖Δ‖ under the first; 0 where it leaves the module alone.
+        norm_b: ‖Δ‖ under the second.
+        inner: ⟨Δ, Δ'⟩.
+    """
+
+    place: Place
+    norm_a: float
+    norm_b: float
+    inner: float
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How two adapters differ, module by module."""
+
+    a: Factors
+    b: Factors
+    modules: tuple[ModuleDifference, ...]
+
+    def grouped(self) -> dict[int, dict[str, ModuleDifference]]:
+        """Layer → "attention" or an expert's number → its modules together."""
+        groups: dict[tuple[int, str], list[ModuleDifference]] = defaultdict(list)
+        for module in self.modules:
+            expert = module.place.expert
+            groups[module.place.layer, "attention" if expert is None else str(expert)].append(module)
+        result: dict[int, dict[str, ModuleDifference]] = defaultdict(dict)
+        for (layer, column), members in groups.items():
+            result[layer][column] = together(members)
+        return dict(result)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, for `--json`."""
+        return {
+            "a": _described(self.a),
+            "b": _described(self.b),
+            "same_base": not self.a.manifest.base.differences(self.b.manifest.base),
+            "total": _figures(together(self.modules)),
+            "modules": [{**module.place._asdict(), **_figures(module)} for module in self.modules],
+        }
+
+
+def diff(a: Path, b: Path) -> Difference:
+    """Compares two adapter directories.
+
+    Raises:
+        MixfuseError: One of them is not right.
+    """
+    one, other = Factors(a), Factors(b)
+    places = one.places | other.places
+    modules = []
+    for name in tracked(sorted(places, key=lambda name: places[name].order), "comparing"):
+        pairs = [factors[name] if name in factors.places else None for factors in (one, other)]
+        norms = [math.sqrt(max(inner_product(pair, pair), 0)) if pair else 0.0 for pair in pairs]
+        product = inner_product(pairs[0], pairs[1]) if pairs[0] and pairs[1] else 0.0
+        modules.append(ModuleDifference(places[name], norms[0], norms[1], product))
+    return Difference(one, other, tuple(modules))
+
+
+def together(modules: Iterable[ModuleDifference]) -> ModuleDifference:
+    """Several modules as one: squares of norms, and inner products, add up."""
+    members = list(modules)
+    norm_a = math.hypot(*(member.norm_a for member in members))
+    norm_b = math.hypot(*(member.norm_b for member in members))
+    return ModuleDifference(members[0].place, norm_a, norm_b, sum(member.inner for member in members))
+
+
+def cosine(module: ModuleDifference) -> float | None:
+    """Of the angle between the two deltas; None where one of them is zero."""
+    product = module.norm_a * module.norm_b
+    return max(-1.0, min(1.0, module.inner / product)) if product else None
+
+
+def print_difference(difference: Difference) -> None:
+    """Prints both adapters' facts and a table: layers down, attention and experts across."""
+    from rich.console import Console
+    from rich.table import Table
+
+    facts = Table(title="adapters")
+    for heading in ("", "role", "revision", "rank", "alpha/r", "targets", "‖Δ‖"):
+        facts.add_column(heading)
+    total = together(difference.modules)
+    for name, factors, size in (("A", difference.a, total.norm_a), ("B", difference.b, total.norm_b)):
+        row = _described(factors)
+        targets = " ".join(row["targets"])
+        facts.add_row(name, row["role"], row["revision"], str(row["rank"]), f"{row['scale']:g}", targets, f"{size:.4g}")
+    groups = difference.grouped()
+    columns = _columns(groups)
+    table = Table(title="‖Δ‖ of A and B, cosine of the two")
+    table.add_column("layer", justify="right")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for layer, cells in groups.items():
+        table.add_row(str(layer), *[_cell(cells.get(column)) for column in columns])
+    # Into a file or a pipe, a table is not cut to a terminal that is not there.
+    console = Console()
+    console = console if console.is_terminal else Console(width=max(120, 12 + 24 * len(columns)))
+    console.print(facts)
+    console.print(table)
+    angle = cosine(total)
+    words = "" if angle is None else f", cosine {angle:.4f}"
+    console.print(f"‖A - B‖ = {_figures(total)['norm_of_difference']:.4g}{words}", highlight=False)
+    if difference.a.manifest.base.differences(difference.b.manifest.base):
+        console.print("The two are of different base models.")
+
+
+def plot_difference(difference: Difference, path: Path) -> None:
+    """Writes three heat maps as a PNG: both adapters' norms, and the cosine; layers down, attention and experts across.
+
+    Args:
+        difference: What `diff` found.
+        path: The file.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    groups = difference.grouped()
+    columns, layers = _columns(groups), list(groups)
+    nothing = ModuleDifference(Place(0, None, ""), 0, 0, 0)
+    cells = [[groups[layer].get(column, nothing) for column in columns] for layer in layers]
+    norms = [[[getattr(cell, side) for cell in row] for row in cells] for side in ("norm_a", "norm_b")]
+    angles = [[cosine(cell) if cosine(cell) is not None else math.nan for cell in row] for row in cells]
+    largest = max(map(max, norms[0] + norms[1]))
+    width = 1.5 + 0.45 * len(columns)
+    figure = Figure(figsize=(3 * width + 2, 1.8 + 0.22 * len(layers)), layout="constrained")
+    panels: list[tuple[str, list[list[Any]], dict[str, Any]]] = [
+        (f"‖Δ‖, A: {difference.a.manifest.revision}", norms[0], {"cmap": "viridis", "vmin": 0, "vmax": largest}),
+        (f"‖Δ‖, B: {difference.b.manifest.revision}", norms[1], {"cmap": "viridis", "vmin": 0, "vmax": largest}),
+        ("cosine of A and B", angles, {"cmap": "coolwarm", "vmin": -1, "vmax": 1}),
+    ]
+    for axes, (title, values, colours) in zip(figure.subplots(1, 3, squeeze=False)[0], panels, strict=True):
+        image = axes.imshow(values, aspect="auto", **colours)
+        axes.set(title=title, xlabel="attention, experts", ylabel="layer")
+        axes.set_xticks(range(len(columns)), ["att" if column == "attention" else column for column in columns])
+        axes.set_yticks(range(len(layers)), layers)
+        figure.colorbar(image)
+    with atomic_file(path) as temporary:
+        FigureCanvasAgg(figure).print_figure(temporary, format="png", dpi=120)
+
+
+def _columns(groups: dict[int, dict[str, ModuleDifference]]) -> list[str]:
+    return sorted(
+        {column for cells in groups.values() for column in cells}, key=lambda c: (c != "attention", len(c), c)
+    )
+
+
+def _cell(module: ModuleDifference | None) -> str:
+    if module is None:
+        return ""
+    angle = cosine(module)
+    return f"{module.norm_a:.3g} {module.norm_b:.3g} " + ("-" if angle is None else f"{angle:.2f}")
+
+
+def _figures(module: ModuleDifference) -> dict[str, float | None]:
+    apart = module.norm_a**2 + module.norm_b**2 - 2 * module.inner
+    return {
+        "norm_a": module.norm_a,
+        "norm_b": module.norm_b,
+        "norm_of_difference": math.sqrt(max(apart, 0)),
+        "cosine": cosine(module),
+    }
+
+
+def _described(factors: Factors) -> dict[str, Any]:
+    manifest = factors.manifest
+    targets = sorted({place.projection for place in factors.places.values()})
+    facts = {"role": manifest.role, "revision": manifest.revision, "rank": manifest.rank}
+    return {"directory": str(factors.directory), **facts, "scale": factors.scale, "targets": targets}

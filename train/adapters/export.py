@@ -1,0 +1,164 @@
+"""Export: a PEFT adapter becomes an adapter directory whose experts vLLM really applies.
+
+PEFT trains Mixtral's experts as two 3-D parameters a layer and saves them fused. vLLM loads that file with "Success"
+and silently ignores the experts (tests/serve/test_engine.py keeps the proof). Written per expert, under the names
+Mixtral's checkpoints use, the same adapter is applied by vLLM and loaded by plain PEFT.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from mixfuse.contracts import adapter as contract
+from mixfuse.contracts import judge_protocol, model_card
+from mixfuse.contracts.adapter import Fingerprint, Manifest, Probes
+from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.files import atomic_directory, read_json, write_json, write_text
+from mixfuse.contracts.strict_yaml import validate
+from mixfuse.train.adapters.layouts import Layout, served
+from mixfuse.train.run import libraries
+
+
+def export(
+    source: Path,
+    out: Path,
+    *,
+    base: Path | None = None,
+    role: str | None = None,
+    full_hash: bool = False,
+) -> Manifest:
+    """Writes an adapter directory, whole or not at all.
+
+    Args:
+        source: A finished run's folder, an adapter directory, or any PEFT LoRA folder, its experts fused or per expert.
+        out: The folder to create.
+        base: The base model; by default the one the run, the manifest or the adapter's config names.
+        role: The role; by default the run's or the manifest's, else "domain".
+        full_hash: Take every tensor of the base into its fingerprint, which reads all of it.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        MixfuseError: `source` is no LoRA adapter of this base, or is empty, all zero or not finite.
+    """
+    if not source.is_dir():
+        raise MixfuseError(f"{source}: no such run or adapter folder", kind="adapter")
+    adapter, origin = _origin(source)
+    if not (adapter / contract.WEIGHTS).is_file():
+        raise MixfuseError(
+            f"{source} is neither a run nor a PEFT adapter: it has no {contract.WEIGHTS} "
+            "(pickled .bin files are refused)",
+            kind="adapter",
+        )
+    config = read_json(adapter / contract.CONFIG)
+    base = base or Path(origin.get("base") or config.get("base_model_name_or_path") or "")
+    if not (base / "config.json").is_file():
+        raise MixfuseError(f"{source}: its base model {str(base)!r} is not here; name it with --base", kind="adapter")
+    contract.safetensors_header(adapter / contract.WEIGHTS)  # says so in one line where the file is cut off
+    weights = load_file(adapter / contract.WEIGHTS)
+    check_weights(weights, source)
+    layout = served(weights, config, base, source=source)
+    role = role or origin.get("role") or "domain"
+    # The protocol it was trained with, which need not be today's.
+    protocol = (origin.get("judge_protocol") or judge_protocol.describe()) if role == "judge" else None
+    facts = {key: origin[key] for key in ("recipe", "metrics", "training_data", "libraries") if origin.get(key)}
+    if role == "judge" and origin.get("calibration"):
+        facts["calibration"] = origin["calibration"]
+    fingerprint = contract.fingerprint(base, exact=full_hash)
+    return write_directory(out, layout, base, fingerprint, role=role, judge_protocol=protocol, source=source, **facts)
+
+
+def write_directory(
+    out: Path,
+    layout: Layout,
+    base: Path,
+    fingerprint: Fingerprint,
+    *,
+    role: str,
+    source: Path,
+    **facts: Any,
+) -> Manifest:
+    """Writes an adapter directory, whole or not at all.
+
+    Args:
+        out: The folder to create.
+        layout: The adapter.
+        base: The base model's folder; it need not be here.
+        fingerprint: The base's.
+        role: The role.
+        source: Where the adapter came from, for messages.
+        facts: Further keys of the manifest.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        MixfuseError: `out` exists, the disk is full, or a fact is not of the manifest's form.
+    """
+    with atomic_directory(out) as temporary:
+        save_file(layout.weights, temporary / contract.WEIGHTS, metadata={"format": "pt"})
+        write_json(temporary / contract.CONFIG, layout.config)
+        if layout.fused:
+            (temporary / "peft").mkdir()
+            save_file(layout.fused[0], temporary / "peft" / contract.WEIGHTS, metadata={"format": "pt"})
+            write_json(temporary / "peft" / contract.CONFIG, layout.fused[1])
+        files = contract.file_hashes(temporary)
+        keys = {
+            "role": role,
+            "revision": contract.revision_of(files),
+            "base": fingerprint,
+            "base_path": str(base),
+            "rank": int(layout.config["r"]),
+            "experts_trained": layout.has_experts,
+            "files": files,
+            "libraries": libraries(),
+        }
+        manifest = validate(keys | facts, Manifest, source=str(source))
+        write_text(temporary / model_card.CARD, model_card.render(manifest))
+        manifest = manifest.model_copy(update={"files": contract.file_hashes(temporary)})
+        write_json(temporary / contract.MANIFEST, manifest.model_dump(mode="json"))
+        contract.verify(temporary)
+    return manifest
+
+
+def _origin(source: Path) -> tuple[Path, dict[str, Any]]:
+    """The PEFT folder in `source`, and what is known of where it comes from."""
+    if (source / "recipe.json").is_file():
+        if not (source / "run.json").is_file():
+            raise MixfuseError(f"{source} is a run that has not finished; run its train command again to resume it")
+        return source / "adapter", read_json(source / "run.json")
+    if (source / contract.MANIFEST).is_file():
+        manifest = contract.verify(source)
+        fused = source / "peft"
+        return fused if fused.is_dir() else source, {**manifest.model_dump(mode="json"), "base": manifest.base_path}
+    return source, {}
+
+
+def check_weights(weights: dict[str, torch.Tensor], source: Path) -> None:
+    """Refuses an adapter that would do nothing or break everything.
+
+    Raises:
+        MixfuseError: No tensors, an empty one, a NaN or infinity, or every B zero (an untrained LoRA).
+    """
+    if not weights or any(tensor.numel() == 0 for tensor in weights.values()):
+        raise MixfuseError(
+            f"{source}: the adapter is empty (ZeRO-3 partitions saved without gathering?)", kind="adapter"
+        )
+    broken = next((name for name, tensor in weights.items() if not torch.isfinite(tensor).all()), None)
+    if broken:
+        raise MixfuseError(f"{source}: {broken} holds NaN or infinity; the training diverged", kind="adapter")
+    if not any(tensor.any() for name, tensor in weights.items() if ".lora_B." in name):
+        raise MixfuseError(
+            f"{source}: every lora_B is zero, so the adapter does nothing; train it first", kind="adapter"
+        )
+
+
+def write_manifest(directory: Path, manifest: Manifest, *, probes: Probes | None = None) -> None:
+    """Renews the manifest of an adapter directory, its model card and, where given, its probes; the revision stays."""
+    texts = {model_card.CARD: model_card.render(manifest, model_card.named(directory))}
+    if probes is not None:
+        texts[contract.PROBES] = probes.model_dump_json() + "\n"
+    contract.rewrite(directory, manifest, texts)

@@ -1,0 +1,219 @@
+"""The factors of an adapter directory, read a module at a time, and what can be said of B·A without building it.
+
+A module's change to the base is Δ = (alpha/r)·B·A, as large as the base's own matrix: 400 MB in float32 for one of
+8x22B's. Its norm, the inner product of two of them and its best approximation of lower rank need matrices of r columns
+alone.
+"""
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from mixfuse.contracts import adapter as contract
+from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.files import read_json
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_MODULE = re.compile(
+    r"\.layers\.(?P<layer>\d+)\.(?:self_attn|block_sparse_moe\.experts\.(?P<expert>\d+))\.(?P<projection>\w+)$"
+)
+
+
+class Place(NamedTuple):
+    """Where in the model a module lies; `expert` is None for attention."""
+
+    layer: int
+    expert: int | None
+    projection: str
+
+    @property
+    def order(self) -> tuple[int, int, str]:
+        """Sorts places as the model computes: attention before experts."""
+        return self.layer, -1 if self.expert is None else self.expert, self.projection
+
+
+class Pair(NamedTuple):
+    """The factors of one module, float32; the scale alpha/r is in `b` already.
+
+    Attributes:
+        a: (r, in).
+        b: (out, r).
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+
+
+class TensorFile:
+    """A safetensors file, read tensor by tensor with plain reads.
+
+    Pages of a memory-mapped file would count as this process's memory until the kernel wants them back.
+
+    Raises:
+        MixfuseError: The file is not whole.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.header = contract.safetensors_header(path)
+        end = max((tensor["data_offsets"][1] for tensor in self.header.values()), default=0)
+        self.data = path.stat().st_size - end
+        """Where the first tensor's bytes begin."""
+
+    def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
+        """Reads a tensor, or some rows of it, in its own dtype.
+
+        Raises:
+            MixfuseError: It is quantised.
+        """
+        tensor = self.header[name]
+        height, *inner = tensor["shape"]
+        start, stop, _ = (rows or slice(None)).indices(height)
+        row = (tensor["data_offsets"][1] - tensor["data_offsets"][0]) // max(height, 1)
+        content = bytearray((stop - start) * row)
+        with self.path.open("rb", buffering=0) as stream:
+            stream.seek(self.data + tensor["data_offsets"][0] + start * row)
+            view = memoryview(content)
+            while view and (count := stream.readinto(view)):
+                view = view[count:]
+        return torch.frombuffer(content, dtype=self.dtype(name)).reshape(stop - start, *inner)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """A tensor's type.
+
+        Raises:
+            MixfuseError: It is none of plain floats.
+        """
+        stored = self.header[name]["dtype"]
+        if stored not in _DTYPES:
+            raise MixfuseError(
+                f"{self.path}: {name} is quantised ({stored}); merge into weights in bfloat16, float16 or float32 and "
+                "quantise afterwards",
+                kind="adapter",
+            )
+        return _DTYPES[stored]
+
+    def count(self) -> int:
+        """How many numbers the file holds."""
+        return sum(math.prod(tensor["shape"]) for tensor in self.header.values())
+
+
+class Factors:
+    """An adapter directory, verified; its modules' factors are read when they are asked for.
+
+    Args:
+        directory: The adapter directory.
+
+    Attributes:
+        manifest: Its manifest.
+        config: PEFT's.
+        scale: alpha/r.
+        places: The name of each module, in PEFT's words and without `.lora_A.weight` → where it lies.
+
+    Raises:
+        MixfuseError: The directory is not right.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.manifest = contract.verify(directory)
+        self.config: dict[str, Any] = read_json(directory / contract.CONFIG)
+        self.scale = float(self.config["lora_alpha"]) / self.manifest.rank
+        self._file = TensorFile(directory / contract.WEIGHTS)
+        names = (name.removesuffix(".lora_A.weight") for name in self._file.header if ".lora_A." in name)
+        self.places = dict(sorted(((name, self._place(name)) for name in names), key=lambda item: item[1].order))
+        self._check_experts()
+
+    def __getitem__(self, module: str) -> Pair:
+        a, b = (self._file.read(f"{module}.lora_{side}.weight").float() for side in "AB")
+        return Pair(a, b * self.scale)
+
+    def shape(self, module: str, side: str) -> list[int]:
+        """The shape of a module's factor; `side` is "A" or "B"."""
+        shape: list[int] = self._file.header[f"{module}.lora_{side}.weight"]["shape"]
+        return shape
+
+    def _check_experts(self) -> None:
+        found: dict[int, set[tuple[int, str]]] = defaultdict(set)
+        for place in self.places.values():
+            if place.expert is not None:
+                found[place.layer].add((place.expert, place.projection))
+        experts = 1 + max((expert for members in found.values() for expert, _ in members), default=0)
+        for layer, members in found.items():
+            if len(members) < 3 * experts:  # exported by the first version of mixfuse
+                raise MixfuseError(
+                    f"{self.directory}: layer {layer} has factors of some experts only; bring it up to date with: "
+                    f"mixfuse adapter export {self.directory} OUT",
+                    kind="adapter",
+                )
+
+    def _place(self, name: str) -> Place:
+        found = _MODULE.search(name)
+        if found is None:
+            raise MixfuseError(f"{self.directory}: {name} is no module of Mixtral that LoRA is for", kind="adapter")
+        expert = found["expert"]
+        return Place(int(found["layer"]), None if expert is None else int(expert), found["projection"])
+
+
+def inner_product(one: Pair, other: Pair) -> float:
+    """⟨Δ₁, Δ₂⟩ = Σ (B₁ᵀB₂) ∘ (A₁A₂ᵀ), in float64: the sum runs over r₁·r₂ numbers."""
+    left = one.b.double().T @ other.b.double()
+    right = one.a.double() @ other.a.double().T
+    return float((left * right).sum())
+
+
+def norm(pair: Pair) -> float:
+    """‖Δ‖ (Frobenius), from the factors' triangular parts: differences of equal deltas come out as what they are."""
+    _, left = torch.linalg.qr(pair.b.double(), mode="r")
+    _, right = torch.linalg.qr(pair.a.double().T, mode="r")
+    return float(torch.linalg.matrix_norm(left @ right.T))
+
+
+def stacked(pairs: list[Pair]) -> Pair:
+    """The factors of the sum of these deltas; their ranks add up."""
+    return Pair(torch.cat([pair.a for pair in pairs]), torch.cat([pair.b for pair in pairs], dim=1))
+
+
+class Truncated(NamedTuple):
+    """The nearest delta of a lower rank.
+
+    Attributes:
+        pair: Its factors, float32; ranks that the delta does not have are zero.
+        kept: The square of its norm.
+        total: The square of the norm of what it stands for.
+    """
+
+    pair: Pair
+    kept: float
+    total: float
+
+
+def truncated(pair: Pair, rank: int) -> Truncated:
+    """The best approximation of B·A of that rank (Eckart and Young 1936), without building B·A.
+
+    With B = Q₁R₁ and Aᵀ = Q₂R₂, the singular values of B·A are those of R₁R₂ᵀ, which is r by r. The root of each goes
+    into either factor, so that neither grows.
+    """
+    q_b, r_b = torch.linalg.qr(pair.b.double())
+    q_a, r_a = torch.linalg.qr(pair.a.double().T)
+    left, values, right = torch.linalg.svd(r_b @ r_a.T)
+    keep = min(rank, len(values))
+    root = values[:keep].sqrt()
+    a = pair.a.new_zeros(rank, pair.a.shape[1])
+    b = pair.b.new_zeros(pair.b.shape[0], rank)
+    a[:keep] = (root[:, None] * (right[:keep] @ q_a.T)).float()
+    b[:, :keep] = ((q_b @ left[:, :keep]) * root).float()
+    return Truncated(Pair(a, b), float(values[:keep].square().sum()), float(values.square().sum()))
+
+
+def tracked(names: Iterable[str], doing: str) -> Iterable[str]:
+    """The names, with a progress bar on standard error where that is a terminal."""
+    console = Console(stderr=True)
+    return track(list(names), doing, console=console, transient=True, disable=not console.is_terminal)

@@ -1,0 +1,315 @@
+"""The layouts a Mixtral LoRA comes in, and the one that vLLM applies.
+
+PEFT with transformers 5 trains a layer's experts as two 3-D parameters and saves them *fused*; PEFT with transformers 4
+trained `w1`, `w2` and `w3` of each expert as modules and saved them *per expert*. vLLM applies the latter alone, and of
+it only what is complete: one rank, one scale, and in a layer either every expert or none. Whatever an adapter looks
+like, what comes out of here has that form and does the same.
+"""
+
+import math
+import re
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from mixfuse.contracts import adapter as contract
+from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.files import read_json
+from mixfuse.contracts.mixtral import Shape
+
+Weights = dict[str, torch.Tensor]
+
+EXPERT_PROJECTIONS = ("w1", "w2", "w3")
+EXPERT_PARAMETERS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+# `experts.base_layer` is the inner of PEFT's two nested wrappers, gate_up_proj; `experts` the outer, down_proj.
+_FUSED = re.compile(r"^(?P<layer>.*\.layers\.\d+)\.mlp\.experts(?P<inner>\.base_layer)?\.lora_(?P<side>[AB])\.weight$")
+_PER_EXPERT = re.compile(
+    r"^(?P<layer>.*\.layers\.\d+)\.block_sparse_moe\.experts\.(?P<expert>\d+)\.(?P<projection>w[123])"
+    r"\.lora_(?P<side>[AB])\.weight$"
+)
+
+
+class Layout(NamedTuple):
+    """The same adapter in the layout that vLLM applies and, where it has one, in PEFT's fused layout.
+
+    Attributes:
+        weights: Per expert: `…block_sparse_moe.experts.E.{w1,w2,w3}.lora_{A,B}.weight`; A is (r, in), B is (out, r).
+        config: PEFT's config for them.
+        fused: `(weights, config)` in PEFT's layout; None where no experts are adapted, or w1 and w3 of an expert do not
+            share their A, which that layout wants.
+    """
+
+    weights: Weights
+    config: dict[str, Any]
+    fused: tuple[Weights, dict[str, Any]] | None
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether any expert is adapted."""
+        return any(_PER_EXPERT.match(name) for name in self.weights)
+
+
+def served(weights: Weights, config: dict[str, Any], base: Path, *, source: Path) -> Layout:
+    """Brings an adapter, in whichever layout, into the ones that are served and trained on.
+
+    Args:
+        weights: PEFT's saved names → tensors.
+        config: PEFT's `adapter_config.json`.
+        base: The base model's folder.
+        source: Where the adapter lies, for messages.
+
+    Raises:
+        MixfuseError: It holds what cannot be served, or does not fit the base.
+    """
+    base_config = read_json(base / "config.json")
+    if base_config.get("model_type") != "mixtral":
+        raise MixfuseError(f"{base} is a {base_config.get('model_type')!r} model; mixfuse serves Mixtral")
+    shape = Shape.of(base_config)
+    _check_supported(config, source)
+    _check_factors(weights, config, shape, source)
+    is_fused = any(_FUSED.match(name) for name in weights)
+    plain, plain_config = _one_scale(weights, config)
+    plain = per_expert(plain, config, experts=shape.E)
+    plain = _filled(_one_rank(plain), shape)
+    _check_targets(plain, shape, source)
+    plain_config = _config(plain_config, plain, base)
+    if is_fused:
+        return Layout(plain, plain_config, (weights, {**config, "base_model_name_or_path": str(base)}))
+    return with_fused(plain, plain_config)
+
+
+def with_fused(weights: Weights, config: dict[str, Any]) -> Layout:
+    """The layout of per-expert factors of one rank, PEFT's fused one beside them where it can be had."""
+    fused = fuse(weights)
+    if fused is None:
+        return Layout(weights, config, None)
+    layers = sorted({int(_layer(name)) for name in fused if _FUSED.match(name)})
+    modules = [name for name in config["target_modules"] if name not in EXPERT_PROJECTIONS]
+    parameters = [f"layers.{layer}.{parameter}" for layer in layers for parameter in EXPERT_PARAMETERS]
+    return Layout(weights, config, (fused, {**config, "target_modules": modules, "target_parameters": parameters}))
+
+
+def per_expert(weights: Weights, config: dict[str, Any], *, experts: int) -> Weights:
+    """Rewrites fused expert factors per expert; every other tensor is passed through.
+
+    PEFT lays a 3-D parameter's factors out flat: A is (E·r, in), expert-major; B is (out, r·E), rank-major (peft 0.21,
+    `ParamWrapper.get_delta_weight`). Gate and up share A; B's first half of rows is gate, the second up.
+
+    Args:
+        weights: PEFT's saved names → tensors.
+        config: The adapter's config.
+        experts: E, the number of experts a layer.
+
+    Returns:
+        Names as in Mixtral's checkpoints (`…block_sparse_moe.experts.E.{w1,w2,w3}.lora_{A,B}.weight`).
+    """
+    result: Weights = {}
+    for name, tensor in weights.items():
+        match = _FUSED.match(name)
+        if not match:
+            result[name] = tensor.contiguous()
+            continue
+        gate_up = _is_gate_up(match, config)
+        if match["side"] == "A":
+            by_expert = tensor.reshape(experts, -1, tensor.shape[1])  # (E, r, in)
+        else:
+            by_expert = tensor.reshape(tensor.shape[0], -1, experts).permute(2, 0, 1)  # (E, out, r)
+        for expert, factor in enumerate(by_expert):
+            if not gate_up:
+                parts = {"w2": factor}
+            elif match["side"] == "A":
+                parts = {"w1": factor, "w3": factor}
+            else:
+                gate, up = factor.chunk(2)
+                parts = {"w1": gate, "w3": up}
+            for projection, part in parts.items():
+                key = expert_key(match["layer"], expert, projection, match["side"])
+                result[key] = part.contiguous().clone()
+    return result
+
+
+def fuse(weights: Weights) -> Weights | None:
+    """The inverse of `per_expert`; None where there are no experts, or where w1 and w3 do not share their A.
+
+    Args:
+        weights: Per-expert factors, all experts of a layer or none.
+    """
+    experts: dict[str, int] = {}
+    for name in weights:
+        if match := _PER_EXPERT.match(name):
+            experts[match["layer"]] = max(experts.get(match["layer"], 0), int(match["expert"]) + 1)
+    if not experts:
+        return None
+    result = {name: tensor for name, tensor in weights.items() if not _PER_EXPERT.match(name)}
+    for layer, count in experts.items():
+
+        def factors(projection: str, side: str, layer: str = layer, count: int = count) -> list[torch.Tensor]:
+            return [weights[expert_key(layer, expert, projection, side)] for expert in range(count)]
+
+        if not all(map(torch.equal, factors("w1", "A"), factors("w3", "A"))):
+            return None
+        gate_up = [torch.cat(pair) for pair in zip(factors("w1", "B"), factors("w3", "B"), strict=True)]
+        inner, outer = f"{layer}.mlp.experts.base_layer", f"{layer}.mlp.experts"
+        for wrapper, down, up in (
+            (inner, factors("w1", "A"), gate_up),
+            (outer, factors("w2", "A"), factors("w2", "B")),
+        ):
+            result[f"{wrapper}.lora_A.weight"] = torch.cat(down)  # (E·r, in)
+            result[f"{wrapper}.lora_B.weight"] = torch.stack(up, dim=-1).flatten(1)  # (out, r·E)
+    return result
+
+
+def expert_key(layer: str, expert: int, projection: str, side: str) -> str:
+    """The name of one factor; `layer` is everything up to and with the layer's number."""
+    return f"{layer}.block_sparse_moe.experts.{expert}.{projection}.lora_{side}.weight"
+
+
+def _one_scale(weights: Weights, config: dict[str, Any]) -> tuple[Weights, dict[str, Any]]:
+    """Where ranks or alphas differ by module, puts each module's scale into its B; the config's scale is 1 then.
+
+    Otherwise nothing is touched. rsLoRA's scale is written as an ordinary one: loading per-expert factors, PEFT doubles
+    the rank and alpha of gate and up (peft 0.21, `_convert_peft_config_moe`), and alpha / √r would come out √2 times
+    too great.
+    """
+    root = bool(config.get("use_rslora"))
+    if not config.get("rank_pattern") and not config.get("alpha_pattern"):
+        alpha = config["lora_alpha"] * math.sqrt(config["r"]) if root else config["lora_alpha"]
+        return weights, {**config, "use_rslora": False, "lora_alpha": alpha}
+    result: Weights = {}
+    for name, tensor in weights.items():
+        rank, alpha = _ruled(name, config, "rank_pattern", "r"), _ruled(name, config, "alpha_pattern", "lora_alpha")
+        scale = alpha / math.sqrt(rank) if root else alpha / rank
+        result[name] = tensor.float() * scale if ".lora_B." in name else tensor.float()
+    scaled = {"use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}, "lora_alpha": None}
+    return result, {**config, **scaled}
+
+
+def _ruled(name: str, config: dict[str, Any], pattern: str, key: str) -> float:
+    """A factor's rank or alpha: what the config's pattern says of its module, as PEFT reads it, else its key."""
+    patterns: dict[str, float] = config.get(pattern) or {}
+    if not patterns:
+        return float(config[key])
+    from peft.utils.other import get_pattern_key
+
+    module = name.split(".lora_", maxsplit=1)[0].removeprefix("base_model.model.")
+    if match := _FUSED.match(name):
+        parameter = "gate_up_proj" if _is_gate_up(match, config) else "down_proj"
+        module = f"{module.removesuffix('.base_layer')}.{parameter}"
+    return float(patterns.get(get_pattern_key(list(patterns), module), config[key]))
+
+
+def _is_gate_up(match: re.Match[str], config: dict[str, Any]) -> bool:
+    """Whether a fused factor is of gate and up: with one parameter targeted, the one wrapper is the outer one."""
+    targets = {name.rsplit(".", 1)[-1] for name in config.get("target_parameters") or ()}
+    return bool(match["inner"]) or targets == {"gate_up_proj"}
+
+
+def _one_rank(weights: Weights) -> Weights:
+    """Fills up factors of smaller ranks with zeros."""
+    rank = max((tensor.shape[_rank_side(name)] for name, tensor in weights.items()), default=0)
+    result: Weights = {}
+    for name, tensor in weights.items():
+        side = _rank_side(name)
+        missing = rank - tensor.shape[side]
+        zeros = tensor.new_zeros((missing, tensor.shape[1]) if side == 0 else (tensor.shape[0], missing))
+        result[name] = torch.cat([tensor, zeros], dim=side) if missing else tensor
+    return result
+
+
+def _filled(weights: Weights, shape: Shape) -> Weights:
+    """Gives every expert of a layer that has any all of its factors; those that were not trained are zero."""
+    result = dict(weights)
+    one_of = {match["layer"]: name for name in weights if (match := _PER_EXPERT.match(name))}
+    for layer, name in one_of.items():
+        rank = weights[name].shape[_rank_side(name)]
+        for expert, (projection, (wide_in, wide_out)) in product(range(shape.E), _sizes(shape).items()):
+            for side, size in (("A", (rank, wide_in)), ("B", (wide_out, rank))):
+                key = expert_key(layer, expert, projection, side)
+                if projection in EXPERT_PROJECTIONS and key not in result:
+                    result[key] = weights[name].new_zeros(size)
+    return result
+
+
+def _config(config: dict[str, Any], weights: Weights, base: Path) -> dict[str, Any]:
+    """The PEFT config of per-expert factors: every target a module name, no target parameters."""
+    rank = next((tensor.shape[_rank_side(name)] for name, tensor in weights.items()), config["r"])
+    alpha = rank if config["lora_alpha"] is None else config["lora_alpha"]
+    modules = sorted({name.split(".lora_")[0].rsplit(".", 1)[-1] for name in weights})
+    targets = {"target_modules": modules, "target_parameters": None}
+    return {**config, **targets, "r": rank, "lora_alpha": alpha, "base_model_name_or_path": str(base)}
+
+
+def _check_supported(config: dict[str, Any], source: Path) -> None:
+    if str(config.get("peft_type")) != "LORA":
+        raise MixfuseError(f"{source}: a {config.get('peft_type')} adapter; only LoRA can be served", kind="adapter")
+    if not isinstance(config.get("r"), int):
+        raise MixfuseError(f"{source}: its {contract.CONFIG} names no rank 'r'", kind="adapter")
+    if not isinstance(config.get("lora_alpha"), int | float):
+        raise MixfuseError(f"{source}: its {contract.CONFIG} names no 'lora_alpha'", kind="adapter")
+    if config.get("bias", "none") != "none" or config.get("use_dora") or config.get("modules_to_save"):
+        raise MixfuseError(
+            f"{source}: bias, DoRA and modules_to_save cannot be served by vLLM; train without them", kind="adapter"
+        )
+
+
+def _check_factors(weights: Weights, config: dict[str, Any], shape: Shape, source: Path) -> None:
+    """Checks that factors come in pairs, each a matrix of the config's rank, fused ones for each of the base's experts.
+
+    Cut at the wrong number of experts, a fused factor would still fall into matrices, of another adapter.
+    """
+    for name, tensor in weights.items():
+        twin = name.replace(".lora_A.", ".lora_B.") if _rank_side(name) == 0 else name.replace(".lora_B.", ".lora_A.")
+        if twin not in weights:
+            raise MixfuseError(f"{source}: {name} stands without {twin}; the file is not whole", kind="adapter")
+        rank = _ruled(name, config, "rank_pattern", "r")
+        wanted = rank * (shape.E if _FUSED.match(name) else 1)
+        if tensor.ndim != 2 or tensor.shape[_rank_side(name)] != wanted:
+            raise MixfuseError(
+                f"{source}: {name} has shape {list(tensor.shape)}, which does not fit rank {rank:g} and the base "
+                f"model's {shape.E} experts; it belongs to another base model",
+                kind="adapter",
+            )
+
+
+def _check_targets(weights: Weights, shape: Shape, source: Path) -> None:
+    """Checks every tensor's name and model-side width against the base's sizes."""
+    sizes = _sizes(shape)
+    for name, tensor in weights.items():
+        module = name.split(".lora_")[0].rsplit(".", 1)[-1]
+        expert = _PER_EXPERT.match(name)
+        if module not in sizes or not _layer(name) or ".lora_" not in name or (module[0] == "w" and not expert):
+            raise MixfuseError(f"{source}: {name} is not a part of Mixtral that vLLM serves LoRA for", kind="adapter")
+        side = _rank_side(name)
+        outside = int(_layer(name)) >= shape.L or (expert and int(expert["expert"]) >= shape.E)
+        if tensor.shape[1 - side] != sizes[module][side] or outside:
+            raise MixfuseError(
+                f"{source}: {name} has shape {list(tensor.shape)}, which does not fit the base model; "
+                "it belongs to another one",
+                kind="adapter",
+            )
+
+
+def _sizes(shape: Shape) -> dict[str, tuple[int, int]]:
+    """Module → (in, out)."""
+    queries, keys = shape.A * shape.D, shape.G * shape.D
+    return {
+        "q_proj": (shape.H, queries),
+        "k_proj": (shape.H, keys),
+        "v_proj": (shape.H, keys),
+        "o_proj": (queries, shape.H),
+        "w1": (shape.H, shape.I),
+        "w2": (shape.I, shape.H),
+        "w3": (shape.H, shape.I),
+    }
+
+
+def _rank_side(name: str) -> int:
+    """Along which dimension the rank lies: A is (r, in), B is (out, r)."""
+    return 0 if ".lora_A." in name else 1
+
+
+def _layer(name: str) -> str:
+    found = re.search(r"\.layers\.(\d+)\.", name)
+    return found[1] if found else ""

@@ -1,0 +1,266 @@
+"""Merging an adapter into its base: W + (alpha/r)·B·A, file by file, in a memory that does not grow with the model.
+
+The merged checkpoint has the files of the base, with the same tensors in the same places; the bytes of those that the
+adapter changes are replaced as they are copied, some rows at a time. Sums are made in float32 and rounded once, to the
+type that the base has. `docs/adapter-directory.md` has the formula for the memory it takes.
+"""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import psutil
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mixfuse.contracts import adapter as contract
+from mixfuse.contracts.adapter import PARITY_TOLERANCE
+from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.files import atomic_file, disk_errors, read_json, write_json
+from mixfuse.train.adapters.factors import Factors, Pair, TensorFile
+
+RECORD = "merge.json"
+_INDEX = "model.safetensors.index.json"
+_BLOCK = 1 << 25  # bytes of float32 that are added to at once
+_PIECE = 1 << 24
+_COPIED = (".json", ".jinja", ".txt", ".model")
+# Times the base's size in float32: PEFT's copy of a layer's experts, and what loading takes beside the model.
+_CHECK_MEMORY = 2.5
+
+
+class Check(NamedTuple):
+    """What the merged checkpoint says in plain transformers, beside PEFT on the base; log-probs in nats.
+
+    Attributes:
+        difference: Worst difference to PEFT's own merge, rounded to the base's type.
+        rounding: Worst difference to the adapter that is not merged: what rounding to that type has changed.
+        effect: Worst difference that the adapter makes to the base.
+    """
+
+    difference: float
+    rounding: float
+    effect: float
+
+
+class Merged(NamedTuple):
+    """What `merge` made.
+
+    Attributes:
+        tensors: How many it changed.
+        files: How many weight files there are.
+        check: None where it was left out; `skipped` says why.
+        skipped: Why there is no check.
+    """
+
+    tensors: int
+    files: int
+    check: Check | None
+    skipped: str | None
+
+
+def merge(directory: Path, out: Path, *, base: Path | None = None, check: bool | None = None) -> Merged:
+    """Writes the base with an adapter added to it; continues where an interrupted merge has stopped.
+
+    Until it is whole it is `OUT.partial`, whose finished files a second call keeps.
+
+    Args:
+        directory: An adapter directory.
+        out: The folder to create: a checkpoint that plain transformers and vLLM load.
+        base: The base model; by default where the manifest says it is.
+        check: Compare log-probabilities with PEFT's; by default where memory allows it.
+
+    Raises:
+        MixfuseError: The directory is not right or of another base, the base is quantised or lacks a tensor, `out`
+            exists, the disk is too small, or the merged model does not do what the adapter does.
+    """
+    if out.exists():
+        raise MixfuseError(f"{out} exists already; choose another place or remove it first")
+    factors = Factors(directory)
+    base = base or Path(factors.manifest.base_path)
+    if not (base / "config.json").is_file():
+        raise MixfuseError(f"the base model {str(base)!r} is not here; name it with --base")
+    fingerprint = contract.fingerprint(base)
+    if parts := factors.manifest.base.differences(fingerprint):
+        raise MixfuseError(f"{directory}: made on another base model (its {', '.join(parts)} differ)", kind="adapter")
+    files = [TensorFile(path) for path in _weight_files(base)]
+    changed = _targets(factors, files)
+    partial = out.with_name(out.name + ".partial")
+    _begin(partial, factors, fingerprint.model_dump(mode="json"))
+    done = {file.path.name for file in files if (partial / file.path.name).is_file()}
+    _check_space(partial, sum(file.path.stat().st_size for file in files if file.path.name not in done))
+    with _progress() as progress:
+        bar = progress.add_task("merging", total=sum(file.path.stat().st_size for file in files))
+        for file in files:
+            if file.path.name in done:
+                progress.advance(bar, file.path.stat().st_size)
+                continue
+            with atomic_file(partial / file.path.name) as temporary, temporary.open("wb") as stream:
+                _merge_file(file, stream, factors, changed, lambda count: progress.advance(bar, count))
+    with disk_errors(partial):
+        for path in base.iterdir():
+            if path.is_file() and path.suffix in _COPIED and path.name != RECORD:
+                shutil.copyfile(path, partial / path.name)
+    skipped = _why_no_check(files, wanted=check)
+    found = None if skipped else _check(directory, base, partial, files[0])
+    os.replace(partial, out)
+    return Merged(len(changed), len(files), found, skipped)
+
+
+def _weight_files(base: Path) -> list[Path]:
+    """The files that transformers loads: those of the index, else all."""
+    if (base / _INDEX).is_file():
+        names = set(read_json(base / _INDEX).get("weight_map", {}).values())
+        return [base / name for name in sorted(names)]
+    return sorted(base.glob("*.safetensors"))
+
+
+def _targets(factors: Factors, files: list[TensorFile]) -> dict[str, str]:
+    """The checkpoint's name of each tensor that changes → the adapter's module.
+
+    Raises:
+        MixfuseError: The base lacks one, or it has another shape, or is quantised.
+    """
+    where = {name: file for file in files for name in file.header}
+    names = {f"{module.removeprefix('base_model.model.')}.weight": module for module in factors.places}
+    for name, module in names.items():
+        if name not in where:
+            raise MixfuseError(
+                f"{factors.directory}: the base has no tensor {name!r}; its checkpoint is not in Mixtral's own names "
+                "(w1, w2, w3 of each expert)",
+                kind="adapter",
+            )
+        a, b = (factors.shape(module, side) for side in "AB")
+        if where[name].header[name]["shape"] != [b[0], a[1]]:
+            raise MixfuseError(f"{factors.directory}: {module} does not fit the base's {name}", kind="adapter")
+        where[name].dtype(name)  # refuses quantised ones before anything is written
+    return names
+
+
+def _begin(partial: Path, factors: Factors, base: dict[str, Any]) -> None:
+    """Makes the folder, or finds the one that the same merge has left.
+
+    Raises:
+        MixfuseError: What is there is of another merge.
+    """
+    manifest = factors.manifest
+    record = {
+        "adapter": manifest.revision,
+        "role": manifest.role,
+        "judge_protocol": manifest.judge_protocol,
+        "training_data": [entry.model_dump(mode="json") for entry in manifest.training_data],
+        "base": base,
+    }
+    if partial.exists():
+        if not (partial / RECORD).is_file() or read_json(partial / RECORD) != record:
+            raise MixfuseError(f"{partial} is of another merge; remove it, or choose another place")
+        for left in partial.glob(".*.partial"):  # of a process that was killed
+            left.unlink()
+        return
+    with disk_errors(partial):
+        partial.mkdir(parents=True)
+    write_json(partial / RECORD, record)
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise MixfuseError(
+            f"no disk space left to write {folder}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free",
+            kind="disk",
+        )
+
+
+def _merge_file(
+    file: TensorFile, out: IO[bytes], factors: Factors, changed: dict[str, str], advance: Callable[[int], object]
+) -> None:
+    """Copies a weight file; the header stays, since no name, type or shape changes."""
+    with file.path.open("rb") as source:
+        _copy(source, out, file.data, advance)
+        for name, tensor in sorted(file.header.items(), key=lambda item: item[1]["data_offsets"]):
+            start, end = tensor["data_offsets"]
+            if name in changed:
+                _merge_tensor(file, name, factors[changed[name]], out)
+                advance(end - start)
+            else:
+                source.seek(file.data + start)
+                _copy(source, out, end - start, advance)
+
+
+def _merge_tensor(file: TensorFile, name: str, pair: Pair, out: IO[bytes]) -> None:
+    rows, columns = file.header[name]["shape"]
+    step = max(1, _BLOCK // (4 * columns))
+    for start in range(0, rows, step):
+        block = slice(start, min(start + step, rows))
+        weight = file.read(name, block)
+        merged = weight.float().addmm_(pair.b[block], pair.a).to(weight.dtype)
+        if not torch.isfinite(merged).all():
+            raise MixfuseError(f"{file.path}: with the adapter, {name} no longer fits {weight.dtype}", kind="adapter")
+        out.write(merged.view(torch.uint8).numpy().data)
+
+
+def _copy(source: IO[bytes], out: IO[bytes], count: int, advance: Callable[[int], object]) -> None:
+    while count:
+        if not (piece := source.read(min(count, _PIECE))):
+            raise MixfuseError(f"{source.name}: the file became shorter while it was read")
+        out.write(piece)
+        count -= len(piece)
+        advance(len(piece))
+
+
+def _why_no_check(files: list[TensorFile], *, wanted: bool | None) -> str | None:
+    if wanted is False:
+        return "it was not asked for"
+    needed = _CHECK_MEMORY * 4 * sum(file.count() for file in files)
+    free = psutil.virtual_memory().available
+    if wanted is None and needed > free:
+        return f"it would take about {needed / 2**30:.0f} GiB of memory, {free / 2**30:.0f} GiB are free"
+    return None
+
+
+def _check(directory: Path, base: Path, merged: Path, file: TensorFile) -> Check:
+    """Compares the merged checkpoint with PEFT, one model in memory at a time, float32.
+
+    Raises:
+        MixfuseError: They differ.
+    """
+    from transformers import MixtralForCausalLM
+
+    from mixfuse.train.adapters.parity import logprobs, peft_model, probe_prompts, worst_difference
+    from mixfuse.train.model.load import load_tokenizer
+
+    dtype = next(file.dtype(name) for name in file.header)
+    prompts = probe_prompts(load_tokenizer(base))
+    with Console(stderr=True).status("comparing with PEFT"):
+        model: Any = peft_model(directory, base)
+        adapted = logprobs(model, prompts)
+        with model.disable_adapter():
+            unadapted = logprobs(model, prompts)
+        model = model.merge_and_unload()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(parameter.to(dtype))
+        wanted = logprobs(model, prompts)
+        del model
+        plain, info = MixtralForCausalLM.from_pretrained(
+            merged, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+        if info["missing_keys"] or info["unexpected_keys"]:
+            raise MixfuseError(f"{merged}: transformers does not find every weight in it, or finds others")
+        got = logprobs(plain.eval(), prompts)
+    found = Check(worst_difference(got, wanted), worst_difference(got, adapted), worst_difference(adapted, unadapted))
+    if not found.difference <= PARITY_TOLERANCE:
+        raise MixfuseError(
+            f"{merged}: the merged model's log-probs differ from PEFT's by {found.difference:.1e}, more than "
+            f"{PARITY_TOLERANCE:.0e}; it is left there to be looked at",
+            kind="parity",
+        )
+    return found
+
+
+def _progress() -> Progress:
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)

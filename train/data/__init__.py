@@ -1,0 +1,1 @@
+"""Rows on disk become what a stage trains on."""

@@ -1,0 +1,214 @@
+"""Preference pairs for the judge, written through the judge protocol.
+
+A pair is one comparison of a better with a worse answer: the prompt is the comparison, `chosen` the verdict for the
+better answer, `rejected` the other verdict. Every pair is written in both orders, in two neighbouring rows, so that
+training can keep them in one batch and a preference for a position earns nothing. Who wrote an answer is known up to
+here, for the filters and the data card; no name is written.
+"""
+
+import hashlib
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mixfuse.contracts import judge_protocol
+from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.files import read_jsonl, write_jsonl
+from mixfuse.train.data.chats import rows
+from mixfuse.train.recipe import DataSource
+
+POOL = "pool"
+"""The source of pairs whose source was not named."""
+
+
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """One better and one worse answer to a prompt.
+
+    Attributes:
+        prompt: What was asked.
+        better: The better answer.
+        worse: The other.
+        source: Where the preference comes from, for counts and weights.
+        margin: How strong it is, in (0, 1]: the votes' majority, a stronger judge's confidence; 1 for a checked answer.
+        models: Who wrote the better and the worse answer, where known. Never written.
+    """
+
+    prompt: str
+    better: str
+    worse: str
+    source: str = POOL
+    margin: float = 1.0
+    models: tuple[str, str] | None = None
+
+    @property
+    def id(self) -> str:
+        """The prompt's: all pairs of a prompt have one id, and it names nobody."""
+        return _digest(self.prompt)[:16]
+
+    @property
+    def key(self) -> str:
+        """The pair's own: what any choice of pairs is drawn by, so that it is the same every time."""
+        return _digest("\0".join((self.prompt, self.better, self.worse)))
+
+
+def is_dev(prompt: str, share: float) -> bool:
+    """Whether a prompt belongs to the dev side; the same whatever else is in the data."""
+    return int(_digest(f"dev:{prompt}")[:8], 16) / 16**8 < share
+
+
+def build(pool: Path, out: Path, *, per_prompt: int = 2, dev_share: float = 0.1, seed: int = 0) -> dict[str, int]:
+    """Builds preference pairs from pool responses, nothing left out but what cannot be judged.
+
+    `mixfuse.app.preferences.build` does the same for several sources, with filters.
+
+    Args:
+        pool: JSONL of `{id, prompt, reference, responses: [{model, text, correct}]}`.
+        out: Where the training pairs go; the dev pairs go beside it, as `NAME.dev.jsonl`.
+        per_prompt: At most this many pairs of answers a prompt, so that no prompt dominates.
+        dev_share: Share of the *prompts* held out for dev; a prompt never stands on both sides.
+        seed: Of the choice of pairs, their order and the fence nonces.
+
+    Returns:
+        Counts: `prompts`, `usable_prompts`, `train_pairs`, `dev_pairs` (rows; two a pair of answers).
+
+    Raises:
+        MixfuseError: A row is not of that shape, or no prompt has both a right and a wrong answer.
+    """
+    prompts = read_pool(pool)
+    sides: dict[bool, list[Preference]] = {False: [], True: []}
+    usable = 0
+    for row in prompts:
+        pairs = of_pool(row)
+        usable += bool(pairs)
+        rng = random.Random(f"{seed}:{row['id']}")  # noqa: S311 - a reproducible choice, not a secret
+        sides[is_dev(row["prompt"], dev_share)].extend(rng.sample(pairs, min(per_prompt, len(pairs))))
+    if not usable:
+        raise MixfuseError(f"{pool}: no prompt has both a right and a wrong answer, so there is nothing to prefer")
+    counts = write(out, sides[False], sides[True], seed=seed)
+    return {"prompts": len(prompts), "usable_prompts": usable, **counts}
+
+
+def of_pool(row: Mapping[str, Any], *, source: str = POOL) -> list[Preference]:
+    """Every distinct right answer of a pool row against every distinct wrong one, in a settled order."""
+    right, wrong = (
+        {one["text"]: one.get("model") for one in reversed(row["responses"]) if one["correct"] is mark}
+        for mark in (True, False)
+    )
+    return [
+        Preference(row["prompt"], good, bad, source, models=(str(author), str(other)) if author and other else None)
+        for good, author in sorted(right.items())
+        for bad, other in sorted(wrong.items())
+        if bad not in right and good.strip() and bad.strip()
+    ]
+
+
+def write(out: Path, train: Sequence[Preference], dev: Sequence[Preference], *, seed: int = 0) -> dict[str, int]:
+    """Writes both orders of every pair; the dev pairs go beside `out`, as `NAME.dev.jsonl`.
+
+    Returns:
+        `train_pairs` and `dev_pairs`: rows, two a pair.
+
+    Raises:
+        MixfuseError: There is no training pair, or a file cannot be written.
+    """
+    if not train:
+        raise MixfuseError(f"{out}: every usable prompt fell to dev; collect more prompts or lower --dev-share")
+    dev_rows = write_jsonl(dev_path(out), _both_orders(dev, seed))
+    return {"train_pairs": write_jsonl(out, _both_orders(train, seed)), "dev_pairs": dev_rows}
+
+
+def dev_path(out: Path) -> Path:
+    """Where the dev pairs of a pairs file lie."""
+    return out.with_name(f"{out.stem}.dev.jsonl")
+
+
+def read_pool(path: Path, *, marked: bool = True) -> list[dict[str, Any]]:
+    """Reads pool responses.
+
+    Args:
+        path: The file.
+        marked: Whether each response must say whether it is correct.
+
+    Raises:
+        MixfuseError: The file is missing, empty, or a row has another shape.
+    """
+    read = read_jsonl(path, required=("id", "prompt", "responses"))
+    for row in read:
+        responses = row["responses"]
+        if not isinstance(row["prompt"], str):
+            raise MixfuseError(f"{path}: row {row['id']!r}: prompt must be a string")
+        if not isinstance(responses, list) or not all(
+            isinstance(r, dict)
+            and isinstance(r.get("text"), str)
+            and (not marked or isinstance(r.get("correct"), bool))
+            for r in responses
+        ):
+            shape = "{model, text, correct}" if marked else "{model, text}"
+            raise MixfuseError(f"{path}: row {row['id']!r}: responses must be a list of {shape}")
+    return read
+
+
+def read_pairs(source: Path | DataSource) -> list[dict[str, Any]]:
+    """Reads what `write` wrote: an even number of rows, the two orders of each pair in neighbouring ones.
+
+    Raises:
+        MixfuseError: The data set is missing or empty, was written with another judge protocol, or an order is missing.
+    """
+    source = source if isinstance(source, DataSource) else DataSource(path=source)
+    read = [row for _, row in rows(source, required=("id", "prompt", "chosen", "rejected", "protocol"))]
+    other = next((row["protocol"] for row in read if row["protocol"] != judge_protocol.digest()), None)
+    if other is not None:
+        raise MixfuseError(
+            f"{source.name}: the pairs were built with another judge protocol ({str(other)[:12]}…, this version has "
+            f"{judge_protocol.digest()[:12]}…); build them again"
+        )
+    for number in range(0, len(read), 2):
+        orders = read[number : number + 2]
+        if len(orders) < 2 or not _twins(*orders):
+            raise MixfuseError(
+                f"{source.name}: row {number + 1} stands without the other order of its pair; build them again"
+            )
+    return read
+
+
+def _twins(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether they are one pair in both orders: of verdicts, what is right in one is wrong in the other."""
+    verdicts = {row[side][-1]["content"] for row in (one, other) for side in ("chosen", "rejected")}
+    turned = one["chosen"] == other["rejected"] or not verdicts <= set(judge_protocol.VERDICTS)
+    return turned and bool(one["id"] == other["id"])
+
+
+def check_pairs(sources: Sequence[DataSource]) -> None:
+    """Reads every pair once, keeping none.
+
+    Raises:
+        MixfuseError: As `read_pairs`.
+    """
+    for source in sources:
+        read_pairs(source)
+
+
+def _both_orders(preferences: Iterable[Preference], seed: int) -> Iterator[dict[str, Any]]:
+    """Two rows a pair; which order comes first is drawn."""
+    for pair in preferences:
+        rng = random.Random(f"{seed}:{pair.key}")  # noqa: S311 - a reproducible choice, not a secret
+        nonce = judge_protocol.new_nonce(pair.prompt, pair.better, pair.worse, draw=rng.randbytes)
+        orders = [(pair.better, pair.worse, 0), (pair.worse, pair.better, 1)]
+        rng.shuffle(orders)
+        for first, second, verdict in orders:
+            yield {
+                "id": pair.id,
+                "prompt": judge_protocol.comparison(pair.prompt, first, second, nonce=nonce),
+                "chosen": [{"role": "assistant", "content": judge_protocol.VERDICTS[verdict]}],
+                "rejected": [{"role": "assistant", "content": judge_protocol.VERDICTS[1 - verdict]}],
+                "protocol": judge_protocol.digest(),
+                "source": pair.source,
+                "margin": round(pair.margin, 4),
+            }
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()

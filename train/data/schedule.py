@@ -1,0 +1,127 @@
+"""Which comparisons each step of a judge's training takes, and the rounds that take what the judge still gets wrong."""
+
+import itertools
+import random
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.files import read_json, write_json
+from mixfuse.train.recipe import JudgeRecipe
+
+FILE = "data/rounds.json"
+"""In a run's folder until it ends: the pairs of each round after the first, by their numbers."""
+
+
+def schedule(
+    recipe: JudgeRecipe,
+    lengths: Sequence[int],
+    *,
+    steps: int | None = None,
+    only: Collection[int] | None = None,
+    first_pass: int = 0,
+) -> list[int]:
+    """Which rows each optimiser step takes, in their order, for so many steps.
+
+    Every pass over the data after the first is shuffled anew, by pair where both orders are trained. Within a step the
+    longest pairs come first, so that a micro batch holds comparisons of about one length; what a step learns from is
+    the same in any order.
+
+    Args:
+        recipe: Its `optimizer.batch_size`, `orders` and seed.
+        lengths: Tokens of each row's prompt.
+        steps: By default the recipe's `optimizer.steps`.
+        only: The pairs that are taken, by number; by default all.
+        first_pass: How many passes came before.
+    """
+    side_by_side = 2 if recipe.orders == "both" else 1
+    pairs = [tuple(range(start, start + side_by_side)) for start in range(0, len(lengths), side_by_side)]
+    if only is not None:
+        pairs = [pair for number, pair in enumerate(pairs) if number in only]
+    batch = recipe.optimizer.batch_size
+    count = (recipe.optimizer.steps if steps is None else steps) * batch
+    stream: list[tuple[int, ...]] = []
+    for number in itertools.count(first_pass):
+        if len(stream) * side_by_side >= count:
+            break
+        if number:
+            random.Random(f"{recipe.order_seed}:{number}").shuffle(pairs)  # noqa: S311 - reproducible, no secret
+        stream += pairs
+    if batch % side_by_side:  # a step that ends between the orders of a pair
+        return [row for pair in stream for row in pair][:count]
+    per_step = batch // side_by_side
+    chunks = [stream[start : start + per_step] for start in range(0, count // side_by_side, per_step)]
+    return [row for chunk in chunks for pair in sorted(chunk, key=lambda pair: -lengths[pair[0]]) for row in pair]
+
+
+class Rounds(TrainerCallback):
+    """Trains in rounds: each after the first takes the pairs that the judge gets wrong or flips when it begins.
+
+    It stands for the trainer's data set, too: row by row what the steps take, in their order. The trainer reads one
+    micro batch ahead, so the first micro batch of a round is still of the round before.
+
+    Args:
+        trainer: A judge's, on verdicts; its reference knows every row.
+        recipe: The run's; its `rounds`.
+        rows: The tokenised comparisons, the two orders of a pair side by side.
+        lengths: Tokens of each row's prompt.
+    """
+
+    def __init__(self, trainer: Any, recipe: JudgeRecipe, rows: Any, lengths: Sequence[int]) -> None:
+        self._trainer, self._recipe, self._rows, self._lengths = trainer, recipe, rows, lengths
+        self._order = schedule(recipe, lengths)
+        self._steps = -(-recipe.optimizer.steps // recipe.rounds)
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __getitem__(self, place: int) -> Any:
+        return self._rows[self._order[place]]
+
+    @property
+    def _path(self) -> Path:
+        return self._recipe.out / FILE
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """A run that is resumed finds the rounds that it has begun.
+
+        Raises:
+            MixfuseError: They are not there.
+        """
+        begun = [step for step in range(self._steps, state.max_steps, self._steps) if step <= state.global_step]
+        stored = read_json(self._path) if begun and self._path.is_file() else {}
+        for step in begun:
+            if str(step) not in stored:
+                raise MixfuseError(f"{self._path} lacks the round from step {step}; remove the run to start over")
+            self._begin(step, stored[str(step)])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Every process takes part."""
+        step = state.global_step
+        if step % self._steps or step >= state.max_steps:
+            return
+        log_odds = self._trainer.log_odds(self._rows)
+        pairs = list(zip(log_odds[::2], log_odds[1::2], strict=True))
+        wrong = [number for number, pair in enumerate(pairs) if min(pair) <= 0]
+        self._trainer.print_once(f"step {step}: {len(wrong)} of {len(pairs)} pairs are judged wrong, or flip")
+        self._trainer.note("wrong_pairs", len(wrong))
+        self._begin(step, wrong)
+        if state.is_world_process_zero:
+            stored = read_json(self._path) if self._path.is_file() else {}
+            write_json(self._path, {**stored, str(step): wrong})
+
+    def _begin(self, step: int, pairs: Sequence[int]) -> None:
+        """Sets what the steps after `step` take; all pairs, where none is left."""
+        optimizer = self._recipe.optimizer
+        taken = schedule(
+            self._recipe,
+            self._lengths,
+            steps=optimizer.steps - step,
+            only=set(pairs) if pairs else None,
+            first_pass=step // self._steps,
+        )
+        ahead = optimizer.micro_batch * self._trainer.args.world_size
+        self._order[step * optimizer.batch_size + ahead :] = taken[ahead:]

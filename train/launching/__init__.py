@@ -1,0 +1,1 @@
+"""Starting processes on one machine or many, and checking the machines first."""

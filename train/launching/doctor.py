@@ -1,0 +1,454 @@
+"""`mixfuse doctor`: looks at each machine and at what lies between them, before a run finds out by hanging.
+
+Alone it looks at this machine. Under a launcher (`mixfuse launch … doctor`) every process looks, the machines are
+compared, and a real all-reduce goes over the network that training will use. Each check is one line; what fails says
+how to mend it.
+"""
+
+import json
+import os
+import platform
+import resource
+import secrets
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.files import sha256_file
+from mixfuse.contracts.strict_yaml import load
+from mixfuse.train.processes import worker
+from mixfuse.train.processes.checkpoint import KEEP
+from mixfuse.train.recipe import TrainRecipe, kind_of, lora_parameters
+
+STACK = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "deepspeed", "mixfuse")
+GIB = 1 << 30
+JOIN_SECONDS = 120  # how long the others are waited for
+SHARED_MEMORY = "/dev/shm"  # noqa: S108 - NCCL's own place
+PROBE_BYTES = 64 << 20  # of the all-reduce
+# Bytes a trainable parameter takes in a checkpoint: the float32 master, Adam's two moments, the adapter itself.
+CHECKPOINT_BYTES = 16
+
+Status = Literal["ok", "note", "FAIL"]
+
+
+class Check(NamedTuple):
+    """One finding.
+
+    Attributes:
+        name: What was looked at.
+        status: `note` is worth reading and no failure.
+        found: What was found.
+        mend: What to do about it, where it failed.
+    """
+
+    name: str
+    status: Status
+    found: str
+    mend: str = ""
+
+
+class Machine(NamedTuple):
+    """What one process sees of its machine; compared between machines.
+
+    Attributes:
+        host: Its name.
+        rank: Of the process that looked.
+        versions: The stack's, and Python's.
+        gpus: Names.
+        gpu_memory: Bytes of the smallest GPU, 0 without one.
+        driver: NVIDIA's, or nothing.
+        memory: Bytes of main memory available now.
+        infiniband: Active ports.
+    """
+
+    host: str
+    rank: int
+    versions: dict[str, str]
+    gpus: list[str]
+    gpu_memory: int
+    driver: str
+    memory: int
+    infiniband: int
+
+
+def run(recipe_path: Path | None, overrides: Sequence[str], *, nodes: int | None, as_json: bool) -> int:
+    """Runs `mixfuse doctor`.
+
+    Args:
+        recipe_path: A training recipe, whose base, `out` and processes are looked at.
+        overrides: `key=value` strings.
+        nodes: How many machines there should be.
+        as_json: One JSON object on the last line, instead of a line a check.
+
+    Returns:
+        0, or 1 where a check failed; rank 0 says which.
+
+    Raises:
+        MixfuseError: The recipe is bad, or the other processes cannot be reached.
+    """
+    recipe = load(recipe_path, kind_of(recipe_path, list(overrides)), overrides) if recipe_path else None
+    with _joined() as (rank, world):
+        seen = _gather(machine(rank))
+        checks = _gather(local_checks(recipe))
+        everywhere = [*_compared(seen, nodes), *_reachable(recipe, rank, world), *_network(rank, world)]
+    if rank:
+        return 0
+    lines = [*_by_host(seen, checks), *everywhere]
+    failed = [check for check in lines if check.status == "FAIL"]
+    if as_json:
+        machines = [entry._asdict() for entry in _one_a_host(seen)]
+        print(json.dumps({"ok": not failed, "machines": machines, "checks": [check._asdict() for check in lines]}))
+    else:
+        width = max(len(check.name) for check in lines)
+        for check in lines:
+            mend = f"; {check.mend}" if check.mend and check.status != "ok" else ""
+            print(f"{check.status:4}  {check.name:{width}}  {check.found}{mend}")
+        print(f"{len(failed)} of {len(lines)} checks failed" if failed else "all is well")
+    return 1 if failed else 0
+
+
+@contextmanager
+def _joined() -> Iterator[tuple[int, int]]:
+    """Joins the processes a launcher started; yields rank and world size, (0, 1) where there is none.
+
+    Raises:
+        MixfuseError: The others did not come.
+    """
+    if not worker.launched():
+        yield 0, 1
+        return
+    from torch import distributed
+
+    try:
+        # gloo, also where there are GPUs: what is compared is in main memory. `_network` tries NCCL.
+        distributed.init_process_group("gloo", timeout=timedelta(seconds=JOIN_SECONDS))
+        distributed.monitored_barrier()
+    except (RuntimeError, ValueError) as error:
+        raise MixfuseError(
+            f"rank {os.environ['RANK']} on {socket.gethostname()} cannot join the others at "
+            f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: {str(error).splitlines()[0]}; see that the "
+            "machines reach each other (firewall, host names) and choose the interface: GLOO_SOCKET_IFNAME and "
+            "NCCL_SOCKET_IFNAME"
+        ) from None
+    try:
+        yield distributed.get_rank(), distributed.get_world_size()
+    finally:
+        distributed.destroy_process_group()
+
+
+def _gather(value: Any) -> list[Any]:
+    """Every rank's value, in the order of ranks."""
+    from torch import distributed
+
+    if not worker.launched():
+        return [value]
+    box: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(box, value)
+    return box
+
+
+def _cuda() -> bool:
+    import torch
+
+    return bool(torch.cuda.is_available())
+
+
+def machine(rank: int) -> Machine:
+    """Looks at this machine."""
+    import torch
+
+    versions = {"python": platform.python_version()}
+    for name in STACK:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "missing"
+    count = torch.cuda.device_count() if _cuda() else 0
+    if count:
+        versions["cuda"] = str(torch.version.cuda)
+        versions["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+    return Machine(
+        host=socket.gethostname(),
+        rank=rank,
+        versions=versions,
+        gpus=[torch.cuda.get_device_name(index) for index in range(count)],
+        gpu_memory=min((torch.cuda.get_device_properties(index).total_memory for index in range(count)), default=0),
+        driver=_smi("driver_version") if count else "",
+        memory=_available_memory(),
+        infiniband=sum(
+            "ACTIVE" in state.read_text() for state in Path("/sys/class/infiniband").glob("*/ports/*/state")
+        ),
+    )
+
+
+def _smi(field: str) -> str:
+    """A field of nvidia-smi for the first GPU, or nothing."""
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return done.stdout.partition("\n")[0].strip()
+
+
+def _available_memory() -> int:
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
+def local_checks(recipe: TrainRecipe | None) -> list[Check]:
+    """What can be told by this process alone; the same on every process of a machine."""
+    checks = [_stack(), *_gpus(), _memory(recipe), _files()]
+    if recipe is not None:
+        checks += [_base(recipe), _disk(recipe)]
+    return checks
+
+
+def _stack() -> Check:
+    try:
+        import deepspeed
+        import peft
+        import transformers
+        import trl
+    except Exception as error:
+        return Check("stack", "FAIL", f"does not import: {type(error).__name__}: {error}", "run scripts/setup again")
+    names = [f"{module.__name__} {module.__version__}" for module in (transformers, peft, trl, deepspeed)]
+    return Check("stack", "ok", ", ".join(names))
+
+
+def _gpus() -> list[Check]:
+    import torch
+
+    if not _cuda():
+        if Path("/proc/driver/nvidia").exists() or shutil.which("nvidia-smi"):
+            return [
+                Check(
+                    "GPU",
+                    "FAIL",
+                    f"an NVIDIA driver is here, but torch {torch.__version__} sees no GPU",
+                    "install the CUDA build (scripts/setup --gpu), check CUDA_VISIBLE_DEVICES and nvidia-smi",
+                )
+            ]
+        return [Check("GPU", "note", "no GPU: CPU run")]
+    checks = []
+    count = torch.cuda.device_count()
+    names = sorted({torch.cuda.get_device_name(index) for index in range(count)})
+    checks.append(Check("GPU", "ok", f"{count} x {', '.join(names)}, driver {_smi('driver_version') or 'unknown'}"))
+    local = worker.local_world_size() if worker.launched() else 1
+    if local > count:
+        checks.append(Check("processes", "FAIL", f"{local} on {count} GPUs", "start one a GPU: --processes"))
+    for index in range(count):
+        free, total = torch.cuda.mem_get_info(index)
+        if free < 0.9 * total:
+            checks.append(
+                Check(
+                    f"GPU {index} memory",
+                    "FAIL",
+                    f"{free / GIB:.0f} of {total / GIB:.0f} GiB free",
+                    "something else uses it: nvidia-smi names the process",
+                )
+            )
+    apart = [
+        f"{a}-{b}" for a in range(count) for b in range(a + 1, count) if not torch.cuda.can_device_access_peer(a, b)
+    ]
+    if count > 1:
+        words = "all GPUs reach one another" if not apart else f"no peer access between GPUs {', '.join(apart)}"
+        checks.append(Check("peer access", "note" if apart else "ok", words))
+    shared = shutil.disk_usage(SHARED_MEMORY).total
+    if count > 1 and shared < GIB:
+        checks.append(
+            Check(
+                "shared memory",
+                "FAIL",
+                f"{SHARED_MEMORY} has {shared / GIB:.2f} GiB, NCCL needs 1",
+                "start the container with --shm-size=16g or --ipc=host",
+            )
+        )
+    return checks
+
+
+def _memory(recipe: TrainRecipe | None) -> Check:
+    import psutil
+
+    total, available = psutil.virtual_memory().total, _available_memory()
+    found = f"{available / GIB:.1f} of {total / GIB:.1f} GiB available, {os.cpu_count()} cores"
+    if recipe is not None and not _cuda():
+        # On a CPU the base lies in main memory, once a machine's share: all of it where there is one machine.
+        need = sum(file.stat().st_size for file in recipe.base.glob("*.safetensors"))
+        if need > available:
+            return Check(
+                "memory",
+                "FAIL",
+                f"{found}; the base alone has {need / GIB:.1f} GiB",
+                "use more machines, or a smaller base",
+            )
+    return Check("memory", "ok", found)
+
+
+def _files() -> Check:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < 1024:
+        return Check("open files", "FAIL", f"at most {soft}", f"ulimit -n {min(hard, 65536)}")
+    return Check("open files", "ok", f"at most {soft}")
+
+
+def _base(recipe: TrainRecipe) -> Check:
+    if not (recipe.base / "config.json").is_file():
+        return Check("base", "FAIL", f"{recipe.base} is no model folder here", "copy it here, or mount the shared path")
+    size = sum(file.stat().st_size for file in recipe.base.glob("*.safetensors"))
+    if not size:
+        return Check("base", "FAIL", f"{recipe.base} holds no .safetensors", "download the weights as safetensors")
+    return Check("base", "ok", f"{recipe.base}, {size / GIB:.2f} GiB of weights")
+
+
+def _disk(recipe: TrainRecipe) -> Check:
+    place = next(folder for folder in (recipe.out, *recipe.out.absolute().parents) if folder.is_dir())
+    probe = place / f".mixfuse-doctor-{secrets.token_hex(8)}"
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        return Check("disk", "FAIL", f"{place} cannot be written: {error.strerror}", "choose another `out`")
+    free = shutil.disk_usage(place).free
+    need = (KEEP + 1) * CHECKPOINT_BYTES * _trainable(recipe)
+    found = f"{free / GIB:.1f} GiB free at {place}; checkpoints take up to {need / GIB:.2f}"
+    return Check("disk", "ok" if free > need else "FAIL", found, "free some, or choose another `out`")
+
+
+def _trainable(recipe: TrainRecipe) -> int:
+    """Trainable parameters; none where the base is not here."""
+    try:
+        config = json.loads((recipe.base / "config.json").read_text(encoding="utf-8"))
+    except OSError:
+        return 0
+    return sum(layer.attention + layer.experts for layer in lora_parameters(config, recipe.lora))
+
+
+def _one_a_host(seen: list[Machine]) -> list[Machine]:
+    return list({entry.host: entry for entry in reversed(seen)}.values())[::-1]
+
+
+def _by_host(seen: list[Machine], checks: list[list[Check]]) -> list[Check]:
+    """Each machine's checks once; its name in front where there are several."""
+    hosts = _one_a_host(seen)
+    lines: list[Check] = []
+    for entry in hosts:
+        front = f"{entry.host}: " if len(hosts) > 1 else ""
+        lines += [check._replace(name=front + check.name) for check in checks[entry.rank]]
+    return lines
+
+
+def _compared(seen: list[Machine], nodes: int | None) -> list[Check]:
+    """What must be the same on all machines."""
+    hosts = _one_a_host(seen)
+    checks = []
+    if nodes is not None:
+        fits = len(hosts) == nodes
+        found = f"{len(hosts)} of {nodes}: {', '.join(entry.host for entry in hosts)}"
+        checks.append(
+            Check("machines", "ok" if fits else "FAIL", found, "start doctor by the launcher, on every machine")
+        )
+    if len(hosts) == 1:
+        return checks
+    first = hosts[0]
+    looks: dict[str, Callable[[Machine], Any]] = {
+        **{f"{name} version": lambda entry, name=name: entry.versions.get(name) for name in first.versions},  # type: ignore[misc]
+        "GPUs": lambda entry: entry.gpus,
+        "driver": lambda entry: entry.driver,
+    }
+    differing = 0
+    for name, look in looks.items():
+        values = {entry.host: look(entry) for entry in hosts}
+        other = next((host for host, value in values.items() if value != values[first.host]), None)
+        if other is not None:
+            differing += 1
+            found = f"{values[first.host]} on {first.host}, {values[other]} on {other}"
+            checks.append(Check(name, "FAIL", found, "make the machines alike: scripts/setup on each"))
+    if not differing:
+        checks.append(Check("machines alike", "ok", f"{len(hosts)} with the same stack, GPUs and driver"))
+    if first.gpus and not all(entry.infiniband for entry in hosts):
+        without = next(entry.host for entry in hosts if not entry.infiniband)
+        checks.append(
+            Check("interconnect", "note", f"no active InfiniBand port on {without}: gathers go over Ethernet")
+        )
+    return checks
+
+
+def _reachable(recipe: TrainRecipe | None, rank: int, world: int) -> list[Check]:
+    """Whether all processes see the same `out` and the same base."""
+    if recipe is None or world == 1:
+        return []
+    checks = []
+    token = f".mixfuse-doctor-{worker.agree(secrets.token_hex(8))}"
+    place = worker.agree(next(str(f) for f in (recipe.out, *recipe.out.absolute().parents) if f.is_dir()))
+    file = Path(place) / token
+    if rank == 0:
+        file.touch()
+    _gather(None)
+    blind = _blind(file.exists)
+    if rank == 0:
+        file.unlink()
+    mend = "training needs one path that all machines share: put `out` on it"
+    checks.append(_shared("shared out", place, blind, mend))
+    digest = worker.agree(_digest(recipe.base))
+    blind = _blind(lambda: _digest(recipe.base) == digest)
+    checks.append(_shared("same base", str(recipe.base), blind, "copy the same weights everywhere, or share the path"))
+    return checks
+
+
+def _blind(look: Callable[[], bool]) -> list[str]:
+    """The hosts where something is not so."""
+    seen = _gather((socket.gethostname(), look()))
+    return sorted({host for host, fits in seen if not fits})
+
+
+def _shared(name: str, path: str, blind: list[str], mend: str) -> Check:
+    if blind:
+        return Check(name, "FAIL", f"{path} is another one on {', '.join(blind)}", mend)
+    return Check(name, "ok", f"every process sees {path}")
+
+
+def _digest(base: Path) -> str:
+    """Of the config, and of the weights' names and sizes: enough to tell two models or a half copy, in no time."""
+    config = base / "config.json"
+    sizes = [(file.name, file.stat().st_size) for file in sorted(base.glob("*.safetensors"))]
+    return f"{sha256_file(config) if config.is_file() else None} {sizes}"
+
+
+def _network(rank: int, world: int) -> list[Check]:
+    """An all-reduce over all processes, on the GPUs where there are some, checked and timed."""
+    if world == 1:
+        return [Check("network", "note", "one process: nothing to reach; under `mixfuse launch` it is tried")]
+    import torch
+    from torch import distributed
+
+    where = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if _cuda() else torch.device("cpu")
+    if where.type == "cuda":
+        torch.cuda.set_device(where)
+    name = "NCCL all-reduce" if where.type == "cuda" else "gloo all-reduce"
+    mend = "see NCCL_DEBUG=INFO; choose the interface: NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME"
+    seconds = []
+    try:
+        group = distributed.new_group(backend="nccl" if where.type == "cuda" else "gloo")
+        for _ in range(3):
+            values = torch.full((PROBE_BYTES // 4,), float(rank + 1), device=where)
+            began = time.monotonic()
+            distributed.all_reduce(values, group=group)
+            right = bool((values == world * (world + 1) / 2).all())  # waits for the device, too
+            seconds.append(time.monotonic() - began)
+    except RuntimeError as error:
+        return [Check(name, "FAIL", str(error).splitlines()[0], mend)]
+    if _blind(lambda: right):
+        return [Check(name, "FAIL", "the sum is wrong on some rank", "a GPU or its link is broken: dcgmi diag -r 3")]
+    moved = 2 * (world - 1) / world * PROBE_BYTES / min(seconds)  # bus bandwidth, as nccl-tests count it
+    return [Check(name, "ok", f"{world} processes, {PROBE_BYTES >> 20} MiB at {moved / 1e9:.2f} GB/s (bus)")]

@@ -1,0 +1,349 @@
+"""Which experts get a LoRA: all, some that the recipe names, or those that the domain's data goes to.
+
+For `lora.experts: auto` the base is run over a sample of the data and its routers are listened to: how often each
+expert is among a token's top K, and how much gate weight it gets. In each layer the fewest experts that carry
+`lora.expert_share` of the gate weight are adapted. This is Expert-Specialized Fine-Tuning with the average gate score
+as relevance (ESFT-Gate, arXiv 2407.01906, section 3.3). The choice is made once a run, is the same on every process,
+and stands in the run's `experts.json`, where a resumed run finds it.
+
+Dimensions in names: L layers, E experts, T tokens, K experts a token.
+"""
+
+# ruff: noqa: N803, N806 - tensors are named with their dimensions
+
+import random
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock, MixtralTopKRouter
+
+from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.files import atomic_file, read_json, write_json
+from mixfuse.train.recipe import JudgeRecipe, SftRecipe, TrainRecipe, kind_of, lora_parameters
+
+RECORD = "experts.json"
+Chosen = tuple[tuple[int, ...], ...]
+"""For each layer, the experts that get a LoRA, ascending."""
+
+
+class Load(NamedTuple):
+    """What the routers did with a sample.
+
+    Attributes:
+        tokens: In the sample.
+        gate_share: Layer by layer, each expert's share of the gate weight; a layer's sum is 1.
+        token_share: Layer by layer, the share of the tokens that each expert is among the top K of; the sum is K.
+    """
+
+    tokens: int
+    gate_share: tuple[tuple[float, ...], ...]
+    token_share: tuple[tuple[float, ...], ...]
+
+
+def settle(recipe: TrainRecipe, model: Any, rows: Sequence[Any], tokenizer: Any, *, resuming: bool) -> Chosen:
+    """Settles a run's experts before its model is wrapped. Every process of the run must call this.
+
+    Args:
+        recipe: The run's.
+        model: The base as `load_base` gives it, partitioned or not.
+        rows: The training data: rows with `input_ids`, or with `prompt` and `completion` or `chosen`.
+        tokenizer: The base's.
+        resuming: Whether the run goes on from a checkpoint, whose factors fit only the experts it began with.
+
+    Raises:
+        MixfuseError: A named expert does not exist, or the run to resume has no record of its experts.
+    """
+    config = model.config
+    if recipe.lora.experts != "auto":
+        return recipe.lora.chosen(config.num_hidden_layers, config.num_local_experts)
+    leads = _rank() == 0
+    if resuming:
+        if leads and not (recipe.out / RECORD).is_file():
+            raise MixfuseError(
+                f"{recipe.out} holds a run to resume without its {RECORD}, so its experts are not known; "
+                "remove the folder to start over"
+            )
+        return _from_first(tuple(map(tuple, read_json(recipe.out / RECORD)["chosen"])) if leads else None)
+    load = measure(model, sample(rows, tokenizer, recipe), micro_batch=recipe.optimizer.micro_batch)
+    chosen = _from_first(choose(load, recipe.lora.expert_share) if leads else None)
+    if leads:
+        recipe.out.mkdir(parents=True, exist_ok=True)
+        write_json(recipe.out / RECORD, describe(recipe, load, chosen, config))
+        print(summary(load, chosen))
+    return chosen
+
+
+def choose(load: Load, share: float) -> Chosen:
+    """In each layer the fewest experts whose gate weight is `share` of the layer's; among equals the lower number."""
+    chosen = []
+    for shares in load.gate_share:
+        picked: list[int] = []
+        for expert in sorted(range(len(shares)), key=lambda number: (-shares[number], number)):
+            # The sum of all shares may fall short of 1 by rounding.
+            if sum(shares[number] for number in picked) >= share - 1e-6:
+                break
+            picked.append(expert)
+        chosen.append(tuple(sorted(picked)))
+    return tuple(chosen)
+
+
+def sample(rows: Sequence[Any], tokenizer: Any, recipe: TrainRecipe) -> list[list[int]]:
+    """Draws `lora.expert_sample` rows with the recipe's seed, as token ids of at most `max_length`."""
+    count = min(recipe.lora.expert_sample, len(rows))
+    numbers = random.Random(recipe.seed).sample(range(len(rows)), count)  # noqa: S311 - reproducible, no secret
+    drawn = []
+    for number in sorted(numbers):
+        row = rows[number]
+        if "input_ids" in row:
+            ids = row["input_ids"]
+        else:
+            messages = [*row["prompt"], *(row["completion"] if "completion" in row else row["chosen"])]
+            ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+        drawn.append(list(ids)[: recipe.max_length])
+    return drawn
+
+
+def measure(model: Any, rows: Sequence[Sequence[int]], *, micro_batch: int) -> Load:
+    """Runs the base over token ids and counts what its routers say; each process takes its part of the rows.
+
+    All processes make the same number of passes, because a pass over a partitioned model gathers it.
+
+    Args:
+        model: A `MixtralForCausalLM`; a partitioned one is gathered a block at a time.
+        rows: Token ids.
+        micro_batch: Rows a pass.
+    """
+    rank, world = _rank(), _world()
+    ordered = sorted(rows, key=len)  # little padding
+    passes = -(-len(ordered) // (world * micro_batch))
+    routers = [module for module in model.modules() if isinstance(module, MixtralTopKRouter)]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    experts = model.config.num_local_experts
+    gates_LE = torch.zeros(len(routers), experts, dtype=torch.float64, device=device)
+    counts_LE = torch.zeros_like(gates_LE)
+    tokens = torch.zeros((), dtype=torch.float64, device=device)
+    real = torch.zeros(0, dtype=torch.bool)
+
+    def listen(layer: int) -> Any:
+        def hook(_module: Any, _inputs: Any, output: Any) -> None:
+            _, weights_TK, index_TK = output
+            weights, index = weights_TK[real].flatten().double(), index_TK[real].flatten()
+            gates_LE[layer].index_add_(0, index, weights)
+            counts_LE[layer].index_add_(0, index, torch.ones_like(weights))
+
+        return hook
+
+    was_training = model.training
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.callback(model.train, was_training)
+        model.eval()
+        stack.enter_context(gathered_by_block(model))
+        for layer, router in enumerate(routers):
+            stack.callback(router.register_forward_hook(listen(layer)).remove)
+        for number in range(passes):
+            start = (number * world + rank) * micro_batch
+            batch = ordered[start : start + micro_batch]
+            # A process without rows of its own goes along with one that it does not count.
+            run = batch or ordered[:1]
+            length = max(map(len, run))
+            ids = torch.zeros(len(run), length, dtype=torch.long, device=device)
+            mask = torch.zeros_like(ids)
+            for place, row in enumerate(run):
+                ids[place, : len(row)] = torch.tensor(row, device=device)
+                mask[place, : len(row)] = 1
+            real = mask.bool().flatten() if batch else torch.zeros(ids.numel(), dtype=torch.bool, device=device)
+            tokens += real.sum()
+            model.model(input_ids=ids, attention_mask=mask, use_cache=False)
+    if world > 1:
+        for tensor in (gates_LE, counts_LE, tokens):
+            torch.distributed.all_reduce(tensor)
+    return Load(
+        tokens=int(tokens),
+        gate_share=_nested(gates_LE / gates_LE.sum(1, keepdim=True)),
+        token_share=_nested(counts_LE / tokens),
+    )
+
+
+def describe(recipe: TrainRecipe, load: Load, chosen: Chosen, config: Any) -> dict[str, Any]:
+    """What `experts.json` holds."""
+    sizes = config.to_dict()
+    return {
+        "tokens": load.tokens,
+        "expert_share": recipe.lora.expert_share,
+        "chosen": [list(experts) for experts in chosen],
+        "gate_share": [[round(share, 6) for share in shares] for shares in load.gate_share],
+        "token_share": [[round(share, 6) for share in shares] for shares in load.token_share],
+        "trainable_parameters": sum(map(sum, lora_parameters(sizes, recipe.lora, chosen))),
+        "trainable_parameters_all_experts": sum(map(sum, lora_parameters(sizes, recipe.lora))),
+    }
+
+
+def summary(load: Load, chosen: Chosen) -> str:
+    """One line: how many experts were chosen, and how uneven the load is."""
+    count, total = sum(map(len, chosen)), sum(map(len, load.gate_share))
+    even, busiest = 1 / len(load.gate_share[0]), max(map(max, load.gate_share))
+    words = ""
+    if busiest < 2 * even:
+        words = "; the load is near even, as with a router that has not specialised, so there is little to choose by"
+    return (
+        f"{count} of {total} experts carry the share asked for, over {load.tokens} tokens; the busiest expert of any "
+        f"layer has {busiest:.0%} of its gate weight, an even load would be {even:.0%}{words}"
+    )
+
+
+def profile(recipe_path: Path, overrides: list[str], out: Path | None) -> dict[str, Any]:
+    """Runs `mixfuse experts profile`: measures, prints a table, writes `experts.json` and `experts.png`.
+
+    Started alone it loads the base whole; started by torchrun it takes part in a partitioned one, as training does.
+
+    Args:
+        recipe_path: An SFT or a judge recipe.
+        overrides: `dotted.key=value` strings.
+        out: The folder to write into; by default beside the recipe's `out`, with `-experts` added.
+
+    Returns:
+        What `experts.json` holds.
+
+    Raises:
+        MixfuseError: The recipe or its data is bad.
+    """
+    from mixfuse.contracts.strict_yaml import load as load_recipe
+    from mixfuse.train.model.load import load_base, load_tokenizer
+    from mixfuse.train.processes import worker
+    from mixfuse.train.run import check_recipe, trainer_arguments
+
+    kind = kind_of(recipe_path, overrides)
+    recipe = load_recipe(recipe_path, kind, overrides)
+    check_recipe(recipe)
+    alive = None
+    if worker.launched():
+        worker.prepare(recipe.threads, wandb=recipe.wandb)
+        from trl import SFTConfig
+
+        alive = SFTConfig(**trainer_arguments(recipe))  # makes the ZeRO-3 config alive while the base is loaded
+    tokenizer = load_tokenizer(recipe.base)
+    out = out or recipe.out.with_name(recipe.out.name + "-experts")
+    rows = _rows(recipe, tokenizer, out)
+    model: Any = load_base(recipe.base, getattr(torch, recipe.dtype))
+    if alive is None and torch.cuda.is_available():
+        model = model.to("cuda")
+    load = measure(model, sample(rows, tokenizer, recipe), micro_batch=recipe.optimizer.micro_batch)
+    chosen = choose(load, recipe.lora.expert_share)
+    record = describe(recipe, load, chosen, model.config)
+    if _rank() == 0:
+        _print_table(load, chosen, recipe.lora.expert_share)
+        print(summary(load, chosen))
+        write_json(out / RECORD, record)
+        plot(load, chosen, out / "experts.png")
+        shutil.rmtree(out / "data", ignore_errors=True)
+        print(f"{out}: {RECORD}, experts.png")
+    return record
+
+
+def plot(load: Load, chosen: Chosen, path: Path) -> None:
+    """Writes a heat map of the gate weight, layers down and experts across, the chosen ones framed."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    layers, experts = len(load.gate_share), len(load.gate_share[0])
+    figure = Figure(figsize=(2.5 + 0.6 * experts, 1.8 + 0.22 * layers), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(load.gate_share, aspect="auto", cmap="viridis", vmin=0)
+    for layer, numbers in enumerate(chosen):
+        for expert in numbers:
+            axes.add_patch(Rectangle((expert - 0.46, layer - 0.42), 0.92, 0.84, fill=False, edgecolor="white"))
+    axes.set(xlabel="expert", ylabel="layer", title=f"share of gate weight, {load.tokens} tokens\n(framed: chosen)")
+    axes.set_xticks(range(experts))
+    figure.colorbar(image)
+    with atomic_file(path) as temporary:
+        FigureCanvasAgg(figure).print_figure(temporary, format="png", dpi=120)
+
+
+def _print_table(load: Load, chosen: Chosen, share: float) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"gate weight % (tokens %), * chosen to carry {share:.0%}")
+    table.add_column("layer", justify="right")
+    for expert in range(len(load.gate_share[0])):
+        table.add_column(str(expert), justify="right")
+    for layer, (gates, tokens) in enumerate(zip(load.gate_share, load.token_share, strict=True)):
+        cells = [
+            f"{100 * gate:.1f} ({100 * token:.0f}){'*' if expert in chosen[layer] else ' '}"
+            for expert, (gate, token) in enumerate(zip(gates, tokens, strict=True))
+        ]
+        table.add_row(str(layer), *cells)
+    console = Console()
+    # Into a file or a pipe, a table is not cut to a terminal that is not there.
+    console.print(table, width=None if console.is_terminal else 12 + 16 * len(load.gate_share[0]))
+
+
+def _rows(recipe: TrainRecipe, tokenizer: Any, out: Path) -> Sequence[Any]:
+    """The rows that training would read; chats' tokens are written below `out`."""
+    rows: Any
+    if isinstance(recipe, SftRecipe):
+        from mixfuse.train.data.chats import chat_data
+
+        rows = chat_data(recipe.model_copy(update={"out": out}), tokenizer).table
+    else:
+        from mixfuse.train.stages.judge_dpo import pairs_datasets
+
+        rows = pairs_datasets(cast(JudgeRecipe, recipe), tokenizer).train
+    return cast(Sequence[Any], rows)
+
+
+@contextmanager
+def gathered_by_block(model: Any) -> Iterator[None]:
+    """Gathers a partitioned model's parameters around the forward of the module they belong to, a MoE block whole.
+
+    DeepSpeed's engine does the same, but there is none before the model is wrapped.
+    """
+    from deepspeed.runtime.zero import GatheredParameters
+
+    blocks = [module for module in model.modules() if isinstance(module, MixtralSparseMoeBlock)]
+    inside = {id(module) for block in blocks for module in block.modules()} - {id(block) for block in blocks}
+    with ExitStack() as hooks:
+        for module in model.modules():
+            whole = isinstance(module, MixtralSparseMoeBlock)
+            parameters = [p for p in module.parameters(recurse=whole) if hasattr(p, "ds_id")]
+            if not parameters or id(module) in inside:
+                continue
+            gathered = GatheredParameters(parameters)
+            hooks.callback(module.register_forward_pre_hook(_enter(gathered)).remove)
+            hooks.callback(module.register_forward_hook(_leave(gathered), always_call=True).remove)
+        yield
+
+
+def _enter(context: Any) -> Any:
+    return lambda *_: context.__enter__() and None
+
+
+def _leave(context: Any) -> Any:
+    return lambda *_: context.__exit__(None, None, None)
+
+
+def _nested(shares_LE: torch.Tensor) -> tuple[tuple[float, ...], ...]:
+    return tuple(tuple(row) for row in shares_LE.tolist())
+
+
+def _from_first(value: Any) -> Chosen:
+    """The value of process 0, on every process."""
+    box = [value]
+    if _world() > 1:
+        torch.distributed.broadcast_object_list(box, src=0)
+    chosen: Chosen = box[0]
+    return chosen
+
+
+def _rank() -> int:
+    return int(torch.distributed.get_rank()) if torch.distributed.is_initialized() else 0
+
+
+def _world() -> int:
+    return int(torch.distributed.get_world_size()) if torch.distributed.is_initialized() else 1

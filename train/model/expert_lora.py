@@ -1,0 +1,636 @@
+"""LoRA on Mixtral's experts, applied to activations: for the tokens routed to e, `y += dropout(x) A_eᵀ B_eᵀ · scale`.
+
+PEFT's `target_parameters` adds `scale · B_e A_e` to the weight of every expert on every forward, and keeps the sum for
+backward: memory and time that grow with the base, not with the adapter. Here neither library is patched, each is used
+where it lets itself be extended:
+
+- transformers calls the experts implementation that the model's config names (`ALL_EXPERTS_FUNCTIONS`): here
+  `experts_forward`.
+- PEFT builds the wrapper class that a `LoraConfig` registers for a module class (`attach`): here a `ParamWrapper` that
+  hands A and B to that implementation. Keys, merging, disabling and the set of adapters stay PEFT's own.
+
+Two things PEFT's `target_parameters` cannot do are added: dropout, and experts without a LoRA. A layer's A and B hold
+its adapted experts alone, so parameters, gradients, optimiser and checkpoints shrink with them; `as_plain_peft` puts
+zeros where an untouched expert's factors would be, and what is saved is a plain PEFT adapter.
+
+Neither registration is saved with a model or an adapter; `assert_in_force` tells whether both hold.
+
+Dimensions in names: T tokens, K experts a token, S = T·K token-expert pairs sorted by expert, E experts, C adapted
+(chosen) experts, H hidden size, I intermediate size, R rank; elsewhere M is the width of a projection's input and N of
+its output, and n the rows of one segment.
+"""
+
+# ruff: noqa: N803, N806 - tensors are named with their dimensions
+
+import copy
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own name for it
+from peft import LoraConfig
+from peft.tuners.lora import layer as peft_layer
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers.activations import SiLUActivation
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+from mixfuse.contracts.errors import MixfuseError
+
+EXPERTS_IMPLEMENTATION = "mixfuse_lora"
+"""What `experts_implementation=` or `set_experts_implementation` is given, after `register`."""
+
+
+class Factors(NamedTuple):
+    """A LoRA of one 3-D expert parameter, as its wrapper hands it over.
+
+    Attributes:
+        a: (C·R, M), expert-major: `a.view(C, R, M)`.
+        b: (N, R·C), rank-major: `b.view(N, R, C)`; both as PEFT lays them out (peft 0.21,
+            `ParamWrapper.get_delta_weight`).
+        scale: alpha / R, or alpha / √R for rsLoRA.
+        experts: The C adapted experts, ascending; all of them where it is None.
+        dropout: Share of the adapter's input that is zeroed now; 0 outside training.
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: float
+    experts: tuple[int, ...] | None = None
+    dropout: float = 0.0
+
+
+class ParamWrapper(peft_layer.ParamWrapper):
+    """PEFT's wrapper of one expert parameter, which passes A and B down instead of changing the weight.
+
+    PEFT recognises wrappers by the class's name (peft 0.21, `BaseTuner._inject_parameters`): it must be this one. Two
+    wrappers nest where both parameters are adapted; each adds its factors to the keyword argument `lora`, which the
+    experts module hands to the implementation. An implementation that takes no `lora` fails with a TypeError.
+
+    Attributes:
+        chosen: The layer's adapted experts, the same for every adapter of the model; None for all.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        parameter_name: str,
+        config: LoraConfig,
+        *,
+        chosen_by_layer: Mapping[int, Sequence[int]] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.chosen: tuple[int, ...] | None = None
+        if chosen_by_layer is not None:
+            # PEFT passes the parameter's whole name (peft 0.21, `LoraModel._create_and_replace`).
+            layer = re.search(r"\.layers\.(\d+)\.", kwargs["target_name"])
+            if layer is None:
+                raise MixfuseError(f"{kwargs['target_name']} is no expert of a numbered layer")
+            self.chosen = tuple(chosen_by_layer[int(layer[1])])
+        super().__init__(base_layer, adapter_name, parameter_name, _without_dropout(config), **kwargs)
+        self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout)
+
+    def _get_in_out_features(self, module: nn.Module) -> Any:
+        features = super()._get_in_out_features(module)
+        self._all_experts = int(self.num_experts)  # type: ignore[has-type]
+        if self.chosen is not None:
+            self.num_experts = len(self.chosen)  # PEFT sizes A and B by it
+        return features
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
+        """Adds an adapter, of the experts that the first one has."""
+        super().update_layer(adapter_name, r, lora_alpha, config=_without_dropout(config), **kwargs)
+        self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Calls what is wrapped with this parameter's factors added to `lora`.
+
+        Raises:
+            MixfuseError: More than one adapter is active.
+        """
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        if self.disable_adapters or self.merged or not names or kwargs.get("adapter_names") is not None:
+            result: Tensor = super().forward(x, *args, **kwargs)
+            return result
+        if len(names) > 1:
+            raise MixfuseError(f"adapters {names} are active together; expert LoRA in activation space takes one")
+        (name,) = names
+        dropout = self.lora_dropout[name]
+        factors = Factors(
+            self.lora_A[name].weight,
+            self.lora_B[name].weight,
+            self.scaling[name],
+            self.chosen,
+            dropout.p if dropout.training else 0.0,
+        )
+        lora = {**kwargs.pop("lora", {}), self.parameter_name: factors}
+        result = self.base_layer(x, *args, lora=lora, **kwargs)
+        return result
+
+    def get_delta_weight(self, adapter_name: str, *args: Any, **kwargs: Any) -> Tensor:
+        """What merging adds to the weight: (E, N, M), zero for experts without a LoRA."""
+        a, b = self.spread(self.lora_A[adapter_name].weight, "A"), self.spread(self.lora_B[adapter_name].weight, "B")
+        experts = self._all_experts
+        a_ERM, b_NRE = a.view(experts, -1, a.shape[1]), b.view(b.shape[0], -1, experts)
+        delta = torch.einsum("nre,erm->enm", b_NRE, a_ERM) * self.scaling[adapter_name]
+        return delta.to(self.get_param().dtype)
+
+    def spread(self, factor: Tensor, side: str) -> Tensor:
+        """A factor as plain PEFT lays it out for all experts: zeros where an expert has no LoRA.
+
+        Args:
+            factor: (C·R, M) where `side` is "A", (N, R·C) where it is "B".
+            side: "A" or "B".
+
+        Returns:
+            (E·R, M) or (N, R·E).
+        """
+        if self.chosen is None:
+            return factor
+        count, all_experts, index = len(self.chosen), self._all_experts, list(self.chosen)
+        if side == "A":
+            factor_CRM = factor.view(count, -1, factor.shape[1])
+            whole = factor.new_zeros(all_experts, *factor_CRM.shape[1:])
+            whole[index] = factor_CRM
+            return whole.flatten(0, 1)
+        factor_NRC = factor.view(factor.shape[0], -1, count)
+        whole = factor.new_zeros(*factor_NRC.shape[:2], all_experts)
+        whole[..., index] = factor_NRC
+        return whole.flatten(1)
+
+
+def _without_dropout(config: LoraConfig) -> LoraConfig:
+    """PEFT's own wrapper refuses dropout: it has no activations to drop."""
+    config = copy.copy(config)
+    config.lora_dropout = 0.0
+    return config
+
+
+def attach(config: LoraConfig, chosen: Mapping[int, Sequence[int]] | None = None) -> None:
+    """Makes PEFT build our wrapper around Mixtral's experts, for a model that is wrapped with `config`.
+
+    Call it before `get_peft_model`, and give a config to `PeftModel.from_pretrained(..., config=config)`: the one PEFT
+    reads from an adapter's folder knows nothing of it.
+
+    Args:
+        config: Its `target_parameters` name `gate_up_proj`, `down_proj` or both; changed in place.
+        chosen: For each layer among the `target_parameters`, the experts that get a LoRA; None for all of them.
+    """
+    config._register_custom_module({MixtralExperts: partial(ParamWrapper, chosen_by_layer=chosen)})
+
+
+def as_plain_peft(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Spreads a model's expert factors over all experts, as plain PEFT wants to load them.
+
+    Args:
+        model: The PEFT model; its parameters may be partitioned.
+        weights: Whole tensors under PEFT's saved names.
+
+    Returns:
+        The same names; a factor of a layer whose experts are all adapted is passed through.
+    """
+    wrappers = {name: module for name, module in model.named_modules() if isinstance(module, ParamWrapper)}
+    result = {}
+    for name, tensor in weights.items():
+        stem, _, side = name.removesuffix(".weight").rpartition(".lora_")
+        wrapper = wrappers.get(stem)
+        result[name] = tensor if wrapper is None else wrapper.spread(tensor, side)
+    return result
+
+
+def register() -> None:
+    """Makes `EXPERTS_IMPLEMENTATION` known to transformers, in this process."""
+    ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, experts_forward)
+
+
+def assert_in_force(model: torch.nn.Module) -> None:
+    """Checks that no expert LoRA of this model runs through PEFT's whole delta weights.
+
+    Args:
+        model: Any module that holds Mixtral's experts, adapted or not.
+
+    Raises:
+        MixfuseError: The implementation is not registered or not chosen, or an expert's wrapper is PEFT's own.
+    """
+    if ALL_EXPERTS_FUNCTIONS.get(EXPERTS_IMPLEMENTATION) is not experts_forward:
+        raise MixfuseError(
+            f"experts implementation {EXPERTS_IMPLEMENTATION!r} is not registered; call expert_lora.register()"
+        )
+    found = False
+    for name, module in model.named_modules():
+        if isinstance(module, MixtralExperts):
+            found = True
+            chosen = module.config._experts_implementation
+            if chosen != EXPERTS_IMPLEMENTATION:
+                raise MixfuseError(
+                    f"{name} runs the experts implementation {chosen!r}, not {EXPERTS_IMPLEMENTATION!r}; "
+                    f"load the model with experts_implementation={EXPERTS_IMPLEMENTATION!r}"
+                )
+        elif isinstance(module, peft_layer.ParamWrapper) and not isinstance(module, ParamWrapper):
+            raise MixfuseError(
+                f"{name} is PEFT's own wrapper, which builds the whole delta weight of every expert; "
+                "call mixfuse.train.model.expert_lora.attach(config) before the model is wrapped"
+            )
+    if not found:
+        raise MixfuseError("the model holds no Mixtral experts; expert LoRA has nothing to act on")
+
+
+def experts_forward(
+    experts: Any,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    lora: dict[str, Factors] | None = None,
+) -> Tensor:
+    """The experts implementation: every token through its K experts, the low-rank terms added on the way.
+
+    Args:
+        experts: The `MixtralExperts`: `gate_up_proj` (E, 2·I, H), `down_proj` (E, H, I), `act_fn` SiLU.
+        hidden_states: (T, H).
+        top_k_index: (T, K) expert numbers.
+        top_k_weights: (T, K) gate weights.
+        lora: Parameter name → its factors; a parameter not named is not adapted.
+
+    Returns:
+        (T, H), in the dtype of `hidden_states`.
+
+    Raises:
+        MixfuseError: The experts are no SiLU ones, have biases, are transposed or spread over devices, or PEFT has
+            parametrised them.
+    """
+    if experts.has_bias or experts.is_transposed or not experts.has_gate or experts._is_expert_parallel:
+        raise MixfuseError(f"{EXPERTS_IMPLEMENTATION!r} is for Mixtral's experts, whole on every process")
+    if not isinstance(experts.act_fn, SiLUActivation):
+        raise MixfuseError(f"{EXPERTS_IMPLEMENTATION!r} is for experts with SiLU, not {experts.act_fn}")
+    if hasattr(experts, "parametrizations"):
+        raise MixfuseError(
+            "PEFT's own wrapper builds the whole delta weight of every expert here; "
+            "call mixfuse.train.model.expert_lora.attach(config) before the model is wrapped"
+        )
+    gate_up, down = experts.gate_up_proj, experts.down_proj
+    if torch.is_grad_enabled() and (gate_up.requires_grad or down.requires_grad):
+        if lora:
+            raise MixfuseError("the experts' base weights are trainable; with LoRA they have to be frozen")
+        plain: Tensor = grouped_mm_experts_forward(experts, hidden_states, top_k_index, top_k_weights)
+        return plain
+    with torch.no_grad():
+        experts_S, order_S = torch.sort(top_k_index.flatten(), stable=True)
+        numbers_E = torch.arange(experts.num_experts, device=order_S.device)
+        # The last row of each expert, without the wait for the device that bincount brings.
+        ends_E = torch.searchsorted(experts_S, numbers_E, right=True).to(torch.int32)
+    tensors: list[Tensor | None] = []
+    settings: list[_Setting] = []
+    for name in ("gate_up_proj", "down_proj"):
+        factors = (lora or {}).get(name)
+        tensors += [None, None] if factors is None else [factors.a, factors.b]
+        settings.append(_setting(factors, experts.num_experts))
+    with _without_autocast(hidden_states):
+        out_TH: Tensor = _Experts.apply(
+            hidden_states.to(gate_up.dtype),
+            top_k_weights,
+            order_S,
+            ends_E,
+            gate_up,
+            down,
+            *tensors,
+            _Constants(settings[0], settings[1]),
+        )
+    return out_TH.to(hidden_states.dtype)
+
+
+class _Setting(NamedTuple):
+    """What is needed of a projection's LoRA beside its tensors; `seed` is that of this forward's dropout masks."""
+
+    scale: float
+    experts: tuple[int, ...]
+    dropout: float
+    seed: int
+
+
+class _Constants(NamedTuple):
+    """What `_Experts` needs beside tensors."""
+
+    gate_up: _Setting
+    down: _Setting
+
+
+def _setting(factors: Factors | None, experts: int) -> _Setting:
+    if factors is None:
+        return _Setting(0.0, (), 0.0, 0)
+    chosen = tuple(range(experts)) if factors.experts is None else factors.experts
+    # From the CPU's generator, whose state gradient checkpointing restores before it runs forward again.
+    seed = int(torch.randint(1 << 62, ())) if factors.dropout else 0
+    return _Setting(factors.scale, chosen, factors.dropout, seed)
+
+
+class _Experts(torch.autograd.Function):
+    """Both projections of the experts with their LoRA; saves the input, gate_up's output and two (n, R) a segment.
+
+    Everything is done to one segment before the next, so that on a CPU an expert's rows are still in the cache when the
+    low-rank terms read and write them.
+
+    The weights are saved as the very parameters they came as: ZeRO-3 empties a parameter after forward and fills it
+    again for backward, while a view of it, which F.linear or grouped_mm would save, keeps the gathered weight of every
+    layer alive. Backward computes no gradient for them. Dropout masks are drawn again instead of saved.
+
+    The gradient of a gate weight needs no saved output: with y = L(h) linear, ⟨g, L(h)⟩ = ⟨Lᵀ(g), h⟩, and Lᵀ(g) is h's
+    gradient.
+    """
+
+    @staticmethod
+    def forward(  # noqa: PLR0917 - autograd passes tensors by position
+        ctx: Any,
+        x_TH: Tensor,
+        gates_TK: Tensor,
+        order_S: Tensor,
+        ends_E: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        a1: Tensor | None,
+        b1: Tensor | None,
+        a2: Tensor | None,
+        b2: Tensor | None,
+        constants: _Constants,
+    ) -> Tensor:
+        segments = _segments(ends_E, x_TH, down.shape[2])
+        lora1 = _Lora(a1, b1, constants.gate_up, segments, x_TH)
+        lora2 = _Lora(a2, b2, constants.down, segments, x_TH)
+        tokens_S = order_S // gates_TK.shape[1]
+        gates_S = gates_TK.flatten().index_select(0, order_S)
+        sums = _TokenSums(x_TH, order_S, tokens_S, segments)
+        kept: list[Tensor | None] = []
+        for segment in segments:
+            x = x_TH.index_select(0, tokens_S[segment.rows])
+            h, u = _project(segment, x, gate_up, lora1)
+            gate, up = h.chunk(2, -1)
+            y, v = _project(segment, F.silu(gate).mul_(up), down, lora2)
+            sums.add(segment, y.mul_(gates_S[segment.rows, None]))
+            kept += [h, u, v]
+        ctx.save_for_backward(x_TH, gates_TK, order_S, ends_E, gate_up, down, a1, b1, a2, b2, *kept)
+        ctx.constants = constants
+        return sums.total()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TH: Tensor) -> Any:
+        x_TH, gates_TK, order_S, ends_E, gate_up, down, a1, b1, a2, b2, *kept = ctx.saved_tensors
+        constants: _Constants = ctx.constants
+        with _without_autocast(grad_TH):
+            segments = _segments(ends_E, x_TH, down.shape[2])
+            lora1 = _Lora(a1, b1, constants.gate_up, segments, x_TH)
+            lora2 = _Lora(a2, b2, constants.down, segments, x_TH)
+            tokens_S = order_S // gates_TK.shape[1]
+            gates_S = gates_TK.flatten().index_select(0, order_S).to(x_TH.dtype)
+            sums = _TokenSums(x_TH, order_S, tokens_S, segments)
+            grad_gates_S = torch.empty_like(gates_S)
+            for segment, h, u, v in zip(segments, kept[::3], kept[1::3], kept[2::3], strict=True):
+                tokens, gates = tokens_S[segment.rows], gates_S[segment.rows, None]
+                grad_y = grad_TH.index_select(0, tokens)
+                gate, up = h.chunk(2, -1)
+                active = F.silu(gate)
+                act = active * up
+                # Of the output before the gate weight, which enters after its own gradient is taken.
+                grad_act = _project_back(segment, grad_y, act, v, down, lora2, gates)
+                grad_gates_S[segment.rows] = torch.linalg.vecdot(grad_act, act)
+                grad_act.mul_(gates)
+                grad_h = torch.empty_like(h)
+                grad_gate, grad_up = grad_h.chunk(2, -1)
+                torch.mul(grad_act, active, out=grad_up)
+                torch.ops.aten.silu_backward.grad_input(grad_act.mul_(up), gate, grad_input=grad_gate)
+                if ctx.needs_input_grad[0] or lora1.adapts(segment):
+                    x = x_TH.index_select(0, tokens)
+                    sums.add(segment, _project_back(segment, grad_h, x, u, gate_up, lora1, None))
+            grad_gates = torch.empty_like(grad_gates_S).scatter_(0, order_S, grad_gates_S).view_as(gates_TK)
+        return (
+            sums.total() if ctx.needs_input_grad[0] else None,
+            grad_gates.to(gates_TK.dtype),
+            *(None,) * 4,
+            *lora1.gradients(),
+            *lora2.gradients(),
+            None,
+        )
+
+
+class _Segment(NamedTuple):
+    """Rows that are multiplied in one call: an expert's own, or all of them, each with its expert's matrix.
+
+    Attributes:
+        rows: Which of the S sorted rows.
+        expert: Whose; None where the rows of all experts are in it.
+        ends: (E,) the last row of each expert.
+    """
+
+    rows: slice
+    expert: int | None
+    ends: Tensor
+
+    def of(self, stack: Tensor) -> Tensor:
+        """The matrix, of a stack of one an expert; or the stack."""
+        return stack if self.expert is None else stack[self.expert]
+
+    def times(self, x: Tensor, w: Tensor) -> Tensor:
+        """Every row times its matrix."""
+        return torch.mm(x, w) if self.expert is not None else F.grouped_mm(x, w, offs=self.ends)
+
+    def add_times(self, y: Tensor, x: Tensor, w: Tensor) -> None:
+        """Adds that to `y`."""
+        if self.expert is not None:
+            y.addmm_(x, w)
+        else:
+            y.add_(self.times(x, w))
+
+    def outer(self, x: Tensor, y: Tensor, out: Tensor) -> None:
+        """Writes the sum over an expert's rows of x's row times y's: (M, N); or (E, M, N), zero without rows."""
+        if self.expert is not None:
+            torch.mm(x.t(), y, out=out)
+            return
+        product: Tensor = F.grouped_mm(x.t(), y, offs=self.ends)
+        counts_E = torch.diff(self.ends, prepend=self.ends.new_zeros(1))
+        out.copy_(product.masked_fill_((counts_E == 0)[:, None, None], 0))
+
+
+def _segments(ends_E: Tensor, x_TH: Tensor, inner: int) -> list[_Segment]:
+    """One segment where the device has a grouped product, else one for each expert that has rows."""
+    if _has_grouped_product(x_TH, inner):
+        return [_Segment(slice(None), None, ends_E)]
+    ends = ends_E.tolist()
+    starts = [0, *ends[:-1]]
+    return [
+        _Segment(slice(start, end), expert, ends_E)
+        for expert, (start, end) in enumerate(zip(starts, ends, strict=True))
+        if end > start
+    ]
+
+
+def _without_autocast(like: Tensor) -> AbstractContextManager[Any]:
+    """Products in the dtype of what is multiplied; the meta device knows no autocast."""
+    return nullcontext() if like.is_meta else torch.autocast(device_type=like.device.type, enabled=False)
+
+
+def _has_grouped_product(x_TH: Tensor, inner: int) -> bool:
+    """Whether torch 2.13 has a grouped kernel for it: bfloat16, SM80 and newer, rows of multiples of 16 bytes.
+
+    On the meta device, where a plan is checked at full size, there are no rows to count: it does as a GPU does.
+    """
+    return x_TH.is_meta or bool(
+        x_TH.is_cuda
+        and x_TH.dtype == torch.bfloat16
+        and x_TH.shape[1] % 8 == 0
+        and inner % 8 == 0
+        and torch.cuda.get_device_capability(x_TH.device) >= (8, 0)
+    )
+
+
+class _Lora:
+    """A projection's A and B, matrix by matrix, for one pass over the segments; collects their gradients in backward.
+
+    Where one segment holds all experts, an expert without a LoRA gets zeros, and the rank is filled up to a multiple
+    of 8 for the grouped kernels.
+    """
+
+    def __init__(
+        self, a: Tensor | None, b: Tensor | None, setting: _Setting, segments: list[_Segment], like: Tensor
+    ) -> None:
+        self._a, self._b, self._scale, self._dropout = a, b, setting.scale, setting.dropout
+        self._places: dict[int | None, int] = {}
+        if a is None or b is None:
+            return
+        count = len(setting.experts)
+        # PEFT, too, computes in the base's dtype (`get_delta_factors`); its adapters are float32 on a bfloat16 base.
+        a_CRM = a.view(count, -1, a.shape[1]).to(like.dtype)
+        b_CNR = b.view(b.shape[0], -1, count).permute(2, 0, 1).to(like.dtype, memory_format=torch.contiguous_format)
+        b_CNR = b_CNR * setting.scale
+        self._rank, self._experts = a_CRM.shape[1], list(setting.experts)
+        if any(segment.expert is None for segment in segments):
+            self._places = {None: 0}
+            experts, rank = len(segments[0].ends), -(-self._rank // 8) * 8
+            whole_ERM = a_CRM.new_zeros(experts, rank, a_CRM.shape[2])
+            whole_ENR = b_CNR.new_zeros(experts, b_CNR.shape[1], rank)
+            whole_ERM[self._experts, : self._rank] = a_CRM
+            whole_ENR[self._experts, :, : self._rank] = b_CNR
+            a_CRM, b_CNR = whole_ERM[None], whole_ENR[None]
+        else:
+            self._places = {expert: place for place, expert in enumerate(self._experts)}
+        self._a_matrices, self._b_matrices = a_CRM.unbind(), b_CNR.unbind()
+        self._grads: tuple[Tensor, Tensor] | None = None
+        self._random = torch.Generator(like.device).manual_seed(setting.seed) if setting.dropout else None
+
+    def adapts(self, segment: _Segment) -> bool:
+        """Whether any of the segment's rows has a LoRA here."""
+        return segment.expert in self._places
+
+    def matrices(self, segment: _Segment) -> tuple[Tensor, Tensor]:
+        """A (R, M) and B · scale (N, R) of a segment's expert; or (E, R, M) and (E, N, R)."""
+        place = self._places[segment.expert]
+        return self._a_matrices[place], self._b_matrices[place]
+
+    def mask(self, x: Tensor) -> Tensor | None:
+        """The next segment's dropout mask, in forward and backward alike: 0 or 1 / (1 - p), like `x`."""
+        if self._random is None:
+            return None
+        keep = 1 - self._dropout
+        return torch.empty_like(x).bernoulli_(keep, generator=self._random).div_(keep)
+
+    def collect(self, segment: _Segment, grad_u: Tensor, x: Tensor, u: Tensor, grad: Tensor) -> None:
+        """Keeps the gradients of the segment's A, grad_uᵀ x, and of its B but for the scale, uᵀ grad."""
+        if self._grads is None:
+            # B's as (C, R, N): the product is faster that way round.
+            a, b = self._a_matrices[0], self._b_matrices[0].mT
+            self._grads = a.new_zeros(len(self._a_matrices), *a.shape), b.new_zeros(len(self._b_matrices), *b.shape)
+        place = self._places[segment.expert]
+        segment.outer(grad_u, x, self._grads[0][place])
+        segment.outer(u, grad, self._grads[1][place])
+
+    def gradients(self) -> tuple[Tensor | None, Tensor | None]:
+        """In the layout of PEFT's A (C·R, M) and B (N, R·C); zero for an expert without rows."""
+        if self._a is None or self._b is None:
+            return None, None
+        if self._grads is None:  # none of the adapted experts has rows
+            return torch.zeros_like(self._a), torch.zeros_like(self._b)
+        a_CRM, b_CRN = self._grads
+        if None in self._places:
+            a_CRM, b_CRN = a_CRM[0, self._experts, : self._rank], b_CRN[0, self._experts, : self._rank]
+        return (
+            a_CRM.reshape_as(self._a).to(self._a.dtype),
+            b_CRN.permute(2, 1, 0).reshape_as(self._b).to(self._b.dtype).mul_(self._scale),
+        )
+
+
+def _project(segment: _Segment, x: Tensor, weight_ENM: Tensor, lora: _Lora) -> tuple[Tensor, Tensor | None]:
+    """One projection with its LoRA: the output (n, N), and dropout(x) Aᵀ (n, R)."""
+    y = segment.times(x, segment.of(weight_ENM).mT)
+    if not lora.adapts(segment):
+        return y, None
+    a, b = lora.matrices(segment)
+    mask = lora.mask(x)
+    u = segment.times(x if mask is None else x * mask, a.mT)
+    segment.add_times(y, u, b.mT)
+    return y, u
+
+
+def _project_back(  # noqa: PLR0917 - the order of `_project`, then what backward adds
+    segment: _Segment,
+    grad: Tensor,
+    x: Tensor,
+    u: Tensor | None,
+    weight_ENM: Tensor,
+    lora: _Lora,
+    gates: Tensor | None,
+) -> Tensor:
+    """The gradient of a projection's input (n, M); those of A and B are left with `lora`.
+
+    Args:
+        segment: The rows.
+        grad: (n, N), of the output; where there are gate weights, of the output that they have weighed.
+        x: (n, M), the input.
+        u: (n, R), dropout(x) Aᵀ.
+        weight_ENM: The base weight.
+        lora: The LoRA.
+        gates: (n, 1) the gate weights of the rows; they enter A's and B's gradients, not the one returned.
+    """
+    grad_x = segment.times(grad, segment.of(weight_ENM))
+    if u is None:
+        return grad_x
+    a, b = lora.matrices(segment)
+    mask = lora.mask(x)
+    grad_u = segment.times(grad, b)
+    if mask is None:
+        segment.add_times(grad_x, grad_u, a)
+    else:
+        grad_x.addcmul_(segment.times(grad_u, a), mask)
+        x = x * mask
+    if gates is not None:
+        grad_u, u = grad_u * gates, u * gates
+    lora.collect(segment, grad_u, x, u, grad)
+    return grad_x
+
+
+class _TokenSums:
+    """Sums each token's K rows, in a fixed order whichever the device."""
+
+    def __init__(self, x_TH: Tensor, order_S: Tensor, tokens_S: Tensor, segments: list[_Segment]) -> None:
+        self._order, self._tokens = order_S, tokens_S
+        self._by_expert = all(segment.expert is not None for segment in segments)
+        self._total = torch.zeros_like(x_TH) if self._by_expert else None
+        self._k = len(order_S) // max(1, len(x_TH))
+
+    def add(self, segment: _Segment, y: Tensor) -> None:
+        """Adds the rows (n, H) of a segment."""
+        if self._by_expert:
+            # No token stands twice among an expert's rows, so nothing depends on the order of additions.
+            assert self._total is not None  # noqa: S101
+            self._total.index_add_(0, self._tokens[segment.rows], y)
+        else:
+            numbers_S = torch.arange(len(self._order), device=y.device)
+            inverse_S = torch.empty_like(self._order).scatter_(0, self._order, numbers_S)
+            self._total = y[inverse_S].view(-1, self._k, y.shape[1]).sum(1)
+
+    def total(self) -> Tensor:
+        """(T, H)."""
+        assert self._total is not None  # noqa: S101
+        return self._total

@@ -1,0 +1,252 @@
+"""Loading a Mixtral for training under ZeRO-3, and proving that what was loaded is what the checkpoint holds."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.runtime.zero import GatheredParameters, Init
+from deepspeed.utils import get_z3_leaf_modules, set_z3_leaf_modules
+from peft import LoraConfig
+from safetensors import SafetensorError, safe_open
+from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerBase
+from transformers.initialization import no_init_weights
+from transformers.integrations.deepspeed import deepspeed_config, is_deepspeed_zero3_enabled
+from transformers.modeling_utils import set_zero3_state
+from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+
+from mixfuse.contracts.errors import MixfuseError
+from mixfuse.train.model import expert_lora
+from mixfuse.train.recipe import ATTENTION_MODULES, EXPERT_PARAMETERS, Lora
+
+
+def load_tokenizer(base: Path) -> PreTrainedTokenizerBase:
+    """Loads a base model's tokenizer.
+
+    Raises:
+        MixfuseError: It has no chat template.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
+    if not tokenizer.chat_template:
+        raise MixfuseError(f"{base} has no chat template; training on chats needs one")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer
+
+
+def load_base(base: Path, dtype: torch.dtype, *, attention: str = "sdpa") -> MixtralForCausalLM:
+    """Loads the base, partitioned where a DeepSpeed config with ZeRO-3 is alive, and checks every weight of it.
+
+    Each MoE block is made a ZeRO-3 leaf: it is gathered whole, because the experts a rank touches depend on its data
+    and ranks that gather different parameters wait for each other for ever (DeepSpeed #4966, #5008).
+
+    Raises:
+        MixfuseError: The folder holds no Mixtral, or a weight was not loaded from the checkpoint.
+    """
+    if not (base / "config.json").is_file():
+        raise MixfuseError(f"{base} is no model folder (no config.json); build one with: mixfuse base build {base}")
+    kind = json.loads((base / "config.json").read_text(encoding="utf-8")).get("model_type")
+    if kind != "mixtral":
+        raise MixfuseError(f"{base} is a {kind!r} model; mixfuse trains Mixtral")
+    expert_lora.register()
+    settings = {
+        "dtype": dtype,
+        "attn_implementation": attention,
+        "experts_implementation": expert_lora.EXPERTS_IMPLEMENTATION,
+    }
+    model = _partitioned(base, settings) if is_deepspeed_zero3_enabled() else _whole(base, settings)
+    check_loaded(model, base)
+    mark_leaves(model)
+    return model
+
+
+def _whole(base: Path, settings: dict[str, Any]) -> MixtralForCausalLM:
+    """Loads the base as transformers does, whole in this process."""
+    try:
+        model, info = MixtralForCausalLM.from_pretrained(
+            base, output_loading_info=True, local_files_only=True, use_safetensors=True, **settings
+        )
+    except (RuntimeError, SafetensorError) as error:  # e.g. an expert is missing, so the experts cannot be stacked
+        raise MixfuseError(f"{base}: the checkpoint does not load: {error}") from error
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[problem]:
+            raise MixfuseError(f"{base}: {problem.replace('_', ' ')} on loading, e.g. {sorted(info[problem])[0]!r}")
+    return model
+
+
+def _partitioned(base: Path, settings: dict[str, Any]) -> MixtralForCausalLM:
+    """Loads the base into ZeRO-3's partitions, module by module: rank 0 reads one, the others receive their parts.
+
+    transformers 5.19 would stack all experts of the checkpoint in every process before the first goes into the model
+    (`_apply_weight_conversions_to_state_dict`): 271 GB a process at 8x22B. Here a host holds one MoE block at a time.
+    All ranks check names and shapes first, so that none waits for another that has found a mistake.
+    """
+    config = MixtralConfig.from_pretrained(base, local_files_only=True)
+    config.name_or_path = str(base)
+    with no_init_weights(), Init(config_dict_or_path=deepspeed_config()), set_zero3_state():
+        model = MixtralForCausalLM._from_config(config, **settings)
+    model.tie_weights()
+    checkpoint = _Checkpoint(base)
+    checkpoint.check_names({name: parameter.ds_shape for name, parameter in model.named_parameters()})
+    leads = torch.distributed.get_rank() == 0
+    loaded: set[int] = set()
+    for prefix, module in model.named_modules():
+        own = {name: p for name, p in module.named_parameters(recurse=False) if p.ds_id not in loaded}
+        loaded.update(parameter.ds_id for parameter in own.values())
+        with GatheredParameters(list(own.values()), modifier_rank=0, enabled=bool(own)):
+            if leads:
+                for name, parameter in own.items():
+                    for index, key in checkpoint.pieces_of(f"{prefix}.{name}", parameter.shape):
+                        parameter.data[index].copy_(checkpoint.tensor(key))
+    return model.eval()
+
+
+def mark_leaves(model: MixtralForCausalLM) -> None:
+    """Makes each MoE block a ZeRO-3 leaf module.
+
+    Raises:
+        MixfuseError: Not every layer has one.
+    """
+    set_z3_leaf_modules(model, [MixtralSparseMoeBlock])
+    leaves = get_z3_leaf_modules(model)
+    if len(leaves) != model.config.num_hidden_layers:
+        raise MixfuseError(
+            f"{len(leaves)} of {model.config.num_hidden_layers} MoE blocks are ZeRO-3 leaves; training would hang"
+        )
+
+
+def lora_config(lora: Lora, chosen: Sequence[Sequence[int]] | None = None) -> LoraConfig:
+    """Turns a recipe's `lora` into PEFT's config.
+
+    In transformers 5 the experts are 3-D parameters without modules, reached by `target_parameters`; a wildcard such
+    as `all-linear` would miss them or train the router, so every target is named.
+
+    Args:
+        lora: The recipe's.
+        chosen: For each layer the experts to adapt (`experts.settle`); may be left out where the recipe names them.
+
+    Raises:
+        MixfuseError: The recipe leaves the choice to the data and it has not been made.
+    """
+    by_layer: dict[int, Sequence[int]] | None = None  # None: all
+    targets: list[str] | None = list(EXPERT_PARAMETERS)
+    if lora.experts == "none":
+        targets = None
+    elif chosen is not None:
+        by_layer = {layer: experts for layer, experts in enumerate(chosen) if experts}
+    elif isinstance(lora.experts, dict):
+        by_layer = dict(lora.experts)
+    elif lora.experts == "auto":
+        raise MixfuseError(
+            "lora.experts is auto, and the experts have not been chosen (mixfuse.train.model.choose_experts.settle)"
+        )
+    if by_layer is not None:
+        targets = [f"layers.{layer}.{parameter}" for layer in by_layer for parameter in EXPERT_PARAMETERS]
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        use_rslora=lora.rslora,
+        bias="none",
+        target_modules=list(ATTENTION_MODULES) if lora.attention else [],
+        target_parameters=targets,
+    )
+    expert_lora.attach(config, by_layer)
+    return config
+
+
+def check_loaded(model: MixtralForCausalLM, base: Path) -> None:
+    """Compares a sample of every weight with the checkpoint's bytes: a weight left at its random start is an error.
+
+    transformers has loaded experts at random under ZeRO-3 while reporting success (transformers #43257), so its own
+    report is not enough. One module is gathered at a time; every rank must call this.
+
+    Raises:
+        MixfuseError: A weight differs from the checkpoint.
+    """
+    checkpoint = _Checkpoint(base)
+    wrong: list[str] = []
+    for prefix, module in model.named_modules():
+        parameters = dict(module.named_parameters(recurse=False))
+        partitioned = [parameter for parameter in parameters.values() if hasattr(parameter, "ds_id")]
+        with GatheredParameters(partitioned, enabled=bool(partitioned)):
+            for name, parameter in parameters.items():
+                full = f"{prefix}.{name}" if prefix else name
+                if full == "lm_head.weight" and model.config.tie_word_embeddings:
+                    continue
+                for index, key in checkpoint.pieces_of(full, parameter.shape):
+                    stored = checkpoint.first_row(key)
+                    if not torch.equal(parameter.data[index][0].flatten().cpu(), stored.to(parameter.dtype)):
+                        wrong.append(full)
+                        break
+    if wrong:
+        raise MixfuseError(
+            f"{base}: {len(wrong)} weights differ from the checkpoint after loading, e.g. {wrong[0]!r}; "
+            "they would have been trained from their random initialisation"
+        )
+
+
+class _Checkpoint:
+    """The tensors of a safetensors checkpoint, under transformers 5's or the saved names; read one at a time.
+
+    Raises:
+        MixfuseError: A file of it is cut off.
+    """
+
+    def __init__(self, base: Path) -> None:
+        self._base = base
+        self._files: dict[str, Any] = {}
+        for path in sorted(base.glob("*.safetensors")):
+            try:
+                handle = safe_open(path, framework="pt")
+            except (SafetensorError, RuntimeError) as error:
+                raise MixfuseError(f"{path}: the checkpoint does not load: {error}") from error
+            self._files.update(dict.fromkeys(handle.keys(), handle))
+
+    def pieces_of(self, name: str, shape: Sequence[int]) -> list[tuple[tuple[int | slice, ...], str]]:
+        """Which part of the parameter is which stored tensor."""
+        if name in self._files:
+            return [((), name)]
+        block = name.replace(".mlp.", ".block_sparse_moe.")
+        if block.endswith(".experts.gate_up_proj"):
+            stem, half = block.removesuffix("gate_up_proj"), shape[1] // 2
+            experts = range(shape[0])
+            return [((e, slice(half)), f"{stem}{e}.w1.weight") for e in experts] + [
+                ((e, slice(half, None)), f"{stem}{e}.w3.weight") for e in experts
+            ]
+        if block.endswith(".experts.down_proj"):
+            return [((e,), f"{block.removesuffix('down_proj')}{e}.w2.weight") for e in range(shape[0])]
+        return [((), block)]
+
+    def check_names(self, shapes: dict[str, Sequence[int]]) -> None:
+        """Checks that the parameters of these names and shapes are all that is stored, and nothing else.
+
+        Raises:
+            MixfuseError: A tensor is missing, left over or of another shape.
+        """
+        left = set(self._files)
+        for name, shape in shapes.items():
+            for index, key in self.pieces_of(name, shape):
+                wanted = list(torch.empty(tuple(shape), device="meta")[index].shape)
+                stored = self._slice(key).get_shape()
+                if stored != wanted:
+                    raise MixfuseError(f"{self._base}: {key} has shape {stored}, and {name} needs {wanted}")
+                left.discard(key)
+        if left:
+            raise MixfuseError(f"{self._base}: unexpected keys on loading, e.g. {min(left)!r}")
+
+    def tensor(self, key: str) -> torch.Tensor:
+        """The stored tensor, whole."""
+        return self._slice(key)[:]
+
+    def first_row(self, key: str) -> torch.Tensor:
+        """Its first row, flat."""
+        row: torch.Tensor = self._slice(key)[0:1]
+        return row.flatten()
+
+    def _slice(self, key: str) -> Any:
+        if key not in self._files:
+            raise MixfuseError(f"{self._base}: the checkpoint has no tensor {key!r}; it is incomplete")
+        return self._files[key].get_slice(key)

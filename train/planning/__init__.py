@@ -1,0 +1,1 @@
+"""What a training run takes, before it is paid for."""

@@ -1,0 +1,1 @@
+"""One rank among several: joining, checkpoints, signals, dead ranks."""

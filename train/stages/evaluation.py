@@ -1,0 +1,82 @@
+"""What follows from the held-out loss: the best adapter is kept, and training stops when nothing gets better."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from mixfuse.contracts.files import atomic_directory, read_json, write_json
+from mixfuse.train.recipe import Evaluation
+
+BEST = "best"
+FACTS = "best.json"
+
+
+class KeepBest(TrainerCallback):
+    """Keeps the adapter of the best evaluation in `OUT/best`, and ends a run whose loss has stopped falling.
+
+    What it knows is in the evaluations of `metrics.jsonl`, so a resumed run knows it too. The trainer's own way, a
+    checkpoint for every evaluation and the best of them loaded at the end, would write optimiser states to throw them
+    away.
+
+    Args:
+        trainer: Whose adapter it is.
+        evaluation: The recipe's.
+        out: The run's folder.
+    """
+
+    def __init__(self, trainer: Any, evaluation: Evaluation, out: Path) -> None:
+        self._trainer, self._evaluation, self._out = trainer, evaluation, out
+        self._best, self._best_step, self._worse = float("inf"), 0, 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Reads what evaluations there have been before this step."""
+        path = self._out / "metrics.jsonl"
+        if not path.is_file():
+            return
+        for line in path.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            if "eval_loss" in row and 0 < row["step"] <= state.global_step:
+                self._judge(row["eval_loss"], row["step"])
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any) -> None:
+        """Keeps this adapter or counts one more without progress. Every process takes part."""
+        if not state.global_step:  # the adapter does nothing yet
+            return
+        # Rank 0 decides: a difference in the last bit would leave the others waiting in a collective.
+        loss = torch.tensor(metrics["eval_loss"], dtype=torch.float64, device=args.device)
+        torch.distributed.broadcast(loss, 0)
+        if self._judge(float(loss), state.global_step) and self._evaluation.keep_best:
+            self._keep(state)
+        if self._evaluation.patience and self._worse >= self._evaluation.patience:
+            if state.is_world_process_zero:
+                print(
+                    f"stopped at step {state.global_step}: no evaluation since step {self._best_step} was better than "
+                    f"{self._best:.4f}"
+                )
+            control.should_training_stop = True
+
+    def _judge(self, loss: float, step: int) -> bool:
+        """Whether this is the best yet. The step that was the best before a run was cut off is so again."""
+        if loss < self._best - self._evaluation.min_delta or step == self._best_step:
+            self._best, self._best_step, self._worse = loss, step, 0
+            return True
+        self._worse += 1
+        return False
+
+    def _keep(self, state: Any) -> None:
+        from mixfuse.train.run import gather_adapter, save_peft
+
+        weights = gather_adapter(self._trainer)
+        if state.is_world_process_zero:
+            with atomic_directory(self._out / BEST, replace=True) as temporary:
+                save_peft(self._trainer.accelerator.unwrap_model(self._trainer.model), weights, temporary)
+                write_json(temporary / FACTS, {"step": self._best_step, "eval_loss": self._best})
+
+
+def best_evaluation(out: Path) -> dict[str, Any] | None:
+    """`{step, eval_loss}` of the evaluation whose adapter `OUT/best` holds; nothing where none was kept."""
+    path = out / BEST / FACTS
+    return dict(read_json(path)) if path.is_file() else None

@@ -1,0 +1,44 @@
+"""Supervised fine-tuning of the domain model: TRL's SFTTrainer, LoRA on attention and experts, under ZeRO-3."""
+
+from typing import cast
+
+import torch
+from transformers import set_seed
+from trl import SFTConfig
+
+from mixfuse.train.data.chats import Collator, chat_data
+from mixfuse.train.model import attention, choose_experts
+from mixfuse.train.model.load import load_base, load_tokenizer, lora_config
+from mixfuse.train.processes.checkpoint import last_checkpoint
+from mixfuse.train.recipe import SftRecipe, TrainRecipe
+from mixfuse.train.run import train_and_save, trainer_arguments
+from mixfuse.train.stages.trainers import SftTrainer
+
+
+def train(recipe: TrainRecipe) -> None:
+    """Trains the recipe's adapter and leaves its run folder (see `mixfuse.train.run.train_and_save`)."""
+    recipe = cast(SftRecipe, recipe)
+    dtype = getattr(torch, recipe.dtype)
+    tokenizer = load_tokenizer(recipe.base)
+    implementation = attention.choose(recipe.attention, recipe.base, dtype, packing=recipe.packing)
+    resuming = last_checkpoint(recipe.out) is not None
+    data = chat_data(recipe, tokenizer, resuming=resuming)
+    arguments = SFTConfig(
+        **trainer_arguments(recipe),
+        dataset_kwargs={"skip_prepare_dataset": True},  # `chat_data` has
+        completion_only_loss=False,  # the labels say where the loss is
+        router_aux_loss_coef=recipe.router_aux_loss_coef,
+    )
+    model = load_base(recipe.base, dtype, attention=implementation)
+    chosen = choose_experts.settle(recipe, model, data.table, tokenizer, resuming=resuming)
+    set_seed(recipe.seed)  # the adapter's start depends on the seed alone, not on what loading drew before
+    trainer = SftTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=data.train,
+        eval_dataset=data.evaluation,
+        data_collator=Collator(tokenizer.pad_token_id, packed=recipe.packing),
+        processing_class=tokenizer,
+        peft_config=lora_config(recipe.lora, chosen),
+    )
+    train_and_save(trainer, recipe, stage="sft", examples=data.chats)

@@ -1,0 +1,279 @@
+"""What both trainers add to TRL's: batches whose examples are named, and an evaluation that is exact.
+
+TRL stays the trainer; these classes stand before it in the order of method resolution.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback
+from trl import DPOTrainer, SFTTrainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+from mixfuse.contracts import calibration
+from mixfuse.contracts.errors import MixfuseError
+from mixfuse.train.model.choose_experts import gathered_by_block
+from mixfuse.train.stages.verdicts import Logprobs, OnePass, Reference, VerdictRow, logprobs, position_bias
+
+
+class NamedExamples:
+    """Keeps the ids of the examples of the optimiser step that is under way.
+
+    The collators give each batch `ids`, a list of the examples' ids. The step's batches pass through
+    `get_batch_samples` before the first of them is computed; there the ids are taken out and kept.
+
+    Attributes:
+        step_ids: A list of ids for each micro batch of the step, on this process. What stops at a loss that is not
+            finite names its examples from here.
+    """
+
+    step_ids: list[list[str]]
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+        """The step's micro batches, without their ids."""
+        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)  # type: ignore[misc]
+        self.step_ids = [batch.pop("ids", []) for batch in batches]
+        return batches, count
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """The loss; no model takes ids."""
+        inputs.pop("ids", None)
+        return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
+
+
+class SftTrainer(NamedExamples, SFTTrainer):
+    """TRL's SFT; the held-out loss is the mean over all labelled tokens, the same for any batch size and world size."""
+
+    control: Any
+
+    @torch.no_grad()
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
+        """Computes the held-out loss, in nats a token, and the share of tokens whose most likely one is right.
+
+        Every process takes every world-size-th batch. Under ZeRO-3 each forward pass is a collective, so those with
+        nothing left compute a batch whose labels are all ignored.
+        """
+        data = eval_dataset or self.eval_dataset
+        size, world, rank = self.args.eval_batch_size, self.args.world_size, self.args.process_index
+        batches = [list(range(begin, min(begin + size, len(data)))) for begin in range(0, len(data), size)]
+        rounds = math.ceil(len(batches) / world)
+        mine = [(batches[number], True) if number < len(batches) else (batches[0], False)
+                for number in range(rank, rounds * world, world)]  # fmt: skip
+        loader = DataLoader(data, batch_sampler=[rows for rows, _ in mine], collate_fn=self.data_collator)
+        model = self.model_wrapped
+        was_training = model.training
+        model.eval()
+        sums = torch.zeros(3, dtype=torch.float64, device=self.args.device)  # loss, tokens right, tokens
+        for batch, (_, counts) in zip(loader, mine, strict=True):
+            batch.pop("ids")
+            inputs = self._prepare_inputs(batch)
+            if not counts:
+                inputs["labels"] = torch.full_like(inputs["labels"], -100)
+            out = model(**inputs, use_cache=False, fused_lm_head=True)
+            sums += torch.stack([-out.log_probs.double().sum(), out.is_top1.double().sum(), out.label_mask.sum()])
+        if world > 1:
+            torch.distributed.all_reduce(sums)
+        loss, right, tokens = sums.tolist()
+        metrics = {"loss": loss / tokens, "token_accuracy": right / tokens, "tokens": tokens}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        self.log(dict(metrics))
+        model.train(was_training)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+class JudgeTrainer(NamedExamples, DPOTrainer):
+    """TRL's DPO. On verdict pairs (`read_verdicts`), each is one pass over the prompt, and the evaluation is a judge's.
+
+    Attributes:
+        examples: Comparisons there are to train on; `train_dataset` holds each as often as the steps take it.
+    """
+
+    control: Any
+    examples: int
+    loss_types: list[str]
+    loss_weights: list[float]
+    _verdicts: "Verdicts | None" = None
+
+    def read_verdicts(self, verdicts: "Verdicts") -> None:
+        """Takes chosen and rejected from one pass, and the reference's log-probabilities from what `verdicts` knows.
+
+        Call it once, before training. What the reference is not known to say is computed here: the model is not
+        wrapped yet, and its adapter is put aside.
+        """
+        self._verdicts = verdicts
+        self.precompute_ref_logps = True
+        self._trained_loss = self.loss_types, self.loss_weights
+        if not verdicts.warm_start:
+            adapter = self.accelerator.unwrap_model(self.model)
+            with adapter.disable_adapter(), gathered_by_block(adapter):
+                self._reference_of(verdicts.rows, adapter)
+        self.add_callback(_WarmStart(self, verdicts))
+
+    def _reference_of(self, rows: Sequence[VerdictRow], model: Any = None) -> list[Logprobs]:
+        """What the reference says of rows; what is not known yet, `model`, by default the policy, says now.
+
+        All processes take part.
+        """
+        assert self._verdicts is not None  # noqa: S101
+        reference = self._verdicts.reference
+        if missing := reference.missing(rows):
+            self.print_once(f"reference: {len(missing)} of {len(rows)} comparisons to compute")
+            found = self._logprobs(model or self.model_wrapped, missing, self.args.per_device_eval_batch_size)
+            reference.add(missing, found, write=self.is_world_process_zero())
+        return [reference[row.key] for row in rows]
+
+    def log_odds(self, dataset: Any) -> list[float]:
+        """Of the right verdict over the wrong one, in nats, as the policy has it now; all processes take part.
+
+        Args:
+            dataset: Tokenised comparisons.
+        """
+        rows = verdict_rows(dataset)
+        if self.state.global_step:
+            found = self._logprobs(self.model_wrapped, rows, self.args.per_device_eval_batch_size)
+        else:  # the adapter does nothing yet
+            found = self._reference_of(rows)
+        return [chosen - rejected for chosen, rejected in found]
+
+    def note(self, name: str, value: float) -> None:
+        """Adds to what the step that is under way will log."""
+        self._metrics["train"][name].append(value)
+
+    def print_once(self, text: str) -> None:
+        """Prints on process 0."""
+        if self.is_world_process_zero():
+            print(text, flush=True)
+
+    def _logprobs(self, model: Any, rows: Sequence[VerdictRow], micro_batch: int) -> list[Logprobs]:
+        was_training = model.training
+        model.eval()
+        with self.compute_loss_context_manager():
+            found = logprobs(
+                model, rows, micro_batch=micro_batch, pad=self.processing_class.pad_token_id, device=self.args.device
+            )
+        model.train(was_training)
+        return found
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        keys, verdicts = inputs.pop("keys", None), self._verdicts
+        if verdicts is None:
+            return super()._compute_loss(model, inputs, return_outputs)
+        warm = self.state.global_step < verdicts.warm_start
+        self.loss_types, self.loss_weights = (["sft"], [1.0]) if warm else self._trained_loss
+        count = len(inputs["input_ids"]) // 2
+        if warm:  # there is no reference yet; the rewards are then the policy's own log-probabilities
+            none = torch.zeros(count, device=self.args.device)
+            inputs |= {"ref_chosen_logps": none, "ref_rejected_logps": none}
+        else:
+            inputs |= verdicts.reference.of(keys, verdicts.offsets, self.args.device)
+        # TRL counts the tokens of the mask: those of the prompts, once.
+        mask = inputs["attention_mask"] * (1 - inputs["completion_mask"])
+        mask[count:] = 0
+        policy = OnePass(model)
+        found = super()._compute_loss(policy, {**inputs, "attention_mask": mask}, return_outputs)
+        if not verdicts.consistency or warm:
+            return found
+        bias = position_bias(policy.log_odds)
+        self.note("position_bias", bias.abs().mean().item())
+        penalty = verdicts.consistency * (self.beta * bias).square().mean()
+        return (found[0] + penalty, *found[1:]) if return_outputs else found + penalty
+
+    @torch.no_grad()
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
+        """Judges the held-out pairs in both orders; TRL's evaluation where the completions are more than a verdict.
+
+        The loss is the negative log-likelihood of the order-averaged probability at the temperature that fits these
+        pairs best: the same measure before and after a warm start, and for every beta.
+        """
+        if self._verdicts is None:
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        log_odds = self.log_odds(eval_dataset or self.eval_dataset)
+        pairs = list(zip(log_odds[::2], log_odds[1::2], strict=True))
+        fitted = calibration.fit(pairs)
+        scores = [calibration.combined(pair, fitted) for pair in pairs]
+        metrics = {
+            "loss": calibration.nll(pairs, fitted.temperature),
+            "both_orders_correct": sum(min(pair) > 0 for pair in pairs) / len(pairs),
+            "consistency": sum(min(pair) > 0 or max(pair) < 0 for pair in pairs) / len(pairs),
+            "order_averaged": sum(map(calibration.credit, scores)) / len(pairs),
+            "temperature": fitted.temperature,
+            "tie_margin": fitted.tie_margin,
+            "calibration_error_before": calibration.expected_error(pairs),
+            "calibration_error": calibration.expected_error(pairs, fitted),
+        }
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """What training on verdict pairs needs beside the batches.
+
+    Attributes:
+        rows: Every comparison that will be trained on.
+        reference: What the reference says of them.
+        warm_start: For so many steps the loss is the chosen verdict's negative log-likelihood; the policy they leave is
+            DPO's reference.
+        offsets: By a row's key: what is added to the reference's log-probability of the chosen verdict.
+        consistency: Weight of the penalty on preferring a position.
+    """
+
+    rows: Sequence[VerdictRow]
+    reference: Reference
+    warm_start: int = 0
+    offsets: Mapping[str, float] = field(default_factory=dict)
+    consistency: float = 0.0
+
+
+def verdict_rows(dataset: Any) -> list[VerdictRow]:
+    """The rows of a tokenised preference data set as comparisons."""
+    columns = dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
+    return [VerdictRow(row["prompt_ids"], row["chosen_ids"][0], row["rejected_ids"][0]) for row in columns]
+
+
+class _WarmStart(TrainerCallback):
+    """Makes the policy that a warm start leaves the reference of the steps after it."""
+
+    def __init__(self, trainer: JudgeTrainer, verdicts: Verdicts) -> None:
+        self._trainer, self._verdicts = trainer, verdicts
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """A run resumed after the warm start finds what the reference said in its file; before it, nothing counts."""
+        verdicts = self._verdicts
+        if state.global_step < verdicts.warm_start:
+            verdicts.reference.forget()
+        elif state.global_step < state.max_steps and (missing := verdicts.reference.missing(verdicts.rows)):
+            raise MixfuseError(f"the run's reference lacks {len(missing)} comparisons; remove the run to start over")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Every process takes part."""
+        if state.global_step == self._verdicts.warm_start < state.max_steps:
+            self._verdicts.reference.forget()  # of an evaluation before the first step
+            self._trainer._reference_of(self._verdicts.rows)
+
+
+@dataclass
+class NamedPairs(DataCollatorForPreference):
+    """TRL's collator of preference pairs, and what names its rows.
+
+    Attributes:
+        verdicts: Keep the first token of each completion, and add `keys`, the rows' contents as `Reference` files them.
+    """
+
+    verdicts: bool = False
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """The batch, its chosen completions above its rejected ones, and `ids`."""
+        ids = [str(example["id"]) for example in examples]
+        if not self.verdicts:
+            return {**super().torch_call(examples), "ids": ids}
+        cut = [example | {name: example[name][:1] for name in ("chosen_ids", "rejected_ids")} for example in examples]
+        rows = [VerdictRow(row["prompt_ids"], row["chosen_ids"][0], row["rejected_ids"][0]) for row in cut]
+        return {**super().torch_call(cut), "ids": ids, "keys": [row.key for row in rows]}

@@ -1,0 +1,223 @@
+"""What a run says of itself while it trains: `metrics.jsonl` and `metrics.png` always, Weights & Biases where asked."""
+
+import json
+import os
+import secrets
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.files import atomic_file, write_text
+from mixfuse.train.recipe import TrainRecipe
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
+# What is drawn, in this order: title, and the rows' keys that share one picture.
+PICTURES = (
+    ("loss", ("loss", "eval_loss")),
+    ("learning rate", ("learning_rate",)),
+    ("gradient norm", ("grad_norm",)),
+    ("tokens/s", ("tokens_per_second",)),
+    ("router: auxiliary loss", ("aux_loss",)),
+    ("router: load of an expert, 1 = even", ("expert_load_max", "expert_load_min")),
+    ("token accuracy", ("mean_token_accuracy", "eval_token_accuracy")),
+    ("reward margin", ("rewards/margins", "eval_rewards/margins")),
+    ("reward accuracy", ("rewards/accuracies", "eval_rewards/accuracies")),
+)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a `metrics.jsonl`; none where there is no file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def metrics_log(path: Path, *, resumed: bool) -> "TrainerCallback":
+    """A callback that measures, and appends every logged dict to a JSONL file, on rank 0.
+
+    It adds to what is logged, in place, so it stands before other callbacks (see `watch`):
+
+    - `tokens_per_second`: tokens without padding, of all processes, by the time since the last row, evaluations and
+      checkpoints aside.
+    - `expert_load_max`, `expert_load_min`: the share of token-expert pairs that the busiest and the idlest expert of a
+      layer got, times the number of experts, in the mean over layers; padding included.
+    """
+    from transformers import TrainerCallback
+
+    class MetricsLog(TrainerCallback):
+        def __init__(self) -> None:
+            self._load = _ExpertLoad()
+            self._tokens = 0.0
+            self._since = self._worked = time.monotonic()
+            self._other = 0.0  # seconds since the last row that were no training
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+            self._load.watch(model)
+            self._since = self._worked = time.monotonic()
+            if not state.is_world_process_zero:
+                return
+            # A killed run may have logged steps beyond its last checkpoint; they will be done again.
+            kept = [row for row in read_rows(path) if resumed and row["step"] <= state.global_step]
+            write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self._worked = time.monotonic()
+
+        def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self._pause()
+            self._load.clear()  # of the held-out data
+
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self._pause()
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
+            if "loss" in logs:
+                now = time.monotonic()
+                tokens = logs.get("num_tokens", 0.0)
+                logs["tokens_per_second"] = round((tokens - self._tokens) / (now - self._since - self._other), 1)
+                self._tokens, self._since, self._worked, self._other = tokens, now, now, 0.0
+                logs |= self._load.take()
+            if state.is_world_process_zero:
+                row = {"step": state.global_step, "time": round(time.time(), 3)}
+                row |= {key: value for key, value in logs.items() if isinstance(value, (int, float))}
+                with path.open("a", encoding="utf-8") as stream:
+                    stream.write(json.dumps(row) + "\n")
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self._load.forget()
+
+        def _pause(self) -> None:
+            now = time.monotonic()
+            self._other += now - self._worked
+            self._worked = now
+
+    return MetricsLog()
+
+
+class _ExpertLoad:
+    """Counts how many tokens each expert of each layer was given, on the device, by hooks on the routers."""
+
+    def __init__(self) -> None:
+        self._counts: dict[str, Any] = {}
+        self._hooks: list[Any] = []
+
+    def watch(self, model: Any) -> None:
+        import torch
+        from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
+
+        def hook(name: str) -> Any:
+            def count(router: Any, _: Any, output: Any) -> None:
+                counted = torch.bincount(output[2].detach().flatten(), minlength=router.num_experts)
+                self._counts[name] = counted + self._counts[name] if name in self._counts else counted
+
+            return count
+
+        for name, module in model.named_modules():
+            if isinstance(module, MixtralTopKRouter):
+                self._hooks.append(module.register_forward_hook(hook(name)))
+
+    def take(self) -> dict[str, float]:
+        """The load since the last call, over all processes (each must call); nothing without routers."""
+        import torch
+
+        if not self._counts:
+            return {}
+        counts_LE = torch.stack(list(self._counts.values())).double()  # noqa: N806 - layers, experts
+        self.clear()
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            torch.distributed.all_reduce(counts_LE)
+        load_LE = counts_LE / counts_LE.mean(dim=1, keepdim=True)  # noqa: N806
+        return {
+            "expert_load_max": round(float(load_LE.amax(dim=1).mean()), 4),
+            "expert_load_min": round(float(load_LE.amin(dim=1).mean()), 4),
+        }
+
+    def clear(self) -> None:
+        self._counts.clear()
+
+    def forget(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+
+def watch(trainer: Any, out: Path, *, resumed: bool) -> None:
+    """Puts the metrics callback before the trainer's others: what it measures is in what they log."""
+    trainer.callback_handler.callbacks.insert(0, metrics_log(out / "metrics.jsonl", resumed=resumed))
+
+
+def draw(out: Path) -> None:
+    """Draws `metrics.jsonl` into `metrics.png`, a picture for each thing that was logged.
+
+    Args:
+        out: The run's folder; without a row nothing is drawn.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = read_rows(out / "metrics.jsonl")
+    pictures = [(title, series) for title, keys in PICTURES if (series := _series(rows, keys))]
+    if not pictures:
+        return
+    across = min(3, len(pictures))
+    down = -(-len(pictures) // across)
+    figure = Figure(figsize=(5 * across, 3.2 * down), layout="constrained")  # no pyplot: no window, no global state
+    FigureCanvasAgg(figure)
+    for number, (title, series) in enumerate(pictures, start=1):
+        axes = figure.add_subplot(down, across, number)
+        for key, (steps, values) in series.items():
+            axes.plot(steps, values, label=key, marker="o" if len(steps) < 30 else None, markersize=3)
+        axes.set(title=title, xlabel="step")
+        axes.grid(alpha=0.3)
+        if len(series) > 1:
+            axes.legend()
+    with atomic_file(out / "metrics.png") as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
+
+
+def _series(rows: Sequence[dict[str, Any]], keys: Sequence[str]) -> dict[str, tuple[list[int], list[float]]]:
+    found = {key: [row for row in rows if key in row] for key in keys}
+    return {key: ([r["step"] for r in there], [r[key] for r in there]) for key, there in found.items() if there}
+
+
+def start_wandb(recipe: TrainRecipe, *, resumed: bool) -> None:
+    """Starts the Weights & Biases run on rank 0, before transformers would; a resumed run goes on in its own.
+
+    The run's files lie in `OUT/wandb`; `wandb sync` uploads what was written offline.
+
+    Raises:
+        MixfuseError: It cannot start: no key, no network, or no such project.
+    """
+    if recipe.wandb == "disabled" or os.environ.get("RANK", "0") != "0":
+        return
+    import wandb
+
+    name = recipe.out / "wandb" / "run-id"
+    run_id = name.read_text(encoding="utf-8").strip() if resumed and name.is_file() else secrets.token_hex(4)
+    write_text(name, run_id + "\n")
+    try:
+        wandb.init(
+            project=recipe.wandb_project,
+            entity=recipe.wandb_entity,
+            name=recipe.out.name,
+            id=run_id,
+            resume="allow" if recipe.wandb == "online" else None,  # offline, the same id is what joins them
+            dir=str(recipe.out),
+            mode=recipe.wandb,
+            config={"recipe": recipe.model_dump(mode="json")},
+        )
+    except wandb.Error as error:
+        raise MixfuseError(
+            f"wandb: {recipe.wandb}: {error}; log in with `wandb login`, or write wandb: offline"
+        ) from None
+
+
+def end_wandb(*, failed: bool = False) -> None:
+    """Writes out what Weights & Biases still holds, where a run of it is open in this process."""
+    import sys
+
+    wandb = sys.modules.get("wandb")
+    if wandb is not None and wandb.run is not None:
+        wandb.finish(exit_code=int(failed))

@@ -1,0 +1,219 @@
+"""Verdict pairs: chosen and rejected differ in one token, so one pass over the prompt says all that DPO asks.
+
+TRL runs a pair as two sequences, each twice: under the policy and under the reference. Where the completions are one
+token, both log-probabilities stand at the prompt's last position. `OnePass` reads them there and hands them to TRL in
+the shape it expects, so every loss and every metric stays TRL's own; `Reference` keeps the reference's once computed.
+The token that ends the judge's turn is not trained: a verdict is read from the first token alone
+(`contracts/judge_protocol.py`).
+
+Dimensions in names: B comparisons, L tokens of the longest prompt, V vocabulary.
+"""
+
+# ruff: noqa: N803, N806 - tensors are named with their dimensions
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from trl.trainer.utils import FusedCausalLMOutput
+
+from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.files import read_json, write_json
+
+Logprobs = tuple[float, float]
+"""Of the chosen and the rejected verdict, in nats."""
+
+
+class OnePass:
+    """Stands for the model in TRL's DPO loss: called with B chosen above B rejected sequences, it runs B prompts.
+
+    Args:
+        model: The policy, wrapped or not.
+
+    Attributes:
+        log_odds: After a call: of the chosen verdict over the rejected one, (B,), in nats.
+    """
+
+    log_odds: Tensor
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, **_: Any) -> FusedCausalLMOutput:
+        """What TRL's fused head returns: a value at each verdict, zero elsewhere; all (2B, L)."""
+        count = len(input_ids) // 2
+        at_B = (labels[:count] != -100).int().argmax(1)
+        logits_BV = next_logits(self._model, input_ids[:count, :-1], attention_mask[:count, :-1], at_B - 1)
+        logprobs_BV = logits_BV.log_softmax(-1)
+        tokens_2B = input_ids.gather(1, at_B.repeat(2)[:, None])[:, 0]
+        picked = logprobs_BV.repeat(2, 1).gather(1, tokens_2B[:, None])[:, 0]
+        self.log_odds = picked[:count] - picked[count:]
+        entropy_B = -(logprobs_BV.exp() * logprobs_BV).sum(-1).detach()
+
+        def placed(values_2B: Tensor) -> Tensor:
+            empty = values_2B.new_zeros(2 * count, labels.shape[1] - 1)
+            return empty.scatter(1, (at_B.repeat(2) - 1)[:, None], values_2B[:, None])
+
+        return FusedCausalLMOutput(
+            log_probs=placed(picked),
+            entropy=placed(entropy_B.repeat(2)),
+            mean_logits=placed(logits_BV.mean(-1).detach().repeat(2)),
+            is_top1=placed(logits_BV.argmax(-1).repeat(2) == tokens_2B),
+        )
+
+
+def next_logits(model: Any, input_ids: Tensor, attention_mask: Tensor, last_B: Tensor) -> Tensor:
+    """The logits (B, V) after each prompt, in float32; the output layer works on those positions alone.
+
+    Args:
+        model: A causal language model of transformers', wrapped or not.
+        input_ids: (B, L), filled up on the right.
+        attention_mask: (B, L).
+        last_B: (B,) the position of each prompt's last token.
+    """
+    positions = last_B.unique()
+    out = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=positions)
+    rows = torch.arange(len(input_ids), device=input_ids.device)
+    logits: Tensor = out.logits[rows, torch.searchsorted(positions, last_B)]
+    return logits.float()
+
+
+def position_bias(log_odds_B: Tensor) -> Tensor:
+    """The log-odds for the answer shown first, whatever it says: (B/2,), in nats.
+
+    Args:
+        log_odds_B: Of the right verdict, the two orders of a pair side by side. What speaks for an answer has one sign
+            in both orders and cancels here; what speaks for a position changes sign, and stays.
+    """
+    return (log_odds_B[::2] - log_odds_B[1::2]) / 2
+
+
+class VerdictRow(NamedTuple):
+    """One comparison in one order, as tokens.
+
+    Attributes:
+        prompt: Token ids.
+        chosen: The right verdict's.
+        rejected: The other's.
+    """
+
+    prompt: Sequence[int]
+    chosen: int
+    rejected: int
+
+    @property
+    def key(self) -> str:
+        """Its content's hash: what it is filed under."""
+        content = json.dumps([list(self.prompt), self.chosen, self.rejected], separators=(",", ":"))
+        return hashlib.sha256(content.encode()).hexdigest()[:32]
+
+
+def logprobs(
+    forward: Callable[..., Any], rows: Sequence[VerdictRow], *, micro_batch: int, pad: int, device: Any = "cpu"
+) -> list[Logprobs]:
+    """The log-probabilities of both verdicts of each row, without gradients.
+
+    Each process computes its part, and all return everything. All make the same number of passes, since a pass over a
+    partitioned model gathers it; the longest rows come first.
+
+    Args:
+        forward: The model, able to run as it is (an engine, or gathered block by block).
+        rows: The comparisons, the same on every process.
+        micro_batch: Comparisons a pass.
+        pad: Token id to fill up with.
+        device: Where the model runs.
+    """
+    parallel = _parallel()
+    rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if parallel else (0, 1)
+    order = sorted(range(len(rows)), key=lambda number: -len(rows[number].prompt))
+    mine: dict[int, Logprobs] = {}
+    for start in range(0, len(order), world * micro_batch):
+        begin = start + rank * micro_batch
+        # A process without rows of its own goes along with some that it does not count.
+        numbers = order[begin : begin + micro_batch]
+        run = [rows[number] for number in numbers or order[:1]]
+        length = max(len(row.prompt) for row in run)
+        ids = torch.full((len(run), length), pad, device=device)
+        mask = torch.zeros_like(ids)
+        for place, row in enumerate(run):
+            ids[place, : len(row.prompt)] = torch.tensor(list(row.prompt), device=device)
+            mask[place, : len(row.prompt)] = 1
+        with torch.no_grad():
+            found_BV = next_logits(forward, ids, mask, mask.sum(1) - 1).log_softmax(-1)
+        for place, number in enumerate(numbers):
+            row = rows[number]
+            mine[number] = float(found_BV[place, row.chosen]), float(found_BV[place, row.rejected])
+    parts: list[Any] = [mine]
+    if parallel:
+        parts = [None] * world
+        torch.distributed.all_gather_object(parts, mine)
+    everything = {number: found for part in parts for number, found in part.items()}
+    return [everything[number] for number in range(len(rows))]
+
+
+def _parallel() -> bool:
+    return bool(torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1)
+
+
+class Reference:
+    """What the reference says of each row, kept in a file under the rows' content: runs of one base may share it.
+
+    Args:
+        path: A JSON file; written by process 0.
+        whose: What identifies the reference: its base and dtype.
+
+    Raises:
+        MixfuseError: The file holds what another reference says.
+    """
+
+    def __init__(self, path: Path, whose: str) -> None:
+        self._path, self._whose = path, whose
+        box = [self._stored()]
+        if _parallel():  # what one process finds there, all must: the passes that follow are collective
+            torch.distributed.broadcast_object_list(box, src=0)
+        self._known: dict[str, Logprobs] = {key: (float(one), float(two)) for key, (one, two) in box[0].items()}
+
+    def _stored(self) -> dict[str, Any]:
+        if not self._path.is_file():
+            return {}
+        stored = read_json(self._path)
+        if stored["reference"] != self._whose:
+            raise MixfuseError(f"{self._path} is of another base or dtype; name another file or remove it")
+        return dict(stored["logprobs"])
+
+    def forget(self) -> None:
+        """Drops what is known: the policy that will be the reference is not trained yet."""
+        self._known.clear()
+
+    def __getitem__(self, key: str) -> Logprobs:
+        return self._known[key]
+
+    def missing(self, rows: Sequence[VerdictRow]) -> list[VerdictRow]:
+        """Those of the rows that are not known, each once."""
+        return list({key: row for row in rows if (key := row.key) not in self._known}.values())
+
+    def add(self, rows: Sequence[VerdictRow], found: Sequence[Logprobs], *, write: bool) -> None:
+        """Takes what was computed; `write` on one process only."""
+        self._known.update({row.key: logprobs for row, logprobs in zip(rows, found, strict=True)})
+        if write and rows:
+            # Another run may have added to it.
+            write_json(self._path, {"reference": self._whose, "logprobs": self._stored() | self._known})
+
+    def of(self, keys: Sequence[str], shift: Mapping[str, float], device: Any) -> dict[str, Tensor]:
+        """TRL's `ref_chosen_logps` and `ref_rejected_logps`, (B,) each.
+
+        Args:
+            keys: The rows'.
+            shift: What is added to the chosen one's, by key: an offset that the policy must overcome.
+            device: Where they are wanted.
+        """
+        chosen = [self._known[key][0] + shift.get(key, 0.0) for key in keys]
+        rejected = [self._known[key][1] for key in keys]
+        return {
+            "ref_chosen_logps": torch.tensor(chosen, device=device),
+            "ref_rejected_logps": torch.tensor(rejected, device=device),
+        }
