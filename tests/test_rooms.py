@@ -72,7 +72,7 @@ def test_the_command_and_the_gateway_start_without_the_ml_stack(module: str):
 
 
 def test_the_help_needs_not_even_a_room():
-    assert not imported_by("import mixfuse.cli.entry; mixfuse.cli.entry._parser()") & {
+    assert not imported_by("import mixfuse.cli.entry; mixfuse.cli.entry.build_parser()") & {
         *HEAVY,
         "train",
         "serve",
