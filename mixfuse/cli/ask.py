@@ -6,14 +6,20 @@ from mixfuse.cli import options
 
 
 def register(commands: options.Commands) -> None:
-    """Adds the parser of `mixfuse ask`."""
-    ask = commands.add_parser("ask", help="one fused answer, with who said what and why it won")
-    ask.add_argument("prompt", metavar="PROMPT")
-    ask.add_argument("--mode", choices=("best_of", "merge", "debate"), default="best_of")
-    ask.add_argument("--max-tokens", type=int)
-    ask.add_argument("--temperature", type=float)
+    """Adds the parser."""
+    ask = options.add_command(
+        commands, "ask", _ask, "ask a running server one question; shows every candidate and why one won"
+    )
+    ask.add_argument("prompt", metavar="PROMPT", help="the question")
+    ask.add_argument(
+        "--mode",
+        choices=("best_of", "merge", "debate"),
+        default="best_of",
+        help="how the candidates become one answer (default: best_of)",
+    )
+    ask.add_argument("--max-tokens", type=int, help="most tokens of the answer (default: each member's own)")
+    ask.add_argument("--temperature", type=float, help="sampling temperature (default: each member's own)")
     options.add_url(ask)
-    ask.set_defaults(command=_ask)
 
 
 def _ask(arguments: argparse.Namespace) -> None:

@@ -7,13 +7,20 @@ from mixfuse.cli import options
 
 
 def register(commands: options.Commands) -> None:
-    """Adds the parser of `mixfuse doctor`."""
-    doctor = commands.add_parser("doctor", help="this machine; under `launch`, all machines and what lies between them")
-    doctor.add_argument("recipe", type=Path, nargs="?", metavar="RECIPE", help="look at its base, disk and processes")
-    doctor.add_argument("overrides", nargs="*", metavar="key=value")
-    doctor.add_argument("--nodes", type=int, metavar="N", help="how many machines there should be")
-    doctor.add_argument("--json", action="store_true", help="one JSON object on the last line")
-    doctor.set_defaults(command=_doctor)
+    """Adds the parser."""
+    doctor = options.add_command(
+        commands,
+        "doctor",
+        _doctor,
+        "check this machine",
+        "Under `mixfuse launch` it checks all machines and the connections between them.",
+    )
+    doctor.add_argument(
+        "recipe", type=Path, nargs="?", metavar="RECIPE", help="also check the recipe's base, disk space and processes"
+    )
+    options.add_overrides(doctor, "the recipe")
+    doctor.add_argument("--nodes", type=int, metavar="N", help="fail unless N machines take part")
+    options.add_json(doctor, "the checks")
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

@@ -1,23 +1,27 @@
 """The `mixfuse` command: parses the arguments, runs one command and returns its exit status.
 
-Each command is the file of its name beside this one (`mixfuse adapter push` is in `adapter.py`): it adds its parser in
-`register`, and its functions import the rooms when they run, so that `mixfuse --help` answers at once.
+Each command is the file of its name beside this one (`mixfuse adapter push` is in `adapter.py`): `register` adds its
+parsers, and its functions import the rooms only when they run, so that `mixfuse --help` answers at once. A new command
+is a new file and an entry in `JOBS`.
 """
 
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
 
 from mixfuse import __version__
 from mixfuse.cli import (
     adapter,
     ask,
     base,
+    completion,
     doctor,
     eval,
     experts,
     gateway,
+    init,
     keys,
     launch,
     loop,
@@ -32,30 +36,29 @@ from mixfuse.cli import (
 )
 from mixfuse.contracts.errors import exit_code
 
-COMMANDS = (
-    base,
-    tasks,
-    train,
-    plan,
-    experts,
-    launch,
-    doctor,
-    pool,
-    pairs,
-    adapter,
-    serve,
-    gateway,
-    roles,
-    keys,
-    traces,
-    ask,
-    loop,
-    eval,
+JOBS: Mapping[str, tuple[ModuleType, ...]] = {
+    "Start a project": (init, base, completion),
+    "Make training data": (tasks, pool, pairs),
+    "Train": (plan, doctor, train, launch, experts),
+    "Check and publish adapters": (adapter,),
+    "Serve": (serve, gateway, roles, keys),
+    "Ask, measure and improve": (ask, eval, traces, loop),
+}
+"""The commands by the job they belong to, as `mixfuse` without arguments lists them."""
+
+_DESCRIPTION = (
+    "mixfuse tunes Mixtral into a domain model and a judge, serves both with vLLM, and fuses the answers of a pool of "
+    "models into one."
 )
+_FIRST_STEPS = """
+first steps:
+  mixfuse init my-project --for tiny   write a project that runs on a CPU; its README.md has the next commands
+  mixfuse COMMAND --help               explain a command
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command.
+    """Runs one command; without any it prints the overview.
 
     Returns:
         0 for success; 2 for an error that the user can fix, printed as one line on standard error; 75 for a run that
@@ -71,12 +74,31 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of the whole command line."""
-    parser = argparse.ArgumentParser(
-        prog="mixfuse", description="Tune Mixtral into a domain model and a judge; serve both; fuse."
-    )
+    """The parser of the whole command line; its defaults hold it as `parser`, for `mixfuse completion`."""
+    parser = _TopParser(prog="mixfuse", description=_DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"mixfuse {__version__}")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in COMMANDS:
-        command.register(commands)
+    commands = parser.add_subparsers(metavar="COMMAND", parser_class=argparse.ArgumentParser)
+    parser.commands = commands
+    parser.set_defaults(command=lambda _arguments: parser.print_help(), parser=parser)
+    for modules in JOBS.values():
+        for module in modules:
+            module.register(commands)
     return parser
+
+
+class _TopParser(argparse.ArgumentParser):
+    """A parser whose help lists the commands by job."""
+
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+    def format_help(self) -> str:
+        """The usage, the commands of each job with their summaries, and the first steps."""
+        summaries = {action.dest: action for action in self.commands._choices_actions}
+        formatter = self._get_formatter()
+        formatter.add_usage(self.usage, self._actions, self._mutually_exclusive_groups)
+        formatter.add_text(self.description)
+        for job, modules in JOBS.items():
+            formatter.start_section(job)
+            formatter.add_arguments([summaries[module.__name__.rpartition(".")[2]] for module in modules])
+            formatter.end_section()
+        return formatter.format_help() + _FIRST_STEPS

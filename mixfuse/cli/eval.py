@@ -1,4 +1,4 @@
-"""`mixfuse eval …`: measurements."""
+"""`mixfuse eval …`: how good a judge is, and whether fusion helps."""
 
 import argparse
 import json
@@ -8,56 +8,87 @@ from mixfuse.cli import options
 
 
 def register(commands: options.Commands) -> None:
-    """Adds the parser of `mixfuse eval`."""
-    evaluate = options.group(commands, "eval", "measure")
-    judge = evaluate.add_parser("judge", help="both-orders-correct and more, beside the simple baselines")
-    judge.add_argument(
-        "--judge", required=True, metavar="REF", help="an adapter directory, or a role of a running server"
+    """Adds the parsers."""
+    evaluate = options.add_group(commands, "eval", "measure a judge, or the gain of fusion")
+    _register_judge(evaluate)
+    _register_fusion(evaluate)
+
+
+def _register_judge(evaluate: options.Commands) -> None:
+    judge = options.add_command(
+        evaluate, "judge", _judge, "measure how often a judge is right in both orders, beside simple baselines"
     )
     judge.add_argument(
-        "--data", required=True, type=Path, nargs="+", metavar="FILE", help="labelled pairs, of ours or a benchmark's"
+        "--judge", required=True, metavar="REF", help="an adapter directory, or a role of the running server"
     )
-    judge.add_argument("--against", action="append", default=[], metavar="REF", help="a judge to compare it with")
-    judge.add_argument("--baseline", choices=("untrained",), help="compare it with its base as well")
-    judge.add_argument("--out", type=Path, metavar="DIR", help="write the report, with plots, and every verdict here")
-    judge.add_argument("--cache", type=Path, metavar="FILE", help="keeps verdicts (default: in --out)")
-    judge.add_argument("--base", type=Path, help="the base of an adapter directory (default: the one it was made on)")
-    judge.add_argument("--limit", type=int, metavar="N", help="only the first N rows of each file")
-    judge.add_argument("--concurrency", type=int, default=8)
-    judge.add_argument("--json", action="store_true", help="one JSON object on the last line")
+    judge.add_argument(
+        "--data",
+        required=True,
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="labelled pairs, of mixfuse or of a public benchmark",
+    )
+    judge.add_argument(
+        "--against", action="append", default=[], metavar="REF", help="compare with this judge; repeatable"
+    )
+    judge.add_argument("--baseline", choices=("untrained",), help="compare with the judge's base model as well")
+    judge.add_argument("--out", type=Path, metavar="DIR", help="write a report with plots, and every verdict, here")
+    judge.add_argument("--cache", type=Path, metavar="FILE", help="store verdicts for the next run (default: in --out)")
+    judge.add_argument(
+        "--base", type=Path, metavar="DIR", help="base model of an adapter directory (default: as in its manifest)"
+    )
+    judge.add_argument("--limit", type=int, metavar="N", help="read only the first N rows of each file")
+    judge.add_argument("--concurrency", type=int, default=8, help="requests at once (default: 8)")
+    options.add_json(judge, "the report")
     options.add_url(judge)
-    judge.set_defaults(command=_eval_judge)
-    fusing = evaluate.add_parser("fusion", help="does fusing help? each mode beside members, majority, equal compute")
-    fusing.add_argument("config", type=Path, metavar="CONFIG", help="the fusion config the gateway runs with")
-    what = fusing.add_mutually_exclusive_group(required=True)
-    what.add_argument("--tasks", type=Path, metavar="FILE", help="a task file (configs/tiny/tasks.yaml)")
-    what.add_argument("--data", type=Path, nargs="+", metavar="FILE", help="rows with a prompt and a reference")
-    fusing.add_argument(
+
+
+def _register_fusion(evaluate: options.Commands) -> None:
+    fusion = options.add_command(
+        evaluate,
+        "fusion",
+        _fusion,
+        "measure whether fusion helps",
+        "Compares each mode with the members, with a majority vote and with equal compute.",
+    )
+    fusion.add_argument("config", type=Path, metavar="CONFIG", help="the fusion config that the gateway runs with")
+    questions = fusion.add_mutually_exclusive_group(required=True)
+    questions.add_argument("--tasks", type=Path, metavar="FILE", help="a task file (YAML)")
+    questions.add_argument("--data", type=Path, nargs="+", metavar="FILE", help="rows with a prompt and a reference")
+    fusion.add_argument(
         "--verifier",
         choices=("exact", "number", "json", "regex", "reasoning-gym"),
-        help="who says what is right: the answer and the reference say the same (--data), or reasoning-gym (--tasks)",
+        help="how an answer is checked: against the reference (with --data), or by reasoning-gym (with --tasks)",
     )
-    fusing.add_argument("--split", choices=("train", "pool", "heldout"), default="heldout", help="of a task file")
-    fusing.add_argument("--count", type=int, default=100, help="how many tasks of a task file (default 100)")
-    fusing.add_argument("--limit", type=int, metavar="N", help="only the first N rows of each file of --data")
-    fusing.add_argument(
-        "--modes", nargs="+", choices=("best_of", "merge", "debate"), default=["best_of", "merge", "debate"]
+    options.add_tasks_options(fusion, split="heldout")
+    fusion.add_argument("--limit", type=int, metavar="N", help="with --data: read only the first N rows of each file")
+    fusion.add_argument(
+        "--modes",
+        nargs="+",
+        choices=("best_of", "merge", "debate"),
+        default=["best_of", "merge", "debate"],
+        help="the modes to measure (default: all)",
     )
-    fusing.add_argument(
-        "--choose-share", type=float, default=0.3, help="of the tasks, to choose the best member on (default 0.3)"
+    fusion.add_argument(
+        "--choose-share",
+        type=float,
+        default=0.3,
+        metavar="SHARE",
+        help="share of the tasks on which the best member is chosen (default: 0.3)",
     )
-    fusing.add_argument("--temperature", type=float, help="default: each member's own")
-    fusing.add_argument("--max-tokens", type=int, help="default: each member's own")
-    fusing.add_argument("--seed", type=int, default=0, help="of the tasks and the answers")
-    fusing.add_argument("--concurrency", type=int, default=4, help="requests at once; latencies are with so many")
-    fusing.add_argument("--out", type=Path, metavar="DIR", help="write the report, with plots, and every answer here")
-    fusing.add_argument("--cache", type=Path, metavar="FILE", help="keeps answers (default: in --out)")
-    fusing.add_argument("--json", action="store_true", help="one JSON object on the last line")
-    options.add_url(fusing)
-    fusing.set_defaults(command=_eval_fusion)
+    fusion.add_argument("--temperature", type=float, help="sampling temperature (default: each member's own)")
+    fusion.add_argument("--max-tokens", type=int, help="most tokens of an answer (default: each member's own)")
+    fusion.add_argument(
+        "--concurrency", type=int, default=4, help="requests at once, which affects the latencies (default: 4)"
+    )
+    fusion.add_argument("--out", type=Path, metavar="DIR", help="write a report with plots, and every answer, here")
+    fusion.add_argument("--cache", type=Path, metavar="FILE", help="store answers for the next run (default: in --out)")
+    options.add_json(fusion, "the report")
+    options.add_url(fusion)
 
 
-def _eval_judge(arguments: argparse.Namespace) -> None:
+def _judge(arguments: argparse.Namespace) -> None:
     from mixfuse.app.evaluate import eval_judge
 
     report = eval_judge(
@@ -76,7 +107,7 @@ def _eval_judge(arguments: argparse.Namespace) -> None:
         print(json.dumps(report.to_json()))
 
 
-def _eval_fusion(arguments: argparse.Namespace) -> None:
+def _fusion(arguments: argparse.Namespace) -> None:
     from mixfuse.app.evaluate import eval_fusion
 
     report = eval_fusion(

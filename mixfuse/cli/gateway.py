@@ -1,4 +1,4 @@
-"""`mixfuse gateway`: the gateway by itself."""
+"""`mixfuse gateway`: the fusion gateway without an engine."""
 
 import argparse
 from pathlib import Path
@@ -7,16 +7,17 @@ from mixfuse.cli import options
 
 
 def register(commands: options.Commands) -> None:
-    """Adds the parser of `mixfuse gateway`."""
-    gateway = commands.add_parser("gateway", help="the gateway by itself, for a pool that is served elsewhere")
-    gateway.add_argument("config", type=Path, metavar="CONFIG", help="a fusion config")
-    gateway.add_argument("overrides", nargs="*", metavar="key=value")
-    gateway.add_argument("--host", default="127.0.0.1")
-    gateway.add_argument("--port", type=int, default=8080, help="0 takes any free one (default 8080)")
-    gateway.add_argument(
-        "--drain-s", type=int, default=10, help="seconds that requests under way may take after SIGTERM (default 10)"
+    """Adds the parser."""
+    gateway = options.add_command(
+        commands, "gateway", _gateway, "run the fusion gateway alone, over models that are served elsewhere"
     )
-    gateway.set_defaults(command=_gateway)
+    gateway.add_argument("config", type=Path, metavar="CONFIG", help="a fusion config (YAML)")
+    options.add_overrides(gateway, "the config")
+    gateway.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
+    gateway.add_argument("--port", type=int, default=8080, help="port to listen on; 0 picks a free one (default: 8080)")
+    gateway.add_argument(
+        "--drain-s", type=int, default=10, help="seconds that open requests get after SIGTERM (default: 10)"
+    )
 
 
 def _gateway(arguments: argparse.Namespace) -> None:

@@ -7,26 +7,28 @@ from mixfuse.cli import options
 
 
 def register(commands: options.Commands) -> None:
-    """Adds the parser of `mixfuse keys`."""
-    keys = options.group(commands, "keys", "the gateway's API keys")
-    keys_add = keys.add_parser("add", help="make a key; it is shown this once")
-    keys_add.add_argument("name", metavar="NAME", help="whose it is")
-    keys_add.add_argument("--budget", type=float, metavar="DOLLARS", help="the most it may spend in a period")
-    keys_add.add_argument("--tokens", type=int, metavar="N", help="the most tokens it may use in a period")
-    keys_add.add_argument("--period", choices=("day", "month", "total"), default="month")
-    keys_add.add_argument("--rate", type=int, metavar="N", help="requests a minute")
-    options.add_database(keys_add)
-    keys_add.set_defaults(command=_keys_add)
-    keys_list = keys.add_parser("list", help="keys, their limits and what they used")
-    options.add_database(keys_list)
-    keys_list.set_defaults(command=_keys_list)
-    keys_revoke = keys.add_parser("revoke", help="end a key")
-    keys_revoke.add_argument("name", metavar="NAME", help="its name or id")
-    options.add_database(keys_revoke)
-    keys_revoke.set_defaults(command=_keys_revoke)
+    """Adds the parsers."""
+    keys = options.add_group(commands, "keys", "manage the gateway's API keys")
+    add = options.add_command(keys, "add", _add, "create a key and print it once")
+    add.add_argument("name", metavar="NAME", help="name of the key's owner")
+    add.add_argument("--budget", type=float, metavar="DOLLARS", help="most dollars per period")
+    add.add_argument("--tokens", type=int, metavar="N", help="most tokens per period")
+    add.add_argument(
+        "--period",
+        choices=("day", "month", "total"),
+        default="month",
+        help="period of the budget and the tokens (default: month)",
+    )
+    add.add_argument("--rate", type=int, metavar="N", help="most requests per minute")
+    options.add_database(add)
+    listing = options.add_command(keys, "list", _list, "show the keys, their limits and their usage")
+    options.add_database(listing)
+    revoke = options.add_command(keys, "revoke", _revoke, "revoke a key")
+    revoke.add_argument("name", metavar="NAME", help="the key's name or id")
+    options.add_database(revoke)
 
 
-def _keys_add(arguments: argparse.Namespace) -> None:
+def _add(arguments: argparse.Namespace) -> None:
     from mixfuse.contracts.database import opened
     from mixfuse.fusion.http.keys import create
 
@@ -39,11 +41,11 @@ def _keys_add(arguments: argparse.Namespace) -> None:
             period=arguments.period,
             per_minute=arguments.rate,
         )
-    print(f"{key.name} ({key.id}); the key is shown this once:", file=sys.stderr)
+    print(f"{key.name} ({key.id}); this key is shown only once:", file=sys.stderr)
     print(secret)
 
 
-def _keys_list(arguments: argparse.Namespace) -> None:
+def _list(arguments: argparse.Namespace) -> None:
     from mixfuse.contracts.database import opened
     from mixfuse.fusion.http.keys import show
 
@@ -51,7 +53,7 @@ def _keys_list(arguments: argparse.Namespace) -> None:
         show(database)
 
 
-def _keys_revoke(arguments: argparse.Namespace) -> None:
+def _revoke(arguments: argparse.Namespace) -> None:
     from mixfuse.contracts.database import opened
     from mixfuse.fusion.http.keys import revoke
 

@@ -1,4 +1,4 @@
-"""`mixfuse loop`: one round of the improvement loop."""
+"""`mixfuse loop`: one round from recorded feedback to a better judge."""
 
 import argparse
 import json
@@ -8,12 +8,17 @@ from mixfuse.cli import options
 
 
 def register(commands: options.Commands) -> None:
-    """Adds the parser of `mixfuse loop`."""
-    loop = commands.add_parser("loop", help="from the traces since the last round to a better judge, or why not")
-    loop.add_argument("config", type=Path, metavar="CONFIG")
-    loop.add_argument("overrides", nargs="*", metavar="key=value")
-    loop.add_argument("--json", action="store_true", help="the decision as one JSON object on the last line")
-    loop.set_defaults(command=_loop)
+    """Adds the parser."""
+    loop = options.add_command(
+        commands,
+        "loop",
+        _loop,
+        "train a new judge from recorded feedback, and serve it if it is measurably better",
+        "One call is one round; an interrupted round continues when the same command is run again.",
+    )
+    loop.add_argument("config", type=Path, metavar="CONFIG", help="a loop config (YAML); see docs/judging.md")
+    options.add_overrides(loop, "the config")
+    options.add_json(loop, "the decision")
 
 
 def _loop(arguments: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""`mixfuse serve`: the server."""
+"""`mixfuse serve`: the engine with its adapters, and the gateway."""
 
 import argparse
 from pathlib import Path
@@ -7,25 +7,24 @@ from mixfuse.cli import options
 
 
 def register(commands: options.Commands) -> None:
-    """Adds the parser of `mixfuse serve`."""
-    serve = commands.add_parser("serve", help="vLLM with the adapters of each role, and the gateway in front")
-    serve.add_argument("config", type=Path, metavar="CONFIG")
-    serve.add_argument("overrides", nargs="*", metavar="key=value")
-    serve.add_argument(
-        "--dry-run", action="store_true", help="print vLLM's command and its memory plan; 1: does not fit"
+    """Adds the parser."""
+    serve = options.add_command(
+        commands,
+        "serve",
+        _serve,
+        "serve the base and one adapter per role with vLLM, behind the fusion gateway",
     )
-    serve.add_argument("--nodes", type=int, default=1, metavar="N", help="for the plan: hosts (default 1)")
+    serve.add_argument("config", type=Path, metavar="CONFIG", help="a serve config (YAML)")
+    options.add_overrides(serve, "the config")
     serve.add_argument(
-        "--gpus-per-node", type=int, default=8, metavar="G", help="for the plan: GPUs a host (default 8)"
+        "--dry-run",
+        action="store_true",
+        help="print vLLM's command and its memory plan; exit with 1 if it does not fit",
     )
-    serve.add_argument("--gpu-memory", default="80GiB", metavar="SIZE", help="for the plan: of one GPU (default 80GiB)")
+    options.add_hardware(serve)
     serve.add_argument(
-        "--model", type=Path, metavar="DIR", help="for the plan: config.json, where the base is not here"
+        "--device", choices=("cuda", "cpu"), help="plan: the device (default: that of the installed vLLM)"
     )
-    serve.add_argument(
-        "--device", choices=("cuda", "cpu"), help="for the plan (default: what the installed vLLM is for)"
-    )
-    serve.set_defaults(command=_serve)
 
 
 def _serve(arguments: argparse.Namespace) -> int:

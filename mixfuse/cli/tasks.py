@@ -7,18 +7,15 @@ from mixfuse.cli import options
 
 
 def register(commands: options.Commands) -> None:
-    """Adds the parser of `mixfuse tasks`."""
-    tasks = options.group(commands, "tasks", "tasks with verifiers")
-    tasks_make = tasks.add_parser("make", help="chats to train on: each task with its reference answer")
-    tasks_make.add_argument("tasks", type=Path, metavar="TASK_FILE")
-    tasks_make.add_argument("--out", type=Path, required=True, metavar="FILE")
-    tasks_make.add_argument("--split", choices=("train", "pool", "heldout"), default="train")
-    tasks_make.add_argument("--count", type=int, default=100, help="how many tasks (default 100)")
-    tasks_make.add_argument("--seed", type=int, default=0)
-    tasks_make.set_defaults(command=_tasks_make)
+    """Adds the parsers."""
+    tasks = options.add_group(commands, "tasks", "make training data from tasks with verifiers")
+    make = options.add_command(tasks, "make", _make, "write chats to train on: each task with its reference answer")
+    make.add_argument("tasks", type=Path, metavar="TASK_FILE", help="the kinds of task (YAML)")
+    make.add_argument("--out", type=Path, required=True, metavar="FILE", help="the JSONL file to write")
+    options.add_tasks_options(make, split="train")
 
 
-def _tasks_make(arguments: argparse.Namespace) -> None:
+def _make(arguments: argparse.Namespace) -> None:
     from mixfuse.contracts.files import write_jsonl
     from mixfuse.contracts.tasks import make
 

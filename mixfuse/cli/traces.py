@@ -1,4 +1,4 @@
-"""`mixfuse traces …`: traces of the gateway."""
+"""`mixfuse traces …`: the recorded requests of the gateway."""
 
 import argparse
 from pathlib import Path
@@ -7,32 +7,31 @@ from mixfuse.cli import options
 
 
 def register(commands: options.Commands) -> None:
-    """Adds the parser of `mixfuse traces`."""
-    traces = options.group(commands, "traces", "what the gateway did")
-    traces_export = traces.add_parser("export", help="traces as pool responses, for mixfuse pairs build")
-    traces_export.add_argument("--out", type=Path, required=True, metavar="FILE")
-    traces_export.add_argument(
+    """Adds the parsers."""
+    traces = options.add_group(commands, "traces", "read the recorded requests of the gateway")
+    export = options.add_command(traces, "export", _export, "export traces as pool rows for `mixfuse pairs build`")
+    export.add_argument("--out", type=Path, required=True, metavar="FILE", help="the JSONL file to write")
+    export.add_argument(
         "--label",
         choices=("feedback", "judge"),
         default="feedback",
-        help="whose word says which answers are right: users' (default), or the judge's own",
+        help="what marks an answer as right: users' feedback (default) or the judge's verdicts",
     )
-    traces_export.add_argument("--tasks", type=Path, help="a task file: its verifiers say which answers are right")
-    traces_export.add_argument("--split", choices=("train", "pool", "heldout"), default="pool")
-    traces_export.add_argument("--count", type=int, default=100, help="how many tasks of the file (default 100)")
-    traces_export.add_argument("--seed", type=int, default=0, help="of the tasks")
-    traces_export.add_argument("--days", type=float, help="only traces of the last so many days")
-    traces_export.add_argument(
+    export.add_argument(
+        "--tasks", type=Path, metavar="FILE", help="a task file (YAML); its verifiers mark the answers to its tasks"
+    )
+    options.add_tasks_options(export, split="pool")
+    export.add_argument("--days", type=float, metavar="DAYS", help="only traces of the last DAYS days")
+    export.add_argument(
         "--min-agreement",
         type=float,
         metavar="SHARE",
-        help="leave out users who agree with others less often than this",
+        help="ignore users who agree with the others less often than this",
     )
-    options.add_database(traces_export)
-    traces_export.set_defaults(command=_traces_export)
+    options.add_database(export)
 
 
-def _traces_export(arguments: argparse.Namespace) -> None:
+def _export(arguments: argparse.Namespace) -> None:
     from mixfuse.contracts.database import opened
     from mixfuse.fusion.store.export_traces import export
 

@@ -7,16 +7,17 @@ from mixfuse.cli import options
 
 
 def register(commands: options.Commands) -> None:
-    """Adds the parser of `mixfuse train`."""
-    train = options.group(commands, "train", "fine-tune under DeepSpeed ZeRO-3")
-    for stage, words in (
-        ("sft", "the domain model, by supervised fine-tuning"),
-        ("judge", "the judge, by DPO"),
+    """Adds the parsers."""
+    train = options.add_group(commands, "train", "fine-tune a model with LoRA under DeepSpeed ZeRO-3")
+    for stage, summary in (
+        ("sft", "train the domain model on chats (supervised fine-tuning)"),
+        ("judge", "train the judge on preference pairs (DPO)"),
     ):
-        stage_parser = train.add_parser(stage, help=words)
-        stage_parser.add_argument("recipe", type=Path, metavar="RECIPE")
-        stage_parser.add_argument("overrides", nargs="*", metavar="key=value")
-        stage_parser.set_defaults(command=_train, stage=stage)
+        details = "An interrupted run continues from its last checkpoint when the same command is run again."
+        parser = options.add_command(train, stage, _train, summary, details)
+        parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a training recipe (YAML)")
+        options.add_overrides(parser, "the recipe")
+        parser.set_defaults(stage=stage)
 
 
 def _train(arguments: argparse.Namespace) -> None:
