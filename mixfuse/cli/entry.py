@@ -449,7 +449,7 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _experts_profile(arguments: argparse.Namespace) -> None:
-    from mixfuse.train.model.choose_experts import profile
+    from mixfuse.train.stages.experts_profile import profile
 
     record = profile(arguments.recipe, arguments.overrides, arguments.out)
     if arguments.json:
