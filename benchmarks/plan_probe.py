@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from deepspeed.runtime.zero import partition_parameters
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+from memory_tracker import Tracker
 from transformers import TrainerCallback
 
 from mixfuse.contracts.strict_yaml import load
 from mixfuse.train import run
-from mixfuse.train.planning.tracker import Tracker
 from mixfuse.train.processes import worker
 from mixfuse.train.stages import judge_dpo, sft
 

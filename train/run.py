@@ -106,11 +106,11 @@ def _described(recipe: TrainRecipe) -> dict[str, Any]:
 
 def _launch(stage: str, recipe: TrainRecipe, recipe_path: Path, overrides: list[str]) -> None:
     """Starts the recipe's processes on this machine and waits for them."""
-    from mixfuse.train.processes import torchrun
+    from mixfuse.train.processes import graceful_torchrun
 
     os.environ["OMP_NUM_THREADS"] = str(worker.threads(recipe.threads, recipe.processes))
     command = [sys.executable, "-m", "mixfuse", "train", stage, str(recipe_path), *overrides]
-    torchrun.run(["--standalone", f"--nproc-per-node={recipe.processes}", "--no-python", *command])
+    graceful_torchrun.run(["--standalone", f"--nproc-per-node={recipe.processes}", "--no-python", *command])
 
 
 def trainer_arguments(recipe: TrainRecipe) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def test_local_is_torchrun_on_this_machine(sft_recipe: Path) -> None:
     train = ["train", "sft", str(sft_recipe), "out=a b"]
     process = ["--no-python", *PYTHON, "mixfuse", *train]
     assert printed("--local", "4", *train) == [
-        *PYTHON, "mixfuse.train.processes.torchrun", "--nproc-per-node=4", "--standalone", *process
+        *PYTHON, "mixfuse.train.processes.graceful_torchrun", "--nproc-per-node=4", "--standalone", *process
     ]  # fmt: skip
     assert "--nproc-per-node=3" in printed("--local", *train, "processes=3")
 

@@ -267,7 +267,7 @@ def _tokenised(source: DataSource, recipe: SftRecipe, tokenizer: Any, work: Path
     """The chats of one data set as `{id, input_ids, labels, length, held_out}`, after truncation."""
     from datasets import Dataset, Features, List, Value
 
-    from mixfuse.train.data.labels import encode
+    from mixfuse.train.data.loss_mask import encode
 
     share = recipe.evaluation.share if recipe.evaluation else None
 

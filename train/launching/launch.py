@@ -7,7 +7,7 @@ One mixfuse command (`train …`, `experts profile …` or `doctor …`) runs in
 - deepspeed: DeepSpeed's launcher with a host file;
 - Slurm: an sbatch file that starts torchrun on each node, and puts the job back in the queue when it was stopped.
 
-`train/processes/torchrun.py` says why it is not the bare torchrun.
+`train/processes/graceful_torchrun.py` says why it is not the bare torchrun.
 """
 
 import os
@@ -248,7 +248,7 @@ def _is_rank(process: Any) -> bool:
 
 
 def _torchrun(job: Job) -> Command:
-    return [sys.executable, "-m", "mixfuse.train.processes.torchrun", f"--nproc-per-node={job.processes}"]
+    return [sys.executable, "-m", "mixfuse.train.processes.graceful_torchrun", f"--nproc-per-node={job.processes}"]
 
 
 def launch(

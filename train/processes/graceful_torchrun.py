@@ -1,6 +1,6 @@
 """torchrun, for runs that may be asked to stop: it waits while they save, and passes on how they ended.
 
-    python -m mixfuse.train.processes.torchrun [torchrun's own options] --no-python COMMAND …
+    python -m mixfuse.train.processes.graceful_torchrun [torchrun's own options] --no-python COMMAND …
 
 starts the processes of this machine exactly as `torchrun` does. Three things differ. On SIGTERM, torchrun gives its
 workers 30 seconds (`--shutdown-timeout`) and kills them; this one hands the signal on and waits, because saving a
@@ -97,7 +97,7 @@ def _ending(error: Any, *, asked: bool) -> MixfuseError:
 
 
 def main() -> int:
-    """`python -m mixfuse.train.processes.torchrun`."""
+    """`python -m mixfuse.train.processes.graceful_torchrun`."""
     return exit_code(lambda: run(sys.argv[1:]))
 
 
