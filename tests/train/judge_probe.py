@@ -15,10 +15,9 @@ from deepspeed.utils import get_z3_leaf_modules, z3_leaf_module
 from transformers import TrainerCallback
 
 from mixfuse.contracts.strict_yaml import load
-from mixfuse.train import run
 from mixfuse.train.processes import worker
 from mixfuse.train.recipe import JudgeRecipe
-from mixfuse.train.stages import judge_dpo
+from mixfuse.train.stages import core, judge_dpo
 
 
 class Probe(TrainerCallback):
@@ -71,7 +70,7 @@ def main() -> None:
     }
     facts["chosen_by_batch"] = [chosen_verdicts(trainer, batch) for batch in trainer.get_train_dataloader()]
     trainer.add_callback(Probe(trainer, facts))
-    run.train_and_save(trainer, recipe, stage="judge")
+    core.train_and_save(trainer, recipe, stage="judge")
     (recipe.out / "probe.json").write_text(json.dumps(facts))
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from mixfuse.contracts.strict_yaml import load
 from mixfuse.train.recipe import SftRecipe
-from mixfuse.train.run import trainer_arguments
+from mixfuse.train.stages.core import trainer_arguments
 
 
 @pytest.fixture

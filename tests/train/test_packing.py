@@ -10,7 +10,7 @@ import torch
 import train_harness as harness
 
 from mixfuse.contracts.errors import MixfuseError
-from mixfuse.train.data.chats import Collator
+from mixfuse.train.data.packing import Collator
 from mixfuse.train.model.attention import check_packing, choose
 
 DOCUMENTS = [

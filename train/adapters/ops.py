@@ -14,9 +14,10 @@ import torch
 
 from mixfuse.contracts.adapter import LORA_RANKS, Manifest
 from mixfuse.contracts.errors import MixfuseError
-from mixfuse.train.adapters.export import check_weights, write_directory
+from mixfuse.train.adapters.export import write_directory
 from mixfuse.train.adapters.factors import Factors, Pair, Place, norm, stacked, tracked, truncated
 from mixfuse.train.adapters.layouts import Weights, with_fused
+from mixfuse.train.adapters.saving import check_weights
 
 _EXACT = 1e-5  # relative; what rounding the factors to float32 may come to
 _VANISHED = 1e-6

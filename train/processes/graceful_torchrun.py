@@ -28,7 +28,7 @@ QUIET_ALLOCATOR = {
 }
 
 
-def run(arguments: list[str]) -> None:
+def torchrun(arguments: list[str]) -> None:
     """Starts this machine's processes and waits for them.
 
     torchrun is called rather than started: its handlers for SIGINT and SIGHUP then stand in this process, and none of
@@ -45,13 +45,13 @@ def run(arguments: list[str]) -> None:
     asked = _hand_on_sigterm()
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import main as torchrun
+    from torch.distributed.run import main as torch_torchrun
 
     os.environ.update(QUIET_ALLOCATOR)
     count = next((int(text.partition("=")[2]) for text in arguments if text.startswith("--nproc-per-node=")), 1)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads(None, count)))  # torchrun would say 1, and warn
     try:
-        torchrun(["--signals-to-handle=SIGINT,SIGHUP,SIGQUIT", *arguments])
+        torch_torchrun(["--signals-to-handle=SIGINT,SIGHUP,SIGQUIT", *arguments])
     except SignalException:
         raise KeyboardInterrupt from None
     except ChildFailedError as error:
@@ -98,7 +98,7 @@ def _ending(error: Any, *, asked: bool) -> MixfuseError:
 
 def main() -> int:
     """`python -m mixfuse.train.processes.graceful_torchrun`."""
-    return exit_code(lambda: run(sys.argv[1:]))
+    return exit_code(lambda: torchrun(sys.argv[1:]))
 
 
 if __name__ == "__main__":

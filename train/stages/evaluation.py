@@ -8,6 +8,7 @@ import torch
 from transformers import TrainerCallback
 
 from mixfuse.contracts.files import atomic_directory, read_json, write_json
+from mixfuse.train.adapters.saving import gather_adapter, save_peft
 from mixfuse.train.recipe import Evaluation
 
 BEST = "best"
@@ -67,8 +68,6 @@ class KeepBest(TrainerCallback):
         return False
 
     def _keep(self, state: Any) -> None:
-        from mixfuse.train.run import gather_adapter, save_peft
-
         weights = gather_adapter(self._trainer)
         if state.is_world_process_zero:
             with atomic_directory(self._out / BEST, replace=True) as temporary:

@@ -10,13 +10,14 @@ import torch
 
 from mixfuse.contracts.files import atomic_file, write_json
 from mixfuse.contracts.strict_yaml import load as load_recipe
-from mixfuse.train.data.chats import chat_data
+from mixfuse.train.data.chat_data import chat_data
+from mixfuse.train.data.pair_data import pairs_datasets
 from mixfuse.train.model.choose_experts import RECORD, Chosen, Load, choose, describe, measure, sample, summary
 from mixfuse.train.model.load import load_base, load_tokenizer
 from mixfuse.train.processes import worker
 from mixfuse.train.recipe import JudgeRecipe, SftRecipe, TrainRecipe, kind_of
-from mixfuse.train.run import check_recipe, trainer_arguments
-from mixfuse.train.stages.judge_dpo import pairs_datasets
+from mixfuse.train.stages.checks import check_recipe
+from mixfuse.train.stages.core import trainer_arguments
 
 
 def profile(recipe_path: Path, overrides: list[str], out: Path | None) -> dict[str, Any]:

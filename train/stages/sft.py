@@ -6,17 +6,18 @@ import torch
 from transformers import set_seed
 from trl import SFTConfig
 
-from mixfuse.train.data.chats import Collator, chat_data
+from mixfuse.train.data.chat_data import chat_data
+from mixfuse.train.data.packing import Collator
 from mixfuse.train.model import attention, choose_experts
 from mixfuse.train.model.load import load_base, load_tokenizer, lora_config
 from mixfuse.train.processes.checkpoint import last_checkpoint
 from mixfuse.train.recipe import SftRecipe, TrainRecipe
-from mixfuse.train.run import train_and_save, trainer_arguments
+from mixfuse.train.stages.core import train_and_save, trainer_arguments
 from mixfuse.train.stages.trainers import SftTrainer
 
 
 def train(recipe: TrainRecipe) -> None:
-    """Trains the recipe's adapter and leaves its run folder (see `mixfuse.train.run.train_and_save`)."""
+    """Trains the recipe's adapter and leaves its run folder (see `train/stages/core.py: train_and_save`)."""
     recipe = cast(SftRecipe, recipe)
     dtype = getattr(torch, recipe.dtype)
     tokenizer = load_tokenizer(recipe.base)

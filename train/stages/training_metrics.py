@@ -37,7 +37,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def metrics_log(path: Path, *, resumed: bool) -> "TrainerCallback":
     """A callback that measures, and appends every logged dict to a JSONL file, on rank 0.
 
-    It adds to what is logged, in place, so it stands before other callbacks (see `watch`):
+    It adds to what is logged, in place, so it stands before other callbacks (see `add_metrics_log`):
 
     - `tokens_per_second`: tokens without padding, of all processes, by the time since the last row, evaluations and
       checkpoints aside.
@@ -143,7 +143,7 @@ class _ExpertLoad:
         self._hooks.clear()
 
 
-def watch(trainer: Any, out: Path, *, resumed: bool) -> None:
+def add_metrics_log(trainer: Any, out: Path, *, resumed: bool) -> None:
     """Puts the metrics callback before the trainer's others: what it measures is in what they log."""
     trainer.callback_handler.callbacks.insert(0, metrics_log(out / "metrics.jsonl", resumed=resumed))
 
