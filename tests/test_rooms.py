@@ -29,8 +29,6 @@ COMMANDS = (
     "adapter sign",
     "adapter diff",
     "adapter merge",
-    "adapter compose",
-    "adapter prune",
     "serve",
     "gateway",
     "keys add",

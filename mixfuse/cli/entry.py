@@ -222,25 +222,6 @@ def _parser() -> argparse.ArgumentParser:
         help="compare log-probs with PEFT's (default: where memory allows)",
     )
     merge.set_defaults(command=_adapter_merge)
-    compose = adapter.add_parser("compose", help="a weighted sum of adapters, as one adapter")
-    compose.add_argument("out", type=Path, metavar="OUT")
-    compose.add_argument("parts", nargs="+", metavar="DIR[:WEIGHT]", help="an adapter directory; weight 1 by default")
-    compose.add_argument(
-        "--method",
-        choices=("sum", "concat"),
-        default="concat",
-        help="concat is exact, ranks add up (default); sum takes the nearest adapter of --rank",
-    )
-    compose.add_argument("--rank", type=int, metavar="R", help="of a sum (default: the largest of the parts)")
-    compose.add_argument("--role", help="the role (default: that of the first part)")
-    compose.set_defaults(command=_adapter_compose)
-    prune = adapter.add_parser("prune", help="the nearest adapter of a lower rank")
-    prune.add_argument("dir", type=Path, metavar="DIR")
-    prune.add_argument("out", type=Path, metavar="OUT")
-    prune.add_argument("--rank", type=int, required=True, metavar="R")
-    prune.add_argument("--json", action="store_true", help="one JSON object on the last line")
-    prune.set_defaults(command=_adapter_prune)
-
     serve = top.add_parser("serve", help="vLLM with the adapters of each role, and the gateway in front")
     serve.add_argument("config", type=Path, metavar="CONFIG")
     serve.add_argument("overrides", nargs="*", metavar="key=value")
@@ -683,41 +664,6 @@ def _adapter_merge(arguments: argparse.Namespace) -> None:
         f"log-probs in transformers and PEFT differ by at most {merged.check.difference:.1e}; rounding to the base's "
         f"type moved them by up to {merged.check.rounding:.1e}, the adapter by {merged.check.effect:.2g}"
     )
-
-
-def _adapter_compose(arguments: argparse.Namespace) -> None:
-    from mixfuse.train.adapters.ops import compose
-
-    composed = compose(
-        [_weighted(part) for part in arguments.parts],
-        arguments.out,
-        method=arguments.method,
-        rank=arguments.rank,
-        role=arguments.role,
-    )
-    error = f"off the weighted sum by {composed.relative_error:.1e} of its norm"
-    print(f"{arguments.out}: {_described(composed.manifest)}; {error}")
-
-
-def _weighted(part: str) -> tuple[Path, float]:
-    """`DIR[:WEIGHT]`; what follows the last colon may belong to the folder's name."""
-    directory, colon, weight = part.rpartition(":")
-    if not colon or Path(part).is_dir():
-        return Path(part), 1.0
-    try:
-        return Path(directory), float(weight)
-    except ValueError:
-        raise MixfuseError(f"{part!r} is not of the form DIR:WEIGHT, the weight a number") from None
-
-
-def _adapter_prune(arguments: argparse.Namespace) -> None:
-    from mixfuse.train.adapters.ops import print_energies, prune
-
-    pruned = prune(arguments.dir, arguments.out, rank=arguments.rank)
-    print_energies(pruned)
-    print(f"{arguments.out}: {_described(pruned.manifest)}; keeps {pruned.share:.2%} of the adapter's energy")
-    if arguments.json:
-        print(json.dumps(pruned.to_json()))
 
 
 def _serve(arguments: argparse.Namespace) -> int:

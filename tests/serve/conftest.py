@@ -42,6 +42,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
         "two": _save_adapter(base, root / "two", seed=2, rank=8, modules=ATTENTION, parameters=FUSED_EXPERTS),
         "experts": _save_adapter(base, root / "experts", seed=3, rank=4, modules=[], parameters=FUSED_EXPERTS),
         "attention": _save_adapter(base, root / "attention", seed=5, rank=2, modules=ATTENTION, parameters=[]),
+        "rank 12": _save_adapter(base, root / "r12", seed=6, rank=12, modules=ATTENTION, parameters=FUSED_EXPERTS),
+        "rank 3": _save_adapter(base, root / "r3", seed=7, rank=3, modules=ATTENTION, parameters=FUSED_EXPERTS),
     }
     fused["chosen"] = _save_chosen(base, root / "chosen")
     served = {name: root / f"{name}-served" for name in fused}
