@@ -4,8 +4,6 @@ Started with the environment of a launcher. Not a test: the tests read what it f
 """
 
 import json
-import os
-import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -52,9 +50,6 @@ def chosen_verdicts(trainer: Any, batch: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        os.environ["MASTER_PORT"] = str(free.getsockname()[1])
     recipe = load(Path(sys.argv[1]), JudgeRecipe, sys.argv[2:])
     worker.prepare(recipe.threads, wandb=recipe.wandb)
     trainer = judge_dpo.make_trainer(recipe)

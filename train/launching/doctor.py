@@ -33,8 +33,8 @@ GIB = 1 << 30
 JOIN_SECONDS = 120  # how long the others are waited for
 SHARED_MEMORY = "/dev/shm"  # noqa: S108 - NCCL's own place
 PROBE_BYTES = 64 << 20  # of the all-reduce
-# Bytes a trainable parameter takes in a checkpoint: the float32 master, Adam's two moments, the adapter itself.
-CHECKPOINT_BYTES = 16
+# Bytes of a trainable parameter in a checkpoint beside the optimizer's state: the float32 master, the adapter itself.
+CHECKPOINT_BYTES = 8
 
 Status = Literal["ok", "note", "FAIL"]
 
@@ -320,7 +320,7 @@ def _disk(recipe: TrainRecipe) -> Check:
     except OSError as error:
         return Check("disk", "FAIL", f"{place} cannot be written: {error.strerror}", "choose another `out`")
     free = shutil.disk_usage(place).free
-    need = (KEEP + 1) * CHECKPOINT_BYTES * _trainable(recipe)
+    need = (KEEP + 1) * (CHECKPOINT_BYTES + recipe.optimizer.entry.state_bytes) * _trainable(recipe)
     found = f"{free / GIB:.1f} GiB free at {place}; checkpoints take up to {need / GIB:.2f}"
     return Check("disk", "ok" if free > need else "FAIL", found, "free some, or choose another `out`")
 
