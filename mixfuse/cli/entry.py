@@ -433,9 +433,9 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _experts_profile(arguments: argparse.Namespace) -> None:
-    from mixfuse.train.stages.experts_profile import profile
+    from mixfuse.train.stages.experts_profile import profile_experts
 
-    record = profile(arguments.recipe, arguments.overrides, arguments.out)
+    record = profile_experts(arguments.recipe, arguments.overrides, arguments.out)
     if arguments.json:
         print(json.dumps(record))
 
@@ -463,9 +463,9 @@ def _launch(arguments: argparse.Namespace) -> int:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    from mixfuse.train.launching.doctor import run
+    from mixfuse.train.launching.doctor import examine_machines
 
-    return run(arguments.recipe, arguments.overrides, nodes=arguments.nodes, as_json=arguments.json)
+    return examine_machines(arguments.recipe, arguments.overrides, nodes=arguments.nodes, as_json=arguments.json)
 
 
 def _tasks_make(arguments: argparse.Namespace) -> None:
