@@ -18,6 +18,7 @@ from pydantic import (
 
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.strict_yaml import Strict
+from mixfuse.train.optimizers import OPTIMIZERS, OptimizerEntry, OptimizerName
 
 ATTENTION_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
 EXPERT_PARAMETERS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
@@ -197,9 +198,10 @@ Data = Annotated[tuple[DataSource, ...], BeforeValidator(_sources)]
 
 
 class Optimizer(Strict):
-    """How AdamW trains it. Batches are counted over all processes, so a recipe means the same on any number of them.
+    """How it is trained. Batches are counted over all processes, so a recipe means the same on any number of them.
 
     Attributes:
+        name: The optimizer. AdamW is what every recipe here was tuned with; the others keep less state.
         steps: Optimiser steps.
         batch_size: Examples a step, over all processes; a multiple of micro_batch * processes. With `packing`, an
             example is a packed row.
@@ -215,6 +217,7 @@ class Optimizer(Strict):
         max_grad_norm: Gradient norms above are clipped.
     """
 
+    name: OptimizerName = "adamw"
     steps: PositiveInt
     batch_size: PositiveInt = 8
     micro_batch: PositiveInt = 4
@@ -236,7 +239,15 @@ class Optimizer(Strict):
             raise ValueError(f"min_learning_rate is where a cosine ends; the schedule is {self.schedule!r}")
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(f"min_learning_rate {self.min_learning_rate} is above learning_rate {self.learning_rate}")
+        adam_keys = sorted({"betas", "eps"} & self.model_fields_set)
+        if adam_keys and not self.entry.adam_keys:
+            raise ValueError(f"{adam_keys[0]} has no effect on {self.name}; leave it out")
         return self
+
+    @property
+    def entry(self) -> OptimizerEntry:
+        """The optimizer's entry in the table."""
+        return OPTIMIZERS[self.name]
 
     @property
     def warmup(self) -> int:
@@ -406,6 +417,10 @@ class JudgeRecipe(TrainRecipe):
         if self.consistency and (self.orders == "one" or self.optimizer.micro_batch % 2):
             raise ValueError("consistency compares the orders of a pair; set orders: both and an even micro_batch")
         return self
+
+
+RECIPES: dict[str, type[TrainRecipe]] = {"sft": SftRecipe, "judge": JudgeRecipe}
+"""The recipe of each stage of `mixfuse train`."""
 
 
 def kind_of(recipe_path: Path, overrides: list[str]) -> type[TrainRecipe]:

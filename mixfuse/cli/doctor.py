@@ -24,6 +24,6 @@ def register(commands: options.Commands) -> None:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    from mixfuse.train.launching.doctor import run
+    from mixfuse.train.launching.doctor import examine_machines
 
-    return run(arguments.recipe, arguments.overrides, nodes=arguments.nodes, as_json=arguments.json)
+    return examine_machines(arguments.recipe, arguments.overrides, nodes=arguments.nodes, as_json=arguments.json)

@@ -20,8 +20,8 @@ def register(commands: options.Commands) -> None:
 
 
 def _profile(arguments: argparse.Namespace) -> None:
-    from mixfuse.train.model.choose_experts import profile
+    from mixfuse.train.stages.experts_profile import profile_experts
 
-    record = profile(arguments.recipe, arguments.overrides, arguments.out)
+    record = profile_experts(arguments.recipe, arguments.overrides, arguments.out)
     if arguments.json:
         print(json.dumps(record))

@@ -5,6 +5,9 @@ from pathlib import Path
 
 from mixfuse.cli import options
 
+LAUNCHERS = ("local", "torchrun", "deepspeed", "slurm")
+"""Flags of `mixfuse launch`, as `mixfuse.train.launching.launchers` names them; a test compares the two."""
+
 
 def register(commands: options.Commands) -> None:
     """Adds the parser."""
@@ -51,23 +54,21 @@ def register(commands: options.Commands) -> None:
 
 def _launch(arguments: argparse.Namespace) -> int:
     from mixfuse.train.launching.launch import launch
+    from mixfuse.train.launching.launchers.job import Machines
 
     command, processes = arguments.arguments, arguments.processes
     if arguments.local and arguments.local.isdecimal():
         processes = int(arguments.local)
-    elif arguments.local:  # in `--local train …` the word after the option belongs to the command
+    elif arguments.local:  # `--local train …`: the value is no number, so it belongs to the command
         command = [arguments.local, *command]
-    modes = {"deepspeed": arguments.deepspeed, "torchrun": arguments.torchrun, "slurm": arguments.slurm}
-    return launch(
-        command,
-        mode=next((name for name, chosen in modes.items() if chosen), "local"),
-        processes=processes,
-        hostfile=arguments.deepspeed,
-        hosts=[host for host in arguments.hosts.split(",") if host],
+    launcher = next(name for name in LAUNCHERS if getattr(arguments, name) not in (None, False))
+    machines = Machines(
         nodes=arguments.nodes,
+        hosts=[host for host in arguments.hosts.split(",") if host],
         rendezvous=arguments.rdzv,
+        hostfile=arguments.deepspeed,
         gpus=arguments.gpus_per_node,
         grace=arguments.grace,
-        options=arguments.sbatch,
-        dry_run=arguments.dry_run,
+        sbatch=arguments.sbatch,
     )
+    return launch(command, machines, launcher=launcher, processes=processes, dry_run=arguments.dry_run)

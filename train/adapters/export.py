@@ -8,7 +8,6 @@ Mixtral's checkpoints use, the same adapter is applied by vLLM and loaded by pla
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 
 from mixfuse.contracts import adapter as contract
@@ -18,7 +17,7 @@ from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.files import atomic_directory, read_json, write_json, write_text
 from mixfuse.contracts.strict_yaml import validate
 from mixfuse.train.adapters.layouts import Layout, served
-from mixfuse.train.run import libraries
+from mixfuse.train.adapters.saving import check_weights, library_versions
 
 
 def export(
@@ -114,7 +113,7 @@ def write_directory(
             "rank": int(layout.config["r"]),
             "experts_trained": layout.has_experts,
             "files": files,
-            "libraries": libraries(),
+            "libraries": library_versions(),
         }
         manifest = validate(keys | facts, Manifest, source=str(source))
         write_text(temporary / model_card.CARD, model_card.render(manifest))
@@ -135,25 +134,6 @@ def _origin(source: Path) -> tuple[Path, dict[str, Any]]:
         fused = source / "peft"
         return fused if fused.is_dir() else source, {**manifest.model_dump(mode="json"), "base": manifest.base_path}
     return source, {}
-
-
-def check_weights(weights: dict[str, torch.Tensor], source: Path) -> None:
-    """Refuses an adapter that would do nothing or break everything.
-
-    Raises:
-        MixfuseError: No tensors, an empty one, a NaN or infinity, or every B zero (an untrained LoRA).
-    """
-    if not weights or any(tensor.numel() == 0 for tensor in weights.values()):
-        raise MixfuseError(
-            f"{source}: the adapter is empty (ZeRO-3 partitions saved without gathering?)", kind="adapter"
-        )
-    broken = next((name for name, tensor in weights.items() if not torch.isfinite(tensor).all()), None)
-    if broken:
-        raise MixfuseError(f"{source}: {broken} holds NaN or infinity; the training diverged", kind="adapter")
-    if not any(tensor.any() for name, tensor in weights.items() if ".lora_B." in name):
-        raise MixfuseError(
-            f"{source}: every lora_B is zero, so the adapter does nothing; train it first", kind="adapter"
-        )
 
 
 def write_manifest(directory: Path, manifest: Manifest, *, probes: Probes | None = None) -> None:

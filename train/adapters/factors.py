@@ -1,7 +1,7 @@
 """The factors of an adapter directory, read a module at a time, and what can be said of B·A without building it.
 
 A module's change to the base is Δ = (alpha/r)·B·A, as large as the base's own matrix: 400 MB in float32 for one of
-8x22B's. Its norm, the inner product of two of them and its best approximation of lower rank need matrices of r columns
+8x22B's. Its norm and the inner product of two of them need matrices of r columns
 alone.
 """
 
@@ -167,50 +167,6 @@ def inner_product(one: Pair, other: Pair) -> float:
     left = one.b.double().T @ other.b.double()
     right = one.a.double() @ other.a.double().T
     return float((left * right).sum())
-
-
-def norm(pair: Pair) -> float:
-    """‖Δ‖ (Frobenius), from the factors' triangular parts: differences of equal deltas come out as what they are."""
-    _, left = torch.linalg.qr(pair.b.double(), mode="r")
-    _, right = torch.linalg.qr(pair.a.double().T, mode="r")
-    return float(torch.linalg.matrix_norm(left @ right.T))
-
-
-def stacked(pairs: list[Pair]) -> Pair:
-    """The factors of the sum of these deltas; their ranks add up."""
-    return Pair(torch.cat([pair.a for pair in pairs]), torch.cat([pair.b for pair in pairs], dim=1))
-
-
-class Truncated(NamedTuple):
-    """The nearest delta of a lower rank.
-
-    Attributes:
-        pair: Its factors, float32; ranks that the delta does not have are zero.
-        kept: The square of its norm.
-        total: The square of the norm of what it stands for.
-    """
-
-    pair: Pair
-    kept: float
-    total: float
-
-
-def truncated(pair: Pair, rank: int) -> Truncated:
-    """The best approximation of B·A of that rank (Eckart and Young 1936), without building B·A.
-
-    With B = Q₁R₁ and Aᵀ = Q₂R₂, the singular values of B·A are those of R₁R₂ᵀ, which is r by r. The root of each goes
-    into either factor, so that neither grows.
-    """
-    q_b, r_b = torch.linalg.qr(pair.b.double())
-    q_a, r_a = torch.linalg.qr(pair.a.double().T)
-    left, values, right = torch.linalg.svd(r_b @ r_a.T)
-    keep = min(rank, len(values))
-    root = values[:keep].sqrt()
-    a = pair.a.new_zeros(rank, pair.a.shape[1])
-    b = pair.b.new_zeros(pair.b.shape[0], rank)
-    a[:keep] = (root[:, None] * (right[:keep] @ q_a.T)).float()
-    b[:, :keep] = ((q_b @ left[:, :keep]) * root).float()
-    return Truncated(Pair(a, b), float(values[:keep].square().sum()), float(values.square().sum()))
 
 
 def tracked(names: Iterable[str], doing: str) -> Iterable[str]:

@@ -16,7 +16,7 @@ from typing import Any
 from mixfuse.contracts import judge_protocol
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.files import read_jsonl, write_jsonl
-from mixfuse.train.data.chats import rows
+from mixfuse.train.data.sources import rows
 from mixfuse.train.recipe import DataSource
 
 POOL = "pool"

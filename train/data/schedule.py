@@ -107,7 +107,7 @@ class Rounds(TrainerCallback):
         pairs = list(zip(log_odds[::2], log_odds[1::2], strict=True))
         wrong = [number for number, pair in enumerate(pairs) if min(pair) <= 0]
         self._trainer.print_once(f"step {step}: {len(wrong)} of {len(pairs)} pairs are judged wrong, or flip")
-        self._trainer.note("wrong_pairs", len(wrong))
+        self._trainer.record("wrong_pairs", len(wrong))
         self._begin(step, wrong)
         if state.is_world_process_zero:
             stored = read_json(self._path) if self._path.is_file() else {}

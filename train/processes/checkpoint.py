@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.files import read_json, write_json
+from mixfuse.train.processes import worker
+from mixfuse.train.recipe import TrainRecipe
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -31,6 +33,11 @@ FREE_ON_RESUME = (
 def last_checkpoint(out: Path) -> Path | None:
     """The newest whole checkpoint of the run in `out`."""
     return next(iter(_whole(out)), None)
+
+
+def recipe_record(recipe: TrainRecipe) -> dict[str, Any]:
+    """The recipe as `recipe.json` holds it, with the number of processes that really run."""
+    return {**recipe.model_dump(mode="json"), "processes": worker.world_size(recipe.processes)}
 
 
 def check_resume(out: Path, described: dict[str, Any], *, resume: str) -> None:

@@ -34,7 +34,7 @@ class _Sigterm:
 _sigterm = _Sigterm()
 
 
-def listen() -> None:
+def handle_sigterm() -> None:
     """Takes SIGTERM from here on: it ends the process at once until `guard` has seen training begin, and then at the
     end of the step, after a checkpoint.
     """  # noqa: D205 - one sentence

@@ -1,6 +1,6 @@
 """torchrun, for runs that may be asked to stop: it waits while they save, and passes on how they ended.
 
-    python -m mixfuse.train.processes.torchrun [torchrun's own options] --no-python COMMAND …
+    python -m mixfuse.train.processes.graceful_torchrun [torchrun's own options] --no-python COMMAND …
 
 starts the processes of this machine exactly as `torchrun` does. Three things differ. On SIGTERM, torchrun gives its
 workers 30 seconds (`--shutdown-timeout`) and kills them; this one hands the signal on and waits, because saving a
@@ -28,7 +28,7 @@ QUIET_ALLOCATOR = {
 }
 
 
-def run(arguments: list[str]) -> None:
+def torchrun(arguments: list[str]) -> None:
     """Starts this machine's processes and waits for them.
 
     torchrun is called rather than started: its handlers for SIGINT and SIGHUP then stand in this process, and none of
@@ -45,13 +45,13 @@ def run(arguments: list[str]) -> None:
     asked = _hand_on_sigterm()
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import main as torchrun
+    from torch.distributed.run import main as torch_torchrun
 
     os.environ.update(QUIET_ALLOCATOR)
     count = next((int(text.partition("=")[2]) for text in arguments if text.startswith("--nproc-per-node=")), 1)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads(None, count)))  # torchrun would say 1, and warn
     try:
-        torchrun(["--signals-to-handle=SIGINT,SIGHUP,SIGQUIT", *arguments])
+        torch_torchrun(["--signals-to-handle=SIGINT,SIGHUP,SIGQUIT", *arguments])
     except SignalException:
         raise KeyboardInterrupt from None
     except ChildFailedError as error:
@@ -97,8 +97,8 @@ def _ending(error: Any, *, asked: bool) -> MixfuseError:
 
 
 def main() -> int:
-    """`python -m mixfuse.train.processes.torchrun`."""
-    return exit_code(lambda: run(sys.argv[1:]))
+    """`python -m mixfuse.train.processes.graceful_torchrun`."""
+    return exit_code(lambda: torchrun(sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from mixfuse.contracts.errors import MixfuseError
-from mixfuse.train.data.labels import IGNORED, encode
+from mixfuse.train.data.loss_mask import IGNORED, encode
 
 # The base's own template (ChatML, without marks) as it is, and with the marks a training template has.
 MARKED = (
