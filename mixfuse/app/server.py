@@ -28,7 +28,7 @@ from rich.console import Console
 from starlette.applications import Starlette
 
 from mixfuse.app.gates import GateConfig, Gates
-from mixfuse.app.roles_admin import RoleMetrics, routes
+from mixfuse.app.roles_routes import RoleMetrics, routes
 from mixfuse.app.roles_store import StoredRoles
 from mixfuse.contracts.adapter import fingerprint, verify
 from mixfuse.contracts.database import opened

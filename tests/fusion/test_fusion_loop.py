@@ -27,7 +27,7 @@ from test_gates import House, database, house
 
 from mixfuse.app import loop
 from mixfuse.app.loop import LoopConfig, Promote, Tools, decide
-from mixfuse.app.roles_admin import routes
+from mixfuse.app.roles_routes import routes
 from mixfuse.app.roles_store import StoredRoles
 from mixfuse.cli.entry import main
 from mixfuse.contracts.database import opened

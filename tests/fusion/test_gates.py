@@ -20,8 +20,8 @@ from fusion_harness import Gateway, prefers
 from safetensors.numpy import save_file
 
 from mixfuse.app.gates import Gate, GateConfig, Gates, SwapRequest, broken
-from mixfuse.app.roles_admin import routes, seconds
-from mixfuse.app.roles_admin import share as share_of
+from mixfuse.app.roles_routes import routes, seconds
+from mixfuse.app.roles_routes import share as share_of
 from mixfuse.app.roles_store import StoredRoles
 from mixfuse.app.server import LeasedRoles
 from mixfuse.contracts import adapter, judge_protocol

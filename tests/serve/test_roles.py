@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 from starlette.applications import Starlette
 
 from mixfuse.app.gates import GateConfig, Gates
-from mixfuse.app.roles_admin import RoleMetrics, routes
+from mixfuse.app.roles_routes import RoleMetrics, routes
 from mixfuse.app.roles_store import StoredRoles, roll_back
 from mixfuse.app.server import ServeConfig
 from mixfuse.contracts import adapter, judge_protocol
