@@ -24,7 +24,9 @@ from mixfuse.contracts.trace import Trace
 from mixfuse.fusion.calls.pool import Endpoint, Pool, RoleSource
 from mixfuse.fusion.config import FusionConfig
 from mixfuse.fusion.modes.shadow import Comparison, Part, share, side_by_side, watch
-from mixfuse.serve.roles import Revision, RoleTable, Why
+from mixfuse.serve.role_record import Reason
+from mixfuse.serve.slots import Revision
+from mixfuse.serve.swap import Swapper
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +123,7 @@ class Gate:
         request: What was asked for.
         limits: What it has to keep to.
         state: Where it stands; the last four are ends, and only "promoted" means that the new one serves.
-        reason: Why it ended as it did.
+        reason: Reason it ended as it did.
         shadow: The shadow's figures.
         canary: The canary's.
         began: Seconds since 1970.
@@ -177,14 +179,15 @@ class Gates:
     """The gates of a server.
 
     Args:
-        table: The server's roles.
+        swapper: Swaps the server's roles.
         roles: How their revisions are reached.
         fusion: What the gateway serves.
         limits: The serve config's `gate`.
     """
 
-    def __init__(self, table: RoleTable, roles: Revisions, fusion: FusionConfig, limits: GateConfig) -> None:
-        self._table, self._roles, self._fusion, self._limits = table, roles, fusion, limits
+    def __init__(self, swapper: Swapper, roles: Revisions, fusion: FusionConfig, limits: GateConfig) -> None:
+        self._swapper, self._table = swapper, swapper.table
+        self._roles, self._fusion, self._limits = roles, fusion, limits
         self._gates: dict[str, Gate] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._watches: dict[str, _Shadow | _Canary] = {}
@@ -207,12 +210,12 @@ class Gates:
         """Stages an adapter and has it begin to show what it does; returns then.
 
         Raises:
-            MixfuseError: A limit is unknown, or as `RoleTable.stage`.
+            MixfuseError: A limit is unknown, or as `Swapper.stage`.
         """
         known = {**self._limits.model_dump(), **request.limits}
         limits = validate(known, GateConfig, source="limits")
-        why: Why = "shadow" if request.canary is None else "canary"
-        revision = await self._table.stage(role, request.directory, why=why)
+        why: Reason = "shadow" if request.canary is None else "canary"
+        revision = await self._swapper.stage(role, request.directory, why=why)
         assert revision.revision is not None  # noqa: S101 - what was staged is an adapter
         old = self._table.serving()[role]
         if old.revision is None and "min_agreement" not in request.limits:
@@ -238,7 +241,7 @@ class Gates:
             if request.canary is not None:
                 await self._canary(gate, old, new)
             gate.state = "draining"
-            swap = await self._table.commit(role, new)
+            swap = await self._swapper.commit(role, new)
             gate.state, gate.reason = "promoted", f"within its limits; {swap.drained} requests finished on the old one"
         except GateError as refusal:
             await self._give_up(gate, "refused", str(refusal), new)
@@ -257,9 +260,9 @@ class Gates:
             logger.info("gate of role %s: %s: %s (%s)", role, gate.new, gate.state, gate.reason)
 
     async def _give_up(self, gate: Gate, state: State, reason: str, revision: Revision) -> None:
-        why: Why = "canary-rollback" if gate.canary is not None else "shadow-rollback"
+        why: Reason = "canary-rollback" if gate.canary is not None else "shadow-rollback"
         try:
-            await self._table.discard(revision, why=why, reason=reason)
+            await self._swapper.discard(revision, why=why, reason=reason)
         except MixfuseError as error:  # the engine is gone, and the adapter with it
             logger.warning("%s could not be unloaded: %s", revision.model, error)
         gate.state, gate.reason = state, reason

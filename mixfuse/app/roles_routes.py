@@ -23,15 +23,17 @@ from mixfuse.app.roles_store import StoredRoles
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.strict_yaml import validate
 from mixfuse.fusion.http.keys import ADMIN_KEY, is_admin
-from mixfuse.serve.roles import BASE, RoleState, RoleTable, Swap
+from mixfuse.serve.roles import BASE, RoleState, RoleTable
+from mixfuse.serve.swap import Swap, Swapper
 
 _STATUS = {"role": 404, "unauthorized": 401, "conflict": 409, "engine": 503, "trace_db": 503}
 _POLL_S = 0.5  # how often a gate is looked at
 Handler = Callable[[Request], Awaitable[Response]]
 
 
-def routes(table: RoleTable, store: StoredRoles, gates: Gates) -> list[Route]:
+def routes(swapper: Swapper, store: StoredRoles, gates: Gates) -> list[Route]:
     """The routes of a running server; all but the list want the admin key."""
+    table = swapper.table
 
     def row(state: RoleState) -> dict[str, Any]:
         gate = gates.of(state.name)
@@ -47,7 +49,7 @@ def routes(table: RoleTable, store: StoredRoles, gates: Gates) -> list[Route]:
             raise MixfuseError('the body must be {"directory": "…"}') from None
         asked, role = validate(body, SwapRequest, source="the body"), request.path_params["role"]
         if not asked.gated:
-            return _swapped(await table.swap(role, asked.directory))
+            return _swapped(await swapper.swap(role, asked.directory))
         gate = await gates.begin(role, asked)
         return JSONResponse({"role": role, "gate": gate.report()}, status_code=202)
 
@@ -58,7 +60,7 @@ def routes(table: RoleTable, store: StoredRoles, gates: Gates) -> list[Route]:
         return JSONResponse({"role": role, "gate": gate and gate.report()})
 
     async def rollback(request: Request) -> Response:
-        return _swapped(await table.rollback(request.path_params["role"]))
+        return _swapped(await swapper.rollback(request.path_params["role"]))
 
     async def history(request: Request) -> Response:
         role = request.path_params["role"]
@@ -123,7 +125,7 @@ def _row(state: RoleState) -> dict[str, Any]:
         "pinned": state.pinned,
         "since": state.since,
         "version": state.version,
-        "staged": {"revision": staged.revision, "share": state.share, "in_flight": staged.in_flight}
+        "staged": {"revision": staged.revision, "share": state.canary_share, "in_flight": staged.in_flight}
         if staged
         else None,
         "problem": state.problem,

@@ -32,8 +32,10 @@ from mixfuse.contracts.trace import Call, Trace, Usage, Verdict
 from mixfuse.fusion.config import FusionConfig
 from mixfuse.fusion.http.gateway import create_app
 from mixfuse.fusion.modes.shadow import Comparison, Part, Side, watch
+from mixfuse.serve.admission import Admission
 from mixfuse.serve.engine_group import Address
 from mixfuse.serve.roles import RoleTable
+from mixfuse.serve.swap import Swapper
 
 BASE = Fingerprint(**dict.fromkeys(("config", "tokenizer", "chat_template", "weights"), "0" * 64))
 
@@ -74,9 +76,10 @@ class House:
     """A gateway with a judge and a domain role, and the gates before them."""
 
     def __init__(
-        self, gateway: Gateway, gates: Gates, table: RoleTable, engine: ScriptedEngine, make: Callable[..., Path]
+        self, gateway: Gateway, gates: Gates, swapper: Swapper, engine: ScriptedEngine, make: Callable[..., Path]
     ) -> None:
-        self.gateway, self.gates, self.table, self.engine, self.make = gateway, gates, table, engine, make
+        self.gateway, self.gates, self.engine, self.make = gateway, gates, engine, make
+        self.swapper, self.table = swapper, swapper.table
 
     async def ask(self, model: str = "fusion/best-of", **keys: Any) -> dict[str, Any]:
         response = await self.gateway.post(model=model, messages=[{"role": "user", "content": "why?"}], **keys)
@@ -135,17 +138,19 @@ async def house(
     engine = ScriptedEngine(upstream, scripts)
     halves = cycle([0.1, 0.9])  # of a canary's share of a half: every other lease
     store = StoredRoles(database, "here")
-    table = RoleTable(engine, BASE, ["domain", "judge"], max_rank=8, store=store, draw=lambda: next(halves))
-    await table.swap("judge", make("judge", Script(verdict=prefers("beta"))))
-    await table.swap("domain", make("domain", Script("the expert's answer")))
+    admission = Admission(BASE, max_rank=8)
+    table = RoleTable(engine, ["domain", "judge"], admission, record=store, draw=lambda: next(halves))
+    swapper = Swapper(table)
+    await swapper.swap("judge", make("judge", Script(verdict=prefers("beta"))))
+    await swapper.swap("domain", make("domain", Script("the expert's answer")))
     roles = LeasedRoles(table, engine)
     async with AsyncExitStack() as stack:
-        gates = Gates(table, roles, fusion, GateConfig(max_latency_ratio=None))
-        app = create_app(fusion, roles, observers=[gates.observe], extra_routes=routes(table, store, gates))
+        gates = Gates(swapper, roles, fusion, GateConfig(max_latency_ratio=None))
+        app = create_app(fusion, roles, observers=[gates.observe], extra_routes=routes(swapper, store, gates))
         gateway = Gateway(await stack.enter_async_context(serving(app)))
         stack.push_async_callback(gateway.close)
         stack.push_async_callback(gates.close)
-        yield House(gateway, gates, table, engine, make)
+        yield House(gateway, gates, swapper, engine, make)
 
 
 # Observers
