@@ -798,13 +798,13 @@ def _traces_export(arguments: argparse.Namespace) -> None:
 
 
 def _roles_list(arguments: argparse.Namespace) -> None:
-    from mixfuse.app.roles_routes import list_roles
+    from mixfuse.app.roles_commands import list_roles
 
     list_roles(arguments.url, as_json=arguments.json)
 
 
 def _roles_swap(arguments: argparse.Namespace) -> None:
-    from mixfuse.app.roles_routes import seconds, share, swap_role, swap_through_gate
+    from mixfuse.app.roles_commands import seconds, share, swap_role, swap_through_gate
     from mixfuse.contracts.strict_yaml import override
 
     gate = {
@@ -822,7 +822,7 @@ def _roles_swap(arguments: argparse.Namespace) -> None:
 
 
 def _roles_rollback(arguments: argparse.Namespace) -> None:
-    from mixfuse.app.roles_routes import roll_role_back, roll_stored_role_back
+    from mixfuse.app.roles_commands import roll_role_back, roll_stored_role_back
 
     if arguments.db is not None:
         roll_stored_role_back(arguments.db, arguments.role, as_json=arguments.json)
@@ -831,13 +831,13 @@ def _roles_rollback(arguments: argparse.Namespace) -> None:
 
 
 def _roles_history(arguments: argparse.Namespace) -> None:
-    from mixfuse.app.roles_routes import show_history
+    from mixfuse.app.roles_commands import show_history
 
     show_history(arguments.url, arguments.role, limit=arguments.limit, as_json=arguments.json)
 
 
 def _roles_pin(arguments: argparse.Namespace) -> None:
-    from mixfuse.app.roles_routes import pin_role
+    from mixfuse.app.roles_commands import pin_role
 
     pin_role(arguments.url, arguments.role, arguments.pinned, as_json=arguments.json)
 

@@ -20,8 +20,9 @@ from fusion_harness import Gateway, prefers
 from safetensors.numpy import save_file
 
 from mixfuse.app.gates import Gate, GateConfig, Gates, SwapRequest, broken
-from mixfuse.app.roles_routes import routes, seconds
-from mixfuse.app.roles_routes import share as share_of
+from mixfuse.app.roles_commands import seconds
+from mixfuse.app.roles_commands import share as share_of
+from mixfuse.app.roles_routes import routes
 from mixfuse.app.roles_store import StoredRoles
 from mixfuse.app.server import LeasedRoles
 from mixfuse.contracts import adapter, judge_protocol
@@ -193,7 +194,7 @@ async def test_a_judge_that_agrees_in_the_shadow_is_swapped_in(house: House, ups
     new = house.make("judge", Script(verdict=prefers("beta")))
     gate = await house.through("judge", SwapRequest(directory=new, shadow=3))
     assert (gate.state, house.serving("judge")) == ("promoted", gate.new)
-    report = gate.report()["shadow"]
+    report = gate.report().shadow
     # beta against both others is decided; alpha against the expert is a tie
     assert (report["agreement"], report["decided"]) == (1.0, 6)
     assert report["old"]["pairs"] == report["new"]["pairs"] == 9
@@ -241,7 +242,7 @@ async def test_both_revisions_of_a_member_and_synthesizer_are_asked_alike(house:
     request = SwapRequest(directory=new, shadow=1, limits={"min_preference": 0.4})
     gate = await house.through("domain", request, "fusion/merge")
     assert gate.state == "promoted", gate.reason
-    report = gate.report()["shadow"]
+    report = gate.report().shadow
     assert (report["answer_agreement"], report["preference"]) == (0.0, 0.5)
     assert report["old"]["calls"] == report["new"]["calls"] == 2  # as a member and as the synthesizer
     assert report["spent_tokens"] == (4 + 4) * 15  # and each pair of answers judged in both orders
@@ -281,7 +282,7 @@ async def test_a_canary_that_does_well_takes_over(house: House) -> None:
     request = SwapRequest(directory=new, canary=0.5, requests=5)
     gate = await house.through("domain", request, "domain")
     assert gate.state == "promoted", gate.reason
-    report = gate.report()["canary"]
+    report = gate.report().canary
     assert report["new"]["requests"] == 5
     assert report["old"]["requests"] in (4, 5)
     assert house.serving("domain") == gate.new
@@ -312,8 +313,8 @@ async def test_a_judge_is_watched_as_a_canary_after_its_shadow(house: House) -> 
     request = SwapRequest(directory=new, shadow=2, canary=0.5, requests=3)
     gate = await house.through("judge", request)
     assert gate.state == "promoted", gate.reason
-    assert gate.report()["shadow"]["new"]["requests"] == 2
-    report = gate.report()["canary"]
+    assert gate.report().shadow["new"]["requests"] == 2
+    report = gate.report().canary
     assert report["new"]["consistency"] == report["old"]["consistency"] == pytest.approx(2 / 3)
 
 
