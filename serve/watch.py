@@ -8,7 +8,7 @@ from typing import Protocol
 
 from mixfuse.contracts.adapter import MANIFEST, read_manifest
 from mixfuse.contracts.errors import MixfuseError
-from mixfuse.serve.roles import RoleTable
+from mixfuse.serve.swap import Swapper
 
 logger = logging.getLogger(__name__)
 
@@ -77,13 +77,13 @@ class Watcher:
     reported, and tried again when its files have changed; where the engine or the database is away, it is tried again.
 
     Args:
-        table: Whose role.
+        swapper: Swaps the role.
         source: Where new adapters come from.
         role: The role.
     """
 
-    def __init__(self, table: RoleTable, source: Source, role: str) -> None:
-        self._table, self._source, self._role = table, source, role
+    def __init__(self, swapper: Swapper, source: Source, role: str) -> None:
+        self._swapper, self._source, self._role = swapper, source, role
         self._seen: Found | None = None
         self._settled: Found | None = None
         self._failure: str | None = None
@@ -99,8 +99,8 @@ class Watcher:
                 self._seen, self._tries = found, 0
                 return
             manifest = await asyncio.to_thread(read_manifest, found.directory)
-            if not await self._table.had(self._role, manifest.revision):
-                await self._table.swap(self._role, found.directory, why="watch")
+            if not await self._swapper.table.has_served(self._role, manifest.revision):
+                await self._swapper.swap(self._role, found.directory, why="watch")
             self._settled, self._failure = found, None
         except MixfuseError as error:
             self._tries += error.kind == "engine"

@@ -12,26 +12,25 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Any, Literal, Protocol, Self
+from typing import Protocol, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
+from mixfuse.app.admin_api import UNDER_WAY, GateReport, GateState, Ratio, Share, SwapRequest
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.strict_yaml import Strict, validate
 from mixfuse.contracts.trace import Trace
 from mixfuse.fusion.calls.pool import Endpoint, Pool, RoleSource
 from mixfuse.fusion.config import FusionConfig
 from mixfuse.fusion.modes.shadow import Comparison, Part, share, side_by_side, watch
-from mixfuse.serve.roles import Revision, RoleTable, Why
+from mixfuse.serve.role_record import Reason
+from mixfuse.serve.slots import Revision
+from mixfuse.serve.swap import Swapper
 
 logger = logging.getLogger(__name__)
 
 _LOOK_S = 0.5  # how often a canary's figures are held against the limits
-
-Share = Annotated[float, Field(ge=0, le=1)]
-Ratio = Annotated[float, Field(gt=0)]
 
 
 class GateConfig(Strict):
@@ -67,49 +66,6 @@ class GateConfig(Strict):
     concurrency: int = Field(default=2, ge=1)
 
 
-class SwapRequest(Strict):
-    """The body of `PUT /admin/roles/ROLE`.
-
-    Attributes:
-        directory: The adapter directory, as the server sees it.
-        shadow: So many live requests are done again by the new revision before it gets any.
-        canary: Then it is given this share of the requests.
-        for_s: How long it is a canary, in seconds.
-        requests: Or until so many requests have met it.
-        timeout_s: The longest to wait for `shadow` or `requests`, in seconds.
-        limits: Instead of the serve config's `gate`, by name.
-    """
-
-    directory: Path
-    shadow: int | None = Field(default=None, ge=1)
-    canary: float | None = Field(default=None, gt=0, lt=1)
-    for_s: Ratio | None = None
-    requests: int | None = Field(default=None, ge=1)
-    timeout_s: Ratio = 600.0
-    limits: dict[str, Any] = {}
-
-    @model_validator(mode="after")
-    def _whole(self) -> "SwapRequest":
-        if self.for_s is not None and self.requests is not None:
-            raise ValueError("a canary has a time (for_s) or a number of requests, not both")
-        if self.canary is None and (self.for_s or self.requests):
-            raise ValueError("for_s and requests go with a canary's share (canary)")
-        if self.canary is not None and not (self.for_s or self.requests):
-            raise ValueError("say how long it is a canary: for_s (seconds) or requests")
-        if self.limits and not self.gated:
-            raise ValueError("limits go with shadow or canary")
-        return self
-
-    @property
-    def gated(self) -> bool:
-        """Whether anything stands before the flip."""
-        return self.shadow is not None or self.canary is not None
-
-
-State = Literal["shadow", "canary", "draining", "promoted", "refused", "stopped", "failed"]
-UNDER_WAY = ("shadow", "canary", "draining")
-
-
 @dataclass
 class Gate:
     """One gate, under way or ended.
@@ -121,7 +77,7 @@ class Gate:
         request: What was asked for.
         limits: What it has to keep to.
         state: Where it stands; the last four are ends, and only "promoted" means that the new one serves.
-        reason: Why it ended as it did.
+        reason: Reason it ended as it did.
         shadow: The shadow's figures.
         canary: The canary's.
         began: Seconds since 1970.
@@ -132,7 +88,7 @@ class Gate:
     new: str
     request: SwapRequest
     limits: GateConfig
-    state: State
+    state: GateState
     reason: str = ""
     shadow: Comparison | None = None
     canary: Comparison | None = None
@@ -143,19 +99,19 @@ class Gate:
         """Whether it has not ended."""
         return self.state in UNDER_WAY
 
-    def report(self) -> dict[str, Any]:
-        """State and figures as JSON."""
-        return {
-            "state": self.state,
-            "reason": self.reason,
-            "old": self.old,
-            "new": self.new,
-            "began": self.began,
-            "asked": self.request.model_dump(mode="json", exclude_none=True),
-            "limits": self.limits.model_dump(exclude_none=True),
-            "shadow": self.shadow and self.shadow.report(),
-            "canary": self.canary and self.canary.report(),
-        }
+    def report(self) -> GateReport:
+        """What the admin API says about it."""
+        return GateReport(
+            state=self.state,
+            reason=self.reason,
+            old=self.old,
+            new=self.new,
+            began=self.began,
+            asked=self.request.model_dump(mode="json", exclude_none=True),
+            limits=self.limits.model_dump(exclude_none=True),
+            shadow=self.shadow.report() if self.shadow else None,
+            canary=self.canary.report() if self.canary else None,
+        )
 
 
 class GateError(MixfuseError):
@@ -177,14 +133,15 @@ class Gates:
     """The gates of a server.
 
     Args:
-        table: The server's roles.
+        swapper: Swaps the server's roles.
         roles: How their revisions are reached.
         fusion: What the gateway serves.
         limits: The serve config's `gate`.
     """
 
-    def __init__(self, table: RoleTable, roles: Revisions, fusion: FusionConfig, limits: GateConfig) -> None:
-        self._table, self._roles, self._fusion, self._limits = table, roles, fusion, limits
+    def __init__(self, swapper: Swapper, roles: Revisions, fusion: FusionConfig, limits: GateConfig) -> None:
+        self._swapper, self._table = swapper, swapper.table
+        self._roles, self._fusion, self._limits = roles, fusion, limits
         self._gates: dict[str, Gate] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._watches: dict[str, _Shadow | _Canary] = {}
@@ -207,17 +164,17 @@ class Gates:
         """Stages an adapter and has it begin to show what it does; returns then.
 
         Raises:
-            MixfuseError: A limit is unknown, or as `RoleTable.stage`.
+            MixfuseError: A limit is unknown, or as `Swapper.stage`.
         """
         known = {**self._limits.model_dump(), **request.limits}
         limits = validate(known, GateConfig, source="limits")
-        why: Why = "shadow" if request.canary is None else "canary"
-        revision = await self._table.stage(role, request.directory, why=why)
+        why: Reason = "shadow" if request.canary is None else "canary"
+        revision = await self._swapper.stage(role, request.directory, why=why)
         assert revision.revision is not None  # noqa: S101 - what was staged is an adapter
         old = self._table.serving()[role]
         if old.revision is None and "min_agreement" not in request.limits:
             limits = limits.model_copy(update={"min_agreement": None})
-        state: State = "canary" if request.shadow is None else "shadow"
+        state: GateState = "canary" if request.shadow is None else "shadow"
         gate = self._gates[role] = Gate(role, old.revision, revision.revision, request, limits, state)
         self._tasks[role] = asyncio.create_task(self._run(gate, old, revision))
         await asyncio.sleep(0)  # a task that is cancelled before it has begun could not clean up
@@ -238,7 +195,7 @@ class Gates:
             if request.canary is not None:
                 await self._canary(gate, old, new)
             gate.state = "draining"
-            swap = await self._table.commit(role, new)
+            swap = await self._swapper.commit(role, new)
             gate.state, gate.reason = "promoted", f"within its limits; {swap.drained} requests finished on the old one"
         except GateError as refusal:
             await self._give_up(gate, "refused", str(refusal), new)
@@ -256,10 +213,10 @@ class Gates:
             del self._tasks[role]
             logger.info("gate of role %s: %s: %s (%s)", role, gate.new, gate.state, gate.reason)
 
-    async def _give_up(self, gate: Gate, state: State, reason: str, revision: Revision) -> None:
-        why: Why = "canary-rollback" if gate.canary is not None else "shadow-rollback"
+    async def _give_up(self, gate: Gate, state: GateState, reason: str, revision: Revision) -> None:
+        why: Reason = "canary-rollback" if gate.canary is not None else "shadow-rollback"
         try:
-            await self._table.discard(revision, why=why, reason=reason)
+            await self._swapper.discard(revision, why=why, reason=reason)
         except MixfuseError as error:  # the engine is gone, and the adapter with it
             logger.warning("%s could not be unloaded: %s", revision.model, error)
         gate.state, gate.reason = state, reason

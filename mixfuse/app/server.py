@@ -28,7 +28,7 @@ from rich.console import Console
 from starlette.applications import Starlette
 
 from mixfuse.app.gates import GateConfig, Gates
-from mixfuse.app.roles_admin import RoleMetrics, routes
+from mixfuse.app.roles_routes import RoleMetrics, routes
 from mixfuse.app.roles_store import StoredRoles
 from mixfuse.contracts.adapter import fingerprint, verify
 from mixfuse.contracts.database import opened
@@ -38,9 +38,13 @@ from mixfuse.fusion.calls.pool import Endpoint
 from mixfuse.fusion.config import FusionConfig
 from mixfuse.fusion.http.gateway import create_app
 from mixfuse.fusion.http.keys import ADMIN_KEY, has_keys
+from mixfuse.serve.admission import Admission
 from mixfuse.serve.engine import EngineConfig
 from mixfuse.serve.engine_group import EngineGroup
-from mixfuse.serve.roles import BASE, Revision, RoleTable
+from mixfuse.serve.following import RecordFollower
+from mixfuse.serve.roles import BASE, RoleTable
+from mixfuse.serve.slots import Revision
+from mixfuse.serve.swap import Swapper
 from mixfuse.serve.watch import Folder, Found, Watcher
 
 logger = logging.getLogger(__name__)
@@ -177,33 +181,32 @@ async def _serve(config: ServeConfig, fusion: FusionConfig) -> None:
         engine = EngineGroup(config.engine, logs=config.logs)
         where = ", ".join(config.engine.external) or f"log in {config.logs}"
         store = StoredRoles(database, f"{socket.gethostname()}:{listener.getsockname()[1]}")
-        table = RoleTable(
-            engine,
+        admission = Admission(
             base,
-            list(config.roles),
-            max_rank=config.engine.max_lora_rank,
-            max_loaded=config.engine.max_loaded,
-            store=store,
+            config.engine.max_lora_rank,
             verify=partial(verify, trusted=config.trusted_keys),
             probe_tolerance=_probe_tolerance(config),
         )
+        table = RoleTable(engine, list(config.roles), admission, max_loaded=config.engine.max_loaded, record=store)
+        swapper = Swapper(table)
+        follower = RecordFollower(swapper)
         roles = LeasedRoles(table, engine)
-        gates = Gates(table, roles, fusion, config.gate)
+        gates = Gates(swapper, roles, fusion, config.gate)
         beside: list[asyncio.Task[None]] = []
         try:
             with console.status(f"waiting for the engine on {config.engine.base} ({where})"):
                 await engine.start()
-                taken = await table.start(config.roles, anew=config.roles_from == "config")
+                taken = await follower.start(config.roles, from_config=config.roles_from == "config")
             app = create_app(
                 fusion,
                 roles,
-                extra_routes=routes(table, store, gates),
+                extra_routes=routes(swapper, store, gates),
                 checks={"engine": lambda: engine.running},
                 observers=[gates.observe],
                 collectors=[RoleMetrics(table)],
             )
             server = uvicorn.Server(_uvicorn(app, config.gateway))
-            beside = _beside(config, table)
+            beside = _beside(config, swapper, follower)
             _say_ready(console, listener, _serving(table, taken))
             gateway = asyncio.create_task(server.serve(sockets=[listener]))
             died = asyncio.create_task(engine.failed())
@@ -220,7 +223,7 @@ async def _serve(config: ServeConfig, fusion: FusionConfig) -> None:
             if beside:
                 await asyncio.wait(beside)
             await gates.close()
-            await table.close()
+            await swapper.close()
             await engine.stop()
 
 
@@ -231,15 +234,15 @@ def _probe_tolerance(config: ServeConfig) -> float | None:
     return config.probe_tolerance
 
 
-def _beside(config: ServeConfig, table: RoleTable) -> list["asyncio.Task[None]"]:
+def _beside(config: ServeConfig, swapper: Swapper, follower: RecordFollower) -> list["asyncio.Task[None]"]:
     """What goes on beside the requests: following the role table, and watching for new adapters."""
-    tasks = [_again_and_again(table.follow, config.roles_poll_s)]
+    tasks = [_again_and_again(follower.follow, config.roles_poll_s)]
     if isinstance(config.watch, dict):
         published = OnHub(config.watch, config.engine.base)
-        tasks += [_again_and_again(Watcher(table, published, role).look, _HUB_POLL_S) for role in config.watch]
+        tasks += [_again_and_again(Watcher(swapper, published, role).look, _HUB_POLL_S) for role in config.watch]
     elif config.watch is not None:
         folder = Folder(config.watch)
-        tasks += [_again_and_again(Watcher(table, folder, role).look, config.roles_poll_s) for role in config.roles]
+        tasks += [_again_and_again(Watcher(swapper, folder, role).look, config.roles_poll_s) for role in config.roles]
     return [asyncio.create_task(task) for task in tasks]
 
 

@@ -55,13 +55,13 @@ def register(commands: options.Commands) -> None:
 
 
 def _list(arguments: argparse.Namespace) -> None:
-    from mixfuse.app.roles_admin import list_roles
+    from mixfuse.app.roles_commands import list_roles
 
     list_roles(arguments.url, as_json=arguments.json)
 
 
 def _swap(arguments: argparse.Namespace) -> None:
-    from mixfuse.app.roles_admin import seconds, share, swap_role, swap_through_gate
+    from mixfuse.app.roles_commands import seconds, share, swap_role, swap_through_gate
     from mixfuse.contracts.strict_yaml import override
 
     gate = {
@@ -79,7 +79,7 @@ def _swap(arguments: argparse.Namespace) -> None:
 
 
 def _rollback(arguments: argparse.Namespace) -> None:
-    from mixfuse.app.roles_admin import roll_role_back, roll_stored_role_back
+    from mixfuse.app.roles_commands import roll_role_back, roll_stored_role_back
 
     if arguments.db is not None:
         roll_stored_role_back(arguments.db, arguments.role, as_json=arguments.json)
@@ -88,12 +88,12 @@ def _rollback(arguments: argparse.Namespace) -> None:
 
 
 def _history(arguments: argparse.Namespace) -> None:
-    from mixfuse.app.roles_admin import show_history
+    from mixfuse.app.roles_commands import show_history
 
     show_history(arguments.url, arguments.role, limit=arguments.limit, as_json=arguments.json)
 
 
 def _pin(arguments: argparse.Namespace) -> None:
-    from mixfuse.app.roles_admin import pin_role
+    from mixfuse.app.roles_commands import pin_role
 
     pin_role(arguments.url, arguments.role, arguments.pinned, as_json=arguments.json)

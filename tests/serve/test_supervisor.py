@@ -22,6 +22,7 @@ from mixfuse.contracts.adapter import Fingerprint
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.fusion.calls.pool import Endpoint
 from mixfuse.serve import engine as engine_module
+from mixfuse.serve.admission import Admission
 from mixfuse.serve.engine import EngineConfig, Restart
 from mixfuse.serve.engine_group import EngineGroup, per_replica
 from mixfuse.serve.roles import RoleTable
@@ -323,7 +324,7 @@ async def test_engines_of_different_models_are_told_apart(external: EngineConfig
 
 async def test_a_lease_of_a_role_waits_for_the_engine(group: EngineGroup):
     fingerprint = Fingerprint(config="", tokenizer="", chat_template="", weights="")
-    roles = LeasedRoles(RoleTable(group, fingerprint, ["domain"], max_rank=8), group)
+    roles = LeasedRoles(RoleTable(group, ["domain"], Admission(fingerprint, max_rank=8)), group)
     os.kill(server_pid(group), signal.SIGKILL)
     await away(group)
     async with roles.lease("domain") as endpoint:
