@@ -104,8 +104,8 @@ def _markdown(out: Path, card: Mapping[str, Any], plotted: bool) -> str:
         table(("reason, in the order of the filters", "pairs"), list(card["left_out"].items())),
         "## Bias",
         "Area under the ROC curve of rules that read no content: they prefer the longer answer, the one with more "
-        "lines, list items, markup or digits, or the author who won more often (counted on these same pairs). 0.5 is chance. "
-        f"Before and after balancing ({', '.join(card['balanced']) or 'nothing was balanced'}).",
+        "lines, list items, markup or digits, or the author who won more often (counted on these same pairs). 0.5 is "
+        f"chance. Before and after balancing ({', '.join(card['balanced']) or 'nothing was balanced'}).",
         table(("rule", "before", "after"), auc),
     ]
     if plotted:
