@@ -32,9 +32,7 @@ def train(recipe: TrainRecipe) -> None:
     )
     model = load_base(recipe.base, dtype, attention=implementation)
     chosen = choose_experts.settle(recipe, model, data.table, tokenizer, resuming=resuming)
-    set_seed(
-        recipe.seed
-    )  # so that the adapter's initial values depend on the seed alone, not on random numbers drawn while loading
+    set_seed(recipe.seed)  # the adapter's initial values depend on the seed alone, not on what loading drew
     trainer = SftTrainer(
         model=model,
         args=arguments,
