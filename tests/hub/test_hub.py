@@ -377,9 +377,9 @@ def test_a_second_pull_into_the_same_place_is_refused(mixfuse: Run, hub: Hub, pu
 WATCH = """
 import asyncio, sys
 from pathlib import Path
-from mixfuse.app.server import OnHub
+from mixfuse.app.server import HubSource
 
-source = OnHub({"judge": "org/judge"}, Path(sys.argv[1]), Path(sys.argv[2]))
+source = HubSource({"judge": "org/judge"}, Path(sys.argv[1]), Path(sys.argv[2]))
 for _ in range(2):
     found = asyncio.run(source.newest("judge"))
     print(found.directory, found.state)

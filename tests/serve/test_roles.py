@@ -637,12 +637,12 @@ async def test_the_newest_adapter_of_a_folder_is_swapped_in_once_it_is_whole(mad
     await RecordFollower(roles).start({"domain": None})
     watcher = Watcher(roles, Folder(tmp_path / "watched"), "domain")
     place = tmp_path / "watched" / "domain"
-    await watcher.look()
+    await watcher.poll()
 
     made(1, at=place / "first")
-    await watcher.look()
+    await watcher.poll()
     assert roles.table.serving()["domain"].revision is None, "it may still be written"
-    await watcher.look()
+    await watcher.poll()
     assert roles.table.serving()["domain"].revision == revision(place / "first")
 
     made(2, at=place / ".half")
@@ -650,18 +650,18 @@ async def test_the_newest_adapter_of_a_folder_is_swapped_in_once_it_is_whole(mad
     whole = (place / "second" / WEIGHTS).read_bytes()
     (place / "second" / WEIGHTS).write_bytes(whole[:-4])
     for _ in range(4):
-        await watcher.look()
+        await watcher.poll()
     assert roles.table.serving()["domain"].revision == revision(place / "first")
     assert len([record for record in caplog.records if "was changed after export" in record.message]) == 1
     (place / "second" / WEIGHTS).write_bytes(whole)
     for _ in range(2):
-        await watcher.look()
+        await watcher.poll()
     assert roles.table.serving()["domain"].revision == revision(place / "second")
 
     await roles.rollback("domain")
     for _ in range(2):
-        await Watcher(roles, Folder(tmp_path / "watched"), "domain").look()
-        await watcher.look()
+        await Watcher(roles, Folder(tmp_path / "watched"), "domain").poll()
+        await watcher.poll()
     assert roles.table.serving()["domain"].revision == revision(place / "first"), "a rollback lasts"
     assert [event.why for event in await stores().history("domain") if event.outcome == "ok"] == [
         *("rollback", "watch", "watch", "config")
@@ -676,14 +676,14 @@ async def test_an_engine_that_is_away_is_waited_for_but_not_for_ever(made, store
     made(1, at=tmp_path / "watched" / "domain" / "first")
     engine.fail["load"] = MixfuseError("no answer", kind="engine")
     for _ in range(6):
-        await watcher.look()
+        await watcher.poll()
     assert len([call for call in engine.calls if call.startswith("load")]) == 3
     engine.fail.clear()
-    await watcher.look()
+    await watcher.poll()
     assert roles.table.serving()["domain"].revision is None
     made(2, at=tmp_path / "watched" / "domain" / "second")
     for _ in range(2):
-        await watcher.look()
+        await watcher.poll()
     assert roles.table.serving()["domain"].revision == revision(tmp_path / "watched" / "domain" / "second")
 
 
