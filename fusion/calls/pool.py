@@ -11,7 +11,7 @@ from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.trace import Call, Stage
 from mixfuse.fusion.calls.failures import CallError, FailureKind
 from mixfuse.fusion.calls.ledger import Ledger, Message, Spend, most
-from mixfuse.fusion.calls.limits import Guard
+from mixfuse.fusion.calls.model_limits import Guard
 from mixfuse.fusion.calls.upstream import Client, Emit, Endpoint, Purpose, Reply, call, cancelled_as, http_client
 from mixfuse.fusion.config import Member, ModelConfig
 

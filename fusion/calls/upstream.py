@@ -20,7 +20,7 @@ from mixfuse.contracts.judge_protocol import Calibration
 from mixfuse.contracts.trace import Call, Stage, Usage
 from mixfuse.fusion.calls.failures import KINDS, CallError, FailureKind
 from mixfuse.fusion.calls.ledger import NOTHING, Ledger, Message, Spend, most, prompt_tokens, tokens
-from mixfuse.fusion.calls.limits import Guard
+from mixfuse.fusion.calls.model_limits import Guard
 from mixfuse.fusion.config import Price
 
 __all__ = [

@@ -12,10 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from mixfuse.contracts import strict_yaml
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.strict_yaml import Strict
+from mixfuse.fusion.answering import response_format
+from mixfuse.fusion.answering.request import Plan, images
 from mixfuse.fusion.calls.upstream import Message
 from mixfuse.fusion.config import FUSION_PREFIX, FusedMode, FusionConfig, FusionOptions, Member, ModelConfig
-from mixfuse.fusion.modes import output
-from mixfuse.fusion.modes.request import Plan, images
 
 MODELS: dict[str, FusedMode] = {
     f"{FUSION_PREFIX}best-of": "best_of",
@@ -329,7 +329,7 @@ def _fused(
     config: FusionConfig,
     role_names: list[str],
     messages: tuple[Message, ...],
-    form: output.OutputFormat | None,
+    form: response_format.OutputFormat | None,
 ) -> Plan:
     mode = options.mode or "best_of"
     settings = options.settings(config.modes)
@@ -366,11 +366,11 @@ def _fused(
     return Plan(request.model, mode, messages, parameters, members, settings, judge, synthesizer, tools, form, skipped)
 
 
-def _output_format(request: ChatRequest) -> output.OutputFormat | None:
+def _output_format(request: ChatRequest) -> response_format.OutputFormat | None:
     if request.response_format is None:
         return None
     try:
-        return output.read(request.response_format)
+        return response_format.read(request.response_format)
     except ValueError as error:
         raise RequestError(str(error), code="invalid_value", param="response_format") from None
 

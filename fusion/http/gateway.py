@@ -23,20 +23,20 @@ from starlette.types import Receive, Scope, Send
 from mixfuse.contracts.database import Database, probe
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.trace import Trace, Usage
+from mixfuse.fusion.answering.request import Mode, Run, TooFewAnswersError
 from mixfuse.fusion.calls.failures import STATUS
 from mixfuse.fusion.calls.ledger import Budget, Ledger
-from mixfuse.fusion.calls.limits import Circuit
+from mixfuse.fusion.calls.model_limits import Circuit
 from mixfuse.fusion.calls.pool import Pool, RoleSource
 from mixfuse.fusion.config import FusionConfig
 from mixfuse.fusion.http import chat
 from mixfuse.fusion.http.chat import MODELS, ChatRequest, RequestError
+from mixfuse.fusion.http.gateway_metrics import Metrics
 from mixfuse.fusion.http.keys import ADMIN_KEY, KeyRing, UnauthorizedError, is_admin
-from mixfuse.fusion.http.metrics import Metrics
 from mixfuse.fusion.http.spans import Spans
 from mixfuse.fusion.modes.best_of import best_of
 from mixfuse.fusion.modes.debate import debate
 from mixfuse.fusion.modes.merge import merge
-from mixfuse.fusion.modes.request import Mode, Run, TooFewAnswersError
 from mixfuse.fusion.store.traces import TraceStore
 
 logger = logging.getLogger(__name__)

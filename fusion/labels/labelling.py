@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.judge_protocol import Outcome, combine, digest, new_nonce
 from mixfuse.contracts.progress import bar as progress_bar
+from mixfuse.fusion.answering.pairwise_judge import NoLogprobsError, verdict, written_verdict
 from mixfuse.fusion.calls.pool import Pool, all_or_raise, fan_out
 from mixfuse.fusion.calls.upstream import CallError, Endpoint, Ledger, Purpose
 from mixfuse.fusion.config import ModelConfig
-from mixfuse.fusion.modes.judge import NoLogprobsError, verdict, written_verdict
 from mixfuse.fusion.store.cache import Cache
 
 

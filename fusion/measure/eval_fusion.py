@@ -17,13 +17,13 @@ from rich.table import Table
 
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.progress import bar as progress_bar
+from mixfuse.fusion.answering.agreement import How, said
 from mixfuse.fusion.calls.pool import all_or_raise, fan_out
 from mixfuse.fusion.calls.upstream import CallError, Client, http_client
 from mixfuse.fusion.config import FusedMode, FusionConfig
 from mixfuse.fusion.http.chat import MODELS
 from mixfuse.fusion.labels.collect import AnyTask
 from mixfuse.fusion.measure.statistics import Clusters, Difference, Figure, difference
-from mixfuse.fusion.modes.agreement import How, said
 from mixfuse.fusion.store.cache import Cache
 
 SIGNIFICANT = 0.05

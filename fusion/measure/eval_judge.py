@@ -18,12 +18,18 @@ from rich.table import Table
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.judge_protocol import Calibration, comparison, new_nonce
 from mixfuse.contracts.progress import bar as progress_bar
+from mixfuse.fusion.answering.pairwise_judge import (
+    VERDICT_PARAMETERS,
+    WRITTEN_PARAMETERS,
+    NoLogprobsError,
+    verdict,
+    written_verdict,
+)
 from mixfuse.fusion.calls.pool import all_or_raise, fan_out, http_client
 from mixfuse.fusion.calls.upstream import CallError, Client, Endpoint, Ledger, Purpose
 from mixfuse.fusion.measure.comparisons import Comparison, Measure, Views, credit, load, marks
 from mixfuse.fusion.measure.official import official
 from mixfuse.fusion.measure.statistics import Clusters, Difference, Figure, difference, paired
-from mixfuse.fusion.modes.judge import VERDICT_PARAMETERS, WRITTEN_PARAMETERS, NoLogprobsError, verdict, written_verdict
 from mixfuse.fusion.store.cache import Cache
 
 __all__ = ["Comparison", "JudgeReport", "Views", "evaluate", "load", "paired", "report"]

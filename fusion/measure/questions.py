@@ -10,7 +10,7 @@ from typing import Literal
 
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.files import iter_jsonl
-from mixfuse.fusion.modes.agreement import said
+from mixfuse.fusion.answering.agreement import said
 
 
 @dataclass(frozen=True)

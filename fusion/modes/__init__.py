@@ -1,1 +1,1 @@
-"""What is done with the members' answers: the modes, the judge and their parts."""
+"""The modes: each file but the registry is one way to make an answer, and is called as the mode is."""

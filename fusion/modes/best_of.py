@@ -4,9 +4,9 @@ An answer may be a call of tools: the judge compares what would be called. While
 slow members lasts, the answers in hand are compared already, so that the judge's time is not added to it.
 """
 
-from mixfuse.fusion.modes.agreement import distinct
-from mixfuse.fusion.modes.judge import Court, JudgeError
-from mixfuse.fusion.modes.request import Run
+from mixfuse.fusion.answering.agreement import distinct
+from mixfuse.fusion.answering.pairwise_judge import Court, JudgeError
+from mixfuse.fusion.answering.request import Run
 
 
 async def best_of(run: Run) -> str:

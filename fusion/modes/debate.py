@@ -6,12 +6,12 @@ It stops when all agree, and when the rounds, the money or the time are used up.
 from typing import Literal
 
 from mixfuse.contracts.trace import Debate, Turn
+from mixfuse.fusion.answering.agreement import distinct
+from mixfuse.fusion.answering.fence import fenced
+from mixfuse.fusion.answering.request import Run, question
 from mixfuse.fusion.calls.upstream import CallError, Message
-from mixfuse.fusion.modes.agreement import distinct
 from mixfuse.fusion.modes.best_of import choose
-from mixfuse.fusion.modes.fence import fenced
 from mixfuse.fusion.modes.merge import synthesize
-from mixfuse.fusion.modes.request import Run, question
 
 TEMPLATE = (
     "Others answered the same question:\n\n{answers}\n\n"

@@ -1,10 +1,10 @@
 """merge: the synthesizer writes one answer from anonymous, fenced candidates, streamed token by token."""
 
+from mixfuse.fusion.answering.agreement import distinct
+from mixfuse.fusion.answering.citations import INSTRUCTION, Citations
+from mixfuse.fusion.answering.fence import fenced
+from mixfuse.fusion.answering.request import Candidate, Run, images, question
 from mixfuse.fusion.calls.upstream import CallError, Message
-from mixfuse.fusion.modes.agreement import distinct
-from mixfuse.fusion.modes.citations import INSTRUCTION, Citations
-from mixfuse.fusion.modes.fence import fenced
-from mixfuse.fusion.modes.request import Candidate, Run, images, question
 
 SYSTEM = "You write one answer to a question, drawing on the answers that others gave."
 TEMPLATE = (

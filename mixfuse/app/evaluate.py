@@ -22,6 +22,7 @@ from mixfuse.contracts.files import sha256_json
 from mixfuse.contracts.judge_protocol import Calibration
 from mixfuse.contracts.strict_yaml import load
 from mixfuse.contracts.tasks import Split, Task, make
+from mixfuse.fusion.answering.agreement import How
 from mixfuse.fusion.calls.pool import Endpoint
 from mixfuse.fusion.config import FusedMode, FusionConfig
 from mixfuse.fusion.http.keys import ADMIN_KEY, API_KEY
@@ -31,7 +32,6 @@ from mixfuse.fusion.measure import fusion_page, judge_page
 from mixfuse.fusion.measure.eval_fusion import FusionReport
 from mixfuse.fusion.measure.eval_judge import JudgeReport
 from mixfuse.fusion.measure.questions import Question, Verifier, matches, read_questions
-from mixfuse.fusion.modes.agreement import How
 from mixfuse.fusion.store.cache import Cache
 from mixfuse.serve.engine import BASE_MODEL_NAME, Engine, EngineConfig
 from mixfuse.serve.roles import BASE

@@ -1,6 +1,6 @@
 """Gates before a swap: an adapter shows on live requests that it may serve, in their shadow or as a canary.
 
-Shadow: the staged revision does what the serving one did in N live requests, beside them (`fusion/modes/shadow.py`).
+Shadow: the staged revision does what the serving one did in N live requests, beside them (`fusion/measure/shadow.py`).
 Canary: a share of the requests is given to it, and the traces are watched. One after the other where both are asked
 for. A limit that is broken ends the gate, and the old revision serves on; at the end the staged one is flipped in.
 """
@@ -23,7 +23,7 @@ from mixfuse.contracts.strict_yaml import Strict, validate
 from mixfuse.contracts.trace import Trace
 from mixfuse.fusion.calls.pool import Endpoint, Pool, RoleSource
 from mixfuse.fusion.config import FusionConfig
-from mixfuse.fusion.modes.shadow import Comparison, Part, share, side_by_side, watch
+from mixfuse.fusion.measure.shadow import Comparison, Part, share, side_by_side, watch
 from mixfuse.serve.roles import Revision, RoleTable, Why
 
 logger = logging.getLogger(__name__)

@@ -4,9 +4,9 @@ import pytest
 from fake_upstream import FakeUpstream, Script
 from fusion_harness import StartGateway
 
+from mixfuse.fusion.answering.agreement import How, distinct, key
+from mixfuse.fusion.answering.request import Candidate
 from mixfuse.fusion.config import Member
-from mixfuse.fusion.modes.agreement import How, distinct, key
-from mixfuse.fusion.modes.request import Candidate
 
 MEMBER = Member(name="m", role="r")
 

@@ -9,8 +9,8 @@ from fusion_harness import Gateway
 from rich.console import Console
 
 from mixfuse.contracts.errors import MixfuseError
+from mixfuse.fusion.answering.request import Mode
 from mixfuse.fusion.http import ask
-from mixfuse.fusion.modes.request import Mode
 
 
 async def asked(gateway: Gateway, mode: Mode = "best_of") -> str:

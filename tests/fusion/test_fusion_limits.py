@@ -13,7 +13,7 @@ from fusion_harness import Gateway, StartGateway
 from mixfuse.contracts.trace import Call, Usage
 from mixfuse.fusion.calls.failures import CallError
 from mixfuse.fusion.calls.ledger import UNLIMITED_COMPLETION, Budget, Ledger, Spend, most, prompt_tokens
-from mixfuse.fusion.calls.limits import Circuit, Guard
+from mixfuse.fusion.calls.model_limits import Circuit, Guard
 from mixfuse.fusion.calls.upstream import Endpoint, Purpose, call, http_client
 from mixfuse.fusion.config import Breaker, ModelConfig, Price, Retry
 

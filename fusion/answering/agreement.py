@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from decimal import Decimal
 from typing import Any, Literal
 
-from mixfuse.fusion.modes.request import Candidate
+from mixfuse.fusion.answering.request import Candidate
 
 How = Literal["never", "exact", "number", "json", "choice"]
 

@@ -10,7 +10,7 @@ from prometheus_client.registry import Collector
 from mixfuse.contracts.trace import Trace
 
 if TYPE_CHECKING:
-    from mixfuse.fusion.calls.limits import Guard
+    from mixfuse.fusion.calls.model_limits import Guard
     from mixfuse.fusion.store.traces import TraceStore
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)

@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mixfuse.contracts.trace import Call, Stage, Trace, Verdict
+from mixfuse.fusion.answering.agreement import distinct, key
+from mixfuse.fusion.answering.pairwise_judge import compare
+from mixfuse.fusion.answering.request import Candidate, Plan, Run, images
 from mixfuse.fusion.calls.ledger import Ledger
 from mixfuse.fusion.calls.pool import Pool
 from mixfuse.fusion.calls.upstream import CallError, Message, Purpose
 from mixfuse.fusion.config import FusionConfig, Judge, Member, ModelConfig
 from mixfuse.fusion.modes import merge
-from mixfuse.fusion.modes.agreement import distinct, key
-from mixfuse.fusion.modes.judge import compare
-from mixfuse.fusion.modes.request import Candidate, Plan, Run, images
 from mixfuse.fusion.store.export_traces import by_feedback
 
 FAULTS = frozenset({"timeout", "upstream_error", "unreachable", "invalid_response", "refused"})
@@ -103,7 +103,7 @@ class Comparison:
         decided: Pairs in which both named a winner, in both orders.
         agreed: Of them, those in which it was the same.
         answers: Prompts that both answered.
-        same: Of them, those with answers that say the same (`mixfuse.fusion.modes.agreement`).
+        same: Of them, those with answers that say the same (`mixfuse.fusion.answering.agreement`).
         preferred: How often the judge preferred the new one's answer to the old one's; a tie counts half.
         preferences: Of how many such pairs.
         spent_tokens: What the comparing took: calls that no client had asked for.

@@ -11,11 +11,11 @@ from typing import Any, Literal
 from mixfuse.contracts import judge_protocol
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.trace import Citation, Debate, Trace, Verdict
+from mixfuse.fusion.answering.response_format import OutputFormat
 from mixfuse.fusion.calls.ledger import NOTHING, Spend
 from mixfuse.fusion.calls.pool import Pool, estimate, fan_out
 from mixfuse.fusion.calls.upstream import CallError, Emit, Ledger, Message, Reply
 from mixfuse.fusion.config import Member, ModelConfig, Modes
-from mixfuse.fusion.modes.output import OutputFormat
 
 Mode = Literal["best_of", "merge", "debate", "pass_through"]
 

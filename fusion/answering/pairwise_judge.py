@@ -24,11 +24,11 @@ from mixfuse.contracts.judge_protocol import (
     shown,
 )
 from mixfuse.contracts.trace import Verdict
+from mixfuse.fusion.answering.agreement import described, distinct
+from mixfuse.fusion.answering.request import Candidate, Run, question
 from mixfuse.fusion.calls.pool import all_or_raise, fan_out
 from mixfuse.fusion.calls.upstream import CallError, Client, Endpoint, Ledger, Purpose, call, first_token_logprobs
 from mixfuse.fusion.config import Judge, ModelConfig
-from mixfuse.fusion.modes.agreement import described, distinct
-from mixfuse.fusion.modes.request import Candidate, Run, question
 
 FINALISTS = 4
 
