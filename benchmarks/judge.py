@@ -48,8 +48,8 @@ from mixfuse.contracts.files import (
 )
 from mixfuse.contracts.tasks import make
 from mixfuse.contracts.trace import Verdict
+from mixfuse.fusion.answering.candidate import Candidate
 from mixfuse.fusion.answering.pairwise_judge import ranking
-from mixfuse.fusion.answering.request import Candidate
 from mixfuse.fusion.config import Member
 from mixfuse.fusion.measure.comparisons import Comparison, load
 from mixfuse.fusion.measure.eval_judge import Views, report

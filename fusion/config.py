@@ -168,6 +168,7 @@ class Judge(ModelConfig):
 FusedMode = Literal["best_of", "merge", "debate"]
 Expose = Literal["none", "summary", "full"]
 OnJudgeError = Literal["first", "fail"]
+Agreement = Literal["never", "exact", "number", "json", "choice"]
 
 
 class Modes(Strict):
@@ -198,7 +199,7 @@ class Modes(Strict):
     max_cost: Positive | None = None
     max_rounds: int = Field(default=2, ge=1, le=10)
     debate_ending: Literal["best_of", "merge"] = "best_of"
-    agreement: Literal["never", "exact", "number", "json", "choice"] = "exact"
+    agreement: Agreement = "exact"
     on_judge_error: OnJudgeError = "first"
     tools: Literal["primary", "refuse"] = "primary"
     cite: bool = False

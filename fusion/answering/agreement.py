@@ -1,14 +1,13 @@
-"""When candidates say the same: equal as text, in the number they come to, as JSON, or in the option they choose."""
+"""When candidates agree: equal as text, in their last number, as JSON, or in the option they choose."""
 
 import json
 import re
 from collections.abc import Sequence
 from decimal import Decimal
-from typing import Any, Literal
+from typing import Any
 
-from mixfuse.fusion.answering.request import Candidate
-
-How = Literal["never", "exact", "number", "json", "choice"]
+from mixfuse.fusion.answering.candidate import Candidate
+from mixfuse.fusion.config import Agreement
 
 _NUMBER = re.compile(r"[-\u2212]?\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d+)?|[-\u2212]?\.\d+")
 _FENCE = re.compile(r"^\s*```\w*\n(.*)\n```\s*$", re.DOTALL)
@@ -18,59 +17,61 @@ _BARE_CHOICE = re.compile(r"^\W*([A-Z])(?:\W*$|[).:\]*])")
 _WORD_CHOICE = re.compile(r"^\W*(yes|no|true|false)\b", re.IGNORECASE)
 
 
-def distinct(candidates: Sequence[Candidate], how: How) -> list[Candidate]:
-    """The candidates without those that say the same as an earlier one.
+def distinct(candidates: Sequence[Candidate], rule: Agreement) -> list[Candidate]:
+    """Returns the candidates without those that agree with an earlier one.
 
     Args:
         candidates: In candidate order.
-        how: What counts as the same; with `never` all are kept.
+        rule: When two agree; with `never` all are kept.
     """
-    if how == "never":
+    if rule == "never":
         return list(candidates)
     first_of: dict[str, Candidate] = {}
     for candidate in candidates:
-        first_of.setdefault(key(candidate, how), candidate)
+        first_of.setdefault(candidate_key(candidate, rule), candidate)
     return list(first_of.values())
 
 
-def key(candidate: Candidate, how: How) -> str:
-    """What a candidate says, such that two that say the same have equal keys.
+def candidate_key(candidate: Candidate, rule: Agreement) -> str:
+    """Returns a key that is equal for two candidates exactly if they agree.
 
-    Calls of tools count as the calls they are, whatever their order of keys and their white space. An answer without
-    a number, JSON or choice in it falls back to its text.
+    Tool calls are compared by function and arguments; the arguments' key order and white space do not matter.
     """
     if candidate.tool_calls:
-        return "calls " + " ".join(described(call) for call in candidate.tool_calls)
-    return said(candidate.text, how)
+        return "calls " + " ".join(tool_call_text(call) for call in candidate.tool_calls)
+    return text_key(candidate.text, rule)
 
 
-def said(text: str, how: How) -> str:
-    """What a text says, such that two that say the same give equal strings; see `key`."""
-    read = {"number": _number, "json": _json, "choice": _choice}.get(how)
-    found = read(text) if read else None
-    return f"text {' '.join(text.split())}" if found is None else f"{how} {found}"
+def text_key(text: str, rule: Agreement) -> str:
+    """Returns a key that is equal for two texts exactly if they agree.
+
+    A text without a number, JSON or choice in it is compared as text, white space aside.
+    """
+    read = {"number": _last_number, "json": _normalized_json, "choice": _choice}.get(rule)
+    value = read(text) if read else None
+    return f"text {' '.join(text.split())}" if value is None else f"{rule} {value}"
 
 
-def described(call: dict[str, Any]) -> str:
-    """A call of a tool as text: its name and its arguments in a settled order."""
+def tool_call_text(call: dict[str, Any]) -> str:
+    """Returns a tool call as text: the function's name, and its arguments with their keys sorted."""
     function = call["function"]
-    arguments = _json(function["arguments"])
+    arguments = _normalized_json(function["arguments"])
     return f"{function['name']}({function['arguments'] if arguments is None else arguments})"
 
 
-def _number(text: str) -> str | None:
-    """The last number, as a plain decimal: `1,000.0` is `1000`."""
-    found = _NUMBER.findall(text)
-    if not found:
+def _last_number(text: str) -> str | None:
+    """Returns the last number as a plain decimal: `1,000.0` is `1000`."""
+    numbers = _NUMBER.findall(text)
+    if not numbers:
         return None
-    number = Decimal(found[-1].replace(",", "").replace("\u2212", "-"))
-    if abs(number.adjusted()) > 100:  # written out it would be all zeros
+    number = Decimal(numbers[-1].replace(",", "").replace("\u2212", "-"))
+    if abs(number.adjusted()) > 100:  # as a plain decimal it would be mostly zeros
         return str(number.normalize())
     return format(number.normalize() + 0, "f")
 
 
-def _json(text: str) -> str | None:
-    """The JSON value the text is, written in one settled way; a Markdown code fence around it is taken off."""
+def _normalized_json(text: str) -> str | None:
+    """Returns the text's JSON value with sorted keys; a Markdown code fence around it is removed first."""
     fence = _FENCE.match(text)
     try:
         return json.dumps(json.loads(fence[1] if fence else text), sort_keys=True, ensure_ascii=False)
@@ -79,7 +80,7 @@ def _json(text: str) -> str | None:
 
 
 def _choice(text: str) -> str | None:
-    """The letter, or yes, no, true or false."""
+    """Returns the option's letter, or yes, no, true or false."""
     if named := _NAMED_CHOICE.findall(text):
         return str(named[-1]).upper()
     if bare := _BARE_CHOICE.match(text):

@@ -24,11 +24,15 @@ from mixfuse.contracts.judge_protocol import (
     shown,
 )
 from mixfuse.contracts.trace import Verdict
-from mixfuse.fusion.answering.agreement import described, distinct
-from mixfuse.fusion.answering.request import Candidate, Run, question
+from mixfuse.fusion.answering.agreement import distinct, tool_call_text
+from mixfuse.fusion.answering.candidate import Candidate
+from mixfuse.fusion.answering.request import Run
+from mixfuse.fusion.calls.failures import CallError
+from mixfuse.fusion.calls.ledger import Ledger
 from mixfuse.fusion.calls.pool import all_or_raise, fan_out
-from mixfuse.fusion.calls.upstream import CallError, Client, Endpoint, Ledger, Purpose, call, first_token_logprobs
+from mixfuse.fusion.calls.upstream import Client, Endpoint, Purpose, call, first_token_logprobs
 from mixfuse.fusion.config import Judge, ModelConfig
+from mixfuse.fusion.messages import question
 
 FINALISTS = 4
 
@@ -350,5 +354,5 @@ async def compare(
 
 def _as_text(candidate: Candidate) -> str:
     """A candidate as the judge reads it: its text, and what it would call."""
-    calls = [f"calls the tool {described(call)}" for call in candidate.tool_calls or ()]
+    calls = [f"calls the tool {tool_call_text(call)}" for call in candidate.tool_calls or ()]
     return "\n".join([candidate.text, *calls] if candidate.text else calls)

@@ -1,6 +1,5 @@
 """One request under way: what the modes share while they work, and what becomes its trace."""
 
-import hashlib
 import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
@@ -11,11 +10,14 @@ from typing import Any, Literal
 from mixfuse.contracts import judge_protocol
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.trace import Citation, Debate, Trace, Verdict
+from mixfuse.fusion.answering.candidate import Candidate
 from mixfuse.fusion.answering.response_format import OutputFormat
-from mixfuse.fusion.calls.ledger import NOTHING, Spend
+from mixfuse.fusion.calls.failures import CallError
+from mixfuse.fusion.calls.ledger import NOTHING, Ledger, Spend
 from mixfuse.fusion.calls.pool import Pool, estimate, fan_out
-from mixfuse.fusion.calls.upstream import CallError, Emit, Ledger, Message, Reply
-from mixfuse.fusion.config import Member, ModelConfig, Modes
+from mixfuse.fusion.calls.upstream import Emit, Reply
+from mixfuse.fusion.config import Agreement, Member, ModelConfig, Modes
+from mixfuse.fusion.messages import Message, without_image_data
 
 Mode = Literal["best_of", "merge", "debate", "pass_through"]
 
@@ -53,17 +55,6 @@ class Plan:
     tools: bool = False
     output: OutputFormat | None = None
     skipped: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A member's answer. `index` counts every sample asked for, so a failed one leaves a gap."""
-
-    index: int
-    member: Member
-    text: str
-    finish_reason: str
-    tool_calls: list[dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -133,7 +124,7 @@ class Run:
         return [member.name for member in self.plan.members for _ in range(member.samples)]
 
     @property
-    def agreement(self) -> Literal["never", "exact", "number", "json", "choice"]:
+    def agreement(self) -> Agreement:
         """When candidates say the same: JSON that must fit a schema is compared as JSON, not as text."""
         how = self.plan.settings.agreement
         return "json" if how == "exact" and self.plan.output is not None else how
@@ -170,7 +161,7 @@ class Run:
         def so_far(results: list[Reply | None]) -> None:
             found = zip(asked, results, strict=True)
             if heard is not None:
-                heard([_candidate(index, member, reply) for index, ((member, _), reply) in enumerate(found) if reply])
+                heard([Candidate.of(index, member, reply) for index, ((member, _), reply) in enumerate(found) if reply])
 
         results = await fan_out(
             attempts,
@@ -184,7 +175,7 @@ class Run:
             if isinstance(result, CallError):
                 failures.append(Failure(member.name, index, result.kind, str(result)))
             else:
-                self.candidates.append(_candidate(index, member, result))
+                self.candidates.append(Candidate.of(index, member, result))
         if len(self.candidates) < settings.min_responses:
             raise TooFewAnswersError(len(self.candidates), settings.min_responses, failures)
 
@@ -210,7 +201,7 @@ class Run:
             deadline_s=self.time_left_s(),
         )
         self.candidates = [
-            _candidate(candidate.index, candidate.member, result) if isinstance(result, Reply) else candidate
+            Candidate.of(candidate.index, candidate.member, result) if isinstance(result, Reply) else candidate
             for candidate, result in zip(self.candidates, results, strict=True)
         ]
 
@@ -253,7 +244,7 @@ class Run:
                 if begun or member is self.plan.members[-1]:
                     raise
             index += member.samples
-        chosen = _candidate(index, member, reply)
+        chosen = Candidate.of(index, member, reply)
         self.candidates = [chosen]
         self.logprobs = reply.logprobs
         return await self.give(chosen, reason, sent=stream is not None)
@@ -320,7 +311,7 @@ class Run:
             model=self.plan.model,
             mode=self.plan.mode,
             key=self.key,
-            messages=[_without_image_data(message) for message in self.plan.messages],
+            messages=[without_image_data(message) for message in self.plan.messages],
             parameters=self.plan.parameters,
             candidates=self.names,
             calls=list(self.ledger.calls),
@@ -338,33 +329,6 @@ class Run:
         )
 
 
-def text_of(content: Any) -> str:
-    """A message's content as text: its text parts, and a mark where an image stands."""
-    if isinstance(content, str):
-        return content
-    return "".join(part["text"] if part["type"] == "text" else "[image]" for part in content or ())
-
-
-def question(messages: Sequence[Message]) -> str:
-    """The conversation as a judge is shown it: a lone message as it is, several as a transcript; `[image]` for each."""
-    if len(messages) == 1:
-        return text_of(messages[0]["content"])
-    return "\n\n".join(f"{message['role']}: {_said(message)}" for message in messages)
-
-
-def images(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """The image parts of a conversation, in order."""
-    contents = [message.get("content") for message in messages]
-    return [part for parts in contents if isinstance(parts, list) for part in parts if part["type"] == "image_url"]
-
-
-def _said(message: Message) -> str:
-    calls = [
-        f"calls {call['function']['name']}({call['function']['arguments']})" for call in message.get("tool_calls", ())
-    ]
-    return "\n".join(filter(None, [text_of(message.get("content")), *calls]))
-
-
 def _tool_call_fault(calls: list[dict[str, Any]]) -> str | None:
     """What is wrong with the form of tool calls, if something is."""
     try:
@@ -376,25 +340,6 @@ def _tool_call_fault(calls: list[dict[str, Any]]) -> str | None:
     except (KeyError, TypeError):
         whole = False
     return None if whole else "a tool call has no id, name or arguments"
-
-
-def _candidate(index: int, member: Member, reply: Reply) -> Candidate:
-    return Candidate(index, member, reply.text, reply.finish_reason, reply.tool_calls)
-
-
-def _without_image_data(message: Message) -> Message:
-    """A message for the trace: an image sent along gives way to its hash, or traces would be mostly images."""
-    if not isinstance(message.get("content"), list):
-        return message
-
-    def shortened(part: dict[str, Any]) -> dict[str, Any]:
-        url = part["image_url"]["url"] if part["type"] == "image_url" else ""
-        if not url.startswith("data:"):
-            return part
-        mark = f"{url.partition(',')[0]},sha256:{hashlib.sha256(url.encode()).hexdigest()}"
-        return {**part, "image_url": {**part["image_url"], "url": mark}}
-
-    return {**message, "content": [shortened(part) for part in message["content"]]}
 
 
 def _sample_parameters(parameters: dict[str, Any], sample: int) -> dict[str, Any]:

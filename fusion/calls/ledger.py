@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 from mixfuse.contracts.trace import Call, Usage
 from mixfuse.fusion.calls.failures import CallError
 from mixfuse.fusion.config import Price
-
-Message = dict[str, Any]
+from mixfuse.fusion.messages import Message
 
 CHARACTERS_PER_TOKEN = 4
 """Of an estimate: what English text comes to in common vocabularies."""

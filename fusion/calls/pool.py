@@ -10,22 +10,11 @@ from typing import Any, Protocol, Self, TypeVar
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.trace import Call, Stage
 from mixfuse.fusion.calls.failures import CallError, FailureKind
-from mixfuse.fusion.calls.ledger import Ledger, Message, Spend, most
+from mixfuse.fusion.calls.ledger import Ledger, Spend, most
 from mixfuse.fusion.calls.model_limits import Guard
 from mixfuse.fusion.calls.upstream import Client, Emit, Endpoint, Purpose, Reply, call, cancelled_as, http_client
 from mixfuse.fusion.config import Member, ModelConfig
-
-__all__ = [
-    "CallError",
-    "Endpoint",
-    "HttpRoles",
-    "Pool",
-    "RoleSource",
-    "all_or_raise",
-    "estimate",
-    "fan_out",
-    "http_client",
-]
+from mixfuse.fusion.messages import Message, with_system
 
 Result = TypeVar("Result")
 
@@ -160,7 +149,7 @@ class Pool:
             CallError: No usable answer came back.
         """
         purpose = Purpose(stage, name, candidate, model.price, model.timeout_s)
-        messages, parameters = _with_system(model.system, messages), _with_defaults(model, parameters)
+        messages, parameters = with_system(model.system, messages), _with_defaults(model, parameters)
         endpoint = self._elsewhere(model, purpose)
         if endpoint is not None:
             return await call(self.client, endpoint, messages, parameters, purpose=purpose, ledger=ledger, emit=emit)
@@ -170,7 +159,7 @@ class Pool:
 
 def estimate(model: ModelConfig, messages: Sequence[Message], parameters: Mapping[str, Any]) -> Spend:
     """The most that asking a model is expected to cost; see `ledger.most`."""
-    return most(_with_system(model.system, messages), _with_defaults(model, parameters), model.price)
+    return most(with_system(model.system, messages), _with_defaults(model, parameters), model.price)
 
 
 async def fan_out(
@@ -269,15 +258,6 @@ def _outcome(task: "asyncio.Task[Result]", if_cancelled: FailureKind) -> Result 
     if isinstance(error, CallError):
         return error
     raise error
-
-
-def _with_system(system: str | None, messages: Sequence[Message]) -> list[Message]:
-    """Puts a member's instructions before the request's; templates commonly take one system message only."""
-    if system is None:
-        return list(messages)
-    if messages and messages[0]["role"] == "system":
-        return [{"role": "system", "content": f"{system}\n\n{messages[0]['content']}"}, *messages[1:]]
-    return [{"role": "system", "content": system}, *messages]
 
 
 def _with_defaults(model: ModelConfig, parameters: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,9 +13,9 @@ from mixfuse.contracts import strict_yaml
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.strict_yaml import Strict
 from mixfuse.fusion.answering import response_format
-from mixfuse.fusion.answering.request import Plan, images
-from mixfuse.fusion.calls.upstream import Message
+from mixfuse.fusion.answering.request import Plan
 from mixfuse.fusion.config import FUSION_PREFIX, FusedMode, FusionConfig, FusionOptions, Member, ModelConfig
+from mixfuse.fusion.messages import Message, images
 
 MODELS: dict[str, FusedMode] = {
     f"{FUSION_PREFIX}best-of": "best_of",

@@ -15,8 +15,10 @@ from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.judge_protocol import Outcome, combine, digest, new_nonce
 from mixfuse.contracts.progress import bar as progress_bar
 from mixfuse.fusion.answering.pairwise_judge import NoLogprobsError, verdict, written_verdict
+from mixfuse.fusion.calls.failures import CallError
+from mixfuse.fusion.calls.ledger import Ledger
 from mixfuse.fusion.calls.pool import Pool, all_or_raise, fan_out
-from mixfuse.fusion.calls.upstream import CallError, Endpoint, Ledger, Purpose
+from mixfuse.fusion.calls.upstream import Endpoint, Purpose
 from mixfuse.fusion.config import ModelConfig
 from mixfuse.fusion.store.cache import Cache
 

@@ -17,10 +17,11 @@ from rich.table import Table
 
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.progress import bar as progress_bar
-from mixfuse.fusion.answering.agreement import How, said
+from mixfuse.fusion.answering.agreement import text_key
+from mixfuse.fusion.calls.failures import CallError
 from mixfuse.fusion.calls.pool import all_or_raise, fan_out
-from mixfuse.fusion.calls.upstream import CallError, Client, http_client
-from mixfuse.fusion.config import FusedMode, FusionConfig
+from mixfuse.fusion.calls.upstream import Client, http_client
+from mixfuse.fusion.config import Agreement, FusedMode, FusionConfig
 from mixfuse.fusion.http.chat import MODELS
 from mixfuse.fusion.labels.collect import AnyTask
 from mixfuse.fusion.measure.statistics import Clusters, Difference, Figure, difference
@@ -174,7 +175,7 @@ async def evaluate(
     *,
     verify: Callable[[AnyTask, str], bool],
     modes: Sequence[FusedMode] = ("best_of", "merge", "debate"),
-    same: How = "exact",
+    same: Agreement = "exact",
     choose_share: float = 0.3,
     parameters: Mapping[str, Any] | None = None,
     concurrency: int = 4,
@@ -373,7 +374,7 @@ def report(
     best: str,
     chosen_on: int,
     verify: Callable[[AnyTask, str], bool],
-    same: How,
+    same: Agreement,
 ) -> FusionReport:
     """Works out the figures; pure.
 
@@ -469,13 +470,13 @@ def _latency(values: Sequence[float]) -> tuple[float, float] | None:
     return ordered[len(ordered) // 2], ordered[min(len(ordered) - 1, math.ceil(0.95 * len(ordered)) - 1)]
 
 
-def _majority(given: Sequence[Answer], same: How) -> Answer:
+def _majority(given: Sequence[Answer], same: Agreement) -> Answer:
     """The first of the answers that most gave; of as many, the earlier one. A failed answer where all failed."""
     first: dict[str, Answer] = {}
     votes: Counter[str] = Counter()
     for answer in given:
         if answer.text is not None:
-            what = said(answer.text, same)
+            what = text_key(answer.text, same)
             first.setdefault(what, answer)
             votes[what] += 1
     return first[votes.most_common(1)[0][0]] if votes else given[0]

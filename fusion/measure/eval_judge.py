@@ -25,8 +25,10 @@ from mixfuse.fusion.answering.pairwise_judge import (
     verdict,
     written_verdict,
 )
-from mixfuse.fusion.calls.pool import all_or_raise, fan_out, http_client
-from mixfuse.fusion.calls.upstream import CallError, Client, Endpoint, Ledger, Purpose
+from mixfuse.fusion.calls.failures import CallError
+from mixfuse.fusion.calls.ledger import Ledger
+from mixfuse.fusion.calls.pool import all_or_raise, fan_out
+from mixfuse.fusion.calls.upstream import Client, Endpoint, Purpose, http_client
 from mixfuse.fusion.measure.comparisons import Comparison, Measure, Views, credit, load, marks
 from mixfuse.fusion.measure.official import official
 from mixfuse.fusion.measure.statistics import Clusters, Difference, Figure, difference, paired

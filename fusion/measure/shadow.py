@@ -10,13 +10,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mixfuse.contracts.trace import Call, Stage, Trace, Verdict
-from mixfuse.fusion.answering.agreement import distinct, key
+from mixfuse.fusion.answering.agreement import candidate_key, distinct
+from mixfuse.fusion.answering.candidate import Candidate
 from mixfuse.fusion.answering.pairwise_judge import compare
-from mixfuse.fusion.answering.request import Candidate, Plan, Run, images
+from mixfuse.fusion.answering.request import Plan, Run
+from mixfuse.fusion.calls.failures import CallError
 from mixfuse.fusion.calls.ledger import Ledger
 from mixfuse.fusion.calls.pool import Pool
-from mixfuse.fusion.calls.upstream import CallError, Message, Purpose
+from mixfuse.fusion.calls.upstream import Purpose
 from mixfuse.fusion.config import FusionConfig, Judge, Member, ModelConfig
+from mixfuse.fusion.messages import Message, images
 from mixfuse.fusion.modes import merge
 from mixfuse.fusion.store.export_traces import by_feedback
 
@@ -291,8 +294,8 @@ async def _write_again(
         met.spend(run.ledger)
     if one is None or other is None:
         return
-    how = part.config.modes.agreement
-    same = key(one, "exact" if how == "never" else how) == key(other, "exact" if how == "never" else how)
+    rule = part.config.modes.agreement if part.config.modes.agreement != "never" else "exact"
+    same = candidate_key(one, rule) == candidate_key(other, rule)
     met.answers += 1
     met.same += same
     if preference and part.config.judge is not None:

@@ -8,8 +8,9 @@ from typing import Literal
 from mixfuse.contracts.trace import Debate, Turn
 from mixfuse.fusion.answering.agreement import distinct
 from mixfuse.fusion.answering.fence import fenced
-from mixfuse.fusion.answering.request import Run, question
-from mixfuse.fusion.calls.upstream import CallError, Message
+from mixfuse.fusion.answering.request import Run
+from mixfuse.fusion.calls.failures import CallError
+from mixfuse.fusion.messages import Message, question
 from mixfuse.fusion.modes.best_of import choose
 from mixfuse.fusion.modes.merge import synthesize
 

@@ -1,10 +1,12 @@
 """merge: the synthesizer writes one answer from anonymous, fenced candidates, streamed token by token."""
 
 from mixfuse.fusion.answering.agreement import distinct
+from mixfuse.fusion.answering.candidate import Candidate
 from mixfuse.fusion.answering.citations import INSTRUCTION, Citations
 from mixfuse.fusion.answering.fence import fenced
-from mixfuse.fusion.answering.request import Candidate, Run, images, question
-from mixfuse.fusion.calls.upstream import CallError, Message
+from mixfuse.fusion.answering.request import Run
+from mixfuse.fusion.calls.failures import CallError
+from mixfuse.fusion.messages import Message, images, question
 
 SYSTEM = "You write one answer to a question, drawing on the answers that others gave."
 TEMPLATE = (

@@ -13,7 +13,7 @@ from mixfuse.contracts.database import Database
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.files import write_jsonl
 from mixfuse.contracts.trace import Trace
-from mixfuse.fusion.answering.request import question
+from mixfuse.fusion.messages import question
 
 Label = Literal["feedback", "judge"]
 

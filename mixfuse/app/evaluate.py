@@ -22,9 +22,8 @@ from mixfuse.contracts.files import sha256_json
 from mixfuse.contracts.judge_protocol import Calibration
 from mixfuse.contracts.strict_yaml import load
 from mixfuse.contracts.tasks import Split, Task, make
-from mixfuse.fusion.answering.agreement import How
-from mixfuse.fusion.calls.pool import Endpoint
-from mixfuse.fusion.config import FusedMode, FusionConfig
+from mixfuse.fusion.calls.upstream import Endpoint
+from mixfuse.fusion.config import Agreement, FusedMode, FusionConfig
 from mixfuse.fusion.http.keys import ADMIN_KEY, API_KEY
 from mixfuse.fusion.measure import eval_fusion as fusing
 from mixfuse.fusion.measure import eval_judge as judging
@@ -194,7 +193,7 @@ def eval_fusion(
     sent = {"temperature": temperature, "max_tokens": max_tokens, "seed": seed}
     parameters = {name: value for name, value in sent.items() if value is not None}
     questions, right = _questions(tasks, data, verifier, split=split, count=count, limit=limit, seed=seed)
-    same: How = verifier if verifier in ("exact", "number", "json") else config.modes.agreement
+    same: Agreement = verifier if verifier in ("exact", "number", "json") else config.modes.agreement
     served = {role: revision for role, (revision, _) in _served(url).items()}
     with Cache(cache or (out / "cache.sqlite3" if out else None)) as kept:
         measuring = fusing.evaluate(

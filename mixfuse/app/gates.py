@@ -21,7 +21,8 @@ from pydantic import Field, model_validator
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.strict_yaml import Strict, validate
 from mixfuse.contracts.trace import Trace
-from mixfuse.fusion.calls.pool import Endpoint, Pool, RoleSource
+from mixfuse.fusion.calls.pool import Pool, RoleSource
+from mixfuse.fusion.calls.upstream import Endpoint
 from mixfuse.fusion.config import FusionConfig
 from mixfuse.fusion.measure.shadow import Comparison, Part, share, side_by_side, watch
 from mixfuse.serve.roles import Revision, RoleTable, Why

@@ -10,8 +10,8 @@ from fusion_harness import FakeRoles, StartGateway, prefers, summed
 
 from mixfuse.contracts.judge_protocol import Calibration
 from mixfuse.contracts.trace import Verdict
+from mixfuse.fusion.answering.candidate import Candidate
 from mixfuse.fusion.answering.pairwise_judge import FINALISTS, knock_out_pairs, ranking, survivors
-from mixfuse.fusion.answering.request import Candidate
 from mixfuse.fusion.config import Member
 
 ASK: dict[str, Any] = {"model": "fusion/best-of", "messages": [{"role": "user", "content": "why?"}]}
