@@ -17,10 +17,8 @@ from pydantic import (
 )
 
 from mixfuse.contracts.judge_protocol import MAX_CHARS
+from mixfuse.contracts.mode_names import FUSED_MODES, MODEL_PREFIX
 from mixfuse.contracts.strict_yaml import Strict
-
-FUSION_PREFIX = "fusion/"
-"""Model names that start with this are modes, so no member may be called so."""
 
 Positive = Annotated[float, Field(gt=0)]
 
@@ -165,7 +163,15 @@ class Judge(ModelConfig):
     verdicts: Literal["auto", "logprobs", "parsed", "rationale"] = "auto"
 
 
-FusedMode = Literal["best_of", "merge", "debate"]
+def _fused_mode(name: str) -> str:
+    if name not in FUSED_MODES:
+        raise ValueError(f"there is no mode {name!r}; the modes are {', '.join(FUSED_MODES)}")
+    return name
+
+
+FusedMode = Annotated[str, AfterValidator(_fused_mode)]
+"""The name of a mode that fuses the answers of a pool."""
+
 Expose = Literal["none", "summary", "full"]
 OnJudgeError = Literal["first", "fail"]
 Agreement = Literal["never", "exact", "number", "json", "choice"]
@@ -198,7 +204,7 @@ class Modes(Strict):
     deadline_ms: Positive = 120_000.0
     max_cost: Positive | None = None
     max_rounds: int = Field(default=2, ge=1, le=10)
-    debate_ending: Literal["best_of", "merge"] = "best_of"
+    debate_ending: FusedMode = "best_of"
     agreement: Agreement = "exact"
     on_judge_error: OnJudgeError = "first"
     tools: Literal["primary", "refuse"] = "primary"
@@ -339,11 +345,11 @@ class FusionConfig(Strict):
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"two members are called {name!r}; names must be unique")
-            if name.startswith(FUSION_PREFIX):
-                raise ValueError(f"member {name!r}: names that begin with {FUSION_PREFIX!r} are modes")
+            if name.startswith(MODEL_PREFIX):
+                raise ValueError(f"member {name!r}: names that begin with {MODEL_PREFIX!r} are modes")
         for preset, options in self.presets.items():
-            if preset in names or preset.startswith(FUSION_PREFIX):
-                raise ValueError(f"preset {preset!r}: that name is a member's or begins with {FUSION_PREFIX!r}")
+            if preset in names or preset.startswith(MODEL_PREFIX):
+                raise ValueError(f"preset {preset!r}: that name is a member's or begins with {MODEL_PREFIX!r}")
             if unknown := [name for name in options.members or () if name not in names]:
                 raise ValueError(f"preset {preset!r} names the member {unknown[0]!r}, which there is not")
         candidates = sum(member.samples for member in self.members)

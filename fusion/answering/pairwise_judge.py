@@ -1,66 +1,37 @@
-"""The judge: pairs of candidates, each in both orders, each verdict one prefill-only call, all of a round at once.
+"""The judge of a request: it compares candidates pair by pair, each pair in both orders, a whole round at once.
 
-Up to four candidates all meet. Of more, knock-out rounds leave four, who then all meet: n candidates make n + 2 pairs,
-and one that the judge prefers to every other still comes out first. How a comparison is written and its verdict read
-is `mixfuse.contracts.judge_protocol`'s.
+Up to four candidates all meet. Of more, knock-out rounds leave four, which then all meet: n candidates make n + 2
+pairs, and a candidate that the judge prefers to every other one still wins.
 """
 
 import asyncio
-import re
 from collections.abc import Sequence
 from itertools import combinations
-from typing import Any, Literal, NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
 from mixfuse.contracts.errors import MixfuseError
-from mixfuse.contracts.judge_protocol import (
-    MAX_CHARS,
-    VERDICTS,
-    combine,
-    comparison,
-    explained,
-    new_nonce,
-    read_explained,
-    read_verdict,
-    shown,
-)
+from mixfuse.contracts.judge_protocol import VERDICTS, combine, new_nonce, shown
 from mixfuse.contracts.trace import Verdict
 from mixfuse.fusion.answering.agreement import distinct, tool_call_text
 from mixfuse.fusion.answering.candidate import Candidate
-from mixfuse.fusion.answering.request import Run
+from mixfuse.fusion.answering.request import FusionRequest
+from mixfuse.fusion.answering.verdicts import (
+    JudgeEndpoint,
+    NoLogprobsError,
+    OrderedPair,
+    logprob_verdict,
+    rationale_verdict,
+    written_verdict,
+)
 from mixfuse.fusion.calls.failures import CallError
-from mixfuse.fusion.calls.ledger import Ledger
 from mixfuse.fusion.calls.pool import all_or_raise, fan_out
-from mixfuse.fusion.calls.upstream import Client, Endpoint, Purpose, call, first_token_logprobs
+from mixfuse.fusion.calls.upstream import Endpoint, Purpose
 from mixfuse.fusion.config import Judge, ModelConfig
 from mixfuse.fusion.messages import question
 
 FINALISTS = 4
 
-# One token is enough: the verdict is read from its alternatives; 20 is the most OpenAI and vLLM give.
-VERDICT_PARAMETERS = {"max_tokens": 1, "temperature": 0, "logprobs": True, "top_logprobs": 20}
-
-WRITTEN = 'Reply with a JSON object: {"verdict": "A"} or {"verdict": "B"}.'
-# Room for a little more than the object: some models put it behind a fence or a word.
-WRITTEN_PARAMETERS: dict[str, Any] = {
-    "max_tokens": 64,
-    "temperature": 0,
-    "response_format": {
-        "type": "json_schema",
-        "json_schema": {
-            "name": "verdict",
-            "strict": True,
-            "schema": {
-                "type": "object",
-                "properties": {"verdict": {"type": "string", "enum": list(VERDICTS)}},
-                "required": ["verdict"],
-                "additionalProperties": False,
-            },
-        },
-    },
-}
-# Two sentences and the verdict; a rationale that runs on is no verdict.
-EXPLAINED_PARAMETERS: dict[str, Any] = {"max_tokens": 256, "temperature": 0}
-_WRITTEN = re.compile(r'\{\s*"verdict"\s*:\s*"([AB])"\s*\}')
+Pair = tuple[Candidate, Candidate]
 
 
 class JudgeError(MixfuseError):
@@ -70,109 +41,107 @@ class JudgeError(MixfuseError):
         super().__init__(message, kind="judge_failed")
 
 
-class NoLogprobsError(CallError):
-    """The judge's endpoint answers, but without log-probabilities."""
-
-    def __init__(self) -> None:
-        super().__init__("invalid_response", "the judge's endpoint gives no log-probabilities")
-
-
 class View(NamedTuple):
-    """One order of one pair: P(the answer shown first is better), None if unreadable; and what it was read from."""
+    """The verdict on one order of a pair.
+
+    Attributes:
+        p: The probability that the answer shown first is better; None if the reply holds no verdict.
+        read: What it was read from.
+    """
 
     p: float | None
     read: Literal["logprobs", "parsed"]
 
 
-class Court:
-    """The judge at work on one request; an async context manager where it is to begin early.
+class PairwiseJudge:
+    """The judge at work on one request; an async context manager, which ends the calls that were made early.
 
     Args:
-        run: The request; takes the verdicts.
+        request: The request; takes the verdicts.
     """
 
-    def __init__(self, run: Run) -> None:
-        self._run = run
-        self._heard: set[tuple[int, int]] = set()
-        self._hearings: list[asyncio.Task[tuple[str, list[Verdict]]]] = []
+    def __init__(self, request: FusionRequest) -> None:
+        self._request = request
+        self._begun: set[tuple[int, int]] = set()
+        self._early: list[asyncio.Task[tuple[str, list[Verdict]]]] = []
 
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, *_error: object) -> None:
-        left = kind is not None and issubclass(kind, asyncio.CancelledError)
-        for hearing in self._hearings:
-            hearing.cancel("cancelled" if left else "cancelled_straggler")
-        await asyncio.gather(*self._hearings, return_exceptions=True)
+        client_left = kind is not None and issubclass(kind, asyncio.CancelledError)
+        for task in self._early:
+            task.cancel("cancelled" if client_left else "cancelled_straggler")
+        await asyncio.gather(*self._early, return_exceptions=True)
 
-    def hear(self, candidates: Sequence[Candidate]) -> None:
-        """Has these compared while the grace for others lasts, if they will meet in any case."""
-        run = self._run
-        if run.plan.judge is None or len(run.names) > FINALISTS:
+    def judge_early(self, candidates: Sequence[Candidate]) -> None:
+        """Begins to judge candidates while others are still waited for, if these will meet in any case."""
+        request = self._request
+        if request.plan.judge is None or len(request.names) > FINALISTS:
             return
-        rivals = distinct(candidates, run.agreement)
-        pairs = [pair for pair in combinations(rivals, 2) if _indices(pair) not in self._heard]
+        rivals = distinct(candidates, request.agreement)
+        pairs = [pair for pair in combinations(rivals, 2) if _indices(pair) not in self._begun]
         if pairs:
-            self._heard.update(map(_indices, pairs))
-            self._hearings.append(asyncio.create_task(self._hearing(run.plan.judge, pairs)))
+            self._begun.update(map(_indices, pairs))
+            self._early.append(asyncio.create_task(self._judge(request.plan.judge, pairs)))
 
     async def best(self, candidates: Sequence[Candidate]) -> Candidate:
-        """Finds the best candidate; the verdicts go into the run.
+        """Returns the best candidate and adds the verdicts to the request.
 
-        One adapter revision gives all verdicts of a request: those of an earlier one do not count.
+        All verdicts of a request come from one adapter revision: early ones of another revision are not used.
 
         Raises:
             JudgeError: There is no judge, a call failed (the others are cancelled then), or none of the verdicts
                 could be read.
         """
-        run, model = self._run, self._run.plan.judge
+        request, model = self._request, self._request.plan.judge
         if model is None:
             raise JudgeError("no judge is configured")
         rivals = list(candidates)
         try:
-            async with run.pool.lease(model, _purpose(model), run.ledger) as endpoint:
-                known: dict[tuple[int, int], Verdict] = {}
-                for hearing in self._hearings:
-                    judged_by, verdicts = await hearing
-                    if judged_by == endpoint.model:
-                        known |= {(verdict_.first, verdict_.second): verdict_ for verdict_ in verdicts}
+            async with request.pool.lease(model, Purpose.of(model, "verdict", "judge"), request.ledger) as endpoint:
+                known = await self._early_verdicts(endpoint)
                 while len(rivals) > FINALISTS:
-                    round_ = await compare(run, model, endpoint, knock_out_pairs(rivals))
-                    run.verdicts.extend(round_)
-                    rivals = survivors(rivals, round_)
+                    verdicts = await judge_pairs(request, model, endpoint, knock_out_pairs(rivals))
+                    request.verdicts.extend(verdicts)
+                    rivals = survivors(rivals, verdicts)
                 pairs = list(combinations(rivals, 2))
-                new = await compare(run, model, endpoint, [pair for pair in pairs if _indices(pair) not in known])
+                unknown = [pair for pair in pairs if _indices(pair) not in known]
+                verdicts = await judge_pairs(request, model, endpoint, unknown)
         except CallError as failure:
             raise JudgeError(str(failure)) from failure
-        known |= {(verdict_.first, verdict_.second): verdict_ for verdict_ in new}
+        known |= {(verdict.first, verdict.second): verdict for verdict in verdicts}
         final = [known[_indices(pair)] for pair in pairs]
-        run.verdicts.extend(final)
-        if all(verdict_.parse_failures == len(VERDICTS) for verdict_ in run.verdicts):
-            run.verdicts.clear()
+        request.verdicts.extend(final)
+        if all(verdict.parse_failures == len(VERDICTS) for verdict in request.verdicts):
+            request.verdicts.clear()
             raise JudgeError("none of the judge's replies names a verdict")
         return ranking(final, rivals)[0]
 
-    async def _hearing(
-        self, model: ModelConfig, pairs: Sequence[tuple[Candidate, Candidate]]
-    ) -> tuple[str, list[Verdict]]:
-        """(the judge's model at its endpoint, what it said of the pairs)."""
-        run = self._run
-        async with run.pool.lease(model, _purpose(model), run.ledger) as endpoint:
-            return endpoint.model, await compare(run, model, endpoint, pairs)
+    async def _early_verdicts(self, endpoint: Endpoint) -> dict[tuple[int, int], Verdict]:
+        """Returns the verdicts begun early that the model at this endpoint gave, by pair."""
+        known: dict[tuple[int, int], Verdict] = {}
+        for task in self._early:
+            model_name, verdicts = await task
+            if model_name == endpoint.model:
+                known |= {(verdict.first, verdict.second): verdict for verdict in verdicts}
+        return known
+
+    async def _judge(self, model: ModelConfig, pairs: Sequence[Pair]) -> tuple[str, list[Verdict]]:
+        """Returns (the judge's model name at its endpoint, its verdicts on the pairs)."""
+        request = self._request
+        async with request.pool.lease(model, Purpose.of(model, "verdict", "judge"), request.ledger) as endpoint:
+            return endpoint.model, await judge_pairs(request, model, endpoint, pairs)
 
 
-def _purpose(model: ModelConfig) -> Purpose:
-    return Purpose("verdict", "judge", price=model.price, timeout_s=model.timeout_s)
-
-
-def _indices(pair: tuple[Candidate, Candidate]) -> tuple[int, int]:
+def _indices(pair: Pair) -> tuple[int, int]:
     return pair[0].index, pair[1].index
 
 
 def knock_out_pairs(rivals: Sequence[Candidate]) -> list[tuple[Candidate, Candidate]]:
-    """Who meets whom in a knock-out round: so many pairs that half, or `FINALISTS`, are left.
+    """Returns the pairs of a knock-out round: as many as leave half of the rivals, or `FINALISTS`.
 
-    Where not all meet, the first in candidate order go through: it is the order that settles ties, too.
+    If not all are paired, the first in candidate order go through; that order settles ties, too.
     """
     pairs = len(rivals) - max(FINALISTS, (len(rivals) + 1) // 2)
     meeting = rivals[len(rivals) - 2 * pairs :]
@@ -180,25 +149,25 @@ def knock_out_pairs(rivals: Sequence[Candidate]) -> list[tuple[Candidate, Candid
 
 
 def survivors(rivals: Sequence[Candidate], verdicts: Sequence[Verdict]) -> list[Candidate]:
-    """Who is left after a knock-out round; a tie goes to the higher mean probability, then to the earlier one."""
+    """Returns the rivals left after a knock-out round; a tie goes to the higher mean probability, then to the first."""
 
-    def loser(verdict_: Verdict) -> int:
-        second_won = verdict_.winner == "second" or (verdict_.winner == "tie" and verdict_.score < 0.5)
-        return verdict_.first if second_won else verdict_.second
+    def loser(verdict: Verdict) -> int:
+        second_won = verdict.winner == "second" or (verdict.winner == "tie" and verdict.score < 0.5)
+        return verdict.first if second_won else verdict.second
 
-    lost = {loser(verdict_) for verdict_ in verdicts}
+    lost = {loser(verdict) for verdict in verdicts}
     return [rival for rival in rivals if rival.index not in lost]
 
 
 def ranking(verdicts: Sequence[Verdict], candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Orders candidates, best first: by pairs won, then by mean score, then by candidate order."""
+    """Sorts candidates, best first: by pairs won, then by mean score, then by candidate order."""
     wins = {candidate.index: 0 for candidate in candidates}
     scores: dict[int, list[float]] = {candidate.index: [] for candidate in candidates}
-    for verdict_ in verdicts:
-        if verdict_.winner != "tie":
-            wins[verdict_.first if verdict_.winner == "first" else verdict_.second] += 1
-        scores[verdict_.first].append(verdict_.score)
-        scores[verdict_.second].append(1.0 - verdict_.score)
+    for verdict in verdicts:
+        if verdict.winner != "tie":
+            wins[verdict.first if verdict.winner == "first" else verdict.second] += 1
+        scores[verdict.first].append(verdict.score)
+        scores[verdict.second].append(1.0 - verdict.score)
 
     def place(candidate: Candidate) -> tuple[int, float, int]:
         own = scores[candidate.index]
@@ -207,142 +176,32 @@ def ranking(verdicts: Sequence[Verdict], candidates: Sequence[Candidate]) -> lis
     return sorted(candidates, key=place)
 
 
-async def verdict(
-    client: Client,
-    endpoint: Endpoint,
-    question: str,
-    first: str,
-    second: str,
-    *,
-    purpose: Purpose,
-    ledger: Ledger,
-    nonce: str | None = None,
-    max_chars: int = MAX_CHARS,
-) -> float | None:
-    """Judges one pair in one order, by log-probabilities.
-
-    Args:
-        client: Shared by all calls.
-        endpoint: The judge's.
-        question: What was asked.
-        first: The answer shown as A.
-        second: The answer shown as B.
-        purpose: For the ledger.
-        ledger: Takes the call.
-        nonce: Of the fences, where several comparisons share one; unset: a fresh one.
-        max_chars: The most of each answer to show.
-
-    Returns:
-        The probability that the answer shown first is the better one; None where no verdict could be read.
-
-    Raises:
-        NoLogprobsError: The endpoint gives none.
-        CallError: The call failed.
-    """
-    nonce = nonce or new_nonce(question, first, second)
-    messages = comparison(question, first, second, nonce=nonce, max_chars=max_chars)
-    try:
-        reply = await call(client, endpoint, messages, VERDICT_PARAMETERS, purpose=purpose, ledger=ledger)
-    except CallError as failure:
-        # Some endpoints refuse the parameter by name instead of ignoring it.
-        if failure.kind == "upstream_error" and "HTTP 4" in str(failure) and "logprobs" in str(failure):
-            raise NoLogprobsError from failure
-        raise
-    if not reply.logprobs:
-        raise NoLogprobsError
-    return read_verdict(first_token_logprobs(reply.logprobs))
-
-
-async def written_verdict(
-    client: Client,
-    endpoint: Endpoint,
-    question: str,
-    first: str,
-    second: str,
-    *,
-    purpose: Purpose,
-    ledger: Ledger,
-    nonce: str,
-    max_chars: int = MAX_CHARS,
-) -> float | None:
-    """Judges one pair in one order, by a JSON object that the judge writes; arguments as for `verdict`.
-
-    Returns:
-        1 or 0, for the answer shown first or second; None where no verdict could be read.
-
-    Raises:
-        CallError: The call failed.
-    """
-    messages = comparison(question, first, second, nonce=nonce, max_chars=max_chars)
-    messages[-1]["content"] += f"\n{WRITTEN}"
-    reply = await call(client, endpoint, messages, WRITTEN_PARAMETERS, purpose=purpose, ledger=ledger)
-    said = _WRITTEN.findall(reply.text)
-    # Both verdicts in one reply are none.
-    return float(said[0] == VERDICTS[0]) if len(set(said)) == 1 else None
-
-
-async def explained_verdict(
-    client: Client,
-    endpoint: Endpoint,
-    question: str,
-    first: str,
-    second: str,
-    *,
-    purpose: Purpose,
-    ledger: Ledger,
-    nonce: str,
-    max_chars: int = MAX_CHARS,
-) -> float | None:
-    """Judges one pair in one order, by what the judge's rationale ends with; arguments as for `verdict`.
-
-    Returns:
-        1 or 0, for the answer shown first or second; None where no verdict could be read.
-
-    Raises:
-        CallError: The call failed.
-    """
-    messages = explained(comparison(question, first, second, nonce=nonce, max_chars=max_chars))
-    reply = await call(client, endpoint, messages, EXPLAINED_PARAMETERS, purpose=purpose, ledger=ledger)
-    said = read_explained(reply.text)
-    return None if said is None else float(said == VERDICTS[0])
-
-
-async def compare(
-    run: Run, model: ModelConfig, endpoint: Endpoint, pairs: Sequence[tuple[Candidate, Candidate]]
+async def judge_pairs(
+    request: FusionRequest, model: ModelConfig, endpoint: Endpoint, pairs: Sequence[Pair]
 ) -> list[Verdict]:
     """Has pairs judged in both orders, all at once.
+
+    Args:
+        request: The request that the candidates answer.
+        model: The judge's config.
+        endpoint: Where the judge is reached.
+        pairs: The pairs.
 
     Raises:
         CallError: A call failed; the others are cancelled then.
     """
     if not pairs:
         return []
-    purpose = _purpose(model)
-    asked = question(run.plan.messages)
-    most = run.plan.settings.max_candidate_chars
-    how = model.verdicts if isinstance(model, Judge) else "auto"
-    known = (endpoint.base_url, endpoint.model)
-    client, ledger = run.pool.client, run.ledger
-    written = {one.index: shown(_as_text(one), most) for pair in pairs for one in pair}
+    asked, max_chars = question(request.plan.messages), request.plan.settings.max_candidate_chars
+    texts = {candidate.index: shown(_as_text(candidate), max_chars) for pair in pairs for candidate in pair}
     # One for all: the judge's engine then finds the question, and each answer shown first, in its prefix cache.
-    nonce = new_nonce(asked, *written.values())
-
-    async def view(one: Candidate, other: Candidate) -> View:
-        """One order of one pair, read as the judge's endpoint allows."""
-        texts = (asked, written[one.index], written[other.index])
-        if how == "logprobs" or (how == "auto" and known not in run.pool.without_logprobs):
-            try:
-                p = await verdict(client, endpoint, *texts, purpose=purpose, ledger=ledger, nonce=nonce, max_chars=most)
-                return View(p, "logprobs")
-            except NoLogprobsError:
-                if how == "logprobs":
-                    raise
-                run.pool.without_logprobs.add(known)
-        write = explained_verdict if how == "rationale" else written_verdict
-        p = await write(client, endpoint, *texts, purpose=purpose, ledger=ledger, nonce=nonce, max_chars=most)
-        return View(p, "parsed")
-
-    orders = [view(one, other) for pair in pairs for one, other in (pair, pair[::-1])]
+    nonce = new_nonce(asked, *texts.values())
+    judge = JudgeEndpoint(request.pool.client, endpoint, Purpose.of(model, "verdict", "judge"), request.ledger)
+    orders = [
+        _view(request, model, judge, OrderedPair(asked, texts[a.index], texts[b.index], nonce, max_chars))
+        for pair in pairs
+        for a, b in (pair, pair[::-1])
+    ]
     views = all_or_raise(await fan_out(orders, quorum=len(orders)))
     verdicts: list[Verdict] = []
     for (first, second), forward, backward in zip(pairs, views[::2], views[1::2], strict=True):
@@ -352,7 +211,27 @@ async def compare(
     return verdicts
 
 
+async def _view(request: FusionRequest, model: ModelConfig, judge: JudgeEndpoint, pair: OrderedPair) -> View:
+    """Judges one order of a pair, in the way that the config names or the endpoint allows.
+
+    Raises:
+        CallError: The call failed.
+    """
+    way = model.verdicts if isinstance(model, Judge) else "auto"
+    without_logprobs = request.pool.without_logprobs
+    address = (judge.endpoint.base_url, judge.endpoint.model)
+    if way == "logprobs" or (way == "auto" and address not in without_logprobs):
+        try:
+            return View(await logprob_verdict(judge, pair), "logprobs")
+        except NoLogprobsError:
+            if way == "logprobs":
+                raise
+            without_logprobs.add(address)
+    write = rationale_verdict if way == "rationale" else written_verdict
+    return View(await write(judge, pair), "parsed")
+
+
 def _as_text(candidate: Candidate) -> str:
-    """A candidate as the judge reads it: its text, and what it would call."""
+    """Returns a candidate as the judge reads it: its text and its tool calls."""
     calls = [f"calls the tool {tool_call_text(call)}" for call in candidate.tool_calls or ()]
     return "\n".join([candidate.text, *calls] if candidate.text else calls)

@@ -21,29 +21,6 @@ FailureKind = Literal[
 ]
 KINDS: tuple[FailureKind, ...] = get_args(FailureKind)
 
-STATUS: dict[str, int] = {
-    "context_length": 400,
-    "invalid_request_error": 400,
-    "refused": 400,
-    "unauthorized": 401,
-    "budget": 402,
-    "queue_full": 429,
-    "rate_limited": 429,
-    "invalid_response": 502,
-    "judge_failed": 502,
-    "upstream_error": 502,
-    "circuit_open": 503,
-    "too_few_answers": 503,
-    "trace_db": 503,
-    "unreachable": 503,
-    "timeout": 504,
-}
-"""The HTTP status of a failed request, by the failure's kind; 500 for any other.
-
-OpenAI's own clients repeat a request on 429 and 5xx. A spent budget is therefore 402, not OpenAI's 429: asking again
-does not help.
-"""
-
 
 class CallError(MixfuseError):
     """One call gave no usable answer.

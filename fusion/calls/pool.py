@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
 
 from mixfuse.contracts.errors import MixfuseError
-from mixfuse.contracts.trace import Call, Stage
+from mixfuse.contracts.trace import Call
 from mixfuse.fusion.calls.failures import CallError, FailureKind
 from mixfuse.fusion.calls.ledger import Ledger, Spend, most
 from mixfuse.fusion.calls.model_limits import Guard
@@ -137,10 +137,8 @@ class Pool:
         messages: Sequence[Message],
         parameters: Mapping[str, Any],
         *,
-        stage: Stage,
-        name: str,
+        purpose: Purpose,
         ledger: Ledger,
-        candidate: int | None = None,
         emit: Emit | None = None,
     ) -> Reply:
         """Asks one configured model, with its own system message and defaults; see `upstream.call`.
@@ -148,7 +146,6 @@ class Pool:
         Raises:
             CallError: No usable answer came back.
         """
-        purpose = Purpose(stage, name, candidate, model.price, model.timeout_s)
         messages, parameters = with_system(model.system, messages), _with_defaults(model, parameters)
         endpoint = self._elsewhere(model, purpose)
         if endpoint is not None:
@@ -168,7 +165,7 @@ async def fan_out(
     quorum: int,
     grace_s: float | None = None,
     deadline_s: float | None = None,
-    heard: Callable[[list[Result | None]], None] | None = None,
+    on_success: Callable[[list[Result | None]], None] | None = None,
 ) -> list[Result | CallError]:
     """Runs attempts at once and goes on as soon as enough have succeeded.
 
@@ -181,8 +178,8 @@ async def fan_out(
         quorum: How many successes are enough.
         grace_s: Seconds to wait for the others once the quorum is met; None: until the deadline.
         deadline_s: Seconds from now after which nothing is waited for; None: no limit.
-        heard: Told the results so far (None where there is none yet) when the grace begins, and again with each further
-            success while others still run.
+        on_success: Gets the results so far (None where there is none yet) when the grace begins, and again with each
+            further success while others still run.
 
     Returns:
         For each attempt, in order, its result or how it failed; `cancelled_straggler` or `timeout` (the
@@ -200,7 +197,7 @@ async def fan_out(
             # Woken only by what could change something.
             if successes + len(pending) == quorum:
                 until = asyncio.FIRST_EXCEPTION
-            elif successes >= quorum and (grace_s is None or (in_grace and heard is None)):
+            elif successes >= quorum and (grace_s is None or (in_grace and on_success is None)):
                 until = asyncio.ALL_COMPLETED
             else:
                 until = asyncio.FIRST_COMPLETED
@@ -215,8 +212,8 @@ async def fan_out(
                 in_grace = True
                 if end is None or clock() + grace_s < end:
                     end, at_the_end = clock() + grace_s, "cancelled_straggler"
-            if heard is not None and in_grace and pending:
-                heard([_success(task) for task in tasks])
+            if on_success is not None and in_grace and pending:
+                on_success([_success(task) for task in tasks])
     except asyncio.CancelledError as stop:
         at_the_end = cancelled_as(stop)
         raise

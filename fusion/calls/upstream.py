@@ -21,7 +21,7 @@ from mixfuse.contracts.trace import Call, Stage, Usage
 from mixfuse.fusion.calls.failures import KINDS, CallError, FailureKind
 from mixfuse.fusion.calls.ledger import NOTHING, Ledger, Spend, most, prompt_tokens, tokens
 from mixfuse.fusion.calls.model_limits import Guard
-from mixfuse.fusion.config import Price
+from mixfuse.fusion.config import ModelConfig, Price
 from mixfuse.fusion.messages import Message
 
 Client = aiohttp.ClientSession
@@ -77,6 +77,11 @@ class Purpose:
     candidate: int | None = None
     price: Price = field(default_factory=Price)
     timeout_s: float = 120.0
+
+    @classmethod
+    def of(cls, model: ModelConfig, stage: Stage, name: str, candidate: int | None = None) -> "Purpose":
+        """Returns the purpose of a call to a configured model, with the model's price and time limit."""
+        return cls(stage, name, candidate, model.price, model.timeout_s)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,9 @@ from rich.rule import Rule
 from rich.text import Text
 
 from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.mode_names import model_name
 from mixfuse.fusion.calls.upstream import split_events
 from mixfuse.fusion.config import FusedMode
-from mixfuse.fusion.http.chat import MODELS
 
 # Answers are untrusted: what steers a terminal is taken out, tabs and newlines aside.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -48,7 +48,7 @@ def run(
     """
     console = console or Console()
     body = {
-        "model": next(name for name, known in MODELS.items() if known == mode),
+        "model": model_name(mode),
         "messages": [{"role": "user", "content": prompt}],
         "stream": True,
         "stream_options": {"include_usage": True},

@@ -10,19 +10,14 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mixfuse.contracts import strict_yaml
-from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.mode_names import FUSED_MODES, MODE_OF_MODEL, MODEL_PREFIX, SINGLE_MODEL_MODE
 from mixfuse.contracts.strict_yaml import Strict
 from mixfuse.fusion.answering import response_format
 from mixfuse.fusion.answering.request import Plan
-from mixfuse.fusion.config import FUSION_PREFIX, FusedMode, FusionConfig, FusionOptions, Member, ModelConfig
+from mixfuse.fusion.config import FusionConfig, FusionOptions, Member, ModelConfig
+from mixfuse.fusion.http.statuses import RequestError
 from mixfuse.fusion.messages import Message, images
-
-MODELS: dict[str, FusedMode] = {
-    f"{FUSION_PREFIX}best-of": "best_of",
-    f"{FUSION_PREFIX}merge": "merge",
-    f"{FUSION_PREFIX}debate": "debate",
-}
-"""The modes, by the model name a client asks for."""
+from mixfuse.fusion.modes.registry import ending_mode, mode_named
 
 OPENROUTER = "openrouter/fusion"
 """OpenRouter's name for its Fusion, taken as `merge` where the config allows it."""
@@ -59,14 +54,6 @@ _WITHOUT_TOOLS: tuple[tuple[str, object], ...] = (
     ("parallel_tool_calls", True),
     ("parallel_tool_calls", False),
 )
-
-
-class RequestError(MixfuseError):
-    """A request the gateway refuses, in the terms of OpenAI's error object."""
-
-    def __init__(self, message: str, *, code: str, param: str | None = None, status: int = 400) -> None:
-        super().__init__(message, kind="invalid_request_error")
-        self.code, self.param, self.status = code, param, status
 
 
 class StreamOptions(Strict):
@@ -281,7 +268,7 @@ def plan(request: ChatRequest, config: FusionConfig, role_names: list[str]) -> P
     model = _by_name(request.model, config, role_names)
     options = request.fusion or FusionOptions()
     if options.model_fields_set - {"expose"}:
-        message = f"'fusion' options other than 'expose' go with a {FUSION_PREFIX}… model or a preset, not with "
+        message = f"'fusion' options other than 'expose' go with a {MODEL_PREFIX}… model or a preset, not with "
         raise _unsupported("fusion", f"{message}{request.model!r}")
     if request.stream and request.logprobs:
         raise _unsupported("logprobs", "'logprobs' are not streamed")
@@ -289,7 +276,7 @@ def plan(request: ChatRequest, config: FusionConfig, role_names: list[str]) -> P
         raise _unsupported("messages", f"{request.model!r} takes no images (its config does not say `images: true`)")
     parameters = request.sent((*_SAMPLING, *_TOOLS, *_LOGPROBS))
     settings = options.settings(config.modes)
-    return Plan(request.model, "pass_through", messages, parameters, (model,), settings, output=form)
+    return Plan(request.model, SINGLE_MODEL_MODE, messages, parameters, (model,), settings, output=form)
 
 
 def _options_of_name(request: ChatRequest, config: FusionConfig) -> FusionOptions | None:
@@ -300,8 +287,8 @@ def _options_of_name(request: ChatRequest, config: FusionConfig) -> FusionOption
             code="unknown_parameter",
             param="plugins",
         )
-    if request.model in MODELS:
-        named = FusionOptions(mode=MODELS[request.model])
+    if request.model in MODE_OF_MODEL:
+        named = FusionOptions(mode=MODE_OF_MODEL[request.model])
     elif request.model in config.presets:
         named = config.presets[request.model].over(FusionOptions(mode="best_of"))
     elif config.openrouter_alias and request.model == OPENROUTER:
@@ -349,20 +336,20 @@ def _fused(
             code="invalid_value",
             param="fusion",
         )
-    ending = settings.debate_ending if mode == "debate" else mode
+    takes_tools, ending = mode_named(mode).takes_tools, ending_mode(mode, settings)
     judge = config.judge if options.judge is None else _model(options.judge, "judge", config, role_names)
     synthesizer = config.synthesizer
     if options.synthesizer is not None:
         synthesizer = _model(options.synthesizer, "synthesizer", config, role_names)
-    if (judge if ending == "best_of" else synthesizer) is None:
-        decider = "judge" if ending == "best_of" else "synthesizer"
-        raise RequestError(f"mode {mode!r} needs a {decider}; none is configured", code="mode_unavailable")
+    if ending.needs is not None and {"judge": judge, "synthesizer": synthesizer}[ending.needs] is None:
+        raise RequestError(f"mode {mode!r} needs a {ending.needs}; none is configured", code="mode_unavailable")
     tools = bool(request.tools) and request.tool_choice != "none"
-    if tools and mode != "best_of" and settings.tools == "refuse":
-        raise _unsupported("tools", f"'tools' are not supported in mode {mode!r} here; best_of takes them")
-    if settings.cite and ending == "merge" and form is not None:
+    if tools and not takes_tools and settings.tools == "refuse":
+        able = ", ".join(name for name in FUSED_MODES if mode_named(name).takes_tools)
+        raise _unsupported("tools", f"'tools' are not supported in mode {mode!r} here; use one of: {able}")
+    if settings.cite and ending.cites and form is not None:
         raise _unsupported("response_format", "'cite' marks paragraphs, and JSON has none; drop one of the two")
-    parameters = request.sent((*_SAMPLING, *_TOOLS) if tools or mode == "best_of" else _SAMPLING)
+    parameters = request.sent((*_SAMPLING, *_TOOLS) if tools or takes_tools else _SAMPLING)
     return Plan(request.model, mode, messages, parameters, members, settings, judge, synthesizer, tools, form, skipped)
 
 
@@ -405,7 +392,7 @@ def _by_name(name: str, config: FusionConfig, role_names: list[str]) -> Member:
             return member.model_copy(update={"samples": 1})
     if name in role_names:
         return Member(name=name, role=name)
-    known = [*MODELS, *config.presets, *(member.name for member in config.members), *role_names]
+    known = [*MODE_OF_MODEL, *config.presets, *(member.name for member in config.members), *role_names]
     raise RequestError(
         f"there is no model {name!r}; {_near(name, known)}", code="model_not_found", param="model", status=404
     )

@@ -12,15 +12,15 @@ from typing import Any
 from mixfuse.contracts.trace import Call, Stage, Trace, Verdict
 from mixfuse.fusion.answering.agreement import candidate_key, distinct
 from mixfuse.fusion.answering.candidate import Candidate
-from mixfuse.fusion.answering.pairwise_judge import compare
-from mixfuse.fusion.answering.request import Plan, Run
+from mixfuse.fusion.answering.pairwise_judge import judge_pairs
+from mixfuse.fusion.answering.request import FusionRequest, Plan
 from mixfuse.fusion.calls.failures import CallError
 from mixfuse.fusion.calls.ledger import Ledger
 from mixfuse.fusion.calls.pool import Pool
 from mixfuse.fusion.calls.upstream import Purpose
 from mixfuse.fusion.config import FusionConfig, Judge, Member, ModelConfig
 from mixfuse.fusion.messages import Message, images
-from mixfuse.fusion.modes import merge
+from mixfuse.fusion.modes.merge import synthesis_prompt
 from mixfuse.fusion.store.export_traces import by_feedback
 
 FAULTS = frozenset({"timeout", "upstream_error", "unreachable", "invalid_response", "refused"})
@@ -129,12 +129,12 @@ class Comparison:
         self.spent_tokens += ledger.spent.tokens
         self.spent_cost += ledger.spent.cost
 
-    def meet(self, old: Sequence[Verdict], new: Sequence[Verdict]) -> None:
+    def count_agreement(self, old: Sequence[Verdict], new: Sequence[Verdict]) -> None:
         """Counts how far both sides' verdicts on the same pairs agree."""
-        for one, other in zip(old, new, strict=True):
-            if one.consistent and other.consistent:
+        for by_old, by_new in zip(old, new, strict=True):
+            if by_old.consistent and by_new.consistent:
                 self.decided += 1
-                self.agreed += one.winner == other.winner
+                self.agreed += by_old.winner == by_new.winner
 
     def report(self) -> dict[str, Any]:
         """The figures as JSON; a rate of nothing is None."""
@@ -191,8 +191,8 @@ class Part:
         """The model config behind a name in a trace."""
         if name == "synthesizer" and self.config.synthesizer is not None:
             return self.config.synthesizer
-        found = next((member for member in self.config.members if member.name == name), None)
-        return found or Member(name=name, role=self.role)
+        member = next((member for member in self.config.members if member.name == name), None)
+        return member or Member(name=name, role=self.role)
 
 
 def watch(trace: Trace, part: Part, old: str, new: str, seen: Comparison) -> None:
@@ -246,104 +246,100 @@ async def side_by_side(
     met.new.requests += 1
     if verdicts and part.judge is not None:
         met.old.count([call for call in calls if call.stage == "verdict"], verdicts)
-        met.new.count(*await _judged_again(trace, part.judge, verdicts, part=part, new=new, met=met))
+        met.new.count(*await _judge_again(trace, part.judge, verdicts, part=part, new=new, met=met))
     for name, stage in written.items():
         await _write_again(trace, part, name, stage, old=old, new=new, met=met, preference=preference)
     return True
 
 
-async def _judged_again(
+async def _judge_again(
     trace: Trace, judge: Judge, verdicts: list[Verdict], *, part: Part, new: Pool, met: Comparison
 ) -> tuple[list[Call], list[Verdict]]:
-    """(the new judge's calls, its verdicts; none where a call failed)."""
-    run = _again(trace, new, part.config)
-    candidates = {one.index: one for one in run.candidates}
+    """Returns (the new judge's calls, its verdicts; none if a call failed)."""
+    request = _request_again(trace, new, part.config)
+    candidates = {candidate.index: candidate for candidate in request.candidates}
     pairs = [(candidates[verdict.first], candidates[verdict.second]) for verdict in verdicts]
     try:
-        async with new.lease(judge, _purpose(judge), run.ledger) as endpoint:
-            found = await compare(run, judge, endpoint, pairs)
-    except CallError:  # the ledger says so
-        return run.ledger.calls, []
+        async with new.lease(judge, Purpose.of(judge, "verdict", "judge"), request.ledger) as endpoint:
+            again = await judge_pairs(request, judge, endpoint, pairs)
+    except CallError:  # the ledger has it
+        return request.ledger.calls, []
     finally:
-        met.spend(run.ledger)
-    met.meet(verdicts, found)
-    return run.ledger.calls, found
+        met.spend(request.ledger)
+    met.count_agreement(verdicts, again)
+    return request.ledger.calls, again
 
 
 async def _write_again(
     trace: Trace, part: Part, name: str, stage: Stage, *, old: Pool, new: Pool, met: Comparison, preference: bool
 ) -> None:
-    runs = [_again(trace, pool, part.config) for pool in (old, new)]
+    """Has both revisions write the answer anew and counts how they compare."""
+    requests = [_request_again(trace, pool, part.config) for pool in (old, new)]
     messages: Sequence[Message] = trace.messages
     if stage == "synthesis":
-        messages = merge.messages(runs[0], distinct(runs[0].candidates, "exact"))
+        messages = synthesis_prompt(requests[0].plan, distinct(requests[0].candidates, "exact"))
 
-    async def ask(run: Run, index: int) -> Candidate | None:
+    async def write(request: FusionRequest, index: int) -> Candidate | None:
         model = part.member(name)
+        purpose = Purpose.of(model, stage, name, index)
         try:
-            reply = await run.pool.ask(
-                model, messages, trace.parameters, stage=stage, name=name, ledger=run.ledger, candidate=index
-            )
-        except CallError:  # the ledger says so
+            reply = await request.pool.ask(model, messages, trace.parameters, purpose=purpose, ledger=request.ledger)
+        except CallError:  # the ledger has it
             return None
-        return Candidate(index, _SOMEBODY, reply.text, reply.finish_reason, reply.tool_calls)
+        return Candidate.of(index, _ANONYMOUS, reply)
 
-    one, other = await asyncio.gather(*(ask(run, index) for index, run in enumerate(runs)))
-    for side, run in zip((met.old, met.new), runs, strict=True):
-        side.count(run.ledger.calls)
-        met.spend(run.ledger)
-    if one is None or other is None:
+    by_old, by_new = await asyncio.gather(*(write(request, index) for index, request in enumerate(requests)))
+    for side, request in zip((met.old, met.new), requests, strict=True):
+        side.count(request.ledger.calls)
+        met.spend(request.ledger)
+    if by_old is None or by_new is None:
         return
     rule = part.config.modes.agreement if part.config.modes.agreement != "never" else "exact"
-    same = candidate_key(one, rule) == candidate_key(other, rule)
+    same = candidate_key(by_old, rule) == candidate_key(by_new, rule)
     met.answers += 1
     met.same += same
     if preference and part.config.judge is not None:
-        preferred = (
-            0.5 if same else await _preferred(_again(trace, old, part.config), part.config.judge, one, other, met)
-        )
+        request = _request_again(trace, old, part.config)
+        preferred = 0.5 if same else await _preferred(request, part.config.judge, (by_old, by_new), met)
         if preferred is not None:
             met.preferences += 1
             met.preferred += preferred
 
 
-async def _preferred(run: Run, judge: Judge, one: Candidate, other: Candidate, met: Comparison) -> float | None:
-    """1 where the judge prefers the other, 0 where it prefers the one, ½ for a tie; None where it failed."""
+async def _preferred(
+    request: FusionRequest, judge: Judge, pair: tuple[Candidate, Candidate], met: Comparison
+) -> float | None:
+    """Returns 1 if the judge prefers the second of the pair, 0 if the first, ½ for a tie; None if it failed."""
     try:
-        async with run.pool.lease(judge, _purpose(judge), run.ledger) as endpoint:
-            (verdict,) = await compare(run, judge, endpoint, [(one, other)])
+        async with request.pool.lease(judge, Purpose.of(judge, "verdict", "judge"), request.ledger) as endpoint:
+            (verdict,) = await judge_pairs(request, judge, endpoint, [pair])
     except CallError:
         return None
     finally:
-        met.spend(run.ledger)
+        met.spend(request.ledger)
     return {"first": 0.0, "tie": 0.5, "second": 1.0}[verdict.winner]
 
 
-_SOMEBODY = Member(name="candidate", role="candidate")  # whose a text is says nothing here
+_ANONYMOUS = Member(name="candidate", role="candidate")  # nothing here depends on who wrote a text
 
 
-def _again(trace: Trace, pool: Pool, config: FusionConfig) -> Run:
-    """A finished request as one under way, its candidates in hand, with a ledger of its own."""
-    settings = config.modes.model_copy(update={"cite": trace.citations is not None})
+def _request_again(trace: Trace, pool: Pool, config: FusionConfig) -> FusionRequest:
+    """Returns a finished request as one under way, with its candidates and a ledger of its own."""
     plan = Plan(
         trace.model,
         "best_of",
         tuple(trace.messages),
         trace.parameters,
         members=(),
-        settings=settings,
+        settings=config.modes.model_copy(update={"cite": trace.citations is not None}),
         synthesizer=config.synthesizer,
     )
-    said = {
-        call.candidate: Candidate(call.candidate, _SOMEBODY, call.text or "", "stop", call.tool_calls)
+    candidates = {
+        call.candidate: Candidate(call.candidate, _ANONYMOUS, call.text or "", "stop", call.tool_calls)
         for call in trace.calls  # in the order in which they ended: a debate's later rounds count
         if call.outcome == "ok" and call.candidate is not None and call.stage in ("answer", "revision")
     }
-    return Run(plan, pool, candidates=[said[index] for index in sorted(said)])
-
-
-def _purpose(judge: Judge) -> Purpose:
-    return Purpose("verdict", "judge", price=judge.price, timeout_s=judge.timeout_s)
+    return FusionRequest(plan, pool, candidates=[candidates[index] for index in sorted(candidates)])
 
 
 def _answered(trace: Trace, calls: Sequence[Call]) -> bool:

@@ -1,1 +1,4 @@
-"""The modes: each file but the registry is one way to make an answer, and is called as the mode is."""
+"""The modes: each file but `registry` is one way to answer a request, and the file's name is the mode's.
+
+A new mode is one new file here with a `MODE`; see `mixfuse.fusion.modes.registry.Mode`.
+"""

@@ -23,9 +23,9 @@ from mixfuse.app.roles_store import StoredRoles
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.strict_yaml import validate
 from mixfuse.fusion.http.keys import ADMIN_KEY, is_admin
+from mixfuse.fusion.http.statuses import status_of
 from mixfuse.serve.roles import BASE, RoleState, RoleTable, Swap
 
-_STATUS = {"role": 404, "unauthorized": 401, "conflict": 409, "engine": 503, "trace_db": 503}
 _POLL_S = 0.5  # how often a gate is looked at
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -103,7 +103,7 @@ def _answered(handler: Handler) -> Handler:
             return await handler(request)
         except MixfuseError as error:
             body = {"error": {"type": error.kind, "message": str(error)}}
-            return JSONResponse(body, status_code=_STATUS.get(error.kind, 400))
+            return JSONResponse(body, status_code=status_of(error, otherwise=400))
 
     return answering
 

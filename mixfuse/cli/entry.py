@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from mixfuse import __version__
 from mixfuse.contracts.errors import MixfuseError, exit_code
+from mixfuse.contracts.mode_names import FUSED_MODES, descriptions
 
 if TYPE_CHECKING:
     from mixfuse.contracts.adapter import Manifest
@@ -344,7 +345,12 @@ def _parser() -> argparse.ArgumentParser:
 
     ask = top.add_parser("ask", help="one fused answer, with who said what and why it won")
     ask.add_argument("prompt", metavar="PROMPT")
-    ask.add_argument("--mode", choices=("best_of", "merge", "debate"), default="best_of")
+    ask.add_argument(
+        "--mode",
+        choices=FUSED_MODES,
+        default="best_of",
+        help="; ".join(text.rstrip(".").replace("%", "%%") for text in descriptions().values()),
+    )
     ask.add_argument("--max-tokens", type=int)
     ask.add_argument("--temperature", type=float)
     _server(ask)
@@ -387,9 +393,7 @@ def _parser() -> argparse.ArgumentParser:
     fusing.add_argument("--split", choices=("train", "pool", "heldout"), default="heldout", help="of a task file")
     fusing.add_argument("--count", type=int, default=100, help="how many tasks of a task file (default 100)")
     fusing.add_argument("--limit", type=int, metavar="N", help="only the first N rows of each file of --data")
-    fusing.add_argument(
-        "--modes", nargs="+", choices=("best_of", "merge", "debate"), default=["best_of", "merge", "debate"]
-    )
+    fusing.add_argument("--modes", nargs="+", choices=FUSED_MODES, default=list(FUSED_MODES))
     fusing.add_argument(
         "--choose-share", type=float, default=0.3, help="of the tasks, to choose the best member on (default 0.3)"
     )

@@ -9,11 +9,11 @@ from fusion_harness import Gateway
 from rich.console import Console
 
 from mixfuse.contracts.errors import MixfuseError
-from mixfuse.fusion.answering.request import Mode
+from mixfuse.fusion.config import FusedMode
 from mixfuse.fusion.http import ask
 
 
-async def asked(gateway: Gateway, mode: Mode = "best_of") -> str:
+async def asked(gateway: Gateway, mode: FusedMode = "best_of") -> str:
     shown = StringIO()
     console = Console(file=shown, width=100)
     await asyncio.to_thread(ask.run, "why?", mode=mode, url=gateway.url, max_tokens=9, console=console)

@@ -151,7 +151,7 @@ async def test_a_role_nobody_serves_is_unreachable_and_entered(config: Callable[
     ledger = Ledger()
     async with Pool(None) as pool:
         with pytest.raises(CallError) as caught:
-            await pool.ask(member, HELLO, {}, stage="answer", name="d", ledger=ledger)
+            await pool.ask(member, HELLO, {}, purpose=Purpose.of(member, "answer", "d"), ledger=ledger)
     assert caught.value.kind == "unreachable"
     assert [(entry.member, entry.model, entry.outcome) for entry in ledger.calls] == [("d", "domain", "unreachable")]
 
