@@ -18,7 +18,8 @@ from mixfuse.contracts.errors import MixfuseError
 from mixfuse.fusion.calls.ledger import Spend
 from mixfuse.fusion.config import FusionConfig
 from mixfuse.fusion.http.gateway import create_app
-from mixfuse.fusion.http.keys import KeyBudget, KeyRing, create, revoke
+from mixfuse.fusion.http.key_limits import KeyBudget
+from mixfuse.fusion.http.keys import KeyRing, create, revoke
 
 HELLO: list[Any] = [{"role": "user", "content": "why?"}]
 BEST: dict[str, Any] = {"model": "fusion/best-of", "messages": HELLO}
