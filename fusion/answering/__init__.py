@@ -1,1 +1,1 @@
-"""What the modes work with: the request, its candidates, the judge, and the form that an answer must have."""
+"""What every mode works with: the request and its candidates, agreement, the judge, fences, and the answer's form."""

@@ -1,4 +1,4 @@
-"""Fences around members' answers: anonymous, numbered, and closed only by who knows the request's nonce."""
+"""Fences around members' answers: anonymous, numbered, and closable only with the request's nonce."""
 
 from collections.abc import Sequence
 
@@ -6,16 +6,17 @@ from mixfuse.contracts.judge_protocol import MAX_CHARS, capped, neutral, new_non
 
 
 def fenced(texts: Sequence[str], *, question: str, max_chars: int = MAX_CHARS, label: str = "answer") -> str:
-    """Writes untrusted texts one below the other, each behind its own fence.
+    """Joins untrusted texts, each between its own fences.
 
-    What could act in them is made harmless and a long one is cut in its middle, as for the judge; nothing invisible is
-    taken out, because what the reader of these writes is meant to keep an answer's script and its emoji.
+    As for the judge, fence marks and chat tokens in them are neutralized and a long text is cut in its middle.
+    Invisible characters stay, unlike for the judge: the model that reads these texts writes an answer from them, and
+    many scripts and emoji need such characters.
 
     Args:
-        texts: The answers, in the order to show them.
-        question: Stands in the same prompt; the nonce occurs in neither.
-        max_chars: The most of each answer to show.
-        label: What the fences call a text.
+        texts: The answers, in order.
+        question: The question in the same prompt; the nonce occurs neither in it nor in the texts.
+        max_chars: The most characters of each answer to show.
+        label: The name of a text in the fences.
     """
     texts = [capped(neutral(capped(text, 16 * max_chars)), max_chars) for text in texts]
     nonce = new_nonce(question, *texts)

@@ -23,7 +23,7 @@ Result = TypeVar("Result")
 
 
 class JsonResponse(Response):
-    """A JSON response, written by orjson: Starlette's own takes several times as long."""
+    """A JSON response. Written by orjson, since Starlette's own takes several times as long."""
 
     media_type = "application/json"
 
@@ -92,7 +92,7 @@ class Completion(Response):
 
 
 class _EventStream:
-    """Sends a completion as server-sent events; the response begins with its first piece of text."""
+    """Sends a completion as server-sent events; the response begins with the first piece of text."""
 
     def __init__(self, send: Send, chat_request: ChatRequest, request: FusionRequest) -> None:
         self._send = send
@@ -109,9 +109,9 @@ class _EventStream:
 
     @asynccontextmanager
     async def kept_alive(self, every_s: float) -> AsyncIterator[None]:
-        """While the block runs, fills each silence of that length with a comment; the first begins the response.
+        """Sends a comment after each silence of this length until the block ends; the first begins the response.
 
-        From then on a failure can no longer have an HTTP status: it is the stream's last event.
+        From then on a failure has no HTTP status any more: it is the stream's last event.
         """
 
         async def comment() -> None:
@@ -135,7 +135,7 @@ class _EventStream:
         await self._chunk({"content": text})
 
     async def end(self, request: FusionRequest, trace: Trace) -> None:
-        """Sends the tools called, why it ended, the `fusion` block, the usage if it was asked for, and the end mark."""
+        """Sends the tool calls, the finish reason, the `fusion` block, the usage if asked for, and the end mark."""
         await self._role()
         if request.tool_calls:
             await self._chunk(
@@ -157,7 +157,7 @@ class _EventStream:
             await self._send({"type": "http.response.start", "status": 200, "headers": headers})
 
     async def _role(self) -> None:
-        """Opens the answer, as its first chunk."""
+        """Sends the answer's first chunk, once."""
         await self._begin()
         if not self._role_sent:
             self._role_sent = True
@@ -177,10 +177,10 @@ class _EventStream:
 
 
 async def _unless_disconnected(receive: Receive, work: Awaitable[Result]) -> Result:
-    """Awaits `work`, and cancels it when the client goes away.
+    """Awaits `work` and cancels it if the client disconnects.
 
     Raises:
-        ClientDisconnect: The client went away first.
+        ClientDisconnect: The client disconnected first.
     """
     working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_disconnected(receive))
@@ -223,7 +223,7 @@ def _completion(chat_request: ChatRequest, request: FusionRequest, trace: Trace,
 
 
 def _fusion_block(request: FusionRequest, trace: Trace) -> dict[str, Any]:
-    """How the answer came about, for the client: as much of it as is exposed, under the key `fusion`."""
+    """Returns how the answer was made, as far as `expose` allows, under the key `fusion`."""
     expose = request.plan.settings.expose
     if expose == "none":
         return {}

@@ -1,4 +1,4 @@
-"""The gateway: the fusion runtime behind OpenAI's HTTP API."""
+"""The gateway's application: its routes and what they share. Completions are in `completion`, requests in `chat`."""
 
 import asyncio
 import logging
@@ -39,16 +39,16 @@ from mixfuse.fusion.store.traces import TraceStore
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
-# How long the end of a gateway waits for requests that are being cancelled to leave their traces.
+# When the gateway ends, cancelled requests get this long to store their traces.
 _LEAVE_S = 5.0
 
 
 Check = Callable[[], bool]
-"""Whether something the gateway needs is well; `/readyz` asks."""
+"""Returns whether a part that the gateway needs works; called by `/readyz`."""
 
 Observer = Callable[[Trace], None]
-"""Told of each finished trace, its texts included even where none are stored, and once more for each feedback that
-comes later (`Trace.feedback` is not empty then). Called from the event loop: it must return at once.
+"""Gets each finished trace, with its texts even if they are not stored, and again for each later feedback
+(`Trace.feedback` is then not empty). It is called on the event loop and must return at once.
 """
 
 
@@ -65,15 +65,15 @@ def create_app(
 
     Args:
         config: Pool, judge, synthesizer and modes.
-        roles: Where roles are served; None for a gateway without a server beside it.
-        extra_routes: More routes, served before the gateway's own.
-        checks: What else has to be well for `/readyz`, by name.
-        observers: Told of finished traces; one that raises is logged, and no request fails because of it.
-        collectors: What else `/metrics` shows.
+        roles: Knows where roles are served; None for a gateway without an engine.
+        extra_routes: More routes, which come before the gateway's own.
+        checks: More checks for `/readyz`, by name.
+        observers: Get finished traces; one that raises is logged and fails no request.
+        collectors: More metrics for `/metrics`.
 
     Raises:
-        MixfuseError: The config names a role, but there is no server beside this gateway; or the trace
-            database cannot be opened.
+        MixfuseError: The config names a role, but this gateway serves none; no debate can end as configured; or the
+            trace database cannot be opened.
     """
     models = [*config.members, *filter(None, (config.judge, config.synthesizer))]
     role = next((model.role for model in models if model.role), None)
@@ -82,7 +82,7 @@ def create_app(
     check_modes(config.modes)
     gateway = _Gateway(config, Pool(roles), Database(config.trace_db), checks or {}, observers)
     for collector in collectors:
-        gateway.metrics.show(collector)
+        gateway.metrics.register(collector)
 
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
@@ -107,7 +107,7 @@ def create_app(
 
 
 class _Gateway:
-    """The handlers, and what they share for as long as the gateway runs."""
+    """The handlers and their shared state."""
 
     def __init__(
         self,
@@ -130,17 +130,17 @@ class _Gateway:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Everything that works beside the requests; at the end all traces are stored."""
+        """Runs the background tasks until the block ends; then stores all traces."""
         try:
             async with self.pool:
                 await self.traces.start()
                 self.keys.start()
                 yield
-                # Requests that the server's end cancels leave a trace too.
+                # Requests that are cancelled by the server's end leave a trace too.
                 async with asyncio.timeout(_LEAVE_S):
                     await self._idle.wait()
         except TimeoutError:
-            logger.error("%d requests did not end in time; they leave no trace", self._under_way)
+            logger.error("%d requests did not end in time; their traces are lost", self._under_way)
         finally:
             await self.keys.close()
             await self.traces.close()
@@ -184,15 +184,15 @@ class _Gateway:
             limit = int(request.query_params.get("limit", "20"))
         except ValueError:
             raise RequestError("'limit' must be a number", code="invalid_value", param="limit") from None
-        traces = await self.traces.newest(limit=max(1, min(limit, 1000)), key_id=self._whose(request))
+        traces = await self.traces.newest(limit=max(1, min(limit, 1000)), key_id=self._trace_owner(request))
         return JsonResponse({"object": "list", "data": [trace.model_dump(mode="json") for trace in traces]})
 
     async def get_trace(self, request: Request) -> Response:
-        trace = await self.traces.get(request.path_params["id"], key_id=self._whose(request))
+        trace = await self.traces.get(request.path_params["id"], key_id=self._trace_owner(request))
         return _trace_or_404(trace, request)
 
     async def add_feedback(self, request: Request) -> Response:
-        key_id = self._whose(request)
+        key_id = self._trace_owner(request)
         feedback = await _json(request)
         if not isinstance(feedback, dict):
             raise RequestError("feedback must be a JSON object", code="invalid_json")
@@ -205,16 +205,16 @@ class _Gateway:
         return JsonResponse({"status": "ok"})
 
     async def ready(self, _request: Request) -> Response:
-        """Whether requests would be served well: a load balancer sends none otherwise."""
-        problems = [f"{name} is not well" for name, well in self.checks.items() if not well()]
-        able = sum(
+        """Says whether the gateway can answer requests; a load balancer sends it none otherwise."""
+        problems = [f"{name} does not work" for name, works in self.checks.items() if not works()]
+        answers = sum(
             member.samples
             for member in self.config.members
             if self.pool.guard(member, member.name).circuit is not Circuit.OPEN
         )
-        if able < self.config.modes.min_responses:
+        if answers < self.config.modes.min_responses:
             problems.append(
-                f"the members whose circuit is not open give {able} answers; "
+                f"the members whose circuit is not open give {answers} answers; "
                 f"modes.min_responses is {self.config.modes.min_responses}"
             )
         try:
@@ -231,15 +231,15 @@ class _Gateway:
         return Response(self.metrics.exposition(), media_type=METRICS_TYPE)
 
     async def refuse(self, _request: Request, error: Any) -> Response:
-        """Answers a request that was refused before any model was asked."""
+        """Answers a request that is refused before any call is made."""
         self.metrics.refused(error.kind)
         return _error_response(error)
 
-    def _whose(self, request: Request) -> str | None:
-        """Whose traces a request may see: its key's; None for all of them.
+    def _trace_owner(self, request: Request) -> str | None:
+        """Returns the id of the API key whose traces a request may see; None if it may see all.
 
         Raises:
-            UnauthorizedError: A key is needed and there is none.
+            UnauthorizedError: A key is needed, and the request has no valid one.
         """
         authorization = request.headers.get("authorization")
         if not self.keys.needed or (os.environ.get(ADMIN_KEY) and is_admin(authorization)):
@@ -248,7 +248,7 @@ class _Gateway:
         return key.id if key else None
 
     def _finish(self, trace: Trace, ledger: Ledger, headers: Mapping[str, str]) -> None:
-        """Ends a request: its trace is safe and its budgets are settled when this returns."""
+        """Ends a request: settles its budgets and stores its trace safely."""
         self._under_way -= 1
         if not self._under_way:
             self._idle.set()
@@ -256,9 +256,9 @@ class _Gateway:
         try:
             self.traces.add(trace)
         except Exception:
-            # An answer that is paid for is not lost for its trace.
-            logger.exception("trace %s could not be kept", trace.id)
-        # Once the answer has been handed to the server: nobody waits for the counting.
+            # The client has paid for the answer and gets it without a trace.
+            logger.exception("trace %s could not be stored", trace.id)
+        # After the answer has been sent, so that the client does not wait for this.
         loop = asyncio.get_running_loop()
         loop.call_soon(self.metrics.observe, trace)
         if self.spans is not None:

@@ -136,7 +136,7 @@ def eval_judge(
 
     with Cache(cache or (out / "cache.sqlite3" if out else None)) as kept:
         reports = asyncio.run(measure(kept))
-        asked, found = kept.added, kept.found
+        asked, found = kept.added, kept.hits
     own = reports[judge]
     others = {ref: reports[ref] for ref in [*against, *([UNTRAINED] if untrained else [])] if ref != judge}
     report = judging.compared(rows, own, others)
@@ -211,7 +211,7 @@ def eval_fusion(
             api_key=os.environ.get(API_KEY),
         )
         report, answers = asyncio.run(measuring)
-        asked, found = kept.added, kept.found
+        asked, found = kept.added, kept.hits
     console = Console()
     console.print(report.table())
     console.print(report.verdict.words, markup=False, highlight=False, soft_wrap=True)

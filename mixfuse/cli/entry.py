@@ -847,9 +847,9 @@ def _roles_pin(arguments: argparse.Namespace) -> None:
 
 
 def _ask(arguments: argparse.Namespace) -> None:
-    from mixfuse.fusion.http.ask import run
+    from mixfuse.fusion.http.ask import ask
 
-    run(
+    ask(
         arguments.prompt,
         mode=arguments.mode,
         url=arguments.url,

@@ -125,7 +125,7 @@ def schema(**properties: Any) -> dict[str, Any]:
         ({}, "must be 'text'"),
         ({"type": "json_schema"}, "needs a 'name' and a 'schema'"),
         ({"type": "json_schema", "json_schema": {"name": "x"}}, "needs a 'name' and a 'schema'"),
-        (schema(type="objekt"), "no JSON schema"),
+        (schema(type="objekt"), "not a JSON schema"),
         (schema(properties={"a": {"$ref": "http://127.0.0.1:1/schema.json"}}), "points outside"),
         (schema(properties={"a": {"$ref": "file:///etc/passwd"}}), "points outside"),
     ],

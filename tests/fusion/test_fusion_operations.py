@@ -227,7 +227,7 @@ async def test_not_ready_while_the_engine_is_not_well(config: Callable[..., Fusi
         assert (await gateway.http.get("/readyz")).status_code == 200
         well[0] = False
         response = await gateway.http.get("/readyz")
-        assert (response.status_code, response.json()["problems"]) == (503, ["engine is not well"])
+        assert (response.status_code, response.json()["problems"]) == (503, ["engine does not work"])
         await gateway.close()
 
 
