@@ -15,7 +15,7 @@ def text_of(content: Any) -> str:
     return "".join(part["text"] if part["type"] == "text" else "[image]" for part in content or ())
 
 
-def question(messages: Sequence[Message]) -> str:
+def as_question(messages: Sequence[Message]) -> str:
     """Returns the conversation as a judge reads it: a lone message as its text, several as a transcript."""
     if len(messages) == 1:
         return text_of(messages[0]["content"])

@@ -27,7 +27,7 @@ from mixfuse.fusion.calls.failures import CallError
 from mixfuse.fusion.calls.pool import all_or_raise, fan_out
 from mixfuse.fusion.calls.upstream import Endpoint, Purpose
 from mixfuse.fusion.config import Judge, ModelConfig
-from mixfuse.fusion.messages import question
+from mixfuse.fusion.messages import as_question
 
 FINALISTS = 4
 
@@ -192,13 +192,13 @@ async def judge_pairs(
     """
     if not pairs:
         return []
-    asked, max_chars = question(request.plan.messages), request.plan.settings.max_candidate_chars
+    question, max_chars = as_question(request.plan.messages), request.plan.settings.max_candidate_chars
     texts = {candidate.index: shown(_as_text(candidate), max_chars) for pair in pairs for candidate in pair}
     # One for all: the judge's engine then finds the question, and each answer shown first, in its prefix cache.
-    nonce = new_nonce(asked, *texts.values())
+    nonce = new_nonce(question, *texts.values())
     judge = JudgeEndpoint(request.pool.client, endpoint, Purpose.of(model, "verdict", "judge"), request.ledger)
     orders = [
-        _view(request, model, judge, OrderedPair(asked, texts[a.index], texts[b.index], nonce, max_chars))
+        _view(request, model, judge, OrderedPair(question, texts[a.index], texts[b.index], nonce, max_chars))
         for pair in pairs
         for a, b in (pair, pair[::-1])
     ]

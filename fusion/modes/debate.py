@@ -10,7 +10,7 @@ from mixfuse.fusion.answering.agreement import distinct
 from mixfuse.fusion.answering.fence import fenced
 from mixfuse.fusion.answering.request import FusionRequest
 from mixfuse.fusion.calls.failures import CallError
-from mixfuse.fusion.messages import Message, question
+from mixfuse.fusion.messages import Message, as_question
 from mixfuse.fusion.modes.registry import Mode, end_debate
 
 TEMPLATE = (
@@ -44,12 +44,12 @@ async def debate(request: FusionRequest) -> str:
 
 def revision_prompts(request: FusionRequest) -> list[list[Message]]:
     """Returns what each candidate's member is sent next: the conversation, its own answer, and the others' fenced."""
-    asked = question(request.plan.messages)
+    question = as_question(request.plan.messages)
     max_chars = request.plan.settings.max_candidate_chars
     prompts: list[list[Message]] = []
     for own in request.candidates:
         others = [candidate.text for candidate in request.candidates if candidate.index != own.index]
-        shown = TEMPLATE.format(answers=fenced(others, question=asked, max_chars=max_chars))
+        shown = TEMPLATE.format(answers=fenced(others, question=question, max_chars=max_chars))
         prompts.append(
             [
                 *request.plan.messages,

@@ -9,7 +9,7 @@ from mixfuse.fusion.answering.fence import fenced
 from mixfuse.fusion.answering.request import FusionRequest, Plan
 from mixfuse.fusion.calls.failures import CallError
 from mixfuse.fusion.calls.upstream import Emit, Purpose, Reply
-from mixfuse.fusion.messages import Message, images, question
+from mixfuse.fusion.messages import Message, as_question, images
 from mixfuse.fusion.modes.registry import Mode
 
 SYSTEM = "You write one answer to a question, drawing on the answers that others gave."
@@ -99,11 +99,11 @@ async def _ask_synthesizer(request: FusionRequest, sources: Sequence[Candidate],
 
 def synthesis_prompt(plan: Plan, sources: Sequence[Candidate]) -> list[Message]:
     """Returns what the synthesizer is sent: the question and the answers to it, without their authors."""
-    asked = question(plan.messages)
+    question = as_question(plan.messages)
     text = TEMPLATE.format(
-        question=asked,
+        question=question,
         answers=fenced(
-            [source.text for source in sources], question=asked, max_chars=plan.settings.max_candidate_chars
+            [source.text for source in sources], question=question, max_chars=plan.settings.max_candidate_chars
         ),
         form=INSTRUCTION if plan.settings.cite else UNMARKED,
     )

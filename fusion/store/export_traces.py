@@ -14,7 +14,7 @@ from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.files import write_jsonl
 from mixfuse.contracts.mode_names import SINGLE_MODEL_MODE
 from mixfuse.contracts.trace import Trace
-from mixfuse.fusion.messages import question
+from mixfuse.fusion.messages import as_question
 
 Label = Literal["feedback", "judge"]
 
@@ -116,7 +116,7 @@ def read(
         counts["traces"] += 1
         if not trace.messages:
             continue
-        prompt = question(trace.messages)
+        prompt = as_question(trace.messages)
         task = by_prompt.get(prompt)
         answers = _answers(trace)
         if task is not None:
@@ -214,7 +214,7 @@ def _ignored_users(
     marks: dict[tuple[str, str], dict[str, bool]] = defaultdict(dict)  # (prompt, answer) → user → mark
     references: dict[tuple[str, str], bool] = {}  # (prompt, answer) → the verifier's mark, or else the judge's
     for trace in traces:
-        prompt, answers, judged = question(trace.messages), _answers(trace), _by_judge(trace)
+        prompt, answers, judged = as_question(trace.messages), _answers(trace), _by_judge(trace)
         for user, user_marks in _marks(trace):
             for index in user_marks.keys() & answers.keys():
                 answer = (prompt, answers[index])

@@ -67,6 +67,15 @@ async def test_missing_usage_is_estimated_and_marked(client: Client, upstream: F
     assert ledger.calls[0].usage == Usage(prompt_tokens=3, completion_tokens=5)  # 9 and 19 characters
 
 
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+async def test_a_redirect_is_not_followed(client: Client, upstream: FakeUpstream, status: int) -> None:
+    location = {"location": f"{upstream.base_url}/chat/completions"}
+    upstream.models["alpha"] = Script(status=status, headers=location)
+    with pytest.raises(CallError, match=f"HTTP {status}"):
+        await ask(client, upstream, ledger=Ledger())
+    assert len(upstream.requests) == 1, "the key and the prompt went on to where the redirect points"
+
+
 TOO_LONG = json.dumps({"error": {"message": "This model's maximum context length is 2048 tokens"}}).encode()
 FAILURES = [
     (Script(status=500), "upstream_error"),

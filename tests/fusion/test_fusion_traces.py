@@ -121,10 +121,7 @@ async def test_what_a_killed_process_left_is_written_by_the_next(place: str, tmp
     assert list((tmp_path / "spool").iterdir()) == []
 
 
-async def test_a_database_that_is_away_is_waited_for(
-    server: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("mixfuse.fusion.store.traces._RETRY_S", 0.01)
+async def test_a_database_that_is_away_is_waited_for(server: Postgres, tmp_path: Path) -> None:
     async with store(emptied(server), tmp_path) as traces:
         one = trace()
         await asyncio.to_thread(server.stop)
