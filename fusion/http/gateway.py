@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import orjson
 from prometheus_client import CONTENT_TYPE_LATEST as METRICS_TYPE
@@ -37,7 +37,6 @@ from mixfuse.fusion.modes.registry import check_modes
 from mixfuse.fusion.store.traces import TraceStore
 
 logger = logging.getLogger(__name__)
-Result = TypeVar("Result")
 
 # When the gateway ends, cancelled requests get this long to store their traces.
 _LEAVE_S = 5.0
