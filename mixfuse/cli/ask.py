@@ -3,6 +3,7 @@
 import argparse
 
 from mixfuse.cli import options
+from mixfuse.contracts.mode_names import FUSED_MODES, descriptions
 
 
 def register(commands: options.Commands) -> None:
@@ -13,9 +14,9 @@ def register(commands: options.Commands) -> None:
     ask.add_argument("prompt", metavar="PROMPT", help="the question")
     ask.add_argument(
         "--mode",
-        choices=("best_of", "merge", "debate"),
+        choices=FUSED_MODES,
         default="best_of",
-        help="how the candidates become one answer (default: best_of)",
+        help="; ".join(text.rstrip(".").replace("%", "%%") for text in descriptions().values()),
     )
     ask.add_argument("--max-tokens", type=int, help="most tokens of the answer (default: each member's own)")
     ask.add_argument("--temperature", type=float, help="sampling temperature (default: each member's own)")
@@ -23,9 +24,9 @@ def register(commands: options.Commands) -> None:
 
 
 def _ask(arguments: argparse.Namespace) -> None:
-    from mixfuse.fusion.http.ask import run
+    from mixfuse.fusion.http.ask import ask
 
-    run(
+    ask(
         arguments.prompt,
         mode=arguments.mode,
         url=arguments.url,

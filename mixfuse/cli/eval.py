@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from mixfuse.cli import options
+from mixfuse.contracts.mode_names import FUSED_MODES
 
 
 def register(commands: options.Commands) -> None:
@@ -66,8 +67,8 @@ def _register_fusion(evaluate: options.Commands) -> None:
     fusion.add_argument(
         "--modes",
         nargs="+",
-        choices=("best_of", "merge", "debate"),
-        default=["best_of", "merge", "debate"],
+        choices=FUSED_MODES,
+        default=list(FUSED_MODES),
         help="the modes to measure (default: all)",
     )
     fusion.add_argument(
