@@ -1,4 +1,4 @@
-"""requirements.lock has all that is asked for, and nothing that needs a compiler: see scripts/setup and scripts/lock."""
+"""requirements.lock holds all that is asked for, and nothing that is compiled: see scripts/setup, scripts/lock."""
 
 import re
 import subprocess
