@@ -114,7 +114,6 @@ class Demo:
         self.adapters = sizes.out / "adapters"
         self.fusion = sizes.out / "fusion.yaml"
         self.usage = Usage(sizes.out / "usage.json")
-        self._step_names = list(WORDS)
 
     def run(self) -> dict[str, Any]:
         """Runs what is not finished yet; returns the results, which `results.json` holds too."""
@@ -143,16 +142,17 @@ class Demo:
 
     def step(self, name: str) -> AbstractContextManager[None]:
         """Prints a step's heading, with how long it and all that is left may take; measures the step."""
-        number = self._step_names.index(name) + 1
-        begun = [step for step in self._step_names[: number - 1] if self.usage.wall_s(step) > 5]
-        expected = sum(self.sizes.minutes[step] for step in begun)
-        pace = sum(self.usage.wall_s(step) for step in begun) / 60 / expected if expected else 1.0
-        this, left = (
-            max(1, round(pace * sum(self.sizes.minutes[step] for step in steps)))
-            for steps in ([name], self._step_names[number - 1 :])
-        )
-        console.rule(f"[bold]step {number} of {len(self._step_names)}[/] {WORDS[name]}", align="left")
-        console.print(f"about {this} min of the {left} min that are left", style="dim")
+        minutes, names = self.sizes.minutes, list(WORDS)
+        number = names.index(name) + 1
+        console.rule(f"[bold]step {number} of {len(names)}[/] {WORDS[name]}", align="left")
+        done = [step for step in names if self.usage.finished(step)]
+        if name in done:
+            console.print("done before", style="dim")
+        else:
+            # This machine's pace: what the finished steps took, beside what they took where `Sizes` was measured.
+            pace = self.usage.wall_s(done) / 60 / sum(minutes[step] for step in done) if done else 1.0
+            left = sum(minutes[step] for step in names if step not in done)
+            console.print(f"about {_rounded(pace * minutes[name])}, of {_rounded(pace * left)} left", style="dim")
         return self.usage.step(name)
 
     def train(
@@ -297,6 +297,10 @@ class Demo:
     def heldout(self) -> list[Task]:
         """The held-out tasks."""
         return make(TASKS, "heldout", self.sizes.heldout)
+
+
+def _rounded(minutes: float) -> str:
+    return f"{max(1, round(minutes))} min"
 
 
 def mixfuse(*arguments: object) -> None:

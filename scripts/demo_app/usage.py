@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ class Usage:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._steps: dict[str, dict[str, float]] = read_json(path) if path.exists() else {}
+        self._steps: dict[str, dict[str, Any]] = read_json(path) if path.exists() else {}
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
@@ -40,20 +40,25 @@ class Usage:
 
         sampler = threading.Thread(target=sample, daemon=True)
         sampler.start()
+        figures = self._steps.setdefault(name, {"wall_s": 0.0, "cpu_s": 0.0, "peak_bytes": 0.0, "finished": False})
         try:
             yield
+            figures["finished"] = True
         finally:
             stop.set()
             sampler.join()
-            figures = self._steps.setdefault(name, {"wall_s": 0.0, "cpu_s": 0.0, "peak_bytes": 0.0})
             figures["wall_s"] += time.monotonic() - began
             figures["cpu_s"] += cpu_seconds() - cpu_before
             figures["peak_bytes"] = max(figures["peak_bytes"], peak[0])
             write_json(self._path, self._steps)
 
-    def wall_s(self, name: str) -> float:
-        """Seconds that the step has taken so far; 0 if it has not begun."""
-        return self._steps.get(name, {}).get("wall_s", 0.0)
+    def finished(self, name: str) -> bool:
+        """Whether the step has come to its end, in this run of the demo or an earlier one."""
+        return bool(self._steps.get(name, {}).get("finished"))
+
+    def wall_s(self, names: Iterable[str]) -> float:
+        """Seconds that these steps have taken so far."""
+        return sum(self._steps[name]["wall_s"] for name in names if name in self._steps)
 
     def to_json(self) -> dict[str, Any]:
         """Minutes and gigabytes, in all and by step."""
