@@ -106,7 +106,7 @@ def test_a_dry_run_says_what_would_be_sent_and_sends_nothing(
 ) -> None:
     done = mixfuse("push", judge, "org/judge", "--dry-run", HF_TOKEN=None)
     assert done.returncode == 0, done.stderr
-    assert "would be made" in done.stdout
+    assert "would be created" in done.stdout
     assert f"send    {WEIGHTS}  {(judge / WEIGHTS).stat().st_size}" in done.stdout
     assert not hub.repos
     mixfuse("push", judge, "org/judge")
