@@ -22,7 +22,7 @@ from starlette.applications import Starlette
 from mixfuse.app.gates import GateConfig, Gates
 from mixfuse.app.roles_routes import RoleMetrics, routes
 from mixfuse.app.roles_store import StoredRoles, roll_back
-from mixfuse.app.server import ServeConfig
+from mixfuse.app.server import ServeConfig, _probe_tolerance
 from mixfuse.contracts import adapter, judge_protocol
 from mixfuse.contracts.adapter import (
     CONFIG,
@@ -231,6 +231,33 @@ async def test_a_canary_gets_its_share_and_nothing_once_it_is_discarded(made):
     assert canary.model not in engine.loaded
 
 
+async def test_the_end_of_the_server_does_not_wait_for_a_drain(made):
+    engine = FakeEngine()
+    swapper = table(engine)
+    await swapper.swap("domain", made(1))
+    async with swapper.table.lease("domain") as held:
+        swapping = asyncio.create_task(swapper.swap("domain", made(2)))
+        while swapper.table.serving()["domain"] is held:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        async with asyncio.timeout(10):
+            await swapper.close()
+        assert held.model in engine.loaded, "its request goes on"
+        with pytest.raises(asyncio.CancelledError):
+            await swapping
+
+
+async def test_a_canary_that_is_cleared_stays_staged_and_gets_no_lease(made):
+    swapper = table(FakeEngine(), draw=lambda: 0.0)
+    canary = await swapper.stage("domain", made(1))
+    swapper.table.set_canary("domain", canary, 0.5)
+    assert await leased(swapper) == canary.model
+    swapper.table.clear_canary("domain")
+    assert await leased(swapper) == "base"
+    await swapper.commit("domain", canary)
+    await swapper.stage("domain", made(2))
+    assert await leased(swapper) == canary.model, "the next staged revision does not inherit a share"
+
+
 async def test_going_back_to_a_revision_that_still_drains_does_not_load_it_again(made):
     engine = FakeEngine()
     roles = table(engine)
@@ -313,6 +340,56 @@ async def test_a_judge_gives_its_stored_verdicts(made, p: float, refused: bool):
         await roles.swap("judge", directory)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "off", "refused"), [("bfloat16", 0.4, False), ("bfloat16", 0.6, True), ("float32", 0.4, True)]
+)
+async def test_an_engine_below_float32_is_allowed_half_a_nat(made, dtype: str, off: float, refused: bool):
+    config = ServeConfig.model_validate({"engine": {"base": "base", "dtype": dtype}, "fusion": "fusion.yaml"})
+    engine = FakeEngine()
+    directory = made(1, probes=stored(-2.0))
+    engine.says[f"domain@{revision(directory)}"] = -2.0 - off
+    swapper = table(engine, probe_tolerance=_probe_tolerance(config))
+    if refused:
+        with pytest.raises(MixfuseError, match="off by"):
+            await swapper.swap("domain", directory)
+    else:
+        await swapper.swap("domain", directory)
+
+
+async def test_a_verdict_may_not_be_off_however_wide_the_tolerance(made):
+    engine = FakeEngine()
+    messages = [{"role": "user", "content": "A or B?"}]
+    directory = made(1, "judge", probes=stored(-2.0, verdicts=[VerdictProbe(messages=messages, p=0.8)]))
+    engine.prefers[f"judge@{revision(directory)}"] = 0.69
+    with pytest.raises(MixfuseError, match=r"stored comparison 1 is 0\.690"):
+        await table(engine, "judge", probe_tolerance=0.5).swap("judge", directory)
+
+
+async def test_an_effect_within_the_engines_own_noise_is_none(made):
+    engine = FakeEngine()
+    answers = iter([-1.0] * 3 + [-1.01] * 3)  # the three fixed prompts, twice
+
+    async def prompt_logprobs(name: str, prompt: list[int]) -> list[float]:
+        return [next(answers) if name == "base" else -1.02] * (len(prompt) - 1)
+
+    engine.prompt_logprobs = prompt_logprobs
+    with pytest.raises(MixfuseError, match="it ignores the adapter"):
+        await table(engine).swap("domain", made(1))
+
+
+async def test_what_may_not_serve_is_refused_before_it_is_loaded(made):
+    engine = FakeEngine()
+    swapper = table(engine, "domain", "judge")
+    for role, directory, words in (
+        ("domain", made(1, rank=9), "rank 9 is above the engine's max_lora_rank 8"),
+        ("judge", made(2), r"its judge protocol \(version none\)"),
+        ("domain", made(math.nan), "NaN|finite"),
+    ):
+        with pytest.raises(MixfuseError, match=words):
+            await swapper.swap(role, directory)
+    assert engine.calls == []
+
+
 # --- more adapters than places --------------------------------------------------------------------------------------
 
 
@@ -339,6 +416,33 @@ async def test_the_least_recently_used_makes_room(made):
     await leased(roles, "c")
     assert present(engine) == {"a", "c"}
     assert (roles.table.counts.loads, roles.table.counts.evictions) == (5, 3)
+
+
+async def test_an_idle_adapter_makes_room_before_a_busy_one(made):
+    engine = FakeEngine()
+    roles = await three(engine, made)
+    await leased(roles, "b")
+    await leased(roles, "c")
+    async with roles.table.lease("b"), asyncio.timeout(10):  # b was used less recently, but is in use
+        await leased(roles, "a")
+        assert present(engine) == {"a", "b"}
+
+
+async def test_an_adapter_loaded_by_an_engine_whose_answer_was_lost_does_not_stay(made):
+    engine = FakeEngine()
+    load = engine.load_adapter
+
+    async def load_and_lose_the_answer(name: str, path: Path) -> None:
+        await load(name, path)
+        raise MixfuseError("no answer", kind="engine")
+
+    engine.load_adapter = load_and_lose_the_answer
+    swapper = table(engine)
+    with pytest.raises(MixfuseError, match="no answer"):
+        await swapper.swap("domain", made(1))
+    assert engine.loaded == set()
+    engine.load_adapter = load
+    await swapper.swap("domain", made(1))
 
 
 async def test_one_load_for_all_who_wait_and_none_for_who_is_there(made):
@@ -580,6 +684,52 @@ async def test_a_gateway_that_cannot_follow_serves_on_and_says_so(made, stores):
     assert one.table.serving()["domain"].revision == revision(made(1))
 
 
+async def test_a_failed_revision_is_tried_again_after_a_minute_and_a_newer_one_at_once(made, stores):
+    engines = FakeEngine(), FakeEngine()
+    one, two = (table(engine, store=stores(name)) for engine, name in zip(engines, ("one", "two"), strict=True))
+    now = 1000.0
+    follower = RecordFollower(two, clock=lambda: now)
+    await RecordFollower(one).start({"domain": made(1)})
+    await follower.start({"domain": made(1)})
+
+    def loads(number: int) -> int:
+        return engines[1].calls.count(f"load domain@{revision(made(number))}")
+
+    await one.swap("domain", made(2))
+    engines[1].fail["load"] = MixfuseError("no room", kind="adapter")
+    for now, tries in ((1000.0, 1), (1059.0, 1), (1061.0, 2), (1100.0, 2), (1122.0, 3)):
+        await follower.follow()
+        assert loads(2) == tries, now
+    await one.swap("domain", made(3))
+    await follower.follow()
+    assert loads(3) == 1
+    engines[1].fail.clear()
+    now = 1200.0
+    await follower.follow()
+    assert two.table.serving()["domain"].revision == revision(made(3))
+    assert two.table.state("domain").problem is None
+
+
+async def test_a_role_that_is_being_swapped_here_does_not_hold_up_the_others(made, stores):
+    engines = FakeEngine(), FakeEngine()
+    one, two = (
+        table(engine, "a", "b", store=stores(name)) for engine, name in zip(engines, ("one", "two"), strict=True)
+    )
+    for swapper in (one, two):
+        await RecordFollower(swapper).start({"a": made(1, "a"), "b": made(2, "b")})
+    gate = engines[1].gates["load"] = asyncio.Event()
+    swapping = asyncio.create_task(two.swap("a", made(3, "a")))
+    await engines[1].begun.wait()
+    await one.swap("a", made(4, "a"))
+    await one.table.pin("b", True)
+    async with asyncio.timeout(10):
+        await RecordFollower(two).follow()
+    assert two.table.state("b").pinned, "a pin at another gateway is followed"
+    gate.set()
+    with pytest.raises(MixfuseError, match="changed by another gateway"):
+        await swapping
+
+
 async def test_a_commit_that_cannot_be_recorded_is_none(made, stores, tmp_path):
     engine = FakeEngine()
     with opened(tmp_path / "other.sqlite3") as database:
@@ -735,6 +885,8 @@ async def test_refusals_have_their_status(admin, made):
         assert (answer.status_code, answer.json()["error"]["type"]) == (status, kind), (method, path)
     await roles.discard(staged)
     assert (await client.put("/domain", json={"directory": "nowhere"})).status_code == 400
+    roles.table.engine.fail["load"] = MixfuseError("no answer", kind="engine")
+    assert (await client.put("/domain", json={"directory": str(made(4))})).status_code == 503
     assert (await client.post("/domain/rollback")).status_code == 409  # nothing served it before
 
 
