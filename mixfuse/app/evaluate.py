@@ -23,8 +23,8 @@ from mixfuse.contracts.files import sha256_json
 from mixfuse.contracts.judge_protocol import Calibration
 from mixfuse.contracts.strict_yaml import load
 from mixfuse.contracts.tasks import Split, Task, make
-from mixfuse.fusion.calls.pool import Endpoint
-from mixfuse.fusion.config import FusedMode, FusionConfig
+from mixfuse.fusion.calls.upstream import Endpoint
+from mixfuse.fusion.config import Agreement, FusedMode, FusionConfig
 from mixfuse.fusion.http.keys import API_KEY
 from mixfuse.fusion.measure import eval_fusion as fusing
 from mixfuse.fusion.measure import eval_judge as judging
@@ -32,7 +32,6 @@ from mixfuse.fusion.measure import fusion_page, judge_page
 from mixfuse.fusion.measure.eval_fusion import FusionReport
 from mixfuse.fusion.measure.eval_judge import JudgeReport
 from mixfuse.fusion.measure.questions import Question, Verifier, matches, read_questions
-from mixfuse.fusion.modes.agreement import How
 from mixfuse.fusion.store.cache import Cache
 from mixfuse.serve.engine import BASE_MODEL_NAME, Engine, EngineConfig
 from mixfuse.serve.roles import BASE
@@ -138,7 +137,7 @@ def eval_judge(
 
     with Cache(cache or (out / "cache.sqlite3" if out else None)) as kept:
         reports = asyncio.run(measure(kept))
-        asked, found = kept.added, kept.found
+        asked, found = kept.added, kept.hits
     own = reports[judge]
     others = {ref: reports[ref] for ref in [*against, *([UNTRAINED] if untrained else [])] if ref != judge}
     report = judging.compared(rows, own, others)
@@ -195,7 +194,7 @@ def eval_fusion(
     sent = {"temperature": temperature, "max_tokens": max_tokens, "seed": seed}
     parameters = {name: value for name, value in sent.items() if value is not None}
     questions, right = _questions(tasks, data, verifier, split=split, count=count, limit=limit, seed=seed)
-    same: How = verifier if verifier in ("exact", "number", "json") else config.modes.agreement
+    same: Agreement = verifier if verifier in ("exact", "number", "json") else config.modes.agreement
     served = {role: revision for role, (revision, _) in _served(url).items()}
     with Cache(cache or (out / "cache.sqlite3" if out else None)) as kept:
         measuring = fusing.evaluate(
@@ -213,7 +212,7 @@ def eval_fusion(
             api_key=os.environ.get(API_KEY),
         )
         report, answers = asyncio.run(measuring)
-        asked, found = kept.added, kept.found
+        asked, found = kept.added, kept.hits
     console = Console()
     console.print(report.table())
     console.print(report.verdict.words, markup=False, highlight=False, soft_wrap=True)

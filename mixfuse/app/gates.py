@@ -1,6 +1,6 @@
 """Gates before a swap: a staged revision must keep limits on live requests before it serves.
 
-Shadow: the staged revision repeats the calls of N live requests beside the serving one (`fusion/modes/shadow.py`).
+Shadow: the staged revision repeats the calls of N live requests beside the serving one (`fusion/measure/shadow.py`).
 Canary: the staged revision serves a share of the requests, and their traces are measured. If both are requested, the
 canary follows the shadow. A broken limit ends the gate, and the old revision serves on. A gate that is passed ends with
 the flip.
@@ -22,9 +22,10 @@ from mixfuse.app.admin_api import UNDER_WAY, GateReport, GateState, Ratio, Share
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.strict_yaml import Strict, validate
 from mixfuse.contracts.trace import Trace
-from mixfuse.fusion.calls.pool import Endpoint, Pool, RoleSource
+from mixfuse.fusion.calls.pool import Pool, RoleSource
+from mixfuse.fusion.calls.upstream import Endpoint
 from mixfuse.fusion.config import FusionConfig
-from mixfuse.fusion.modes.shadow import Comparison, Part, share, side_by_side, watch
+from mixfuse.fusion.measure.shadow import Comparison, Part, share, side_by_side, watch
 from mixfuse.serve.role_record import Reason
 from mixfuse.serve.slots import Revision
 from mixfuse.serve.swap import Swapper

@@ -15,10 +15,10 @@ from mixfuse.app.roles_store import StoredRoles
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.strict_yaml import validate
 from mixfuse.fusion.http.keys import ADMIN_KEY, is_admin
+from mixfuse.fusion.http.statuses import status_of
 from mixfuse.serve.roles import BASE, RoleState, RoleTable
 from mixfuse.serve.swap import Swapper
 
-_STATUS = {"role": 404, "unauthorized": 401, "conflict": 409, "engine": 503, "trace_db": 503}
 Handler = Callable[[Request], Awaitable[Response]]
 
 
@@ -98,7 +98,7 @@ def _with_errors(handler: Handler) -> Handler:
             return await handler(request)
         except MixfuseError as error:
             body = {"error": {"type": error.kind, "message": str(error)}}
-            return JSONResponse(body, status_code=_STATUS.get(error.kind, 400))
+            return JSONResponse(body, status_code=status_of(error, otherwise=400))
 
     return answering
 

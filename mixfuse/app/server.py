@@ -34,7 +34,7 @@ from mixfuse.contracts.adapter import fingerprint, verify
 from mixfuse.contracts.database import opened
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.strict_yaml import Strict, load
-from mixfuse.fusion.calls.pool import Endpoint
+from mixfuse.fusion.calls.upstream import Endpoint
 from mixfuse.fusion.config import FusionConfig
 from mixfuse.fusion.http.gateway import create_app
 from mixfuse.fusion.http.keys import ADMIN_KEY, has_keys

@@ -32,7 +32,7 @@ from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.trace import Call, Trace, Usage, Verdict
 from mixfuse.fusion.config import FusionConfig
 from mixfuse.fusion.http.gateway import create_app
-from mixfuse.fusion.modes.shadow import Comparison, Part, Side, watch
+from mixfuse.fusion.measure.shadow import Comparison, Part, Side, watch
 from mixfuse.serve.admission import Admission
 from mixfuse.serve.engine_group import Address
 from mixfuse.serve.roles import RoleTable

@@ -426,4 +426,4 @@ def test_a_signature_travels_and_can_be_demanded(mixfuse: Run, judge: Path, tmp_
     assert not out.exists()
     assert mixfuse("pull", "org/judge", out, "--public-key", tmp_path / "ours.pub").returncode == 0
     renewed = mixfuse("card", judge, "--licence", "mit")
-    assert "its signature was of the old card" in renewed.stderr
+    assert "the new card made the signature invalid" in renewed.stderr

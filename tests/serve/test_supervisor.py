@@ -20,7 +20,7 @@ from test_engine import alive, until
 from mixfuse.app.server import LeasedRoles
 from mixfuse.contracts.adapter import Fingerprint
 from mixfuse.contracts.errors import MixfuseError
-from mixfuse.fusion.calls.pool import Endpoint
+from mixfuse.fusion.calls.upstream import Endpoint
 from mixfuse.serve import engine as engine_module
 from mixfuse.serve.admission import Admission
 from mixfuse.serve.engine import EngineConfig, Restart

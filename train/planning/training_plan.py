@@ -219,7 +219,11 @@ def plan(
         "lora": 0 if zero.offload_parameters != "none" else trained * w,
         "secondary": 0 if zero.secondary == 1 else sum(-(-p.numel // zero.secondary) for p in parameters) * w,
     }
-    states = {"master": trained * FP32, "optimizer": trained * 2 * FP32, "gradients": trained * w}
+    states = {
+        "master": trained * FP32,
+        "optimizer": trained * recipe.optimizer.entry.state_bytes,
+        "gradients": trained * w,
+    }
     if zero.offload_optimizer == "none":
         on_gpu |= states
     on_gpu["buckets"] = zero.reduce_bucket * w if zero.contiguous else 0
