@@ -1,6 +1,6 @@
-"""The role table's order of things and its races, before a made-up engine that does as it is told.
+"""The order of a swap's steps, and its races, with a fake engine that a test holds up or lets fail.
 
-What a real engine does with adapters is in test_server.py and test_engine.py; here it is when which call is made.
+test_server.py and test_engine.py show what a real engine does with adapters.
 """
 
 import asyncio
@@ -48,7 +48,7 @@ BASE = Fingerprint(**dict.fromkeys(("config", "tokenizer", "chat_template", "wei
 
 
 class FakeEngine:
-    """Keeps the names that are loaded; waits or fails where a test says so."""
+    """Keeps the names that are loaded; a test makes its calls wait or fail."""
 
     base_model_name = "base"
 
@@ -95,7 +95,7 @@ class FakeEngine:
 
 @pytest.fixture
 def made(tmp_path: Path) -> Callable[..., Path]:
-    """Makes a whole adapter directory, once; equal numbers make equal revisions."""
+    """Makes complete adapter directories, each once; equal numbers make equal revisions."""
     done: set[Path] = set()
 
     def make(
@@ -215,11 +215,11 @@ async def test_a_canary_gets_its_share_and_nothing_once_it_is_discarded(made):
     await roles.swap("domain", made(1))
     canary = await roles.stage("domain", made(2))
     roles.table.set_canary("domain", canary, 0.3)
-    given = []
+    leases = []
     while drawn:
-        given.append(await leased(roles))
+        leases.append(await leased(roles))
         drawn.pop(0)
-    assert given.count(canary.model) == 3
+    assert leases.count(canary.model) == 3
     drawn.append(0.0)
     async with roles.table.lease("domain") as held:
         assert held is canary
@@ -377,7 +377,7 @@ async def test_an_effect_within_the_engines_own_noise_is_none(made):
         await table(engine).swap("domain", made(1))
 
 
-async def test_what_may_not_serve_is_refused_before_it_is_loaded(made):
+async def test_an_unfit_adapter_is_refused_before_it_is_loaded(made):
     engine = FakeEngine()
     swapper = table(engine, "domain", "judge")
     for role, directory, words in (
@@ -445,7 +445,7 @@ async def test_an_adapter_loaded_by_an_engine_whose_answer_was_lost_does_not_sta
     await swapper.swap("domain", made(1))
 
 
-async def test_one_load_for_all_who_wait_and_none_for_who_is_there(made):
+async def test_requests_that_wait_for_one_adapter_share_one_load(made):
     engine = FakeEngine()
     roles = await three(engine, made)
     before = roles.table.counts.loads
@@ -453,7 +453,7 @@ async def test_one_load_for_all_who_wait_and_none_for_who_is_there(made):
     assert roles.table.counts.loads == before + 1
 
 
-async def test_who_is_busy_is_not_unloaded_and_cannot_keep_the_others_out(made):
+async def test_a_busy_adapter_is_not_unloaded_and_cannot_keep_the_others_out(made):
     engine = FakeEngine()
     roles = await three(engine, made)
     order = []
@@ -517,7 +517,7 @@ async def test_a_swap_of_a_role_that_is_not_loaded_needs_no_place_of_the_others(
     assert await leased(roles, "a") == f"a@{revision(made(7, 'a'))}"
 
 
-async def test_requests_swaps_and_evictions_at_once_all_come_to_their_end(made, stores):
+async def test_requests_swaps_and_evictions_at_once_all_end(made, stores):
     engine, chance = FakeEngine(), random.Random(0)
     step = engine._step
 
@@ -644,7 +644,7 @@ async def test_a_rollback_to_an_adapter_that_is_gone_leaves_the_present_one(made
     assert "no such adapter directory" in newest.error
 
 
-async def test_of_two_gateways_that_swap_at_once_one_is_told_and_follows(made, stores):
+async def test_of_two_gateways_that_swap_at_once_one_gets_a_conflict_and_follows(made, stores):
     engines = FakeEngine(), FakeEngine()
     one, two = (table(engine, store=stores(name)) for engine, name in zip(engines, ("one", "two"), strict=True))
     await RecordFollower(one).start({"domain": made(1)})
@@ -730,7 +730,7 @@ async def test_a_role_that_is_being_swapped_here_does_not_hold_up_the_others(mad
         await swapping
 
 
-async def test_a_commit_that_cannot_be_recorded_is_none(made, stores, tmp_path):
+async def test_a_commit_that_cannot_be_recorded_changes_nothing(made, stores, tmp_path):
     engine = FakeEngine()
     with opened(tmp_path / "other.sqlite3") as database:
         roles = table(engine, store=StoredRoles(database, "one"))
@@ -744,7 +744,7 @@ async def test_a_commit_that_cannot_be_recorded_is_none(made, stores, tmp_path):
     assert engine.loaded == {f"domain@{revision(made(1))}"}
 
 
-async def test_who_goes_away_in_a_commit_has_committed(made, stores):
+async def test_a_commit_whose_caller_is_cancelled_completes(made, stores):
     engine = FakeEngine()
     roles = table(engine, store=stores())
     await RecordFollower(roles).start({"domain": made(1)})
@@ -818,7 +818,7 @@ async def test_the_newest_adapter_of_a_folder_is_swapped_in_once_it_is_whole(mad
     ]
 
 
-async def test_an_engine_that_is_away_is_waited_for_but_not_for_ever(made, stores, tmp_path):
+async def test_the_watcher_retries_an_engine_that_is_away_three_times(made, stores, tmp_path):
     engine = FakeEngine()
     roles = table(engine, store=stores())
     await RecordFollower(roles).start({"domain": None})
@@ -850,7 +850,7 @@ async def admin(made, stores):
         yield roles, client
 
 
-async def test_every_way_is_there_over_http(admin, made):
+async def test_every_action_works_over_http(admin, made):
     _, client = admin
     other = str(made(2))
     done = await client.put("/domain", json={"directory": other})
@@ -901,7 +901,7 @@ async def test_changes_want_the_admin_key(admin, monkeypatch: pytest.MonkeyPatch
     assert allowed.status_code == 200
 
 
-async def test_the_metrics_tell_what_serves_and_who_is_behind(admin, made):
+async def test_the_metrics_show_what_serves_and_which_role_is_behind(admin, made):
     roles, _ = admin
     registry = CollectorRegistry()
     registry.register(RoleMetrics(roles.table))
