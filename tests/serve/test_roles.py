@@ -253,6 +253,7 @@ async def test_a_canary_that_is_cleared_stays_staged_and_gets_no_lease(made):
     assert await leased(swapper) == canary.model
     swapper.table.clear_canary("domain")
     assert await leased(swapper) == "base"
+    swapper.table.set_canary("domain", canary, 0.5)
     await swapper.commit("domain", canary)
     await swapper.stage("domain", made(2))
     assert await leased(swapper) == canary.model, "the next staged revision does not inherit a share"
