@@ -11,11 +11,11 @@ from typing import Any
 import httpx
 import pytest
 import uvicorn
+from role_harness import FakeEngine, revision, table
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
-from test_roles import FakeEngine, made, revision, stores, table  # noqa: F401 - `made` and `stores` are fixtures
 
 from mixfuse.app.admin_api import SwapRequest
 from mixfuse.app.client import AdminClient, RefusedError, ServerFailedError
@@ -46,7 +46,7 @@ def running(app: Starlette) -> Iterator[str]:
 
 
 @pytest.fixture
-def client(made: Callable[..., Path], stores) -> Iterator[AdminClient]:  # noqa: F811
+def client(made: Callable[..., Path], stores) -> Iterator[AdminClient]:
     """The client of a server whose role `domain` is served by adapter 1."""
     swapper = table(FakeEngine(), store=stores())
     fusion = FusionConfig.model_validate({"members": [{"name": "a", "role": "domain"}], "trace_db": "unused"})
@@ -63,7 +63,7 @@ def client(made: Callable[..., Path], stores) -> Iterator[AdminClient]:  # noqa:
         yield AdminClient(url)
 
 
-def test_the_client_reads_what_the_routes_write(client: AdminClient, made: Callable[..., Path]):  # noqa: F811
+def test_the_client_reads_what_the_routes_write(client: AdminClient, made: Callable[..., Path]):
     base, domain = client.roles()
     assert (base.role, base.revision, domain.revision) == ("base", None, revision(made(1)))
     swap = client.swap("domain", made(2))
@@ -75,7 +75,7 @@ def test_the_client_reads_what_the_routes_write(client: AdminClient, made: Calla
     assert [event.why for event in client.history("domain", limit=2)] == ["rollback", "unpin"]
 
 
-def test_a_gate_is_begun_seen_and_stopped(client: AdminClient, made: Callable[..., Path]):  # noqa: F811
+def test_a_gate_is_begun_seen_and_stopped(client: AdminClient, made: Callable[..., Path]):
     limits = {"max_latency_ratio": None}  # null is a limit of its own: not checked
     begun = client.begin_gate("domain", SwapRequest(directory=made(2), shadow=5, limits=limits))
     assert (begun.state, begun.new, begun.under_way) == ("shadow", revision(made(2)), True)
@@ -92,7 +92,7 @@ def test_a_gate_is_begun_seen_and_stopped(client: AdminClient, made: Callable[..
 
 def test_the_json_of_the_commands_is_the_servers(
     client: AdminClient,
-    made: Callable[..., Path],  # noqa: F811
+    made: Callable[..., Path],
     capsys: pytest.CaptureFixture[str],
 ):
     def printed() -> Any:
