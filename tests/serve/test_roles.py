@@ -37,24 +37,24 @@ from mixfuse.serve.watch import Folder, Watcher
 
 async def test_a_staged_revision_serves_nobody_until_it_is_committed(made):
     engine = FakeEngine()
-    roles = table(engine)
-    staged = await roles.stage("domain", made(1))
-    assert await leased(roles) == "base"
+    swapper = table(engine)
+    staged = await swapper.stage("domain", made(1))
+    assert await leased(swapper) == "base"
     assert engine.loaded == {staged.model}
-    swap = await roles.commit("domain", staged)
+    swap = await swapper.commit("domain", staged)
     assert (swap.old, swap.new) == (None, revision(made(1)))
-    assert await leased(roles) == staged.model == f"domain@{revision(made(1))}"
+    assert await leased(swapper) == staged.model == f"domain@{revision(made(1))}"
 
 
 async def test_requests_end_on_the_revision_they_began_with(made):
     engine = FakeEngine()
-    roles = table(engine)
-    await roles.swap("domain", made(1))
-    async with roles.table.lease("domain") as held:
-        swapping = asyncio.create_task(roles.swap("domain", made(2)))
-        while roles.table.serving()["domain"] is held:  # noqa: ASYNC110
+    swapper = table(engine)
+    await swapper.swap("domain", made(1))
+    async with swapper.table.lease("domain") as held:
+        swapping = asyncio.create_task(swapper.swap("domain", made(2)))
+        while swapper.table.serving()["domain"] is held:  # noqa: ASYNC110
             await asyncio.sleep(0)
-        assert await leased(roles) == f"domain@{revision(made(2))}"
+        assert await leased(swapper) == f"domain@{revision(made(2))}"
         assert held.model in engine.loaded
         assert not swapping.done()
     assert (await swapping).drained == 1
@@ -64,9 +64,9 @@ async def test_requests_end_on_the_revision_they_began_with(made):
 @pytest.mark.parametrize("where", ["load", "probe"])
 async def test_a_swap_that_is_cancelled_leaves_nothing_in_the_engine(made, where: str):
     engine = FakeEngine()
-    roles = table(engine)
+    swapper = table(engine)
     engine.gates[where] = asyncio.Event()
-    swapping = asyncio.create_task(roles.swap("domain", made(1)))
+    swapping = asyncio.create_task(swapper.swap("domain", made(1)))
     await engine.begun.wait()
     swapping.cancel()
     await asyncio.sleep(0)
@@ -74,44 +74,44 @@ async def test_a_swap_that_is_cancelled_leaves_nothing_in_the_engine(made, where
     with pytest.raises(asyncio.CancelledError):
         await swapping
     assert engine.loaded == set()
-    assert await leased(roles) == "base"
-    await roles.swap("domain", made(1))  # and the role can be swapped again
+    assert await leased(swapper) == "base"
+    await swapper.swap("domain", made(1))  # and the role can be swapped again
 
 
 async def test_one_swap_of_a_role_at_a_time(made):
     engine = FakeEngine()
-    roles = table(engine, "domain", "judge")
-    staged = await roles.stage("domain", made(1))
+    swapper = table(engine, "domain", "judge")
+    staged = await swapper.stage("domain", made(1))
     with pytest.raises(MixfuseError, match="under way") as caught:
-        await roles.stage("domain", made(2))
+        await swapper.stage("domain", made(2))
     assert caught.value.kind == "conflict"
-    await roles.swap("judge", made(3, "judge"))
-    await roles.discard(staged)
+    await swapper.swap("judge", made(3, "judge"))
+    await swapper.discard(staged)
     with pytest.raises(MixfuseError, match="not staged"):
-        await roles.commit("domain", staged)
-    swaps = await asyncio.gather(*(roles.swap("domain", made(number)) for number in (1, 2, 3)))
+        await swapper.commit("domain", staged)
+    swaps = await asyncio.gather(*(swapper.swap("domain", made(number)) for number in (1, 2, 3)))
     assert {swap.new for swap in swaps} == {revision(made(number)) for number in (1, 2, 3)}
-    assert engine.loaded == {roles.table.serving()[role].model for role in ("domain", "judge")}
+    assert engine.loaded == {swapper.table.serving()[role].model for role in ("domain", "judge")}
 
 
 async def test_a_canary_gets_its_share_and_nothing_once_it_is_discarded(made):
     engine = FakeEngine()
     drawn = [number / 10 for number in range(10)]
-    roles = table(engine, draw=lambda: drawn[0])
-    await roles.swap("domain", made(1))
-    canary = await roles.stage("domain", made(2))
-    roles.table.set_canary("domain", canary, 0.3)
+    swapper = table(engine, draw=lambda: drawn[0])
+    await swapper.swap("domain", made(1))
+    canary = await swapper.stage("domain", made(2))
+    swapper.table.set_canary("domain", canary, 0.3)
     leases = []
     while drawn:
-        leases.append(await leased(roles))
+        leases.append(await leased(swapper))
         drawn.pop(0)
     assert leases.count(canary.model) == 3
     drawn.append(0.0)
-    async with roles.table.lease("domain") as held:
+    async with swapper.table.lease("domain") as held:
         assert held is canary
-        discarding = asyncio.create_task(roles.discard(canary))
+        discarding = asyncio.create_task(swapper.discard(canary))
         await asyncio.sleep(0)
-        assert await leased(roles) == f"domain@{revision(made(1))}"
+        assert await leased(swapper) == f"domain@{revision(made(1))}"
         assert canary.model in engine.loaded
     await discarding
     assert canary.model not in engine.loaded
@@ -147,15 +147,15 @@ async def test_a_canary_that_is_cleared_stays_staged_and_gets_no_lease(made):
 
 async def test_going_back_to_a_revision_that_still_drains_does_not_load_it_again(made):
     engine = FakeEngine()
-    roles = table(engine)
-    await roles.swap("domain", made(1))
-    async with roles.table.lease("domain") as held:
-        swapping = asyncio.create_task(roles.swap("domain", made(2)))
-        while roles.table.serving()["domain"] is held:  # noqa: ASYNC110
+    swapper = table(engine)
+    await swapper.swap("domain", made(1))
+    async with swapper.table.lease("domain") as held:
+        swapping = asyncio.create_task(swapper.swap("domain", made(2)))
+        while swapper.table.serving()["domain"] is held:  # noqa: ASYNC110
             await asyncio.sleep(0)
-        await roles.swap("domain", made(1))
+        await swapper.swap("domain", made(1))
         await swapping  # it waits for a revision no more that stays on
-        assert roles.table.serving()["domain"] is held
+        assert swapper.table.serving()["domain"] is held
     assert engine.calls.count(f"load {held.model}") == 1
     assert engine.loaded == {held.model}
 
@@ -181,18 +181,18 @@ async def test_an_adapter_the_engine_does_not_apply_is_refused(made, says: float
     engine = FakeEngine()
     directory = made(1, probes=probes)
     engine.says[f"domain@{revision(directory)}"] = says
-    roles = table(engine)
+    swapper = table(engine)
     with pytest.raises(MixfuseError, match=words) as caught:
-        await roles.swap("domain", directory)
+        await swapper.swap("domain", directory)
     assert caught.value.kind == "adapter"
     assert engine.loaded == set()
-    assert await leased(roles) == "base"
+    assert await leased(swapper) == "base"
 
 
 @pytest.mark.parametrize(("lost", "kind"), [("probe", "engine"), ("probe domain", "adapter")])
 async def test_an_engine_that_is_gone_is_told_from_an_adapter_it_cannot_answer_with(made, lost: str, kind: str):
     engine = FakeEngine()
-    roles = table(engine)
+    swapper = table(engine)
     away = MixfuseError("no answer", kind="engine")
 
     async def probe(name: str) -> None:
@@ -201,7 +201,7 @@ async def test_an_engine_that_is_gone_is_told_from_an_adapter_it_cannot_answer_w
 
     engine.probe = probe
     with pytest.raises(MixfuseError, match="no answer") as caught:
-        await roles.swap("domain", made(1))
+        await swapper.swap("domain", made(1))
     assert caught.value.kind == kind
     assert engine.loaded == set()
 
@@ -219,12 +219,12 @@ async def test_a_judge_gives_its_stored_verdicts(made, p: float, refused: bool):
     messages = [{"role": "user", "content": "A or B?"}]
     directory = made(1, "judge", probes=stored(-2.0, verdicts=[VerdictProbe(messages=messages, p=0.8)]))
     engine.prefers[f"judge@{revision(directory)}"] = p
-    roles = table(engine, "judge")
+    swapper = table(engine, "judge")
     if refused:
         with pytest.raises(MixfuseError, match=r"stored comparison 1 is 0\.750; it was 0\.800"):
-            await roles.swap("judge", directory)
+            await swapper.swap("judge", directory)
     else:
-        await roles.swap("judge", directory)
+        await swapper.swap("judge", directory)
 
 
 @pytest.mark.parametrize(
@@ -282,11 +282,11 @@ async def test_an_unfit_adapter_is_refused_before_it_is_loaded(made):
 
 async def three(engine: FakeEngine, made, **keys) -> Swapper:
     """Roles a, b, c, each with an adapter, in an engine of two places."""
-    roles = table(engine, "a", "b", "c", max_loaded=2, **keys)
+    swapper = table(engine, "a", "b", "c", max_loaded=2, **keys)
     for number, role in enumerate("abc"):
-        await roles.swap(role, made(number, role))
-    await roles.close()  # what was too much is out
-    return roles
+        await swapper.swap(role, made(number, role))
+    await swapper.close()  # what was too much is out
+    return swapper
 
 
 def present(engine: FakeEngine) -> set[str]:
@@ -295,23 +295,23 @@ def present(engine: FakeEngine) -> set[str]:
 
 async def test_the_least_recently_used_makes_room(made):
     engine = FakeEngine()
-    roles = await three(engine, made)
+    swapper = await three(engine, made)
     assert present(engine) == {"b", "c"}
-    await leased(roles, "b")
-    await leased(roles, "a")
+    await leased(swapper, "b")
+    await leased(swapper, "a")
     assert present(engine) == {"a", "b"}
-    await leased(roles, "c")
+    await leased(swapper, "c")
     assert present(engine) == {"a", "c"}
-    assert (roles.table.counts.loads, roles.table.counts.evictions) == (5, 3)
+    assert (swapper.table.counts.loads, swapper.table.counts.evictions) == (5, 3)
 
 
 async def test_an_idle_adapter_makes_room_before_a_busy_one(made):
     engine = FakeEngine()
-    roles = await three(engine, made)
-    await leased(roles, "b")
-    await leased(roles, "c")
-    async with roles.table.lease("b"), asyncio.timeout(10):  # b was used less recently, but is in use
-        await leased(roles, "a")
+    swapper = await three(engine, made)
+    await leased(swapper, "b")
+    await leased(swapper, "c")
+    async with swapper.table.lease("b"), asyncio.timeout(10):  # b was used less recently, but is in use
+        await leased(swapper, "a")
         assert present(engine) == {"a", "b"}
 
 
@@ -334,19 +334,19 @@ async def test_an_adapter_loaded_by_an_engine_whose_answer_was_lost_does_not_sta
 
 async def test_requests_that_wait_for_one_adapter_share_one_load(made):
     engine = FakeEngine()
-    roles = await three(engine, made)
-    before = roles.table.counts.loads
-    assert set(await asyncio.gather(*(leased(roles, "a") for _ in range(20)))) == {roles.table.serving()["a"].model}
-    assert roles.table.counts.loads == before + 1
+    swapper = await three(engine, made)
+    before = swapper.table.counts.loads
+    assert set(await asyncio.gather(*(leased(swapper, "a") for _ in range(20)))) == {swapper.table.serving()["a"].model}
+    assert swapper.table.counts.loads == before + 1
 
 
 async def test_a_busy_adapter_is_not_unloaded_and_cannot_keep_the_others_out(made):
     engine = FakeEngine()
-    roles = await three(engine, made)
+    swapper = await three(engine, made)
     order = []
 
     async def use(role: str, *, until: asyncio.Event | None = None) -> None:
-        async with roles.table.lease(role) as held:
+        async with swapper.table.lease(role) as held:
             assert held.model in engine.loaded
             order.append(role)
             if until:
@@ -371,37 +371,37 @@ async def test_a_busy_adapter_is_not_unloaded_and_cannot_keep_the_others_out(mad
 
 async def test_pinned_roles_stay_and_some_place_is_left(made):
     engine = FakeEngine()
-    roles = await three(engine, made)
-    await roles.table.pin("a", True)
+    swapper = await three(engine, made)
+    await swapper.table.pin("a", True)
     for role in "bcbc":
-        await leased(roles, role)
+        await leased(swapper, role)
         assert "a" in present(engine)
     with pytest.raises(MixfuseError, match="could not be served") as caught:
-        await roles.table.pin("b", True)
+        await swapper.table.pin("b", True)
     assert caught.value.kind == "conflict"
-    await roles.table.pin("a", False)
-    await leased(roles, "b")
+    await swapper.table.pin("a", False)
+    await leased(swapper, "b")
     assert present(engine) == {"b", "c"}
 
 
 async def test_an_adapter_that_changed_on_the_disk_does_not_come_back(made):
     engine = FakeEngine()
-    roles = await three(engine, made)
+    swapper = await three(engine, made)
     (made(0, "a") / "extra.json").write_text("{}")
     with pytest.raises(MixfuseError, match=r"extra\.json is not in the manifest"):
-        await leased(roles, "a")
+        await leased(swapper, "a")
     (made(0, "a") / "extra.json").unlink()
-    assert (await leased(roles, "a")).startswith("a@")
+    assert (await leased(swapper, "a")).startswith("a@")
 
 
 async def test_a_swap_of_a_role_that_is_not_loaded_needs_no_place_of_the_others(made):
     engine = FakeEngine()
-    roles = await three(engine, made)
-    async with roles.table.lease("b"), roles.table.lease("c"):
-        await roles.swap("a", made(7, "a"))
-        await roles.close()
+    swapper = await three(engine, made)
+    async with swapper.table.lease("b"), swapper.table.lease("c"):
+        await swapper.swap("a", made(7, "a"))
+        await swapper.close()
         assert present(engine) == {"b", "c"}, "they are in use; the new one waits on the disk for its first request"
-    assert await leased(roles, "a") == f"a@{revision(made(7, 'a'))}"
+    assert await leased(swapper, "a") == f"a@{revision(made(7, 'a'))}"
 
 
 async def test_requests_swaps_and_evictions_at_once_all_end(made, stores):
@@ -413,29 +413,29 @@ async def test_requests_swaps_and_evictions_at_once_all_end(made, stores):
         await step(what, name)
 
     engine._step = slowly
-    roles = table(engine, *"abcd", max_loaded=2, store=stores())
-    await RecordFollower(roles).start({role: made(number, role) for number, role in enumerate("abcd")})
-    await roles.table.pin("d", True)
+    swapper = table(engine, *"abcd", max_loaded=2, store=stores())
+    await RecordFollower(swapper).start({role: made(number, role) for number, role in enumerate("abcd")})
+    await swapper.table.pin("d", True)
 
     async def ask() -> None:
         for _ in range(30):
-            async with roles.table.lease(chance.choice("abcd")) as held:
+            async with swapper.table.lease(chance.choice("abcd")) as held:
                 for _ in range(2):
                     assert held.model in engine.loaded
                     await asyncio.sleep(chance.random() / 500)
 
     async def swap(role: str, first: int) -> None:
         for number in range(4):
-            await roles.swap(role, made(first + number % 2, role))
+            await swapper.swap(role, made(first + number % 2, role))
 
     async with asyncio.timeout(60), asyncio.TaskGroup() as group:
         for _ in range(8):
             group.create_task(ask())
         group.create_task(swap("a", 10))
         group.create_task(swap("d", 20))
-    await roles.close()
+    await swapper.close()
     assert len(engine.loaded) == 2
-    assert roles.table.serving()["d"].model in engine.loaded
+    assert swapper.table.serving()["d"].model in engine.loaded
 
 
 # --- what outlives the process --------------------------------------------------------------------------------------
@@ -443,19 +443,19 @@ async def test_requests_swaps_and_evictions_at_once_all_end(made, stores):
 
 async def test_the_base_is_called_what_the_engine_calls_it_once_it_is_reached(made):
     engine = FakeEngine()
-    roles = table(engine)
+    swapper = table(engine)
     engine.base_model_name = "mixtral"
-    await RecordFollower(roles).start({"domain": None})
-    assert await leased(roles) == await leased(roles, "base") == "mixtral"
+    await RecordFollower(swapper).start({"domain": None})
+    assert await leased(swapper) == await leased(swapper, "base") == "mixtral"
 
 
 async def test_a_restart_comes_back_to_the_same_revisions(made, stores):
-    roles = table(FakeEngine(), "domain", "judge", store=stores())
-    assert await RecordFollower(roles).start({"domain": made(1), "judge": None}) == {
+    swapper = table(FakeEngine(), "domain", "judge", store=stores())
+    assert await RecordFollower(swapper).start({"domain": made(1), "judge": None}) == {
         "domain": "config",
         "judge": "config",
     }
-    await roles.swap("domain", made(2))
+    await swapper.swap("domain", made(2))
     again = table(FakeEngine(), "domain", "judge", "new", store=stores())
     taken = await RecordFollower(again).start({"domain": made(1), "judge": made(3, "judge"), "new": None})
     assert taken == {"domain": "role table", "judge": "role table", "new": "config"}
@@ -469,9 +469,9 @@ async def test_a_restart_comes_back_to_the_same_revisions(made, stores):
 
 @pytest.mark.parametrize("how", ["gone", "changed", "another"])
 async def test_an_adapter_that_is_not_what_it_was_ends_the_start_with_the_way_out(made, stores, tmp_path, how: str):
-    roles = table(FakeEngine(), store=stores())
-    await RecordFollower(roles).start({"domain": made(1)})
-    await roles.swap("domain", made(2))
+    swapper = table(FakeEngine(), store=stores())
+    await RecordFollower(swapper).start({"domain": made(1)})
+    await swapper.swap("domain", made(2))
     directory = made(2)
     first = revision(made(1))
     if how == "gone":
@@ -491,18 +491,18 @@ async def test_an_adapter_that_is_not_what_it_was_ends_the_start_with_the_way_ou
 
 async def test_rollbacks_walk_back_and_a_swap_after_one_is_undone_to_where_it_led(made, stores):
     engine = FakeEngine()
-    roles = table(engine, store=stores())
-    await RecordFollower(roles).start({"domain": None})
+    swapper = table(engine, store=stores())
+    await RecordFollower(swapper).start({"domain": None})
     for number in (1, 2, 3):
-        await roles.swap("domain", made(number))
-    went = [(await roles.rollback("domain")).new for _ in range(2)]
+        await swapper.swap("domain", made(number))
+    went = [(await swapper.rollback("domain")).new for _ in range(2)]
     assert went == [revision(made(2)), revision(made(1))]
-    await roles.swap("domain", made(4))
-    assert (await roles.rollback("domain")).new == revision(made(1))
-    assert (await roles.rollback("domain")).new is None
+    await swapper.swap("domain", made(4))
+    assert (await swapper.rollback("domain")).new == revision(made(1))
+    assert (await swapper.rollback("domain")).new is None
     assert engine.loaded == set()
     with pytest.raises(MixfuseError, match="nothing served 'domain' before"):
-        await roles.rollback("domain")
+        await swapper.rollback("domain")
     events = await stores().history("domain")
     assert [event.why for event in reversed(events)] == [
         *("config", "swap", "swap", "swap", "rollback", "rollback", "swap", "rollback", "rollback")
@@ -511,14 +511,14 @@ async def test_rollbacks_walk_back_and_a_swap_after_one_is_undone_to_where_it_le
 
 
 async def test_a_rollback_to_an_adapter_that_is_gone_leaves_the_present_one(made, stores, tmp_path):
-    roles = table(FakeEngine(), store=stores())
-    await RecordFollower(roles).start({"domain": made(1)})
-    await roles.swap("domain", made(2))
+    swapper = table(FakeEngine(), store=stores())
+    await RecordFollower(swapper).start({"domain": made(1)})
+    await swapper.swap("domain", made(2))
     gone = revision(made(1))
     made(1).rename(tmp_path / "elsewhere")
     with pytest.raises(MixfuseError, match="no such adapter directory"):
-        await roles.rollback("domain")
-    assert roles.table.serving()["domain"].revision == revision(made(2))
+        await swapper.rollback("domain")
+    assert swapper.table.serving()["domain"].revision == revision(made(2))
     newest, *_ = await stores().history("domain")
     assert (newest.why, newest.outcome, newest.new) == ("rollback", "refused", gone)
     assert "no such adapter directory" in newest.error
@@ -613,24 +613,24 @@ async def test_a_role_that_is_being_swapped_here_does_not_hold_up_the_others(mad
 async def test_a_commit_that_cannot_be_recorded_changes_nothing(made, stores, tmp_path):
     engine = FakeEngine()
     with opened(tmp_path / "other.sqlite3") as database:
-        roles = table(engine, store=StoredRoles(database, "one"))
-        await RecordFollower(roles).start({"domain": made(1)})
-        staged = await roles.stage("domain", made(2))
+        swapper = table(engine, store=StoredRoles(database, "one"))
+        await RecordFollower(swapper).start({"domain": made(1)})
+        staged = await swapper.stage("domain", made(2))
         database.run_now(lambda connection: connection.exec_driver_sql("DROP TABLE role_history"))
         with pytest.raises(MixfuseError, match="cannot be reached") as caught:
-            await roles.commit("domain", staged)
+            await swapper.commit("domain", staged)
     assert caught.value.kind == "trace_db"
-    assert await leased(roles) == f"domain@{revision(made(1))}"
+    assert await leased(swapper) == f"domain@{revision(made(1))}"
     assert engine.loaded == {f"domain@{revision(made(1))}"}
 
 
 async def test_a_commit_whose_caller_is_cancelled_completes(made, stores):
     engine = FakeEngine()
-    roles = table(engine, store=stores())
-    await RecordFollower(roles).start({"domain": made(1)})
-    async with roles.table.lease("domain"):
-        swapping = asyncio.create_task(roles.swap("domain", made(2)))
-        while roles.table.serving()["domain"].revision != revision(made(2)):  # noqa: ASYNC110
+    swapper = table(engine, store=stores())
+    await RecordFollower(swapper).start({"domain": made(1)})
+    async with swapper.table.lease("domain"):
+        swapping = asyncio.create_task(swapper.swap("domain", made(2)))
+        while swapper.table.serving()["domain"].revision != revision(made(2)):  # noqa: ASYNC110
             await asyncio.sleep(0.001)
         swapping.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -640,13 +640,13 @@ async def test_a_commit_whose_caller_is_cancelled_completes(made, stores):
 
 
 async def test_refusals_and_pins_are_in_the_history_and_pins_last(made, stores):
-    roles = table(FakeEngine(), store=stores())
-    await RecordFollower(roles).start({"domain": made(1)})
+    swapper = table(FakeEngine(), store=stores())
+    await RecordFollower(swapper).start({"domain": made(1)})
     with pytest.raises(MixfuseError):
-        await roles.swap("domain", made(2, rank=9))
-    canary = await roles.stage("domain", made(3))
-    await roles.discard(canary, reason="agreement 0.3 is below 0.5")
-    await roles.table.pin("domain", True)
+        await swapper.swap("domain", made(2, rank=9))
+    canary = await swapper.stage("domain", made(3))
+    await swapper.discard(canary, reason="agreement 0.3 is below 0.5")
+    await swapper.table.pin("domain", True)
     told = [(event.why, event.outcome, event.new) for event in await stores().history("domain")]
     assert told == [
         ("pin", "ok", revision(made(1))),
@@ -663,17 +663,17 @@ async def test_refusals_and_pins_are_in_the_history_and_pins_last(made, stores):
 
 
 async def test_the_newest_adapter_of_a_folder_is_swapped_in_once_it_is_whole(made, stores, tmp_path, caplog):
-    roles = table(FakeEngine(), store=stores())
-    await RecordFollower(roles).start({"domain": None})
-    watcher = Watcher(roles, Folder(tmp_path / "watched"), "domain")
+    swapper = table(FakeEngine(), store=stores())
+    await RecordFollower(swapper).start({"domain": None})
+    watcher = Watcher(swapper, Folder(tmp_path / "watched"), "domain")
     place = tmp_path / "watched" / "domain"
     await watcher.poll()
 
     made(1, at=place / "first")
     await watcher.poll()
-    assert roles.table.serving()["domain"].revision is None, "it may still be written"
+    assert swapper.table.serving()["domain"].revision is None, "it may still be written"
     await watcher.poll()
-    assert roles.table.serving()["domain"].revision == revision(place / "first")
+    assert swapper.table.serving()["domain"].revision == revision(place / "first")
 
     made(2, at=place / ".half")
     made(3, at=place / "second")
@@ -681,18 +681,18 @@ async def test_the_newest_adapter_of_a_folder_is_swapped_in_once_it_is_whole(mad
     (place / "second" / WEIGHTS).write_bytes(whole[:-4])
     for _ in range(4):
         await watcher.poll()
-    assert roles.table.serving()["domain"].revision == revision(place / "first")
+    assert swapper.table.serving()["domain"].revision == revision(place / "first")
     assert len([record for record in caplog.records if "was changed after export" in record.message]) == 1
     (place / "second" / WEIGHTS).write_bytes(whole)
     for _ in range(2):
         await watcher.poll()
-    assert roles.table.serving()["domain"].revision == revision(place / "second")
+    assert swapper.table.serving()["domain"].revision == revision(place / "second")
 
-    await roles.rollback("domain")
+    await swapper.rollback("domain")
     for _ in range(2):
-        await Watcher(roles, Folder(tmp_path / "watched"), "domain").poll()
+        await Watcher(swapper, Folder(tmp_path / "watched"), "domain").poll()
         await watcher.poll()
-    assert roles.table.serving()["domain"].revision == revision(place / "first"), "a rollback lasts"
+    assert swapper.table.serving()["domain"].revision == revision(place / "first"), "a rollback lasts"
     assert [event.why for event in await stores().history("domain") if event.outcome == "ok"] == [
         *("rollback", "watch", "watch", "config")
     ]
@@ -700,9 +700,9 @@ async def test_the_newest_adapter_of_a_folder_is_swapped_in_once_it_is_whole(mad
 
 async def test_the_watcher_retries_an_engine_that_is_away_three_times(made, stores, tmp_path):
     engine = FakeEngine()
-    roles = table(engine, store=stores())
-    await RecordFollower(roles).start({"domain": None})
-    watcher = Watcher(roles, Folder(tmp_path / "watched"), "domain")
+    swapper = table(engine, store=stores())
+    await RecordFollower(swapper).start({"domain": None})
+    watcher = Watcher(swapper, Folder(tmp_path / "watched"), "domain")
     made(1, at=tmp_path / "watched" / "domain" / "first")
     engine.fail["load"] = MixfuseError("no answer", kind="engine")
     for _ in range(6):
@@ -710,11 +710,11 @@ async def test_the_watcher_retries_an_engine_that_is_away_three_times(made, stor
     assert len([call for call in engine.calls if call.startswith("load")]) == 3
     engine.fail.clear()
     await watcher.poll()
-    assert roles.table.serving()["domain"].revision is None
+    assert swapper.table.serving()["domain"].revision is None
     made(2, at=tmp_path / "watched" / "domain" / "second")
     for _ in range(2):
         await watcher.poll()
-    assert roles.table.serving()["domain"].revision == revision(tmp_path / "watched" / "domain" / "second")
+    assert swapper.table.serving()["domain"].revision == revision(tmp_path / "watched" / "domain" / "second")
 
 
 # --- over HTTP ------------------------------------------------------------------------------------------------------
@@ -723,11 +723,11 @@ async def test_the_watcher_retries_an_engine_that_is_away_three_times(made, stor
 @pytest.fixture
 async def admin(made, stores):
     """A role table behind its routes, and the client that asks them."""
-    roles = table(FakeEngine(), store=stores())
-    await RecordFollower(roles).start({"domain": made(1)})
-    app = Starlette(routes=routes(roles, stores(), Gates(roles, None, None, GateConfig())))  # none is begun
+    swapper = table(FakeEngine(), store=stores())
+    await RecordFollower(swapper).start({"domain": made(1)})
+    app = Starlette(routes=routes(swapper, stores(), Gates(swapper, None, None, GateConfig())))  # none is begun
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://admin/admin/roles") as client:
-        yield roles, client
+        yield swapper, client
 
 
 async def test_every_action_works_over_http(admin, made):
@@ -749,8 +749,8 @@ async def test_every_action_works_over_http(admin, made):
 
 
 async def test_refusals_have_their_status(admin, made):
-    roles, client = admin
-    staged = await roles.stage("domain", made(3))
+    swapper, client = admin
+    staged = await swapper.stage("domain", made(3))
     statuses = {
         ("PUT", "/domain", '{"directory": "nowhere"}'): (409, "conflict"),
         ("PUT", "/nobody", '{"directory": "nowhere"}'): (404, "role"),
@@ -763,9 +763,9 @@ async def test_refusals_have_their_status(admin, made):
     for (method, path, body), (status, kind) in statuses.items():
         answer = await client.request(method, path, content=body)
         assert (answer.status_code, answer.json()["error"]["type"]) == (status, kind), (method, path)
-    await roles.discard(staged)
+    await swapper.discard(staged)
     assert (await client.put("/domain", json={"directory": "nowhere"})).status_code == 400
-    roles.table.engine.fail["load"] = MixfuseError("no answer", kind="engine")
+    swapper.table.engine.fail["load"] = MixfuseError("no answer", kind="engine")
     assert (await client.put("/domain", json={"directory": str(made(4))})).status_code == 503
     assert (await client.post("/domain/rollback")).status_code == 409  # nothing served it before
 
@@ -782,10 +782,10 @@ async def test_changes_want_the_admin_key(admin, monkeypatch: pytest.MonkeyPatch
 
 
 async def test_the_metrics_show_what_serves_and_which_role_is_behind(admin, made):
-    roles, _ = admin
+    swapper, _ = admin
     registry = CollectorRegistry()
-    registry.register(RoleMetrics(roles.table))
-    roles.table.state("domain").problem = "it is not here"
+    registry.register(RoleMetrics(swapper.table))
+    swapper.table.state("domain").problem = "it is not here"
     text = generate_latest(registry).decode()
     assert f'mixfuse_role_revision{{revision="{revision(made(1))}",role="domain"}} 1.0' in text
     assert 'mixfuse_role_behind{role="domain"} 1.0' in text
