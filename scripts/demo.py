@@ -26,6 +26,7 @@ from openai import AsyncOpenAI
 from rich.console import Console
 from rich.table import Table
 
+from mixfuse.app.client import AdminClient
 from mixfuse.contracts.files import read_json, read_jsonl, write_json, write_text
 from mixfuse.contracts.tasks import Task, make
 from mixfuse.train.data.pairs import dev_path
@@ -239,9 +240,7 @@ class Demo:
 
     def revision(self, role: str) -> str | None:
         """The adapter revision that serves the role now; None for the base."""
-        roles = httpx.get(f"{self.url}/admin/roles", timeout=10).json()["roles"]
-        found: str | None = next(row["revision"] for row in roles if row["role"] == role)
-        return found
+        return AdminClient(self.url).role(role).revision
 
     def heldout(self) -> list[Task]:
         """The held-out tasks."""

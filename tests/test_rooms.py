@@ -10,42 +10,6 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ROOMS = ("train", "serve", "fusion")
 HEAVY = ("torch", "transformers", "vllm", "deepspeed", "datasets", "peft", "trl", "wandb")
-COMMANDS = (
-    "base build",
-    "train sft",
-    "train judge",
-    "launch",
-    "doctor",
-    "plan",
-    "tasks make",
-    "pool collect",
-    "pairs build",
-    "adapter export",
-    "adapter verify",
-    "adapter card",
-    "adapter push",
-    "adapter pull",
-    "adapter keygen",
-    "adapter sign",
-    "adapter diff",
-    "adapter merge",
-    "serve",
-    "gateway",
-    "keys add",
-    "keys list",
-    "keys revoke",
-    "traces export",
-    "roles list",
-    "roles swap",
-    "roles rollback",
-    "roles history",
-    "roles pin",
-    "roles unpin",
-    "ask",
-    "eval judge",
-    "loop",
-    "eval fusion",
-)
 
 
 def imported_by(statement: str) -> set[str]:
@@ -70,20 +34,13 @@ def test_the_command_and_the_gateway_start_without_the_ml_stack(module: str):
 
 
 def test_the_help_needs_not_even_a_room():
-    assert not imported_by("import mixfuse.cli.entry; mixfuse.cli.entry._parser()") & {
+    assert not imported_by("import mixfuse.cli.entry; mixfuse.cli.entry.build_parser()") & {
         *HEAVY,
         "train",
         "serve",
         "fusion",
         "httpx",
     }
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_help(command: str):
-    arguments = [sys.executable, "-m", "mixfuse", *command.split(), "--help"]
-    done = subprocess.run(arguments, capture_output=True, text=True, check=True)
-    assert done.stdout.startswith(f"usage: mixfuse {command}")
 
 
 @pytest.mark.parametrize(
