@@ -14,7 +14,7 @@ from train_harness import PROJECT, ZERO3, mixfuse
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from mixfuse.contracts.errors import MixfuseError
-from mixfuse.contracts.mixtral import Shape, base_parameters
+from mixfuse.contracts.family import Shape, base_parameters
 from mixfuse.train.model import expert_lora
 from mixfuse.train.model.load import lora_config
 from mixfuse.train.planning import memory, training_plan

@@ -173,27 +173,48 @@ def check(directory: Path, parity: Parity, expected: Reference | None = None) ->
 
 @torch.no_grad()
 def logprobs(model: Any, prompts: list[list[int]]) -> list[list[float]]:
-    """For each prompt, the log-probability of each token but the first, given those before it, in nats."""
+    """Each prompt's log-probabilities of its tokens but the first, each given those before it, in nats.
+
+    All prompts make one pass: PEFT builds every expert's whole delta weight in each.
+    """
+    logits = _logits(model, prompts)
     result = []
-    for prompt in prompts:
-        ids = torch.tensor([prompt])
-        scores = model(input_ids=ids).logits[0, :-1].float().log_softmax(-1)
-        result.append(scores.gather(-1, ids[0, 1:, None])[:, 0].tolist())
+    for row, prompt in zip(logits, prompts, strict=True):
+        scores = row[: len(prompt) - 1].float().log_softmax(-1)
+        result.append(scores.gather(-1, torch.tensor(prompt)[1:, None])[:, 0].tolist())
     return result
+
+
+def _logits(model: Any, prompts: list[list[int]]) -> torch.Tensor:
+    """The logits of prompts of several lengths: (prompts, tokens of the longest, vocabulary).
+
+    They are filled up on the right, where no token of a causal model looks; what stands there is to be ignored.
+    """
+    longest = max(map(len, prompts))
+    ids = torch.zeros(len(prompts), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, : len(prompt)] = torch.tensor(prompt)
+        mask[row, : len(prompt)] = 1
+    logits: torch.Tensor = model(input_ids=ids, attention_mask=mask).logits
+    return logits
 
 
 @torch.no_grad()
 def _verdicts(model: PeftModel, tokenizer: Any) -> Iterator[VerdictProbe]:
-    """The judge's verdicts on `COMPARISONS` in both orders, without those that cannot be read."""
-    for question, first, second in COMPARISONS:
-        for pair in ((first, second), (second, first)):
-            messages = judge_protocol.comparison(question, *pair, nonce=_NONCE)
-            ids = torch.tensor([_as_prompt(tokenizer, messages)])
-            top = model(input_ids=ids).logits[0, -1].float().log_softmax(-1).topk(_CANDIDATES)
-            spelled = [tokenizer.decode([token]) for token in top.indices.tolist()]
-            p = judge_protocol.read_verdict(dict(zip(spelled, top.values.tolist(), strict=True)))
-            if p is not None:
-                yield VerdictProbe(messages=messages, p=round(p, 6))
+    """The judge's verdicts on `COMPARISONS` in both orders; those that cannot be read are left out."""
+    chats = [
+        judge_protocol.comparison(question, *pair, nonce=_NONCE)
+        for question, first, second in COMPARISONS
+        for pair in ((first, second), (second, first))
+    ]
+    prompts = [_as_prompt(tokenizer, messages) for messages in chats]
+    for messages, prompt, row in zip(chats, prompts, _logits(model, prompts), strict=True):
+        top = row[len(prompt) - 1].float().log_softmax(-1).topk(_CANDIDATES)
+        spelled = [tokenizer.decode([token]) for token in top.indices.tolist()]
+        p = judge_protocol.read_verdict(dict(zip(spelled, top.values.tolist(), strict=True)))
+        if p is not None:
+            yield VerdictProbe(messages=messages, p=round(p, 6))
 
 
 def _as_prompt(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:

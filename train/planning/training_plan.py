@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.family import Shape, active_parameters, base_parameters
 from mixfuse.contracts.files import read_json
-from mixfuse.contracts.mixtral import Shape, active_parameters, base_parameters
 from mixfuse.train.planning import memory
 from mixfuse.train.planning.memory import FP32, Batch, Moment
 from mixfuse.train.planning.zero3_gathers import Gathered, Parameter, Thresholds, replay
