@@ -1,4 +1,4 @@
-"""The memory that the docs and the headers of the configs name is what `mixfuse plan` prints."""
+"""What the docs and the recipes' headers say of memory is what the planner says."""
 
 import re
 import shlex
@@ -10,20 +10,21 @@ from mixfuse.cli.entry import main
 
 ROOT = Path(__file__).parent.parent
 DOC = ROOT / "docs" / "planning.md"
-# Other configs (members of a fusion, sources of pairs, tasks) take no memory that can be planned.
-PLANNED = sorted(path for stem in ("domain_sft", "judge_dpo", "serve*") for path in ROOT.glob(f"configs/*/{stem}.yaml"))
+WITHOUT_MEMORY = ("fusion", "pairs", "tasks")
+"""Configs that need no memory of their own."""
+CONFIGS = sorted(path for path in (ROOT / "configs").glob("*/*.yaml") if path.stem not in WITHOUT_MEMORY)
 HEADER = re.compile(r"^# Memory: +(.*)$", re.MULTILINE)
 
 
 def commands() -> list[tuple[str, str]]:
-    """Each command of the docs' console blocks, with the output shown below it."""
-    shown = []
+    """Each command of the docs' console blocks, and what it is said to print."""
+    found = []
     for block in re.findall(r"^```console\n(.*?)^```", DOC.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
         for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
             joined = part.replace("\\\n", " ")
             command, _, printed = joined.partition("\n")
-            shown.append((command, printed.rstrip()))
-    return shown
+            found.append((command, printed.rstrip()))
+    return found
 
 
 def printed(command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
@@ -47,19 +48,14 @@ def test_the_docs_show_what_the_commands_print(
     assert {match[1] for match in nodes if match} == {"1", "2", "4"}
 
 
-def test_each_model_has_recipes_and_a_serve_config() -> None:
-    assert {path.parent.name for path in PLANNED} == {"tiny", "mixtral-8x7b", "mixtral-8x22b"}
-    for path in PLANNED:
-        assert {"domain_sft.yaml", "judge_dpo.yaml", "serve.yaml"} <= {file.name for file in path.parent.iterdir()}
-
-
-@pytest.mark.parametrize("path", PLANNED, ids=lambda path: f"{path.parent.name}-{path.stem}")
-def test_a_header_names_the_planned_memory(
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_a_recipes_header_is_the_planners(
     path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To renew a header, run its command with --header."""
-    (memory,) = HEADER.findall(path.read_text(encoding="utf-8"))
-    command = re.search(r"GiB.*`(mixfuse plan .*)`", memory)
-    assert command, "the line names no memory or no `mixfuse plan` command"
+    found = HEADER.search(path.read_text(encoding="utf-8"))
+    assert found, f"{path}: the header has no memory line"
+    command = re.search(r"`(mixfuse plan .*)`", found[1])
+    assert command, f"{path}: the header's memory names no `mixfuse plan` command"
     assert str(path.relative_to(ROOT)) in command[1]
-    assert printed(f"{command[1]} --header", capsys, monkeypatch) == memory
+    assert printed(f"{command[1]} --header", capsys, monkeypatch) == found[1]

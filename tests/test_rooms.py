@@ -23,7 +23,7 @@ PACKAGE = ROOT / "mixfuse"
 HEAVY = ("torch", "transformers", "vllm", "deepspeed", "datasets", "peft", "trl", "wandb")
 GROUND = "contracts"
 # The links under mixfuse/ lead to the contracts and the rooms; the folders beside them are the roof.
-LINKED = {path.name for path in PACKAGE.iterdir() if path.is_symlink()}
+LINKED = {path.name for path in PACKAGE.iterdir() if path.is_symlink() and (path / "__init__.py").exists()}
 ROOMS = LINKED - {GROUND}
 ROOF = {path.name for path in PACKAGE.iterdir() if path.is_dir() and not path.is_symlink()} - {"__pycache__"}
 # Folders with Python files that are no part of the package.
