@@ -6,7 +6,6 @@ alone.
 """
 
 import math
-import re
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,12 +17,10 @@ from rich.progress import track
 
 from mixfuse.contracts import adapter as contract
 from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.families import family_named
 from mixfuse.contracts.files import read_json
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_MODULE = re.compile(
-    r"\.layers\.(?P<layer>\d+)\.(?:self_attn|block_sparse_moe\.experts\.(?P<expert>\d+))\.(?P<projection>\w+)$"
-)
 
 
 class Place(NamedTuple):
@@ -113,6 +110,7 @@ class Factors:
 
     Attributes:
         manifest: Its manifest.
+        family: The base's.
         config: PEFT's.
         scale: alpha/r.
         places: The name of each module, in PEFT's words and without `.lora_A.weight` → where it lies.
@@ -124,6 +122,7 @@ class Factors:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.manifest = contract.verify(directory)
+        self.family = family_named(self.manifest.model_type)
         self.config: dict[str, Any] = read_json(directory / contract.CONFIG)
         self.scale = float(self.config["lora_alpha"]) / self.manifest.rank
         self._file = TensorFile(directory / contract.WEIGHTS)
@@ -155,9 +154,11 @@ class Factors:
                 )
 
     def _place(self, name: str) -> Place:
-        found = _MODULE.search(name)
+        found = self.family.adapter_module.search(name)
         if found is None:
-            raise MixfuseError(f"{self.directory}: {name} is no module of Mixtral that LoRA is for", kind="adapter")
+            raise MixfuseError(
+                f"{self.directory}: {name} is no module of {self.family.title} that LoRA is for", kind="adapter"
+            )
         expert = found["expert"]
         return Place(int(found["layer"]), None if expert is None else int(expert), found["projection"])
 
