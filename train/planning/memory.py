@@ -187,8 +187,8 @@ def attention_saved(shape: Shape, batch: Batch, w: int, lora: Lora, *, cuda: boo
 def moe_saved(shape: Shape, batch: Batch, w: int, lora: Lora) -> int:
     """What a MoE block and the norm before it keep: x, the experts' first products, LoRA's, the routing.
 
-    w·(T·H + T·K·(2I + 2r)) + 4·T·H + routing; `train/model/expert_lora.py` saves the product before the activation
-    function and nothing after.
+    w·(T·H + T·K·(2I + 2r)) + 4·T·H + routing, with gate weights in float32; `train/model/expert_lora.py` saves the
+    product before the activation function and nothing after.
     """
     _, H, I, E, K, *_ = shape  # noqa: N806, E741
     T = batch.T  # noqa: N806
