@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mixfuse.cli.entry import LAUNCHERS as LAUNCHER_FLAGS
+from mixfuse.cli.launch import LAUNCHERS as LAUNCHER_FLAGS
 
 ROOT = Path(__file__).parents[2]
 

@@ -113,7 +113,7 @@ def test_what_an_assistant_says_cannot_move_the_mask(tokenizer: Any) -> None:
         ("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}", "would not learn to stop"),
         (
             "{% for m in messages %}{{ m['content'] | upper + eos_token }}{% endfor %}",
-            r"changes what the assistant said \('White.'…\)",
+            r"changes the assistant's content \('White.'…\)",
         ),
         ("{{ messages[1]['content'] }}", "leaves out an assistant's turn"),
         ("{{ raise_exception('roles must alternate') }}", "refuses the chat: roles must alternate"),

@@ -1,8 +1,7 @@
-"""The factors of an adapter directory, read a module at a time, and what can be said of B·A without building it.
+"""The factors of an adapter directory, read a module at a time, and inner products of B·A without building it.
 
 A module's change to the base is Δ = (alpha/r)·B·A, as large as the base's own matrix: 400 MB in float32 for one of
-8x22B's. Its norm and the inner product of two of them need matrices of r columns
-alone.
+8x22B's. Its norm, and the inner product of two changes, need only matrices of r columns.
 """
 
 import math
@@ -24,7 +23,7 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 
 class Place(NamedTuple):
-    """Where in the model a module lies; `expert` is None for attention."""
+    """Where in the model a module is; `expert` is None for attention."""
 
     layer: int
     expert: int | None
@@ -32,12 +31,12 @@ class Place(NamedTuple):
 
     @property
     def order(self) -> tuple[int, int, str]:
-        """Sorts places as the model computes: attention before experts."""
+        """A sort key in the order of computation: attention before experts."""
         return self.layer, -1 if self.expert is None else self.expert, self.projection
 
 
 class Pair(NamedTuple):
-    """The factors of one module, float32; the scale alpha/r is in `b` already.
+    """The factors of one module, float32; `b` includes the scale alpha/r.
 
     Attributes:
         a: (r, in).
@@ -51,10 +50,10 @@ class Pair(NamedTuple):
 class TensorFile:
     """A safetensors file, read tensor by tensor with plain reads.
 
-    Pages of a memory-mapped file would count as this process's memory until the kernel wants them back.
+    Pages of a memory-mapped file would count as this process's memory until the kernel reclaims them.
 
     Raises:
-        MixfuseError: The file is not whole.
+        MixfuseError: The file is truncated or has a broken header.
     """
 
     def __init__(self, path: Path) -> None:
@@ -62,13 +61,13 @@ class TensorFile:
         self.header = contract.safetensors_header(path)
         end = max((tensor["data_offsets"][1] for tensor in self.header.values()), default=0)
         self.data = path.stat().st_size - end
-        """Where the first tensor's bytes begin."""
+        """Offset of the first tensor's bytes."""
 
     def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
-        """Reads a tensor, or some rows of it, in its own dtype.
+        """Reads a tensor, or some of its rows, in its own dtype.
 
         Raises:
-            MixfuseError: It is quantised.
+            MixfuseError: The tensor is quantised.
         """
         tensor = self.header[name]
         height, *inner = tensor["shape"]
@@ -83,10 +82,10 @@ class TensorFile:
         return torch.frombuffer(content, dtype=self.dtype(name)).reshape(stop - start, *inner)
 
     def dtype(self, name: str) -> torch.dtype:
-        """A tensor's type.
+        """A tensor's dtype.
 
         Raises:
-            MixfuseError: It is none of plain floats.
+            MixfuseError: The dtype is not a plain float.
         """
         stored = self.header[name]["dtype"]
         if stored not in _DTYPES:
@@ -98,12 +97,12 @@ class TensorFile:
         return _DTYPES[stored]
 
     def count(self) -> int:
-        """How many numbers the file holds."""
+        """The number of elements in the file."""
         return sum(math.prod(tensor["shape"]) for tensor in self.header.values())
 
 
 class Factors:
-    """An adapter directory, verified; its modules' factors are read when they are asked for.
+    """An adapter directory, verified. A module's factors are read on access.
 
     Args:
         directory: The adapter directory.
@@ -111,12 +110,12 @@ class Factors:
     Attributes:
         manifest: Its manifest.
         family: The base's.
-        config: PEFT's.
+        config: PEFT's config.
         scale: alpha/r.
-        places: The name of each module, in PEFT's words and without `.lora_A.weight` → where it lies.
+        places: The name of each module, as PEFT writes it without `.lora_A.weight` → where the module is.
 
     Raises:
-        MixfuseError: The directory is not right.
+        MixfuseError: The directory is damaged, or not an adapter directory.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -140,37 +139,37 @@ class Factors:
         return shape
 
     def _check_experts(self) -> None:
-        found: dict[int, set[tuple[int, str]]] = defaultdict(set)
+        projections: dict[int, set[tuple[int, str]]] = defaultdict(set)
         for place in self.places.values():
             if place.expert is not None:
-                found[place.layer].add((place.expert, place.projection))
-        experts = 1 + max((expert for members in found.values() for expert, _ in members), default=0)
-        for layer, members in found.items():
+                projections[place.layer].add((place.expert, place.projection))
+        experts = 1 + max((expert for members in projections.values() for expert, _ in members), default=0)
+        for layer, members in projections.items():
             if len(members) < 3 * experts:  # exported by the first version of mixfuse
                 raise MixfuseError(
-                    f"{self.directory}: layer {layer} has factors of some experts only; bring it up to date with: "
+                    f"{self.directory}: layer {layer} has factors of some experts only; export it again with: "
                     f"mixfuse adapter export {self.directory} OUT",
                     kind="adapter",
                 )
 
     def _place(self, name: str) -> Place:
-        found = self.family.adapter_module.search(name)
-        if found is None:
+        match = self.family.adapter_module.search(name)
+        if match is None:
             raise MixfuseError(
-                f"{self.directory}: {name} is no module of {self.family.title} that LoRA is for", kind="adapter"
+                f"{self.directory}: {name} is not a module of {self.family.title} that LoRA adapts", kind="adapter"
             )
-        expert = found["expert"]
-        return Place(int(found["layer"]), None if expert is None else int(expert), found["projection"])
+        expert = match["expert"]
+        return Place(int(match["layer"]), None if expert is None else int(expert), match["projection"])
 
 
-def inner_product(one: Pair, other: Pair) -> float:
+def inner_product(first: Pair, second: Pair) -> float:
     """⟨Δ₁, Δ₂⟩ = Σ (B₁ᵀB₂) ∘ (A₁A₂ᵀ), in float64: the sum runs over r₁·r₂ numbers."""
-    left = one.b.double().T @ other.b.double()
-    right = one.a.double() @ other.a.double().T
+    left = first.b.double().T @ second.b.double()
+    right = first.a.double() @ second.a.double().T
     return float((left * right).sum())
 
 
-def tracked(names: Iterable[str], doing: str) -> Iterable[str]:
-    """The names, with a progress bar on standard error where that is a terminal."""
+def with_progress(names: Iterable[str], description: str) -> Iterable[str]:
+    """The names, with a progress bar on standard error if that is a terminal."""
     console = Console(stderr=True)
-    return track(list(names), doing, console=console, transient=True, disable=not console.is_terminal)
+    return track(list(names), description, console=console, transient=True, disable=not console.is_terminal)

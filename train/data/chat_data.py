@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.files import atomic_directory, read_json, sha256_file, sha256_json, write_json
 from mixfuse.train.data.chats import chats
-from mixfuse.train.data.loss_mask import encode
+from mixfuse.train.data.loss_mask import Encoded, encode
 from mixfuse.train.data.packing import documents, mixed, packed
 from mixfuse.train.recipe import DataSource, SftRecipe
 
@@ -30,13 +30,13 @@ _FACTS = "facts.json"
 
 
 class ChatData(NamedTuple):
-    """What SFT trains on.
+    """The data of an SFT run.
 
     Attributes:
         train: Rows of `{documents: [{id, input_ids, labels}]}`, one document a row or, packed, several.
-        evaluation: Rows of `{id, input_ids, labels}` that are held out, or nothing.
-        chats: How many chats there are to train on.
-        table: The chats as they are drawn, not packed: rows of `{id, input_ids, labels, …}`, memory-mapped.
+        evaluation: Held-out rows of `{id, input_ids, labels}`, or None.
+        chats: Number of training chats.
+        table: The training chats in their order, not packed: rows of `{id, input_ids, labels, …}`, memory-mapped.
     """
 
     train: "Dataset"
@@ -46,14 +46,14 @@ class ChatData(NamedTuple):
 
 
 def chat_data(recipe: SftRecipe, tokenizer: Any, *, resuming: bool = False) -> ChatData:
-    """Prepares the run's data, or finds it prepared: every process may call this, rank 0 does the work.
+    """Prepares the run's data, or loads it if it is prepared. Every process calls this; rank 0 does the work.
 
-    The tokens are kept in `OUT/data`, beside a digest of everything they depend on.
+    The tokens are in `OUT/data`, beside a digest of everything they depend on.
 
     Args:
-        recipe: Says which data, and what becomes of it.
-        tokenizer: The base's.
-        resuming: There is a checkpoint: data that has changed since is refused.
+        recipe: The run's recipe.
+        tokenizer: The base's tokenizer.
+        resuming: Whether there is a checkpoint; then data that has changed since is refused.
 
     Raises:
         MixfuseError: A data set is missing, malformed or has changed, or no chat is left to train on.
@@ -70,13 +70,13 @@ def chat_data(recipe: SftRecipe, tokenizer: Any, *, resuming: bool = False) -> C
             with atomic_directory(folder, replace=True) as temporary:
                 _prepare(recipe, tokenizer, temporary, digest)
         else:
-            while _prepared(folder) != digest:  # however long rank 0 takes: no collective that would time out
+            while _prepared(folder) != digest:  # polled, because a collective would time out while rank 0 works
                 time.sleep(0.2)
     return _load(recipe, folder)
 
 
 def _digest(recipe: SftRecipe, tokenizer: Any) -> str:
-    """Of the bytes of every file, and of what decides how they are tokenised and divided."""
+    """A digest of the bytes of every file, and of every setting that affects how they are tokenised and divided."""
     evaluation = recipe.evaluation
     sources = [*recipe.data, *((evaluation.data if evaluation else None) or ())]
     return sha256_json(
@@ -102,18 +102,18 @@ def _prepare(recipe: SftRecipe, tokenizer: Any, folder: Path, digest: str) -> No
         data = _tokenised(source, recipe, tokenizer, folder / "work")
         if evaluation and evaluation.share is not None:
             held_out = data["held_out"][:]
-            for side, wanted in (("train", False), ("evaluation", True)):
-                indices = [index for index, held in enumerate(held_out) if held is wanted]
+            for side, is_evaluation in (("train", False), ("evaluation", True)):
+                indices = [index for index, held in enumerate(held_out) if held is is_evaluation]
                 if indices:
                     data.select(indices).save_to_disk(folder / f"{side}-{number:03d}")
             if all(held_out):
-                raise MixfuseError(f"{source.name}: every chat fell to the held-out share; lower evaluation.share")
+                raise MixfuseError(f"{source.name}: every chat is in the held-out share; lower evaluation.share")
         else:
             data.save_to_disk(folder / f"train-{number:03d}")
     for number, source in enumerate((evaluation.data if evaluation else None) or ()):
         _tokenised(source, recipe, tokenizer, folder / "work").save_to_disk(folder / f"evaluation-{number:03d}")
     if evaluation and not any(folder.glob("evaluation-*")):
-        raise MixfuseError("no chat fell to the held-out share; raise evaluation.share or name evaluation.data")
+        raise MixfuseError("no chat is in the held-out share; raise evaluation.share or name evaluation.data")
     shutil.rmtree(folder / "work")
     write_json(folder / _FACTS, {"digest": digest})
 
@@ -161,30 +161,35 @@ def _tokenised(source: DataSource, recipe: SftRecipe, tokenizer: Any, work: Path
         }
     )
     data = _generate(Dataset, read, shape, work)
-    # One process is none of `datasets`' own: a fork after the model's libraries have started threads is best avoided.
-    several = recipe.data_processes if recipe.data_processes > 1 else None
-    done = data.map(
-        tokenise, batched=True, remove_columns=data.column_names, features=features, num_proc=several, desc="tokenising"
+    # None avoids a fork, which is unsafe after the model's libraries have started threads.
+    processes = recipe.data_processes if recipe.data_processes > 1 else None
+    tokenised = data.map(
+        tokenise,
+        batched=True,
+        remove_columns=data.column_names,
+        features=features,
+        num_proc=processes,
+        desc="tokenising",
     )
-    left_out = len(data) - len(done)
+    left_out = len(data) - len(tokenised)
     if left_out:
         print(
             f"{source.name}: left out {left_out} of {len(data)} chats "
             + (
                 f"longer than {recipe.max_length} tokens"
                 if recipe.truncation == "drop"
-                else f"of which nothing to learn was left within {recipe.max_length} tokens"
+                else f"with no token to learn from within {recipe.max_length} tokens"
             )
         )
-    if not len(done):
+    if not len(tokenised):
         raise MixfuseError(f"{source.name}: no chat fits max_length {recipe.max_length}; raise it")
-    return done
+    return tokenised
 
 
 def _generate(
     dataset: "type[Dataset]", read: Callable[[], Iterator[dict[str, Any]]], shape: Any, work: Path
 ) -> "Dataset":
-    """`Dataset.from_generator`, whose own error hides ours."""
+    """`Dataset.from_generator`, with our error in place of the one that it raises around ours."""
     from datasets.exceptions import DatasetGenerationError
 
     try:
@@ -195,15 +200,15 @@ def _generate(
         raise
 
 
-def truncate(encoded: Any, length: int, side: str) -> Any:
+def truncate(encoded: Encoded, length: int, side: str) -> Encoded:
     """A chat of at most `length` tokens: `left` cuts its beginning, `right` its end, `drop` everything."""
-    kept = {"left": slice(-length, None), "right": slice(length), "drop": slice(0)}[side]
-    ids, labels = encoded.input_ids[kept], encoded.labels[kept]
-    return type(encoded)(ids, [-100, *labels[1:]] if labels else [])
+    part = {"left": slice(-length, None), "right": slice(length), "drop": slice(0)}[side]
+    ids, labels = encoded.input_ids[part], encoded.labels[part]
+    return Encoded(ids, [-100, *labels[1:]] if labels else [])
 
 
 def is_held_out(key: str, share: float) -> bool:
-    """Whether what has this key belongs to the held-out share: a hash decides, so equal keys stand on one side."""
+    """Whether an example with this key is in the held-out share. A hash decides, so equal keys are on the same side."""
     return int(hashlib.sha256(f"evaluation:{key}".encode()).hexdigest()[:8], 16) < share * 16**8
 
 

@@ -15,9 +15,9 @@ class Chat(NamedTuple):
     """A checked chat.
 
     Attributes:
-        id: The row's `id`, or where it stands.
+        id: The row's `id`, or its place.
         messages: `{role, content}` each; the last is the assistant's.
-        where: File and line, or name and row, for messages.
+        where: The row's place (file and line, or name and row), for error messages.
     """
 
     id: str
@@ -29,17 +29,17 @@ def chats(source: DataSource) -> Iterator[Chat]:
     """Reads and checks the chats of a data set.
 
     Raises:
-        MixfuseError: As `rows`, or a row is no chat that ends with the assistant's message.
+        MixfuseError: The data set cannot be read, or a row is not a chat that ends with the assistant's message.
     """
     for where, row in rows(source):
         yield Chat(str(row.get("id", where)), _messages(row, source.format, where), where)
 
 
 def check_chats(sources: Sequence[DataSource]) -> None:
-    """Reads every chat once, keeping none.
+    """Reads every chat once and keeps none.
 
     Raises:
-        MixfuseError: As `chats`.
+        MixfuseError: The same as `chats`.
     """
     for source in sources:
         for _ in chats(source):
@@ -47,7 +47,7 @@ def check_chats(sources: Sequence[DataSource]) -> None:
 
 
 def _messages(row: dict[str, Any], form: str, where: str) -> list[dict[str, str]]:
-    """The messages of a row of any format, checked."""
+    """The messages of a row in any of the formats, checked."""
     if form == "auto":
         if "messages" not in row and "conversations" in row:
             form = "sharegpt"

@@ -1,9 +1,9 @@
-"""Which tokens of a chat the loss is on: what the assistant must say, its end-of-turn token included.
+"""Which tokens of a chat carry the loss: those that the assistant must generate, including its end-of-turn token.
 
-A template with `{% generation %}` marks says so itself. Most have none (Mixtral's do not), so the turns are found in
-the rendered text: the chat is rendered once more with a placeholder for each thing the assistant says, and what stands
-between the placeholders is what the template adds. That holds where rendering a chat's beginning does not give the
-beginning of the rendered chat, such as in templates that put the system message into the last user turn.
+A template with `{% generation %}` marks names them itself. Most have no marks (Mixtral's do not), so the turns are
+located in the rendered text. The chat is rendered once more with a placeholder for each of the assistant's messages;
+the text between the placeholders is what the template adds. This works even if rendering the beginning of a chat does
+not give the beginning of the rendered chat, as in templates that put the system message into the last user turn.
 """
 
 import re
@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 from mixfuse.contracts.errors import MixfuseError
 
-IGNORED = -100  # torch's cross entropy passes over this label
+IGNORED = -100  # torch's cross entropy ignores this label
 _PRIVATE_USE = range(0xE000, 0xF8FF)
 _MARK = re.compile(r"\{%-?\s*generation\b")
 
@@ -23,7 +23,7 @@ class Encoded(NamedTuple):
 
     Attributes:
         input_ids: (L,) tokens of the whole chat.
-        labels: (L,) the same where the loss is, elsewhere -100; the first is always -100, as nothing comes before it.
+        labels: (L,) the token where there is a loss, -100 elsewhere. The first is always -100: nothing predicts it.
     """
 
     input_ids: list[int]
@@ -31,7 +31,7 @@ class Encoded(NamedTuple):
 
     @property
     def learns(self) -> bool:
-        """Whether there is a token to learn from."""
+        """Whether any token carries a loss."""
         return any(label != IGNORED for label in self.labels)
 
 
@@ -39,9 +39,9 @@ class Span(NamedTuple):
     """An assistant's turn in a rendered chat, in characters.
 
     Attributes:
-        start: Where the turn's generation begins: after the header that a generation prompt ends with.
-        end: Where what the assistant said ends, and what closes the turn begins.
-        following: Where the next thing said by an assistant begins, or the text ends.
+        start: Start of the generated text: after the header that ends a generation prompt.
+        end: End of the assistant's content, where the text that closes the turn begins.
+        following: Start of the assistant's next content, or the end of the text.
     """
 
     start: int
@@ -50,16 +50,16 @@ class Span(NamedTuple):
 
 
 def encode(messages: list[dict[str, str]], tokenizer: Any, loss_on: Literal["all", "last"]) -> Encoded:
-    """Tokenises a chat and labels what the assistant says.
+    """Tokenises a chat and labels the assistant's tokens.
 
     Args:
         messages: `{role, content}` each; the last is the assistant's.
-        tokenizer: With a chat template.
+        tokenizer: A fast tokenizer with a chat template.
         loss_on: Every assistant turn, or the last one.
 
     Raises:
-        MixfuseError: The template refuses the chat, changes what an assistant said, or closes its turns with no token
-            of their own, so that a model could not learn to stop.
+        MixfuseError: The template refuses the chat, changes an assistant's content, or closes its turns without a
+            special token, so that a model could not learn to stop.
     """
     text = render(messages, tokenizer)
     mask = _marked(messages, tokenizer) if _MARK.search(tokenizer.chat_template) else None
@@ -81,7 +81,7 @@ def encode(messages: list[dict[str, str]], tokenizer: Any, loss_on: Literal["all
 
 
 def render(messages: list[dict[str, str]], tokenizer: Any, **keys: Any) -> str:
-    """The chat template's text.
+    """The chat as text, by the tokenizer's template.
 
     Raises:
         MixfuseError: The template refuses the chat.
@@ -98,52 +98,53 @@ def spans(messages: list[dict[str, str]], text: str, tokenizer: Any) -> list[Spa
     """The assistant's turns in `text`, the rendered `messages`.
 
     Raises:
-        MixfuseError: What an assistant said does not stand in the text as it was said.
+        MixfuseError: An assistant's content is not in the text unchanged.
     """
-    said = [message["content"] for message in messages if message["role"] == "assistant"]
+    contents = [message["content"] for message in messages if message["role"] == "assistant"]
     everything = "".join(message["content"] for message in messages)
     free = (chr(code) for code in _PRIVATE_USE if chr(code) not in everything)
-    placeholders = [next(free) for _ in said]
+    placeholders = [next(free) for _ in contents]
     filled = iter(placeholders)
     between = render([{**m, "content": next(filled)} if m["role"] == "assistant" else m for m in messages], tokenizer)
     pieces: list[str] = []
     for placeholder in placeholders:
-        piece, found, between = between.partition(placeholder)
-        if not found:
+        piece, separator, between = between.partition(placeholder)
+        if not separator:
             raise MixfuseError("the base's chat template leaves out an assistant's turn; the loss mask cannot be found")
         pieces.append(piece)
     pieces.append(between)
     header = _header(tokenizer, tokenizer.chat_template)
-    contents: list[tuple[int, int]] = []
+    content_spans: list[tuple[int, int]] = []
     starts: list[int] = []
     position = 0
-    for piece, content, following in zip(pieces, said, pieces[1:], strict=False):
+    for piece, content, following in zip(pieces, contents, pieces[1:], strict=False):
         position += len(piece)
         candidates = (content, content.strip(), content.lstrip(), content.rstrip())
         fits = (c for c in candidates if text.startswith(c + following, position))
         shown = next(fits, None) if text.startswith(piece, position - len(piece)) else None
         if shown is None:
             raise MixfuseError(
-                f"the base's chat template changes what the assistant said ({content[:40]!r}…); the loss mask cannot "
+                f"the base's chat template changes the assistant's content ({content[:40]!r}…); the loss mask cannot "
                 "be found; mark the turns in the template with {% generation %} … {% endgeneration %}"
             )
-        # What stands between a generation prompt's end and the content is generated too: white space that is a token
-        # of its own or part of the first word, or an empty thought.
+        # Text between the end of a generation prompt and the content is generated too: white space that is a token
+        # or part of the first word, or an empty thought.
         after = piece.rpartition(header)[2] if header and header in piece else piece[len(piece.rstrip()) :]
         starts.append(position - len(after))
-        contents.append((position, position + len(shown)))
+        content_spans.append((position, position + len(shown)))
         position += len(shown)
-    followings = [start for start, _ in contents[1:]] + [len(text)]
+    followings = [start for start, _ in content_spans[1:]] + [len(text)]
     return [
-        Span(start, end, following) for start, (_, end), following in zip(starts, contents, followings, strict=True)
+        Span(start, end, following)
+        for start, (_, end), following in zip(starts, content_spans, followings, strict=True)
     ]
 
 
 @lru_cache(maxsize=4)
 def _header(tokenizer: Any, template: str) -> str:
-    """What a generation prompt adds to a chat, e.g. ChatML's `<|im_start|>assistant`; nothing in Mistral's templates.
+    """The text that a generation prompt adds, e.g. ChatML's `<|im_start|>assistant`; empty in Mistral's templates.
 
-    `template` is the tokenizer's, and part of the key.
+    `template` is the tokenizer's; it is an argument so that the cache's key holds it.
     """
     probe = [{"role": "user", "content": "a"}]
     without, added = render(probe, tokenizer), render(probe, tokenizer, add_generation_prompt=True)
@@ -180,6 +181,6 @@ def _marked(messages: list[dict[str, str]], tokenizer: Any) -> list[int]:
 
 
 def _runs(mask: list[int]) -> list[tuple[int, int]]:
-    """Where the mask is 1: (first, after the last) of each stretch."""
+    """The stretches where the mask is 1, each as (first, after the last)."""
     edges = [i for i, (a, b) in enumerate(pairwise([0, *mask, 0])) if a != b]
     return list(zip(edges[::2], edges[1::2], strict=True))

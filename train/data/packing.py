@@ -10,19 +10,19 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from torch import Tensor
 
-PACKING_WINDOW = 4096  # chats that are packed together; each window leaves about one row half empty
+PACKING_WINDOW = 4096  # chats packed together; each window leaves about one row half empty
 
 
 def mixed(lengths: Sequence[int], weights: Sequence[float], seed: int) -> Sequence[int]:
-    """The order in which the rows of several data sets, laid end to end, are drawn by weight.
+    """The order in which rows of several concatenated data sets are drawn by weight.
 
     Args:
         lengths: Rows of each data set.
-        weights: In proportion to these rows are drawn, until every data set has been read once.
-        seed: Of the draw.
+        weights: Rows are drawn in proportion to these, until every data set has been read once.
+        seed: Seed of the draw.
 
     Returns:
-        Row numbers; one data set keeps its order.
+        Row numbers. A single data set keeps its order.
     """
     if len(lengths) == 1:
         return range(lengths[0])
@@ -43,10 +43,10 @@ def packed(lengths: Sequence[int], capacity: int, seed: int) -> list[list[int]]:
     Args:
         lengths: Tokens of each document, none above `capacity`.
         capacity: Tokens of a row.
-        seed: Of the shuffle, without which every row would hold neighbours of the file.
+        seed: Seed of the shuffle, without which each row would hold neighbours in the file.
 
     Returns:
-        The documents of each row. (BFD, as in "Fewer Truncations Improve Language Modeling", arXiv 2404.10830.)
+        The documents of each row (BFD, as in "Fewer Truncations Improve Language Modeling", arXiv 2404.10830).
     """
     order = list(range(len(lengths)))
     random.Random(seed).shuffle(order)  # noqa: S311 - a reproducible order, not a secret
@@ -66,15 +66,15 @@ def packed(lengths: Sequence[int], capacity: int, seed: int) -> list[list[int]]:
 
 
 def documents(table: "Dataset", numbers: Sequence[int], begins: Sequence[int]) -> "Dataset":
-    """A data set of rows that are one or several documents of a table on disk.
+    """A data set whose rows are one or several documents of a table on disk.
 
     Args:
         table: `{id, input_ids, labels, …}`, memory-mapped.
-        numbers: The documents of all rows, end to end.
-        begins: Where each row begins in `numbers`, and where the last one ends.
+        numbers: The documents of all rows, concatenated.
+        begins: The start of each row in `numbers`, and the end of the last one.
 
     Returns:
-        Rows `{documents: [{id, input_ids, labels, …}]}`, put together when they are asked for.
+        Rows `{documents: [{id, input_ids, labels, …}]}`, assembled on access.
     """
     from datasets import Dataset
 
@@ -86,29 +86,29 @@ def documents(table: "Dataset", numbers: Sequence[int], begins: Sequence[int]) -
 
 
 class Collator:
-    """Makes a batch of rows; `ids` of its examples travel along, so that a batch can be named (`stages/trainers.py`).
+    """Makes a batch of rows. It carries the `ids` of its examples, so that errors can name them (`stages/trainers.py`).
 
-    Not packed: documents are padded on the right, (B, L) with an attention mask. Packed: the documents of all rows
-    stand in one row, (1, T) without padding and without an attention mask, for transformers finds the documents by
-    their `position_ids`, which begin at 0 in each, only where there is no mask (`masking_utils`,
-    `find_packed_sequence_indices`); FlashAttention is given their boundaries.
+    Not packed: documents are padded on the right, (B, L), with an attention mask. Packed: the documents of all rows are
+    concatenated, (1, T), without padding and without an attention mask. transformers finds the documents by their
+    `position_ids`, which begin at 0 in each, only if there is no mask (`masking_utils`,
+    `find_packed_sequence_indices`); FlashAttention gets their boundaries.
 
     Args:
-        pad_token_id: Of the padding.
-        packed: One row for all.
+        pad_token_id: The padding token.
+        packed: Whether to concatenate.
     """
 
     def __init__(self, pad_token_id: int, *, packed: bool) -> None:
         self._pad, self._packed = pad_token_id, packed
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """The batch: `input_ids`, `labels`, what places them, and `ids`."""
+        """The batch: `input_ids`, `labels`, `ids`, and an attention mask or positions."""
         import torch
 
-        found = [document for example in examples for document in example.get("documents", [example])]
-        ids = [torch.tensor(document["input_ids"]) for document in found]
-        labels = [torch.tensor(document["labels"]) for document in found]
-        names = [str(document["id"]) for document in found]
+        batch = [document for example in examples for document in example.get("documents", [example])]
+        ids = [torch.tensor(document["input_ids"]) for document in batch]
+        labels = [torch.tensor(document["labels"]) for document in batch]
+        names = [str(document["id"]) for document in batch]
         if self._packed:
             return {**pack_batch(ids, labels), "ids": names}
         pad = torch.nn.utils.rnn.pad_sequence
@@ -121,7 +121,7 @@ class Collator:
 
 
 def pack_batch(ids: "list[Tensor]", labels: "list[Tensor]") -> dict[str, Any]:
-    """Several documents, each (L_i,), as one row (1, T) with what tells attention where each begins."""
+    """Concatenates documents, each (L_i,), to one row (1, T), with their positions and boundaries for attention."""
     import torch
 
     lengths = torch.tensor([len(i) for i in ids])

@@ -12,25 +12,29 @@ from mixfuse.train.recipe import DataSource
 def rows(source: DataSource, *, required: Sequence[str] = ()) -> Iterator[tuple[str, dict[str, Any]]]:
     """Reads a data set row by row.
 
+    Args:
+        source: The data set.
+        required: Keys that every row must have.
+
     Yields:
-        Where the row stands, for messages, and the row.
+        The row's place (file and line, or name and number) for messages, and the row.
 
     Raises:
         MixfuseError: The data set is missing, cannot be read or is empty, or a row is malformed.
     """
-    found = False
+    empty = True
     for where, row in _rows(source, required):
-        found = True
+        empty = False
         missing = next((key for key in required if key not in row), None)
         if missing is not None:
             raise MixfuseError(f"{where}: missing key {missing!r}")
         yield where, row
-    if not found:
+    if empty:
         raise MixfuseError(f"{source.name}: the data set is empty")
 
 
 def describe_source(source: DataSource) -> dict[str, Any]:
-    """A data set as `run.json` and a manifest name it: name, sha256 of its file, rows, licence."""
+    """A data set as `run.json` and a manifest describe it: name, SHA-256 of its file, rows, licence."""
     return {
         "name": source.path.name if source.path else source.name,
         "sha256": sha256_file(source.path) if source.path else None,
@@ -75,6 +79,6 @@ def _hub(source: DataSource) -> Any:
         return datasets.load_dataset(str(source.hub), source.subset, split=source.split)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise MixfuseError(
-            f"{source.name}: cannot be loaded from the Hugging Face Hub nor its cache here: {error}; on a machine "
+            f"{source.name}: cannot be loaded from the Hugging Face Hub or its local cache: {error}; on a machine "
             "without the Hub, name a local .jsonl or .parquet file as 'path'"
         ) from None

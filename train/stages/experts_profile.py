@@ -20,18 +20,18 @@ from mixfuse.train.stages.checks import check_recipe
 from mixfuse.train.stages.core import trainer_arguments
 
 
-def profile(recipe_path: Path, overrides: list[str], out: Path | None) -> dict[str, Any]:
+def profile_experts(recipe_path: Path, overrides: list[str], out: Path | None) -> dict[str, Any]:
     """Runs `mixfuse experts profile`: measures, prints a table, writes `experts.json` and `experts.png`.
 
-    Started alone it loads the base whole; started by torchrun it takes part in a partitioned one, as training does.
+    A single process loads the whole base. Under torchrun, the processes partition it, as in training.
 
     Args:
         recipe_path: An SFT or a judge recipe.
         overrides: `dotted.key=value` strings.
-        out: The folder to write into; by default beside the recipe's `out`, with `-experts` added.
+        out: The output folder; by default the recipe's `out` with `-experts` added to its name.
 
     Returns:
-        What `experts.json` holds.
+        The content of `experts.json`.
 
     Raises:
         MixfuseError: The recipe or its data is bad.
@@ -39,17 +39,18 @@ def profile(recipe_path: Path, overrides: list[str], out: Path | None) -> dict[s
     kind = kind_of(recipe_path, overrides)
     recipe = load_recipe(recipe_path, kind, overrides)
     check_recipe(recipe)
-    alive = None
-    if worker.launched():
+    partitioned = worker.launched()
+    if partitioned:
         worker.prepare(recipe.threads, wandb=recipe.wandb)
         from trl import SFTConfig
 
-        alive = SFTConfig(**trainer_arguments(recipe))  # makes the ZeRO-3 config alive while the base is loaded
+        # transformers partitions a model while it loads as long as such a config lives.
+        zero3_config = SFTConfig(**trainer_arguments(recipe))  # noqa: F841
     tokenizer = load_tokenizer(recipe.base)
     out = out or recipe.out.with_name(recipe.out.name + "-experts")
     rows = _rows(recipe, tokenizer, out)
     model: Any = load_base(recipe.base, getattr(torch, recipe.dtype))
-    if alive is None and torch.cuda.is_available():
+    if not partitioned and torch.cuda.is_available():
         model = model.to("cuda")
     load = measure(model, sample(rows, tokenizer, recipe), micro_batch=recipe.optimizer.micro_batch)
     chosen = choose(load, recipe.lora.expert_share)
@@ -99,12 +100,12 @@ def _print_table(load: Load, chosen: Chosen, share: float) -> None:
         ]
         table.add_row(str(layer), *cells)
     console = Console()
-    # Into a file or a pipe, a table is not cut to a terminal that is not there.
+    # In a file or a pipe, the table is as wide as it needs to be.
     console.print(table, width=None if console.is_terminal else 12 + 16 * len(load.gate_share[0]))
 
 
 def _rows(recipe: TrainRecipe, tokenizer: Any, out: Path) -> Sequence[Any]:
-    """The rows that training would read; chats' tokens are written below `out`."""
+    """The rows that training would read; tokenised chats are written below `out`."""
     rows: Any
     if isinstance(recipe, SftRecipe):
         rows = chat_data(recipe.model_copy(update={"out": out}), tokenizer).table

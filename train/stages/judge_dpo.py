@@ -1,7 +1,7 @@
 """The judge: TRL's DPOTrainer on verdict pairs, LoRA on attention and experts, under ZeRO-3.
 
-The reference is the policy with the adapter disabled. Handing TRL a plain model and a PEFT config, rather than a PEFT
-model, is what makes it so: for a PEFT model TRL copies the adapter as the reference (TRL #6043, #6591).
+The reference is the policy with the adapter disabled. That holds only if TRL gets a plain model and a PEFT config: for
+a PEFT model TRL copies the adapter as the reference (TRL #6043, #6591).
 """
 
 from typing import Any, cast
@@ -25,7 +25,7 @@ from mixfuse.train.stages.trainers import JudgeTrainer, NamedPairs, Verdicts, ve
 from mixfuse.train.stages.verdicts import Reference
 
 REFERENCE = "data/reference.json"
-"""In a run's folder until it ends: what the reference says of its comparisons."""
+"""The reference's log-probabilities, in a run's folder until the run ends."""
 
 
 def train(recipe: TrainRecipe) -> None:
@@ -38,8 +38,8 @@ def make_trainer(recipe: JudgeRecipe) -> JudgeTrainer:
     """Builds the trainer; at step 0 its reference log-probabilities equal the policy's.
 
     Raises:
-        MixfuseError: No pair fits `max_length`, the completions are not what the recipe says, or as `read_pairs` and
-            `load_base`.
+        MixfuseError: No pair fits `max_length`, the completions are not what the recipe says, or the data or the base
+            cannot be read.
     """
     dtype = getattr(torch, recipe.dtype)
     tokenizer = load_tokenizer(recipe.base)
@@ -83,23 +83,23 @@ def make_trainer(recipe: JudgeRecipe) -> JudgeTrainer:
 
 
 def verdicts_of(recipe: JudgeRecipe, dataset: Any) -> Verdicts:
-    """What training on verdicts needs.
+    """Collects what training on verdict pairs needs.
 
     Args:
-        recipe: The run's.
+        recipe: The run's recipe.
         dataset: Every comparison that may be trained on, tokenised.
 
     Raises:
-        MixfuseError: A pair's completions begin with the same token, so the verdict is not what comes first.
+        MixfuseError: A pair's completions begin with the same token, so the verdict does not come first.
     """
     rows = verdict_rows(dataset)
     if any(row.chosen == row.rejected for row in rows):
         raise MixfuseError("a pair's completions begin with the same token; set completion: rationale for such pairs")
     margins = dataset["margin"] if recipe.margin else []
-    # An offset δ of the rewards β (policy - reference) is δ / β of the reference's log-probability.
+    # Rewards are β (policy - reference), so an offset δ of the reward is δ / β in the reference's log-probability.
     offsets = {row.key: recipe.margin * margin / recipe.beta for row, margin in zip(rows, margins, strict=False)}
-    own = recipe.out / REFERENCE
-    # The policy that a warm start leaves is the run's alone.
-    path = own if recipe.warm_start or recipe.reference_cache is None else recipe.reference_cache
-    whose = sha256_json([fingerprint(recipe.base).model_dump(), recipe.dtype])
-    return Verdicts(rows, Reference(path, whose), recipe.warm_start, offsets, recipe.consistency)
+    run_file = recipe.out / REFERENCE
+    # After a warm start the reference is this run's own policy, so no other run can share its file.
+    path = run_file if recipe.warm_start or recipe.reference_cache is None else recipe.reference_cache
+    identity = sha256_json([fingerprint(recipe.base).model_dump(), recipe.dtype])
+    return Verdicts(rows, Reference(path, identity), recipe.warm_start, offsets, recipe.consistency)

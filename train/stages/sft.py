@@ -27,13 +27,13 @@ def train(recipe: TrainRecipe) -> None:
     data = chat_data(recipe, tokenizer, resuming=resuming)
     arguments = SFTConfig(
         **trainer_arguments(recipe),
-        dataset_kwargs={"skip_prepare_dataset": True},  # `chat_data` has
-        completion_only_loss=False,  # the labels say where the loss is
+        dataset_kwargs={"skip_prepare_dataset": True},  # `chat_data` has prepared it
+        completion_only_loss=False,  # the labels mark where the loss is
         router_aux_loss_coef=recipe.router_aux_loss_coef,
     )
     model = load_base(recipe.base, dtype, attention=implementation)
     chosen = choose_experts.settle(recipe, model, data.table, tokenizer, resuming=resuming)
-    set_seed(recipe.seed)  # the adapter's start depends on the seed alone, not on what loading drew before
+    set_seed(recipe.seed)  # the adapter's initial values depend on the seed alone, not on what loading drew
     trainer = SftTrainer(
         model=model,
         args=arguments,

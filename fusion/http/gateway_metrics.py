@@ -1,4 +1,4 @@
-"""What a gateway counts, for Prometheus: counters from each finished trace, gauges read when they are asked for."""
+"""The gateway's Prometheus metrics: counters of finished traces, and gauges that are read at each scrape."""
 
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -10,20 +10,20 @@ from prometheus_client.registry import Collector
 from mixfuse.contracts.trace import Trace
 
 if TYPE_CHECKING:
-    from mixfuse.fusion.calls.limits import Guard
+    from mixfuse.fusion.calls.model_limits import Guard
     from mixfuse.fusion.store.traces import TraceStore
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 
 class Metrics:
-    """The metrics of one gateway, in a registry of their own.
+    """The metrics of one gateway, in their own registry.
 
-    Labels are names from the config and the kinds in `calls/failures.py`: what clients send never becomes a label.
+    Labels are names from the config and the kinds in `calls/failures.py`; nothing that a client sends becomes a label.
 
     Args:
         guards: The models' limits, by name; read at each scrape.
-        traces: Whose backlog to show.
+        traces: The trace store; its backlog is a metric.
     """
 
     def __init__(self, guards: Mapping[str, "Guard"], traces: "TraceStore") -> None:
@@ -65,28 +65,28 @@ class Metrics:
                 self._child(self._cost, member).inc(call.cost)
 
     def _child(self, metric: Any, *labels: str) -> Any:
-        """`metric.labels(*labels)`, remembered: the library's own look-up checks the labels and takes a lock."""
+        """Returns `metric.labels(*labels)` from a cache: the library's look-up checks the labels and takes a lock."""
         key = (id(metric), *labels)
-        found = self._children.get(key)
-        if found is None:
-            found = self._children[key] = metric.labels(*labels)
-        return found
+        child = self._children.get(key)
+        if child is None:
+            child = self._children[key] = metric.labels(*labels)
+        return child
 
     def refused(self, kind: str) -> None:
         """Counts a request that was refused before any model was asked."""
         self._refused.labels(kind).inc()
 
-    def show(self, collector: Collector) -> None:
-        """Shows somebody else's figures, too."""
+    def register(self, collector: Collector) -> None:
+        """Adds the metrics of another part of the server."""
         self._registry.register(collector)
 
     def exposition(self) -> bytes:
-        """Everything, in Prometheus' text format."""
+        """Returns all metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
 
 class _Gauges(Collector):
-    """What is so at this moment."""
+    """The state of the models' limits and of the trace store at a scrape."""
 
     def __init__(self, guards: Mapping[str, "Guard"], traces: "TraceStore") -> None:
         self._guards, self._traces = guards, traces

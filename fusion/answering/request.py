@@ -1,49 +1,49 @@
-"""One request under way: what the modes share while they work, and what becomes its trace."""
+"""One request under way: what it asks for, what its mode does with the members, and the trace it ends as."""
 
-import hashlib
 import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
-from typing import Any, Literal
+from typing import Any
 
 from mixfuse.contracts import judge_protocol
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.trace import Citation, Debate, Trace, Verdict
-from mixfuse.fusion.calls.ledger import NOTHING, Spend
+from mixfuse.fusion.answering.candidate import Candidate
+from mixfuse.fusion.answering.response_format import OutputFormat
+from mixfuse.fusion.calls.failures import CallError
+from mixfuse.fusion.calls.ledger import NOTHING, Ledger, Spend
 from mixfuse.fusion.calls.pool import Pool, estimate, fan_out
-from mixfuse.fusion.calls.upstream import CallError, Emit, Ledger, Message, Reply
-from mixfuse.fusion.config import Member, ModelConfig, Modes
-from mixfuse.fusion.modes.output import OutputFormat
+from mixfuse.fusion.calls.upstream import Emit, Purpose, Reply
+from mixfuse.fusion.config import Agreement, Member, ModelConfig, Modes
+from mixfuse.fusion.messages import Message, without_image_data
 
-Mode = Literal["best_of", "merge", "debate", "pass_through"]
-
-# Long enough that a chunk is worth its frame, short enough that a reader sees text move.
+# Characters. Long enough that a chunk is worth its frame, short enough that a reader sees the text move.
 _PIECE = 48
 _PROTOCOL = judge_protocol.digest()
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What one request asks for, settled against the config.
+    """What a request asks for, with the config's defaults filled in.
 
     Attributes:
-        model: The model name the client sent.
-        mode: How the answer is made.
-        messages: The conversation; a content is a string, or OpenAI's list of parts where there are images.
+        model: The model name that the client sent.
+        mode: The mode's name.
+        messages: The conversation; a content is a string, or OpenAI's list of parts if there are images.
         parameters: Sampling parameters, tools and output format for the calls that write text.
-        members: Who answers, in the config's order; for `pass_through` the one model asked for.
-        settings: How the modes wait and end.
-        judge: Who compares, where there is one.
-        synthesizer: Who merges, where there is one.
+        members: The members to ask, in the config's order; for `pass_through` the one model asked for.
+        settings: How the mode waits and ends.
+        judge: The model that compares candidates, if there is one.
+        synthesizer: The model that merges, if there is one.
         tools: Whether an answer may call tools.
-        output: What the answer must be, if not just text.
+        output: The form that the answer must have; None for plain text.
         skipped: Members that are not asked because they take no images.
     """
 
     model: str
-    mode: Mode
+    mode: str
     messages: tuple[Message, ...]
     parameters: dict[str, Any]
     members: tuple[Member, ...]
@@ -56,19 +56,15 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """A member's answer. `index` counts every sample asked for, so a failed one leaves a gap."""
-
-    index: int
-    member: Member
-    text: str
-    finish_reason: str
-    tool_calls: list[dict[str, Any]] | None = None
-
-
-@dataclass(frozen=True)
 class Failure:
-    """A member that gave no answer, and why."""
+    """A member that gave no answer.
+
+    Attributes:
+        member: Its name.
+        candidate: The candidate that it would have given.
+        type: The failure's kind.
+        message: The failure in words.
+    """
 
     member: str
     candidate: int
@@ -77,7 +73,7 @@ class Failure:
 
 
 class TooFewAnswersError(MixfuseError):
-    """Fewer members answered than the quorum; lists each one's reason."""
+    """Fewer members answered than the quorum; lists each one's failure."""
 
     def __init__(self, answered: int, quorum: int, failures: Sequence[Failure]) -> None:
         reasons = "; ".join(f"{failure.member}: {failure.type} ({failure.message})" for failure in failures)
@@ -86,27 +82,27 @@ class TooFewAnswersError(MixfuseError):
 
 
 @dataclass
-class Run:
-    """The state of one request; ends as a `Trace`.
+class FusionRequest:
+    """The state of one request while its mode works on it.
 
     Attributes:
         plan: What is asked for.
-        pool: How models are reached.
-        key: The id of the API key it came with.
-        emit: Takes the answer piece by piece; None where it is sent whole.
-        id: Its trace's.
+        pool: Reaches the models.
+        key: The id of the client's API key.
+        emit: Takes the answer piece by piece; None if the answer is sent whole.
+        id: The id of its trace.
         created_at: When it began, in seconds since 1970.
         ledger: Every call made so far.
         candidates: The answers in hand, in candidate order; a debate replaces them each round.
-        verdicts: What the judge said of each pair.
-        winner: The candidate returned, if the answer is one.
+        verdicts: The judge's verdicts, one a pair.
+        winner: The index of the candidate that was returned, if the answer is a candidate's.
         reason: Why the answer is what it is; see `mixfuse.contracts.trace.Trace`.
-        finish_reason: Of the text returned.
-        error: Why the judge or the synthesizer was done without.
-        tool_calls: What the answer calls, if it calls tools.
+        finish_reason: The finish reason of the text returned.
+        error: The failure of the judge or the synthesizer, if the request was answered without it.
+        tool_calls: The answer's tool calls.
         debate: The transcript of a debate so far.
-        citations: What each paragraph of a merged answer drew on, where it was to say so.
-        logprobs: Of the text returned, in a pass-through that asked for them.
+        citations: The candidates that each paragraph of a merged answer drew on, if `cite` is set.
+        logprobs: The log-probabilities of the text returned, in a pass-through that asked for them.
     """
 
     plan: Plan
@@ -133,73 +129,79 @@ class Run:
         return [member.name for member in self.plan.members for _ in range(member.samples)]
 
     @property
-    def agreement(self) -> Literal["never", "exact", "number", "json", "choice"]:
-        """When candidates say the same: JSON that must fit a schema is compared as JSON, not as text."""
-        how = self.plan.settings.agreement
-        return "json" if how == "exact" and self.plan.output is not None else how
+    def agreement(self) -> Agreement:
+        """When candidates agree: JSON that must fit a schema is compared as JSON, not as text."""
+        rule = self.plan.settings.agreement
+        return "json" if rule == "exact" and self.plan.output is not None else rule
 
     def time_left_s(self) -> float:
         """Seconds until members are no longer waited for; never negative."""
         return max(0.0, self.plan.settings.deadline_ms - self.ledger.elapsed_ms()) / 1000
 
-    async def answers(self, heard: Callable[[list[Candidate]], None] | None = None) -> None:
-        """Has every member answer and fills `candidates`.
+    async def ask_members(self, on_answer: Callable[[list[Candidate]], None] | None = None) -> None:
+        """Asks every member and fills `candidates`.
 
         Args:
-            heard: Told the answers so far while the grace lasts; see `fan_out`.
+            on_answer: Gets the candidates so far when the grace begins, and again with each further answer; see
+                `fan_out`.
 
         Raises:
             TooFewAnswersError: The quorum was not met.
             CallError: A budget does not allow asking them all (`budget`).
         """
-        asked = [(member, sample) for member in self.plan.members for sample in range(member.samples)]
+        samples = [(member, sample) for member in self.plan.members for sample in range(member.samples)]
         # All or nothing, and before anything is sent: a member left out for want of money would be a worse answer.
-        self._reserve((member, self.plan.messages) for member, _ in asked)
+        self._reserve((member, self.plan.messages) for member, _ in samples)
         attempts = [
-            self._ask(
+            self._ask_member(
                 member,
                 self.plan.messages,
                 _sample_parameters(self.plan.parameters, sample),
-                stage="answer",
-                index=index,
+                Purpose.of(member, "answer", member.name, index),
             )
-            for index, (member, sample) in enumerate(asked)
+            for index, (member, sample) in enumerate(samples)
         ]
         settings = self.plan.settings
 
-        def so_far(results: list[Reply | None]) -> None:
-            found = zip(asked, results, strict=True)
-            if heard is not None:
-                heard([_candidate(index, member, reply) for index, ((member, _), reply) in enumerate(found) if reply])
+        def on_success(replies: list[Reply | None]) -> None:
+            if on_answer is not None:
+                on_answer(
+                    [Candidate.of(i, samples[i][0], reply) for i, reply in enumerate(replies) if reply is not None]
+                )
 
         results = await fan_out(
             attempts,
             quorum=settings.min_responses,
             grace_s=None if settings.grace_ms is None else settings.grace_ms / 1000,
             deadline_s=self.time_left_s(),
-            heard=so_far if heard else None,
+            on_success=on_success if on_answer else None,
         )
         failures: list[Failure] = []
-        for index, ((member, _), result) in enumerate(zip(asked, results, strict=True)):
+        for index, ((member, _), result) in enumerate(zip(samples, results, strict=True)):
             if isinstance(result, CallError):
                 failures.append(Failure(member.name, index, result.kind, str(result)))
             else:
-                self.candidates.append(_candidate(index, member, result))
+                self.candidates.append(Candidate.of(index, member, result))
         if len(self.candidates) < settings.min_responses:
             raise TooFewAnswersError(len(self.candidates), settings.min_responses, failures)
 
     async def revise(self, prompts: Sequence[Sequence[Message]]) -> None:
-        """Has every candidate's member write it anew; one whose revision fails or is late stays as it is.
+        """Asks each candidate's member for a revision; a candidate whose revision fails or is late stays as it is.
 
         Args:
-            prompts: What each candidate's member is told, in candidate order.
+            prompts: The messages for each candidate's member, in candidate order.
 
         Raises:
             CallError: A budget does not allow asking them all (`budget`).
         """
         self._reserve((candidate.member, prompt) for candidate, prompt in zip(self.candidates, prompts, strict=True))
         attempts = [
-            self._ask(candidate.member, prompt, self.plan.parameters, stage="revision", index=candidate.index)
+            self._ask_member(
+                candidate.member,
+                prompt,
+                self.plan.parameters,
+                Purpose.of(candidate.member, "revision", candidate.member.name, candidate.index),
+            )
             for candidate, prompt in zip(self.candidates, prompts, strict=True)
         ]
         settings = self.plan.settings
@@ -210,12 +212,12 @@ class Run:
             deadline_s=self.time_left_s(),
         )
         self.candidates = [
-            _candidate(candidate.index, candidate.member, result) if isinstance(result, Reply) else candidate
+            Candidate.of(candidate.index, candidate.member, result) if isinstance(result, Reply) else candidate
             for candidate, result in zip(self.candidates, results, strict=True)
         ]
 
     def _reserve(self, calls: Iterable[tuple[Member, Sequence[Message]]]) -> None:
-        """Sets aside what these calls may cost.
+        """Reserves what these calls may cost.
 
         Raises:
             CallError: A budget does not allow it (`budget`).
@@ -224,11 +226,11 @@ class Run:
             estimates = (estimate(member, messages, self.plan.parameters) for member, messages in calls)
             self.ledger.reserve(reduce(Spend.plus, estimates, NOTHING))
 
-    async def primary(self, reason: str = "primary") -> str:
-        """Has the first member answer alone, streamed as it comes; where it fails, the next, in the config's order.
+    async def answer_alone(self, reason: str) -> str:
+        """Has the first member answer alone, streamed as it writes; if it fails, the next in the config's order.
 
-        For a model asked for by name, and for requests with tools in a mode that writes a new text: no two members'
-        calls can be made into one.
+        For a model asked for by name, and for requests with tools in a mode that writes a new text: two members' tool
+        calls cannot be made into one.
 
         Raises:
             CallError: A member failed after its first piece of text, or the last one failed.
@@ -244,46 +246,42 @@ class Run:
         stream = None if self.emit is None or self.plan.output is not None else emit
         index = 0
         for member in self.plan.members:
+            purpose = Purpose.of(member, "answer", member.name, index)
             try:
-                reply = await self._ask(
-                    member, self.plan.messages, self.plan.parameters, stage="answer", index=index, emit=stream
-                )
+                reply = await self._ask_member(member, self.plan.messages, self.plan.parameters, purpose, emit=stream)
                 break
             except CallError:
                 if begun or member is self.plan.members[-1]:
                     raise
             index += member.samples
-        chosen = _candidate(index, member, reply)
-        self.candidates = [chosen]
+        candidate = Candidate.of(index, member, reply)
+        self.candidates = [candidate]
         self.logprobs = reply.logprobs
-        return await self.give(chosen, reason, sent=stream is not None)
+        return await self.select(candidate, reason, sent=stream is not None)
 
-    async def _ask(
+    async def _ask_member(
         self,
         member: Member,
         messages: Sequence[Message],
         parameters: dict[str, Any],
+        purpose: Purpose,
         *,
-        stage: Literal["answer", "revision"],
-        index: int,
         emit: Emit | None = None,
     ) -> Reply:
-        """Asks a member for a candidate, which must have the form that the request wants.
+        """Asks a member for a candidate, which must have the form that the request asks for.
 
         Raises:
-            CallError: No usable answer came back.
+            CallError: The member gave no usable answer.
         """
-        reply = await self.pool.ask(
-            member, messages, parameters, stage=stage, name=member.name, ledger=self.ledger, candidate=index, emit=emit
-        )
-        self.check(reply)
+        reply = await self.pool.ask(member, messages, parameters, purpose=purpose, ledger=self.ledger, emit=emit)
+        self.check_form(reply)
         return reply
 
-    def check(self, reply: Reply) -> None:
-        """Sees to it that an answer has the form the request wants; the ledger's line says so if it has not.
+    def check_form(self, reply: Reply) -> None:
+        """Checks that an answer has the form that the request asks for; if not, its ledger entry becomes a failure.
 
         Raises:
-            CallError: It has not (`invalid_response`).
+            CallError: It has not that form (`invalid_response`).
         """
         if reply.tool_calls:
             fault = _tool_call_fault(reply.tool_calls)
@@ -298,29 +296,29 @@ class Run:
         calls[place] = reply.call.model_copy(update={"outcome": "invalid_response", "error": fault})
         raise CallError("invalid_response", fault)
 
-    async def give(self, candidate: Candidate, reason: str, *, sent: bool = False) -> str:
-        """Settles on a candidate and emits its text, verbatim, in pieces, unless it was sent as it came."""
+    async def select(self, candidate: Candidate, reason: str, *, sent: bool = False) -> str:
+        """Makes a candidate the answer and emits its text unchanged, unless it was `sent` while it was written."""
         self.winner, self.reason, self.finish_reason = candidate.index, reason, candidate.finish_reason
         self.tool_calls = candidate.tool_calls
         if not sent:
-            await self.emit_whole(candidate.text)
+            await self.emit_text(candidate.text)
         return candidate.text
 
-    async def emit_whole(self, text: str) -> None:
-        """Emits a text that is there already, in pieces."""
+    async def emit_text(self, text: str) -> None:
+        """Emits a complete text in pieces, if the request is streamed."""
         if self.emit is not None:
             for start in range(0, len(text), _PIECE):
                 await self.emit(text[start : start + _PIECE])
 
     def trace(self, answer: str | None, *, outcome: str = "ok", error: str | None = None) -> Trace:
-        """What happened, as the record that is stored."""
+        """Returns the record that is stored of the request."""
         return Trace(
             id=self.id,
             created_at=self.created_at,
             model=self.plan.model,
             mode=self.plan.mode,
             key=self.key,
-            messages=[_without_image_data(message) for message in self.plan.messages],
+            messages=[without_image_data(message) for message in self.plan.messages],
             parameters=self.plan.parameters,
             candidates=self.names,
             calls=list(self.ledger.calls),
@@ -338,35 +336,8 @@ class Run:
         )
 
 
-def text_of(content: Any) -> str:
-    """A message's content as text: its text parts, and a mark where an image stands."""
-    if isinstance(content, str):
-        return content
-    return "".join(part["text"] if part["type"] == "text" else "[image]" for part in content or ())
-
-
-def question(messages: Sequence[Message]) -> str:
-    """The conversation as a judge is shown it: a lone message as it is, several as a transcript; `[image]` for each."""
-    if len(messages) == 1:
-        return text_of(messages[0]["content"])
-    return "\n\n".join(f"{message['role']}: {_said(message)}" for message in messages)
-
-
-def images(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """The image parts of a conversation, in order."""
-    contents = [message.get("content") for message in messages]
-    return [part for parts in contents if isinstance(parts, list) for part in parts if part["type"] == "image_url"]
-
-
-def _said(message: Message) -> str:
-    calls = [
-        f"calls {call['function']['name']}({call['function']['arguments']})" for call in message.get("tool_calls", ())
-    ]
-    return "\n".join(filter(None, [text_of(message.get("content")), *calls]))
-
-
 def _tool_call_fault(calls: list[dict[str, Any]]) -> str | None:
-    """What is wrong with the form of tool calls, if something is."""
+    """Returns what is wrong with the form of tool calls; None if nothing is."""
     try:
         whole = all(
             isinstance(text, str)
@@ -378,27 +349,8 @@ def _tool_call_fault(calls: list[dict[str, Any]]) -> str | None:
     return None if whole else "a tool call has no id, name or arguments"
 
 
-def _candidate(index: int, member: Member, reply: Reply) -> Candidate:
-    return Candidate(index, member, reply.text, reply.finish_reason, reply.tool_calls)
-
-
-def _without_image_data(message: Message) -> Message:
-    """A message for the trace: an image sent along gives way to its hash, or traces would be mostly images."""
-    if not isinstance(message.get("content"), list):
-        return message
-
-    def shortened(part: dict[str, Any]) -> dict[str, Any]:
-        url = part["image_url"]["url"] if part["type"] == "image_url" else ""
-        if not url.startswith("data:"):
-            return part
-        mark = f"{url.partition(',')[0]},sha256:{hashlib.sha256(url.encode()).hexdigest()}"
-        return {**part, "image_url": {**part["image_url"], "url": mark}}
-
-    return {**message, "content": [shortened(part) for part in message["content"]]}
-
-
 def _sample_parameters(parameters: dict[str, Any], sample: int) -> dict[str, Any]:
-    """Moves the seed on from sample to sample: with one and the same they would all be alike."""
+    """Adds the sample's number to the seed: with one seed for all, all samples would be the same."""
     if sample == 0 or "seed" not in parameters:
         return parameters
     return {**parameters, "seed": parameters["seed"] + sample}

@@ -1,7 +1,7 @@
-"""What stands between a call and a model: places under way, a queue with an end, a circuit breaker.
+"""The limits of a model: calls at once, a bounded queue, a circuit breaker, and the wait before a retry.
 
-One `Guard` a model, shared by all requests of a gateway. Everything happens on the event loop, so nothing is locked.
-The loops for retries and hedging that use it are in `mixfuse.fusion.calls.upstream`.
+Each model has one `Guard`, which all requests of a gateway share. Everything runs on the event loop, so nothing is
+locked. The loops for retries and hedging are in `mixfuse.fusion.calls.upstream`.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ from enum import IntEnum
 from mixfuse.fusion.calls.failures import CallError
 from mixfuse.fusion.config import Breaker, ModelConfig, Retry
 
-# Failures that say the endpoint is unwell. One that says 429 or that a prompt is too long is in good health.
+# Failures that count against the endpoint's health. An endpoint that answers 429 or refuses a long prompt is healthy.
 _UNWELL = frozenset({"timeout", "unreachable", "upstream_error"})
 
 
@@ -30,8 +30,8 @@ class Guard:
 
     Args:
         name: The member's name, or "judge" or "synthesizer".
-        model: Whose limits to keep.
-        clock: Seconds, rising; for tests.
+        model: The model's config.
+        clock: Returns seconds that never decrease; for tests.
     """
 
     def __init__(self, name: str, model: ModelConfig, *, clock: Callable[[], float] | None = None) -> None:
@@ -45,11 +45,11 @@ class Guard:
         self._clock = clock or (lambda: asyncio.get_running_loop().time())
         self._failures = 0
         self._opened_at: float | None = None
-        self._trying = False
+        self._half_open_trial = False
 
     @property
     def queued(self) -> int:
-        """Calls that wait for a place."""
+        """The calls that wait for a place."""
         return sum(not place.done() for place in self._queue)
 
     @property
@@ -60,18 +60,18 @@ class Guard:
         return Circuit.HALF_OPEN if self._cooldown_left_s() <= 0 else Circuit.OPEN
 
     def admit(self) -> None:
-        """Lets an attempt through, or refuses it at once; `report` must follow where it was let through.
+        """Admits an attempt or refuses it at once; `report` must follow an attempt that was admitted.
 
         Raises:
-            CallError: `circuit_open`: the model has failed too often lately; or `queue_full`.
+            CallError: The circuit is open (`circuit_open`), or the queue is full (`queue_full`).
         """
         if self._breaker is not None and self._opened_at is not None:
             left = self._cooldown_left_s()
-            if left > 0 or self._trying:
+            if left > 0 or self._half_open_trial:
                 wait = max(left, 0.0)
                 raise CallError(
                     "circuit_open",
-                    f"{self.name} failed {self._failures} times in a row and is left alone for {wait:.1f} s more",
+                    f"{self.name} failed {self._failures} times in a row; calls to it resume in {wait:.1f} s",
                     retry_after_s=wait,
                 )
         if self._most is not None and self.under_way >= self._most and self.queued >= self._longest_queue:
@@ -82,28 +82,28 @@ class Guard:
                 retry_after_s=1.0,
             )
         if self._opened_at is not None:
-            self._trying = True  # the one that finds out whether it is well again
+            self._half_open_trial = True  # this attempt finds out whether the model has recovered
 
     def enter(self) -> bool:
-        """Takes a place if one is free; `leave` gives it back. Otherwise one is to be waited for."""
+        """Takes a place if one is free, and returns whether it did; `leave` gives the place back."""
         if self._most is not None and self.under_way >= self._most:
             return False
         self.under_way += 1
         return True
 
     async def wait(self) -> None:
-        """Waits for a place, in order of arrival, and takes it."""
+        """Waits for a place in order of arrival and takes it."""
         place = asyncio.get_running_loop().create_future()
         self._queue.append(place)
         try:
-            await place  # the one who leaves hands its place on
+            await place  # `leave` hands its place on
         except asyncio.CancelledError:
             if place.done() and not place.cancelled():
-                self.leave()  # it came in the same moment
+                self.leave()  # the place came at the same moment
             raise
 
     def leave(self) -> None:
-        """Gives a place back, to the first in the queue if there is one."""
+        """Gives the place to the first call in the queue, or back."""
         while self._queue:
             place = self._queue.popleft()
             if not place.done():
@@ -112,11 +112,13 @@ class Guard:
         self.under_way -= 1
 
     def report(self, kind: str | None) -> None:
-        """Tells the breaker how an attempt ended: the failure's kind, or None for a success.
+        """Tells the breaker how an attempt ended.
 
-        Failures that say nothing of the endpoint's health change nothing.
+        Args:
+            kind: The failure's kind; None for a success. Kinds that do not count against the endpoint's health change
+                nothing.
         """
-        self._trying = False
+        self._half_open_trial = False
         if kind in _UNWELL:
             self._failures += 1
             if self._breaker is not None and self._failures >= self._breaker.failures:
@@ -125,11 +127,11 @@ class Guard:
             self._failures, self._opened_at = 0, None
 
     def wait_before_retry_s(self, failure: CallError, attempts: int) -> float | None:
-        """How long to wait after `attempts` attempts that failed, the last so; None where it is not to be repeated."""
+        """Returns the seconds to wait after this many failed attempts; None if there is to be no further one."""
         if not failure.transient or attempts >= self.retry.attempts:
             return None
         longest = min(self.retry.backoff_ms * 2 ** (attempts - 1), self.retry.max_backoff_ms) / 1000
-        # "Equal jitter": callers that failed together do not come back together, and nobody comes back at once.
+        # "Equal jitter": calls that failed together are not retried together, and none is retried at once.
         return max(random.uniform(longest / 2, longest), failure.retry_after_s or 0.0)  # noqa: S311
 
     def _cooldown_left_s(self) -> float:

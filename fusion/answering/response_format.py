@@ -1,6 +1,6 @@
-"""`response_format`: what an answer must be, and whether it is.
+"""`response_format`: the form that an answer must have, and the check that it has it.
 
-A schema is enforced here on the answer that goes out, whatever the endpoints make of it.
+The gateway checks the answer that it returns against the schema, whatever the endpoints do with it.
 """
 
 import json
@@ -20,21 +20,21 @@ class OutputFormat:
     """A request's `response_format`, other than plain text.
 
     Attributes:
-        sent: As it goes to the members and the synthesizer.
-        validator: Of its JSON schema; None where any JSON object will do.
+        sent: The parameter that members and synthesizer get.
+        validator: Checks its JSON schema; None if any JSON object is allowed.
     """
 
     sent: dict[str, Any]
     validator: Validator | None = field(default=None, repr=False)
 
     def fault(self, text: str) -> str | None:
-        """What is wrong with an answer, in one line; None where nothing is."""
+        """Returns what is wrong with an answer, in one line; None if nothing is."""
         try:
             value = json.loads(text)
         except (ValueError, RecursionError) as error:
             return f"the answer is not JSON: {error}"
         if self.validator is None:
-            return None if isinstance(value, dict) else "the answer is no JSON object"
+            return None if isinstance(value, dict) else "the answer is not a JSON object"
         try:
             misfit = next(self.validator.iter_errors(value), None)
         except (Unresolvable, RecursionError) as broken:
@@ -51,7 +51,7 @@ def read(response_format: object) -> OutputFormat | None:
         None for plain text.
 
     Raises:
-        ValueError: It is of no known shape, or its schema is none.
+        ValueError: It has no known type, or its schema is not a JSON schema.
     """
     if not isinstance(response_format, dict):
         raise ValueError("'response_format' must be an object")
@@ -78,14 +78,14 @@ def _validator(named: object) -> Validator:
     try:
         kind.check_schema(schema)
     except jsonschema.SchemaError as error:
-        raise ValueError(f"'response_format.json_schema.schema' is no JSON schema: {error.message}") from None
-    # An empty registry: jsonschema's own would fetch what a `$ref` names, and the client chooses that.
+        raise ValueError(f"'response_format.json_schema.schema' is not a JSON schema: {error.message}") from None
+    # An empty registry: jsonschema's own would fetch the URL of a `$ref`, which the client chooses.
     validator: Validator = kind(schema, registry=Registry())
     return validator
 
 
 def _check_references(schema: object, depth: int) -> None:
-    """Refuses what points outside the schema, and one so deep that walking it would end the gateway's stack."""
+    """Refuses a `$ref` to outside the schema, and a schema so deep that walking it would overflow the stack."""
     if depth > MAX_SCHEMA_DEPTH:
         raise ValueError(f"'response_format.json_schema.schema' is nested more than {MAX_SCHEMA_DEPTH} levels deep")
     if isinstance(schema, dict):
