@@ -116,15 +116,11 @@ async def test_the_parity_gate_passes_and_sees_the_experts(served: Served):
     assert measured.expert_effect > 10 * PARITY_TOLERANCE
 
 
-async def test_vllm_silently_ignores_fused_experts_and_the_engine_refuses_them(served: Served):
+async def test_fused_experts_are_refused_by_the_engine_and_by_vllm(served: Served):
+    """For Mixtral, vLLM ignores them: PEFT's `mlp.experts` is no module there. For Qwen3 it is, and vLLM refuses."""
     with pytest.raises(MixfuseError, match=r"silently ignore .*mlp\.experts"):
         await served.engine.load_adapter("fused", served.directory / "peft")
-    assert await served.load_unchecked("fused", served.directory / "peft") == 200, "vLLM refuses fused experts now"
-    try:
-        # Attention is applied, so the whole difference is the experts'.
-        assert await served.difference("fused") == pytest.approx(served.reference.expert_effect, rel=0.01)
-    finally:
-        await served.engine.unload_adapter("fused")
+    assert await served.load_unchecked("fused", served.directory / "peft") == 500
 
 
 async def test_experts_of_another_familys_block_are_refused(served: Served, tmp_path: Path):
