@@ -61,12 +61,6 @@ def _wait_until_ready(process: subprocess.Popen[bytes], url: str) -> None:
         time.sleep(0.5)
 
 
-def revision(url: str, role: str) -> str | None:
-    """The adapter revision that serves the role; None for the base."""
-    rows = httpx.get(f"{url}/admin/roles", timeout=10).raise_for_status().json()["roles"]
-    return next(row["revision"] for row in rows if row["role"] == role)
-
-
 async def swap_under_load(url: str, adapter: Path, prompts: Sequence[str]) -> dict[str, Any]:
     """Swaps the judge while clients keep asking.
 

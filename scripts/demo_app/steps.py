@@ -15,8 +15,9 @@ from typing import Any
 from rich.console import Console
 
 from demo_app.results import Measured, results
-from demo_app.server import MIXFUSE, revision, served, swap_under_load
+from demo_app.server import MIXFUSE, served, swap_under_load
 from demo_app.usage import Usage
+from mixfuse.app.client import AdminClient
 from mixfuse.contracts.files import read_json, write_json, write_text
 from mixfuse.contracts.tasks import Task, make
 from mixfuse.train.data.pairs import dev_path
@@ -230,7 +231,7 @@ class Demo:
         judge = self.adapters / "judge"
         prompts = [task.prompt for task in self.heldout()]
         self.saved("swap.json", lambda: asyncio.run(swap_under_load(url, judge, prompts)))
-        if revision(url, "judge") is None:  # a resumed run: the server is a new one
+        if AdminClient(url).role("judge").revision is None:  # a resumed run: the server is a new one
             mixfuse("roles", "swap", "judge", judge, "--url", url)
         mixfuse("roles", "list", "--url", url)
 
