@@ -68,8 +68,8 @@ FULL = Sizes(
     dpo=(),
     fused=24,
     minutes={
-        "base": 0.5, "sft": 4, "verify-domain": 1, "pool": 4, "judge": 6,
-        "verify-judge": 1, "swap": 1, "ask": 0.5, "evaluate": 4,
+        "base": 0.5, "sft": 4, "verify-domain": 1, "pool": 3, "judge": 6,
+        "verify-judge": 1, "swap": 1.5, "ask": 0.5, "evaluate": 3,
     },
 )  # fmt: skip
 QUICK = Sizes(
