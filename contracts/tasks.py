@@ -150,8 +150,12 @@ def _import_reasoning_gym() -> Any:
         stand_in = ModuleType("pycosat")
         stand_in.__dict__["itersolve"] = _no_sat_solver
         sys.modules["pycosat"] = stand_in
-    import reasoning_gym
-
+    try:
+        import reasoning_gym
+    except ModuleNotFoundError as error:
+        raise MixfuseError(
+            f"tasks need the package reasoning-gym ({error}); run scripts/setup, or: pip install 'mixfuse[demo]'"
+        ) from None
     return reasoning_gym
 
 

