@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from mixfuse.contracts.files import write_jsonl
+from mixfuse.contracts.report import Mark, Section, Table, intervals, scatter
+from mixfuse.contracts.report import write as write_report
 from mixfuse.fusion.labels.collect import AnyTask
 from mixfuse.fusion.measure.eval_fusion import Answers, FusionReport, arm_cells
-from mixfuse.fusion.measure.report import Mark, Section, Table, intervals, scatter
-from mixfuse.fusion.measure.report import write as write_report
 
 READING = (
     "Accuracy is the share of tasks with a right answer; a failed request counts as wrong. A member alone is asked as "

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from mixfuse.contracts.files import write_jsonl
+from mixfuse.contracts.report import Mark, Plot, Point, Section, Table, intervals, reliability
+from mixfuse.contracts.report import write as write_report
 from mixfuse.fusion.measure.comparisons import Comparison
 from mixfuse.fusion.measure.eval_judge import JudgeReport, Reliability
-from mixfuse.fusion.measure.report import Mark, Plot, Point, Section, Table, intervals, reliability
-from mixfuse.fusion.measure.report import write as write_report
 from mixfuse.fusion.measure.statistics import Difference, Figure
 
 RULES = ("longer", "shorter", "strongest_member")

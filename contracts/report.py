@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mixfuse.contracts.files import write_json, write_text
-from mixfuse.fusion.measure.statistics import Figure
 
 _FONT = 'font-family="system-ui, sans-serif" font-size="12"'
 _BLUE, _ORANGE, _GREY = "#2f6db3", "#c9661c", "#8a8a8a"
@@ -136,7 +135,7 @@ class Mark(NamedTuple):
     """A value to draw, with its interval and its name; where there is no interval, only the point."""
 
     label: str
-    figure: Figure
+    figure: tuple[float, float, float]
     aside: bool = False
     """Drawn in grey: something to compare with."""
 
@@ -238,11 +237,11 @@ def scatter(name: str, marks: Sequence[tuple[Mark, float]], across: str, caption
     drawn.append(_text(left, top - 4, "accuracy"))
     for mark, taken in marks:
         colour = _GREY if mark.aside else _BLUE
-        drawn.append(_line(x(taken), y(mark.figure.low), x(taken), y(mark.figure.high), colour, width=2))
-        drawn.append(_circle(x(taken), y(mark.figure.value), 4, colour, f"{mark.label}: {mark.figure} at {taken:.4g}"))
+        drawn.append(_line(x(taken), y(mark.figure[1]), x(taken), y(mark.figure[2]), colour, width=2))
+        drawn.append(_circle(x(taken), y(mark.figure[0]), 4, colour, f"{mark.label}: {mark.figure} at {taken:.4g}"))
         right = taken > 0.6 * most  # of the plot, so that the name stays inside
         aside = x(taken) + (-7 if right else 7)
-        drawn.append(_text(aside, y(mark.figure.value) - 5, mark.label, anchor="end" if right else "start"))
+        drawn.append(_text(aside, y(mark.figure[0]) - 5, mark.label, anchor="end" if right else "start"))
     return Plot(name, _svg(left + width + 20, top + height + 50, drawn, caption), caption)
 
 
