@@ -7,10 +7,10 @@ text, so nothing trained on can come back in the held-out tasks, however the gen
 import hashlib
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from pydantic import PositiveFloat
 
@@ -20,6 +20,41 @@ from mixfuse.contracts.strict_yaml import Strict, load
 Split = Literal["train", "pool", "heldout"]
 SPLITS: dict[str, range] = {"train": range(6), "pool": range(6, 8), "heldout": range(8, 10)}
 ATTEMPTS_PER_TASK = 400
+
+
+class Checkable(Protocol):
+    """A question whose answers can be checked."""
+
+    @property
+    def id(self) -> str:
+        """Unique among the tasks."""
+        ...
+
+    @property
+    def prompt(self) -> str:
+        """The question."""
+        ...
+
+    @property
+    def reference(self) -> str:
+        """The reference answer."""
+        ...
+
+
+AnyTask = TypeVar("AnyTask", bound=Checkable)
+
+
+@dataclass(frozen=True)
+class TaskSet(Generic[AnyTask]):
+    """Tasks, and how their answers are checked.
+
+    Attributes:
+        tasks: The questions.
+        verify: Whether an answer to a task is right.
+    """
+
+    tasks: Sequence[AnyTask]
+    verify: Callable[[AnyTask, str], bool]
 
 
 class TaskKind(Strict):

@@ -26,7 +26,7 @@ class Cache:
         path: The file, made where there is none; None keeps the answers for as long as the block runs.
 
     Attributes:
-        found: How many answers were there already.
+        hits: How many answers were there already.
         added: How many were new.
 
     Raises:
@@ -35,7 +35,7 @@ class Cache:
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
-        self.found = self.added = 0
+        self.hits = self.added = 0
 
     def __enter__(self) -> Self:
         if self._path is not None:
@@ -57,7 +57,7 @@ class Cache:
         self._database.close()
 
     def holds(self, question: dict[str, Any]) -> bool:
-        """Whether there is an answer; does not count as finding it."""
+        """Whether there is an answer; does not count as a hit."""
         key = (sha256_json(question),)
         return self._database.execute("SELECT 1 FROM answers WHERE key = ?", key).fetchone() is not None
 
@@ -67,7 +67,7 @@ class Cache:
         row = self._database.execute("SELECT value FROM answers WHERE key = ?", key).fetchone()
         if row is None:
             return None
-        self.found += 1
+        self.hits += 1
         return Known(json.loads(row[0]))
 
     def put(self, question: dict[str, Any], value: Any) -> None:

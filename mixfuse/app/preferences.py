@@ -365,19 +365,19 @@ def _traces(source: Source) -> _Read:
 
 def _judged(source: Source, seed: int, cache: Path, progress: bool) -> _Read:
     """A stronger judge's choices, where both orders name the same answer."""
-    from mixfuse.fusion.labels.labelling import Question, label
+    from mixfuse.fusion.labels.labelling import AnswerPair, label
 
     if source.judge is None:
         raise AssertionError("checked by Source")
     rows = pairs.read_pool(Path(source.path), marked=False)
-    asked: list[tuple[Question, tuple[str, str] | None]] = []
+    asked: list[tuple[AnswerPair, tuple[str, str] | None]] = []
     for row in rows:
         answers = {one["text"]: one.get("model") for one in reversed(row["responses"]) if one["text"].strip()}
         couples = list(itertools.combinations(sorted(answers.items()), 2))
         rng = random.Random(f"{seed}:{row['prompt']!r}")  # noqa: S311 - a reproducible choice, not a secret
         for (first, author), (second, other) in rng.sample(couples, min(source.candidates, len(couples))):
             models = (str(author), str(other)) if author and other else None
-            asked.append((Question(row["prompt"], first, second), models))
+            asked.append((AnswerPair(row["prompt"], first, second), models))
     labels = asyncio.run(label(source.judge, [one for one, _ in asked], cache=cache, progress=progress))
     counts = Counter({"rows": len(rows), "pairs": len(asked), "calls made": labels.asked})
     counts.update({f"calls failed: {kind}": count for kind, count in labels.failed.items()})
@@ -400,9 +400,9 @@ def _hard(hard: Hard, selection: Selection, seed: int, cache: Path, progress: bo
     A pair whose calls failed stays. What is left need not be balanced any more: a judge that goes by length is wrong
     where the shorter answer is the better one.
     """
-    from mixfuse.fusion.labels.labelling import Question, label
+    from mixfuse.fusion.labels.labelling import AnswerPair, label
 
-    asked = [Question(one.prompt, one.better, one.worse) for one in selection.train]
+    asked = [AnswerPair(one.prompt, one.better, one.worse) for one in selection.train]
     labels = asyncio.run(label(hard.judge, asked, cache=cache, progress=progress))
     rng = random.Random(seed)  # noqa: S311 - a reproducible choice, not a secret
     kept = [

@@ -541,23 +541,20 @@ def _pairs_rationales(arguments: argparse.Namespace) -> None:
 
 def _pool_collect(arguments: argparse.Namespace) -> None:
     from mixfuse.contracts.strict_yaml import load
-    from mixfuse.contracts.tasks import Task, make
+    from mixfuse.contracts.tasks import Task, TaskSet, make
+    from mixfuse.fusion.batch import Sampling
     from mixfuse.fusion.config import FusionConfig
-    from mixfuse.fusion.labels.collect import run
+    from mixfuse.fusion.labels.collect import collect_answers
 
-    config = load(arguments.config, FusionConfig)
     tasks = make(arguments.tasks, arguments.split, arguments.count, seed=arguments.seed)
-    run(
-        config,
+    collect_answers(
+        load(arguments.config, FusionConfig),
         arguments.url,
-        tasks,
+        TaskSet(tasks, Task.verify),
+        Sampling(arguments.temperature, arguments.max_tokens, arguments.seed),
+        arguments.out,
         samples=arguments.samples,
-        temperature=arguments.temperature,
-        max_tokens=arguments.max_tokens,
-        out=arguments.out,
         concurrency=arguments.concurrency,
-        verify=Task.verify,
-        seed=arguments.seed,
     )
 
 
@@ -866,44 +863,44 @@ def _loop(arguments: argparse.Namespace) -> None:
 
 
 def _eval_judge(arguments: argparse.Namespace) -> None:
-    from mixfuse.app.evaluate import eval_judge
+    from mixfuse.app.evaluate import Judges, eval_judge, server_at
+    from mixfuse.fusion.batch import Results
 
     report = eval_judge(
-        arguments.judge,
+        Judges(arguments.judge, arguments.against, arguments.baseline == "untrained", arguments.base),
         arguments.data,
-        base=arguments.base,
-        url=arguments.url,
+        server_at(arguments.url),
+        Results(arguments.out, arguments.cache),
         limit=arguments.limit,
         concurrency=arguments.concurrency,
-        against=arguments.against,
-        untrained=arguments.baseline == "untrained",
-        out=arguments.out,
-        cache=arguments.cache,
     )
     if arguments.json:
         print(json.dumps(report.to_json()))
 
 
 def _eval_fusion(arguments: argparse.Namespace) -> None:
-    from mixfuse.app.evaluate import eval_fusion
+    from mixfuse.app.evaluate import TaskSource, eval_fusion, server_at
+    from mixfuse.fusion.batch import Results, Sampling
+    from mixfuse.fusion.measure.eval_fusion import Design
 
     report = eval_fusion(
         arguments.config,
-        tasks=arguments.tasks,
-        data=arguments.data,
-        verifier=arguments.verifier,
-        split=arguments.split,
-        count=arguments.count,
-        limit=arguments.limit,
-        modes=arguments.modes,
-        choose_share=arguments.choose_share,
-        temperature=arguments.temperature,
-        max_tokens=arguments.max_tokens,
-        seed=arguments.seed,
-        concurrency=arguments.concurrency,
-        url=arguments.url,
-        out=arguments.out,
-        cache=arguments.cache,
+        TaskSource(
+            tasks=arguments.tasks,
+            split=arguments.split,
+            count=arguments.count,
+            data=arguments.data or (),
+            limit=arguments.limit,
+            verifier=arguments.verifier,
+        ),
+        server_at(arguments.url),
+        Design(
+            modes=arguments.modes,
+            choose_share=arguments.choose_share,
+            sampling=Sampling(arguments.temperature, arguments.max_tokens, arguments.seed),
+            concurrency=arguments.concurrency,
+        ),
+        Results(arguments.out, arguments.cache),
     )
     if arguments.json:
         print(json.dumps(report.to_json()))

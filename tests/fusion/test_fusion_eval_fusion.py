@@ -16,8 +16,11 @@ from reading_pages import every_value_missing_from, page_text
 from mixfuse.cli.entry import main
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.files import read_jsonl, write_jsonl
+from mixfuse.contracts.tasks import TaskSet
+from mixfuse.fusion.batch import Sampling, Target
 from mixfuse.fusion.config import FusionConfig
-from mixfuse.fusion.measure.eval_fusion import Answer, Answers, FusionReport, evaluate, report, split
+from mixfuse.fusion.measure.eval_fusion import Design, evaluate, split
+from mixfuse.fusion.measure.fusion_report import Answer, Answers, FusionReport, report
 from mixfuse.fusion.measure.questions import Question, matches, read_questions
 from mixfuse.fusion.store.cache import Cache
 
@@ -49,9 +52,14 @@ def right(question: Question, text: str) -> bool:
     return matches(question, text, "number")
 
 
-async def evaluated(config: FusionConfig, url: str, cache: Cache, **keys: Any) -> FusionReport:
-    settings: dict[str, Any] = {"modes": ["best_of"], "same": "number", "parameters": {"seed": 0}}
-    found, _ = await evaluate(config, url, QUESTIONS, verify=right, cache=cache, progress=False, **settings | keys)
+async def evaluated(
+    config: FusionConfig, url: str, cache: Cache, *, served: dict[str, str] | None = None, **design: Any
+) -> FusionReport:
+    settings: dict[str, Any] = {"modes": ["best_of"], "same": "number", "sampling": Sampling(seed=0)}
+    tasks = TaskSet(QUESTIONS, right)
+    found, _ = await evaluate(
+        config, Target(url), tasks, Design(**settings | design), cache=cache, served=served, progress=False
+    )
     return found
 
 
@@ -130,7 +138,7 @@ async def test_a_second_run_asks_nothing_and_one_cut_off_goes_on(
     pool.models["gamma"].hold = None
     with Cache(tmp_path / "cache.sqlite3") as cache:
         first = await evaluated(config(), gateway.url, cache)
-        assert (cache.found, cache.added) == (done, 20 * 3 + 14 * 2 - done)
+        assert (cache.hits, cache.added) == (done, 20 * 3 + 14 * 2 - done)
     asked = len(pool.requests)
     with Cache(tmp_path / "cache.sqlite3") as cache:
         assert await evaluated(config(), gateway.url, cache) == first
@@ -188,16 +196,8 @@ def judged(config: FusionConfig, **marks: Sequence[int]) -> FusionReport:
         question.id: {arm: [Answer("yes" if marks[key][n] else "no")] for key, arm in names.items()}
         for n, question in enumerate(questions)
     }
-    return report(
-        questions,
-        answers,
-        config,
-        ["best_of"],
-        best="alpha",
-        chosen_on=5,
-        verify=lambda question, text: text == question.reference,
-        same="exact",
-    )
+    tasks = TaskSet(questions, lambda question, text: text == question.reference)
+    return report(tasks, answers, config, ["best_of"], best="alpha", chosen_on=5, same="exact")
 
 
 HALF, ALL, NONE = [1, 0] * 10, [1] * 20, [0] * 20

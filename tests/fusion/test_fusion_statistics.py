@@ -5,8 +5,9 @@ import random
 
 import pytest
 
-from mixfuse.fusion.measure.comparisons import Comparison, Views
-from mixfuse.fusion.measure.statistics import Clusters, difference, paired, sign_flip
+from mixfuse.fusion.measure.comparisons import Comparison
+from mixfuse.fusion.measure.marks import Views, paired
+from mixfuse.fusion.measure.statistics import Clusters, difference, sign_flip
 
 
 def mcnemar(b: int, c: int) -> float:
@@ -61,12 +62,12 @@ def test_a_means_interval_is_about_the_normal_one() -> None:
 def test_a_statistic_of_rows_sees_each_as_often_as_it_was_drawn() -> None:
     values = [float(number % 3) for number in range(30)]
     clusters = Clusters([number // 2 for number in range(30)])
-    by_rows = clusters.of(lambda rows: sum(values[row] for row in rows) / len(rows))
+    by_rows = clusters.estimate(lambda rows: sum(values[row] for row in rows) / len(rows))
     assert by_rows == pytest.approx(clusters.mean(values))
-    never = clusters.of(lambda rows: 1.0 if sorted(rows) == list(range(30)) else None)
+    never = clusters.estimate(lambda rows: 1.0 if sorted(rows) == list(range(30)) else None)
     assert never == (1, 1, 1)
     with pytest.raises(ValueError, match="no value"):
-        clusters.of(lambda _rows: None)
+        clusters.estimate(lambda _rows: None)
     with pytest.raises(ValueError, match="no rows"):
         Clusters([]).mean([])
 
