@@ -20,8 +20,10 @@ from mixfuse.contracts.files import write_jsonl
 from mixfuse.contracts.progress import bar as progress_bar
 from mixfuse.contracts.tasks import AnyTask, TaskSet
 from mixfuse.fusion.batch import Sampling, Target
+from mixfuse.fusion.calls.failures import CallError
+from mixfuse.fusion.calls.ledger import Ledger
 from mixfuse.fusion.calls.pool import HttpRoles, Pool, RoleSource
-from mixfuse.fusion.calls.upstream import CallError, Ledger
+from mixfuse.fusion.calls.upstream import Purpose
 from mixfuse.fusion.config import FusionConfig, Member
 
 
@@ -184,8 +186,7 @@ async def _replies(
                     member,
                     [{"role": "user", "content": prompt}],
                     sampling.parameters(sample),
-                    stage="answer",
-                    name=member.name,
+                    purpose=Purpose.of(member, "answer", member.name),
                     ledger=Ledger(),
                 )
             except CallError as error:

@@ -9,15 +9,23 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.judge_protocol import Outcome, combine, digest, new_nonce
 from mixfuse.contracts.progress import bar as progress_bar
+from mixfuse.fusion.answering.verdicts import (
+    JudgeEndpoint,
+    NoLogprobsError,
+    OrderedPair,
+    logprob_verdict,
+    written_verdict,
+)
+from mixfuse.fusion.calls.failures import CallError
+from mixfuse.fusion.calls.ledger import Ledger
 from mixfuse.fusion.calls.pool import Pool, all_or_raise, fan_out
-from mixfuse.fusion.calls.upstream import CallError, Client, Endpoint, Ledger, Purpose
+from mixfuse.fusion.calls.upstream import Purpose
 from mixfuse.fusion.config import ModelConfig
-from mixfuse.fusion.modes.judge import NoLogprobsError, verdict, written_verdict
 from mixfuse.fusion.store.cache import Cache, Known
 
 
@@ -65,13 +73,13 @@ async def label(
     Raises:
         MixfuseError: The judge cannot be reached, all calls failed, or the cache cannot be written.
     """
-    purpose = Purpose("verdict", "judge", price=model.price, timeout_s=model.timeout_s)
+    purpose = Purpose.of(model, "verdict", "judge")
     ledger, slots, failures = Ledger(), asyncio.Semaphore(concurrency), Counter[str]()
     asked = 0
     with Cache(cache) as verdicts, progress_bar(progress) as bar:
         bar_task = bar.add_task("verdicts", total=2 * len(pairs))
         async with Pool(None) as pool, pool.lease(model, purpose, ledger) as endpoint:
-            judge = _Judge(pool.client, endpoint, purpose, ledger)
+            judge = _Judge(JudgeEndpoint(pool.client, endpoint, purpose, ledger))
 
             async def judged(pair: AnswerPair) -> Known | None:
                 nonlocal asked
@@ -104,10 +112,10 @@ async def label(
 
 
 class _Judge:
-    """A judge's endpoint. Once it turns out to give no log-probabilities, it writes its verdicts."""
+    """A judge. Once its endpoint turns out to give no log-probabilities, it writes its verdicts."""
 
-    def __init__(self, client: Client, endpoint: Endpoint, purpose: Purpose, ledger: Ledger) -> None:
-        self._client, self._endpoint, self._purpose, self._ledger = client, endpoint, purpose, ledger
+    def __init__(self, endpoint: JudgeEndpoint) -> None:
+        self._endpoint = endpoint
         self._gives_logprobs = True
 
     async def verdict(self, pair: AnswerPair) -> float | None:
@@ -116,10 +124,10 @@ class _Judge:
         Raises:
             CallError: The call failed.
         """
-        options: dict[str, Any] = {"purpose": self._purpose, "ledger": self._ledger, "nonce": new_nonce(*pair)}
+        ordered = OrderedPair(*pair, nonce=new_nonce(*pair))
         if self._gives_logprobs:
             try:
-                return await verdict(self._client, self._endpoint, *pair, **options)
+                return await logprob_verdict(self._endpoint, ordered)
             except NoLogprobsError:
                 self._gives_logprobs = False
-        return await written_verdict(self._client, self._endpoint, *pair, **options)
+        return await written_verdict(self._endpoint, ordered)

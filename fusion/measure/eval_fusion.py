@@ -13,18 +13,16 @@ from typing import Any, NamedTuple
 import aiohttp
 
 from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.mode_names import FUSED_MODES, model_name
 from mixfuse.contracts.progress import bar as progress_bar
 from mixfuse.contracts.tasks import AnyTask, TaskSet
 from mixfuse.fusion.batch import Sampling, Target
+from mixfuse.fusion.calls.failures import CallError
 from mixfuse.fusion.calls.pool import all_or_raise, fan_out
-from mixfuse.fusion.calls.upstream import CallError, Client, http_client
-from mixfuse.fusion.config import FusedMode, FusionConfig
-from mixfuse.fusion.http.chat import MODELS
+from mixfuse.fusion.calls.upstream import Client, http_client
+from mixfuse.fusion.config import Agreement, FusedMode, FusionConfig
 from mixfuse.fusion.measure.fusion_report import Answer, Answers, FusionReport, report
-from mixfuse.fusion.modes.agreement import How
 from mixfuse.fusion.store.cache import Cache
-
-_MODEL_NAMES = {mode: name for name, mode in MODELS.items()}
 
 
 @dataclass(frozen=True)
@@ -40,11 +38,11 @@ class Design:
         same: When two answers count as one for the majority vote.
     """
 
-    modes: Sequence[FusedMode] = ("best_of", "merge", "debate")
+    modes: Sequence[FusedMode] = FUSED_MODES
     choose_share: float = 0.3
     sampling: Sampling = field(default_factory=Sampling)
     concurrency: int = 4
-    same: How = "exact"
+    same: Agreement = "exact"
 
 
 async def evaluate(
@@ -106,10 +104,10 @@ async def evaluate(
                 [_Arm(f"member {member.name}", member.name, {}, member.samples) for member in members], tasks.tasks
             )
             best = best_member(config, TaskSet(choosing or reported, tasks.verify), answers)
-            arms = [_Arm(mode, _MODEL_NAMES[mode], {}) for mode in design.modes]
+            arms = [_Arm(mode, model_name(mode), {}) for mode in design.modes]
             if has_self_fusion:
                 only_best = {"members": [best], "samples": pool_size}
-                arms += [_Arm(f"self {mode}", _MODEL_NAMES[mode], only_best) for mode in design.modes]
+                arms += [_Arm(f"self {mode}", model_name(mode), only_best) for mode in design.modes]
             await ask_all(arms, reported)
     reported_set = TaskSet(reported, tasks.verify)
     figures = report(reported_set, answers, config, design.modes, best=best, chosen_on=len(choosing), same=design.same)

@@ -5,17 +5,27 @@ import hashlib
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from mixfuse.contracts.errors import MixfuseError
-from mixfuse.contracts.judge_protocol import comparison, new_nonce
+from mixfuse.contracts.judge_protocol import new_nonce
 from mixfuse.contracts.progress import bar as progress_bar
-from mixfuse.fusion.calls.pool import all_or_raise, fan_out, http_client
-from mixfuse.fusion.calls.upstream import CallError, Client, Endpoint, Ledger, Purpose
+from mixfuse.fusion.answering.verdicts import (
+    LOGPROB_PARAMETERS,
+    WRITTEN_PARAMETERS,
+    JudgeEndpoint,
+    NoLogprobsError,
+    OrderedPair,
+    logprob_verdict,
+    written_verdict,
+)
+from mixfuse.fusion.calls.failures import CallError
+from mixfuse.fusion.calls.ledger import Ledger
+from mixfuse.fusion.calls.pool import all_or_raise, fan_out
+from mixfuse.fusion.calls.upstream import Client, Endpoint, Purpose, http_client
 from mixfuse.fusion.measure.comparisons import Comparison
 from mixfuse.fusion.measure.judge_report import JudgeReport, Reading, report
 from mixfuse.fusion.measure.marks import Views
-from mixfuse.fusion.modes.judge import VERDICT_PARAMETERS, WRITTEN_PARAMETERS, NoLogprobsError, verdict, written_verdict
 from mixfuse.fusion.store.cache import Cache
 
 _PURPOSE = Purpose("verdict", "judge")
@@ -55,7 +65,7 @@ async def evaluate(
         async with http_client() as client:
             judge = _Judge(client, endpoint, cache, slots)
 
-            async def view(order: _Order) -> float | None:
+            async def view(order: OrderedPair) -> float | None:
                 try:
                     return await judge.verdict(order)
                 except CallError as error:
@@ -81,22 +91,7 @@ async def evaluate(
 
 def all_cached(revision: str, rows: Sequence[Comparison], cache: Cache) -> bool:
     """Whether a cache holds every verdict of a judge's revision on these rows, so that it need not be served."""
-    return all(cache.holds(order.question(revision, "logprobs")) for order in _orders(rows))
-
-
-class _Order(NamedTuple):
-    """One order of one pair."""
-
-    prompt: str
-    first: str
-    second: str
-    nonce: str
-
-    def question(self, judge: str, read: Reading) -> dict[str, Any]:
-        """The cache's key of a verdict."""
-        messages = comparison(self.prompt, self.first, self.second, nonce=self.nonce)
-        parameters = VERDICT_PARAMETERS if read == "logprobs" else WRITTEN_PARAMETERS
-        return {"judge": judge, "messages": messages, "parameters": parameters}
+    return all(cache.holds(_cache_key(revision, order, "logprobs")) for order in _orders(rows))
 
 
 class _Judge:
@@ -118,7 +113,7 @@ class _Judge:
         self._no_logprobs = {"judge": self._identity, "gives": "log-probabilities"}
         self.read: Reading = "parsed" if cache and cache.get(self._no_logprobs) else "logprobs"
 
-    async def verdict(self, order: _Order) -> float | None:
+    async def verdict(self, order: OrderedPair) -> float | None:
         """P(the answer shown first is better), from the cache or the endpoint; None where no verdict was read.
 
         Raises:
@@ -126,7 +121,7 @@ class _Judge:
         """
         async with self._slots:
             read = self.read
-            question = order.question(self._identity, read)
+            question = _cache_key(self._identity, order, read)
             if cached := self._cache and self._cache.get(question):
                 return None if cached.value is None else float(cached.value)
             try:
@@ -135,24 +130,28 @@ class _Judge:
                 if self.read == "logprobs" and self._cache:
                     self._cache.put(self._no_logprobs, True)
                 self.read = read = "parsed"
-                question = order.question(self._identity, read)
+                question = _cache_key(self._identity, order, read)
                 p = await self._ask(order, read)
         if self._cache:
             self._cache.put(question, p)
         return p
 
-    async def _ask(self, order: _Order, read: Reading) -> float | None:
-        ask = verdict if read == "logprobs" else written_verdict
-        texts = (order.prompt, order.first, order.second)
-        return await ask(self._client, self._endpoint, *texts, purpose=_PURPOSE, ledger=Ledger(), nonce=order.nonce)
+    async def _ask(self, order: OrderedPair, read: Reading) -> float | None:
+        ask = logprob_verdict if read == "logprobs" else written_verdict
+        return await ask(JudgeEndpoint(self._client, self._endpoint, _PURPOSE, Ledger()), order)
 
 
-def _orders(rows: Sequence[Comparison]) -> Iterator[_Order]:
+def _cache_key(judge: str, order: OrderedPair, read: Reading) -> dict[str, Any]:
+    parameters = LOGPROB_PARAMETERS if read == "logprobs" else WRITTEN_PARAMETERS
+    return {"judge": judge, "messages": order.messages(), "parameters": parameters}
+
+
+def _orders(rows: Sequence[Comparison]) -> Iterator[OrderedPair]:
     """Both orders of every pair, side by side; they share a nonce, so that a prefix cache serves both."""
     for row in rows:
         nonce = _nonce(row)
-        yield _Order(row.prompt, row.first, row.second, nonce)
-        yield _Order(row.prompt, row.second, row.first, nonce)
+        yield OrderedPair(row.prompt, row.first, row.second, nonce)
+        yield OrderedPair(row.prompt, row.second, row.first, nonce)
 
 
 def _nonce(row: Comparison) -> str:

@@ -14,10 +14,10 @@ import numpy.typing as npt
 from rich.table import Table
 
 from mixfuse.contracts.tasks import AnyTask, TaskSet
-from mixfuse.fusion.config import FusedMode, FusionConfig
+from mixfuse.fusion.answering.agreement import text_key
+from mixfuse.fusion.config import Agreement, FusedMode, FusionConfig
 from mixfuse.fusion.measure.fusion_verdict import Verdict, decide
 from mixfuse.fusion.measure.statistics import Clusters, Difference, Estimate, difference
-from mixfuse.fusion.modes.agreement import How, said
 
 
 class Answer(NamedTuple):
@@ -147,7 +147,7 @@ def report(
     *,
     best: str,
     chosen_on: int,
-    same: How,
+    same: Agreement,
 ) -> FusionReport:
     """Computes the figures; pure.
 
@@ -229,7 +229,7 @@ class _AnswerTable(Generic[AnyTask]):
         return [answer for name in self._members for answer in self._answers[task.id][f"member {name}"]]
 
 
-def _baselines(table: _AnswerTable[AnyTask], members: Mapping[str, Arm], same: How) -> dict[str, Arm]:
+def _baselines(table: _AnswerTable[AnyTask], members: Mapping[str, Arm], same: Agreement) -> dict[str, Arm]:
     """A random member, the majority vote, and the oracle; the latter two cost as much as the whole pool."""
     pooled = [(task, table.of_all_members(task)) for task in table.tasks]
     at_random = tuple(map(_mean, zip(*(arm.marks for arm in members.values()), strict=True)))
@@ -263,13 +263,13 @@ def _latency(values: Sequence[float]) -> tuple[float, float] | None:
     return float(np.median(values)), float(np.percentile(values, 95, method="inverted_cdf"))
 
 
-def _majority(answers: Sequence[Answer], same: How) -> Answer:
+def _majority(answers: Sequence[Answer], same: Agreement) -> Answer:
     """The answer with the most votes; of a draw the earliest. A failed answer where all failed."""
     first: dict[str, Answer] = {}
     votes: Counter[str] = Counter()
     for answer in answers:
         if answer.text is not None:
-            meaning = said(answer.text, same)
+            meaning = text_key(answer.text, same)
             first.setdefault(meaning, answer)
             votes[meaning] += 1
     return first[votes.most_common(1)[0][0]] if votes else answers[0]

@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
-import httpx
 from rich.console import Console
 
+from mixfuse.app.admin_api import RoleRow
+from mixfuse.app.client import AdminClient, RefusedError
 from mixfuse.contracts import adapter, judge_protocol
 from mixfuse.contracts.adapter import LORA_RANKS, Fingerprint, Manifest, Parity
 from mixfuse.contracts.errors import MixfuseError
@@ -24,9 +25,9 @@ from mixfuse.contracts.judge_protocol import Calibration
 from mixfuse.contracts.strict_yaml import load
 from mixfuse.contracts.tasks import Split, Task, TaskSet, make
 from mixfuse.fusion.batch import Results, Target
-from mixfuse.fusion.calls.pool import Endpoint
+from mixfuse.fusion.calls.upstream import Endpoint
 from mixfuse.fusion.config import FusionConfig
-from mixfuse.fusion.http.keys import ADMIN_KEY, API_KEY
+from mixfuse.fusion.http.keys import API_KEY
 from mixfuse.fusion.measure import comparisons, fusion_page, judge_page
 from mixfuse.fusion.measure import eval_fusion as fusing
 from mixfuse.fusion.measure import eval_judge as judging
@@ -307,30 +308,25 @@ def _judge_manifest(directory: Path) -> Manifest:
 
 
 def _served(url: str) -> dict[str, tuple[str | None, Calibration | None]]:
-    """Role → (revision, calibration) of the server at `url`; empty for a gateway without roles.
+    """Role → (revision, calibration) of the server at `url`; empty for a gateway that has no roles.
 
     Raises:
-        MixfuseError: Nothing answers there.
+        MixfuseError: Nothing answers there, or the server fails.
     """
-    headers = {"Authorization": f"Bearer {key}"} if (key := os.environ.get(ADMIN_KEY)) else {}
     try:
-        response = httpx.get(f"{url.rstrip('/')}/admin/roles", headers=headers, timeout=30)
-    except httpx.HTTPError as error:
-        raise MixfuseError(
-            f"nothing answers at {url} ({error}); start a server: mixfuse serve CONFIG, or mixfuse gateway CONFIG"
-        ) from None
-    if response.status_code != httpx.codes.OK:
+        rows = AdminClient(url).roles()
+    except RefusedError:
         return {}
-    return {row["role"]: (row["revision"], _calibration(row)) for row in response.json()["roles"]}
+    return {row.role: (row.revision, _calibration(row)) for row in rows}
 
 
-def _calibration(row: Mapping[str, Any]) -> Calibration | None:
-    """A served role's calibration, where its adapter directory can be read from here."""
-    directory = Path(row["directory"]) if row["directory"] else None
+def _calibration(row: RoleRow) -> Calibration | None:
+    """A served role's calibration, if its adapter directory can be read on this machine."""
+    directory = Path(row.directory) if row.directory else None
     if directory is None or not (directory / adapter.MANIFEST).is_file():
         return None
     manifest = adapter.read_manifest(directory)
-    return manifest.calibration if manifest.revision == row["revision"] else None
+    return manifest.calibration if manifest.revision == row.revision else None
 
 
 @asynccontextmanager

@@ -1,0 +1,89 @@
+"""When candidates agree: equal as text, in their last number, as JSON, or in the option they choose."""
+
+import json
+import re
+from collections.abc import Sequence
+from decimal import Decimal
+from typing import Any
+
+from mixfuse.fusion.answering.candidate import Candidate
+from mixfuse.fusion.config import Agreement
+
+_NUMBER = re.compile(r"[-\u2212]?\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d+)?|[-\u2212]?\.\d+")
+_FENCE = re.compile(r"^\s*```\w*\n(.*)\n```\s*$", re.DOTALL)
+# "The answer is (B)", "Option: C"; the last one counts, as the last number does.
+_NAMED_CHOICE = re.compile(r"\b(?:answer|option|choice)\b(?:\s+is)?\s*[:=]?\s*[*_(\[]*([A-Z])\b(?!')", re.IGNORECASE)
+_BARE_CHOICE = re.compile(r"^\W*([A-Z])(?:\W*$|[).:\]*])")
+_WORD_CHOICE = re.compile(r"^\W*(yes|no|true|false)\b", re.IGNORECASE)
+
+
+def distinct(candidates: Sequence[Candidate], rule: Agreement) -> list[Candidate]:
+    """Returns the candidates without those that agree with an earlier one.
+
+    Args:
+        candidates: In candidate order.
+        rule: When two agree; with `never` all are kept.
+    """
+    if rule == "never":
+        return list(candidates)
+    first_of: dict[str, Candidate] = {}
+    for candidate in candidates:
+        first_of.setdefault(candidate_key(candidate, rule), candidate)
+    return list(first_of.values())
+
+
+def candidate_key(candidate: Candidate, rule: Agreement) -> str:
+    """Returns a key that is equal for two candidates exactly if they agree.
+
+    Tool calls are compared by function and arguments; the arguments' key order and white space do not matter.
+    """
+    if candidate.tool_calls:
+        return "calls " + " ".join(tool_call_text(call) for call in candidate.tool_calls)
+    return text_key(candidate.text, rule)
+
+
+def text_key(text: str, rule: Agreement) -> str:
+    """Returns a key that is equal for two texts exactly if they agree.
+
+    A text without a number, JSON or choice in it is compared as text, white space aside.
+    """
+    read = {"number": _last_number, "json": _normalized_json, "choice": _choice}.get(rule)
+    value = read(text) if read else None
+    return f"text {' '.join(text.split())}" if value is None else f"{rule} {value}"
+
+
+def tool_call_text(call: dict[str, Any]) -> str:
+    """Returns a tool call as text: the function's name, and its arguments with their keys sorted."""
+    function = call["function"]
+    arguments = _normalized_json(function["arguments"])
+    return f"{function['name']}({function['arguments'] if arguments is None else arguments})"
+
+
+def _last_number(text: str) -> str | None:
+    """Returns the last number as a plain decimal: `1,000.0` is `1000`."""
+    numbers = _NUMBER.findall(text)
+    if not numbers:
+        return None
+    number = Decimal(numbers[-1].replace(",", "").replace("\u2212", "-"))
+    if abs(number.adjusted()) > 100:  # as a plain decimal it would be mostly zeros
+        return str(number.normalize())
+    return format(number.normalize() + 0, "f")
+
+
+def _normalized_json(text: str) -> str | None:
+    """Returns the text's JSON value with sorted keys; a Markdown code fence around it is removed first."""
+    fence = _FENCE.match(text)
+    try:
+        return json.dumps(json.loads(fence[1] if fence else text), sort_keys=True, ensure_ascii=False)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _choice(text: str) -> str | None:
+    """Returns the option's letter, or yes, no, true or false."""
+    if named := _NAMED_CHOICE.findall(text):
+        return str(named[-1]).upper()
+    if bare := _BARE_CHOICE.match(text):
+        return bare[1]
+    word = _WORD_CHOICE.match(text)
+    return word[1].lower() if word else None
