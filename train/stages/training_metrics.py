@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mixfuse.contracts import plots
 from mixfuse.contracts.errors import MixfuseError
-from mixfuse.contracts.files import atomic_file, write_text
+from mixfuse.contracts.files import write_text
 from mixfuse.train.recipe import TrainRecipe
 
 if TYPE_CHECKING:
@@ -155,27 +156,10 @@ def draw(out: Path) -> None:
     Args:
         out: The run's folder. Without rows nothing is drawn.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     rows = read_rows(out / "metrics.jsonl")
-    pictures = [(title, series) for title, keys in PLOTS if (series := _series(rows, keys))]
-    if not pictures:
-        return
-    across = min(3, len(pictures))
-    down = -(-len(pictures) // across)
-    figure = Figure(figsize=(5 * across, 3.2 * down), layout="constrained")  # no pyplot: no window, no global state
-    FigureCanvasAgg(figure)
-    for number, (title, series) in enumerate(pictures, start=1):
-        axes = figure.add_subplot(down, across, number)
-        for key, (steps, values) in series.items():
-            axes.plot(steps, values, label=key, marker="o" if len(steps) < 30 else None, markersize=3)
-        axes.set(title=title, xlabel="step")
-        axes.grid(alpha=0.3)
-        if len(series) > 1:
-            axes.legend()
-    with atomic_file(out / "metrics.png") as temporary:
-        figure.savefig(temporary, format="png", dpi=100)
+    panels = [(title, series) for title, keys in PLOTS if (series := _series(rows, keys))]
+    if panels:
+        plots.save(plots.curves(panels), out / "metrics.png")
 
 
 def _series(rows: Sequence[dict[str, Any]], keys: Sequence[str]) -> dict[str, tuple[list[int], list[float]]]:
