@@ -12,7 +12,8 @@ import yaml
 
 from mixfuse.cli.entry import main
 from mixfuse.contracts.errors import MixfuseError
-from mixfuse.contracts.family import Shape, base_parameters
+from mixfuse.contracts.families import shape_of
+from mixfuse.contracts.family import base_parameters
 from mixfuse.serve import engine_plan
 from mixfuse.serve.engine import EngineConfig, Restart
 
@@ -101,7 +102,7 @@ def test_secrets_are_not_shown_and_values_are_quoted(capsys: pytest.CaptureFixtu
 def test_an_engine_of_someone_else_is_not_planned(capsys: pytest.CaptureFixture[str]):
     status, printed = dry_run(capsys, ROOT / "configs/mixtral-8x22b/serve.yaml", "engine.url=http://10.0.0.5:8000")
     assert status == 0
-    assert "someone else's (http://10.0.0.5:8000/v1)" in printed
+    assert "runs elsewhere (http://10.0.0.5:8000/v1)" in printed
 
 
 def test_the_engines_page_shows_configs_that_load():
@@ -121,7 +122,7 @@ def weights(config: dict[str, object], *arguments: str) -> int:
 
 def test_what_is_quantised_is_what_the_plan_shrinks():
     """Attention and experts are; embedding, output layer, routers and norms are not."""
-    shape = Shape.of(MIXTRAL_8X22B)
+    shape = shape_of(MIXTRAL_8X22B)
     dense = 2 * shape.V * shape.H + shape.L * (shape.E * shape.H + 2 * shape.H) + shape.H
     linear = base_parameters(shape) - dense
     assert weights(MIXTRAL_8X22B) == 2 * (linear + dense)

@@ -106,7 +106,8 @@ class _ExpertLoad:
 
     def watch(self, model: Any) -> None:
         import torch
-        from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
+
+        from mixfuse.train.model.family_classes import router_classes
 
         def hook(name: str) -> Any:
             def count(router: Any, _: Any, output: Any) -> None:
@@ -116,7 +117,7 @@ class _ExpertLoad:
             return count
 
         for name, module in model.named_modules():
-            if isinstance(module, MixtralTopKRouter):
+            if isinstance(module, router_classes()):
                 self._hooks.append(module.register_forward_hook(hook(name)))
 
     def take(self) -> dict[str, float]:
