@@ -14,6 +14,8 @@ _NUMBER = re.compile(r"[-\u2212]?\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d+)?|[-\u2212]?\
 _FENCE = re.compile(r"^\s*```\w*\n(.*)\n```\s*$", re.DOTALL)
 # "The answer is (B)", "Option: C"; the last one counts, as the last number does.
 _NAMED_CHOICE = re.compile(r"\b(?:answer|option|choice)\b(?:\s+is)?\s*[:=]?\s*[*_(\[]*([A-Z])\b(?!')", re.IGNORECASE)
+# "The answer is \\(\\boxed{\\text{G}}\\)"
+_BOXED_CHOICE = re.compile(r"\\boxed\{[\s{(]*(?:\\(?:text|mathrm|mathbf|textbf)\{[\s(]*)?([A-Z])\b")
 _BARE_CHOICE = re.compile(r"^\W*([A-Z])(?:\W*$|[).:\]*])")
 _WORD_CHOICE = re.compile(r"^\W*(yes|no|true|false)\b", re.IGNORECASE)
 
@@ -51,6 +53,16 @@ def said(text: str, how: How) -> str:
     return f"text {' '.join(text.split())}" if found is None else f"{how} {found}"
 
 
+def readings(text: str, how: How) -> list[str]:
+    """Everything that a text may be read to say, in its order; the last is what `said` takes. Empty: nothing was read."""
+    if how == "choice":
+        return [f"choice {choice}" for choice in _choices(text)]
+    if how in ("number", "json"):
+        key = said(text, how)
+        return [key] if key.startswith(f"{how} ") else []
+    return [said(text, how)] if text.strip() else []
+
+
 def described(call: dict[str, Any]) -> str:
     """A call of a tool as text: its name and its arguments in a settled order."""
     function = call["function"]
@@ -80,9 +92,17 @@ def _json(text: str) -> str | None:
 
 def _choice(text: str) -> str | None:
     """The letter, or yes, no, true or false."""
+    choices = _choices(text)
+    return choices[-1] if choices else None
+
+
+def _choices(text: str) -> list[str]:
+    """Every option that the text names as its answer, in order."""
     if named := _NAMED_CHOICE.findall(text):
-        return str(named[-1]).upper()
+        return [str(choice).upper() for choice in named]
+    if boxed := _BOXED_CHOICE.findall(text):
+        return [str(choice) for choice in boxed]
     if bare := _BARE_CHOICE.match(text):
-        return bare[1]
+        return [bare[1]]
     word = _WORD_CHOICE.match(text)
-    return word[1].lower() if word else None
+    return [word[1].lower()] if word else []
