@@ -1,15 +1,15 @@
-"""Swapping adapters under load: what fails, what clients are given, how long it takes, and what it leaves in memory.
+"""Swapping adapters under load: failures, answers of wrong revisions, latencies, and memory that is left behind.
 
     nice python benchmarks/hot_swap.py [--base DIR] [--swaps 100] [--json] [--smoke]
 
-Runs the real `mixfuse serve` (vLLM and the gateway) and keeps three roles busy without pause: `domain` asked for by
-name, `judge` through `best_of`, `synthesizer` through `merge`. Meanwhile 20 swaps and 5 rollbacks, some of which cannot
-go well: a tampered file, a wrong base, a tensor that is not finite, an adapter that vLLM would load and ignore, a full
-disk under the trace database, an engine killed in mid-swap. Before each swap the same length of time is measured with
-nothing swapped, so that the latencies compared are of one load and one length. Then `--swaps` good ones without pause,
-for memory; what has been measured by `--minutes` is reported.
+Runs the real `mixfuse serve` (vLLM and the gateway) and keeps three roles busy without pause: `domain` by name, `judge`
+through `best_of`, `synthesizer` through `merge`. Meanwhile it makes 20 swaps and 5 rollbacks. Some swaps must be
+refused: a tampered file, a wrong base, a tensor that is not finite, an adapter that vLLM would load and ignore. Two
+meet a failure: a full disk under the trace database, and an engine killed in mid-swap. Before each swap, the same time
+is measured without a swap, so that both latencies have the same load and length. Then `--swaps` good swaps follow
+without pause, for memory, until `--minutes` have passed.
 
-The disk is a file system of its own (`unshare -Urm`); where there are no user namespaces that case is left out.
+The disk is a file system of its own (`unshare -Urm`). Without user namespaces that case is left out.
 """
 
 import argparse
@@ -44,9 +44,9 @@ _START_S = 1000  # an engine may take; on a busy machine it does
 _PAUSE_S = 0.5  # before and after a time with nothing swapped
 DEADLINE_S = 90
 KINDS = {"domain": "domain", "fusion/best-of": "judge", "fusion/merge": "synthesizer"}
-"""What is asked for, and the role it keeps busy."""
+"""The model that is requested → the role that it keeps busy."""
 ROLE_OF = {"domain": "domain", "expert": "domain", "judge": "judge", "synthesizer": "synthesizer"}
-"""Who is named in a trace's calls, and the role that is."""
+"""The member of a trace's call → its role."""
 
 PLAN = (
     *(("good", "domain"), ("good", "judge"), ("good", "synthesizer"), ("tampered file", "domain")),
@@ -136,8 +136,8 @@ def revision(adapter: Path) -> str:
 
 
 @dataclass
-class Asked:
-    """One request: what for, when, how it ended, and by which revisions its calls were answered."""
+class Request:
+    """One request: its model, when it ran, how it ended, and the revisions that answered its calls."""
 
     kind: str
     began: float
@@ -149,13 +149,13 @@ class Asked:
 
 
 class Traffic:
-    """Clients that ask without pause, `each` for each role; an async context manager."""
+    """Clients that send requests without pause, `each` per role; an async context manager."""
 
     def __init__(self, session: ClientSession, url: str, each: int, max_tokens: int) -> None:
         self._session, self._url, self._max_tokens = session, url, max_tokens
         self._each = each
         self._tasks: list[asyncio.Task[None]] = []
-        self.asked: list[Asked] = []
+        self.requests: list[Request] = []
         self._numbers = itertools.count()
 
     async def __aenter__(self) -> "Traffic":
@@ -171,13 +171,13 @@ class Traffic:
 
     async def _client(self, kind: str) -> None:
         while True:
-            asked = await self._ask(kind)
-            self.asked.append(asked)
-            if asked.error:
+            request = await self._ask(kind)
+            self.requests.append(request)
+            if request.error:
                 await asyncio.sleep(0.25)  # as a client would; not to count one outage a thousand times
 
-    async def _ask(self, kind: str) -> Asked:
-        asked = Asked(kind, time.monotonic(), 0.0)
+    async def _ask(self, kind: str) -> Request:
+        request = Request(kind, time.monotonic(), 0.0)
         body = {
             "model": kind,
             "messages": [{"role": "user", "content": f"Question {next(self._numbers)}: what comes next, and why?"}],
@@ -189,25 +189,25 @@ class Traffic:
             async with self._session.post(f"{self._url}/chat/completions", json=body) as response:
                 answer = await response.json(content_type=None)
         except (ClientError, TimeoutError, ValueError) as error:
-            asked.error, asked.typed = f"{type(error).__name__}: {error}", False
+            request.error, request.typed = f"{type(error).__name__}: {error}", False
         else:
             if response.status == 200:
-                self._read(answer["fusion"]["calls"], asked)
+                self._read(answer["fusion"]["calls"], request)
             else:
                 failure = answer.get("error") or {}
-                asked.typed = bool(failure.get("type"))
-                asked.error = f"HTTP {response.status} {failure.get('type')}: {failure.get('message')}"
-        asked.ended = time.monotonic()
-        return asked
+                request.typed = bool(failure.get("type"))
+                request.error = f"HTTP {response.status} {failure.get('type')}: {failure.get('message')}"
+        request.ended = time.monotonic()
+        return request
 
     @staticmethod
-    def _read(calls: list[dict[str, Any]], asked: Asked) -> None:
+    def _read(calls: list[dict[str, Any]], request: Request) -> None:
         for call in calls:
             role = ROLE_OF.get(call["member"])
             if call["outcome"] == "ok" and role:
-                asked.revisions.append((role, call["revision"]))
+                request.revisions.append((role, call["revision"]))
             elif not call["outcome"].startswith("cancelled") and call["outcome"] != "ok":
-                asked.failed_calls.append(f"{call['member']}: {call['outcome']}: {call['error']}")
+                request.failed_calls.append(f"{call['member']}: {call['outcome']}: {call['error']}")
 
 
 # --- swaps -----------------------------------------------------------------------------------------------------------
@@ -215,19 +215,19 @@ class Traffic:
 
 @dataclass
 class Step:
-    """One swap or rollback; `began` and `ended` as monotonic seconds, `sham` those of the time before it."""
+    """One swap or rollback. `began` and `ended` are monotonic seconds; `sham` is the time without a swap before it."""
 
     kind: str
     role: str
     began: float = 0.0
     ended: float = 0.0
     sham: tuple[float, float] = (0.0, 0.0)
-    said: str = ""
+    refusal: str = ""
     done: bool = False
 
 
-class House:
-    """A running server, its roles as they should be, and when which revision may have answered."""
+class ServerUnderLoad:
+    """A running server, the revision that must serve each role, and when each revision may have answered."""
 
     def __init__(
         self, session: ClientSession, url: str, server: psutil.Process, adapters: Path, disk: Path | None
@@ -245,31 +245,35 @@ class House:
         return sorted(self.adapters.glob(f"{role}-[0-9]*"))
 
     async def step(self, kind: str, role: str, *, sham: bool = False) -> Step:
-        """Swaps; with `sham`, measures as long as swaps have usually taken with nothing swapped first."""
+        """Makes a step of the plan. With `sham`, it first measures the median length of a swap without a swap."""
         step = Step(kind, role)
         if sham:
             await asyncio.sleep(_PAUSE_S)
             began = time.monotonic()
-            await asyncio.sleep(statistics.median([one.ended - one.began for one in self.steps if one.done] or [1.0]))
+            await asyncio.sleep(
+                statistics.median([past.ended - past.began for past in self.steps if past.done] or [1.0])
+            )
             step.sham = (began, time.monotonic())
             await asyncio.sleep(_PAUSE_S)
-        how: dict[str, Callable[[Step], Awaitable[None]]] = {
+        actions: dict[str, Callable[[Step], Awaitable[None]]] = {
             "rollback": self._roll_back,
             "full disk": self._on_full_disk,
             "engine killed": self._killed,
         }
-        await how.get(kind, self._swap)(step)
+        await actions.get(kind, self._swap)(step)
         self.steps.append(step)
         actual = await self.actual()
         if step.done:
             self._flipped(step, actual[role])
         if actual != self.serving:
-            raise BenchmarkError(f"after {kind!r} the roles are {actual}, they should be {self.serving}: {step.said}")
-        note(f"{kind}, {role}: {step.ended - step.began:.2f} s {step.said}")
+            raise BenchmarkError(
+                f"after {kind!r} the roles are {actual}, they should be {self.serving}: {step.refusal}"
+            )
+        note(f"{kind}, {role}: {step.ended - step.began:.2f} s {step.refusal}")
         return step
 
     async def actual(self) -> dict[str, str | None]:
-        """Which revisions the server says it serves."""
+        """The revisions that the server reports as serving."""
         async with self.session.get(self.admin) as response:
             rows = (await response.json())["roles"]
         return {row["role"]: row["revision"] for row in rows if row["role"] in self.serving}
@@ -277,17 +281,23 @@ class House:
     async def _swap(self, step: Step) -> None:
         directory = self.adapters / step.kind
         if step.kind not in REFUSED:
-            directory = next(one for one in self._next[step.role] if revision(one) != self.serving[step.role])
-        await self._asked(step, self.session.put(f"{self.admin}/{step.role}", json={"directory": str(directory)}))
+            directory = self._another(step.role)
+        await self._send(step, self.session.put(f"{self.admin}/{step.role}", json={"directory": str(directory)}))
         if step.done == (step.kind in REFUSED):
-            raise BenchmarkError(f"{step.kind}, {step.role}: it should {'not ' * step.done}have gone well: {step.said}")
+            raise BenchmarkError(
+                f"{step.kind}, {step.role}: it should {'not ' * step.done}have gone well: {step.refusal}"
+            )
         if step.done:
             self.before[step.role], self.serving[step.role] = self.serving[step.role], revision(directory)
 
+    def _another(self, role: str) -> Path:
+        """The next good adapter directory of a role, other than the serving one."""
+        return next(path for path in self._next[role] if revision(path) != self.serving[role])
+
     async def _roll_back(self, step: Step) -> None:
-        await self._asked(step, self.session.post(f"{self.admin}/{step.role}/rollback", json={}))
+        await self._send(step, self.session.post(f"{self.admin}/{step.role}/rollback", json={}))
         if not step.done:
-            raise BenchmarkError(f"rollback of {step.role}: {step.said}")
+            raise BenchmarkError(f"rollback of {step.role}: {step.refusal}")
         self.serving[step.role] = self.before[step.role]
 
     async def _on_full_disk(self, step: Step) -> None:
@@ -300,8 +310,8 @@ class House:
                     stream.write(bytes(1 << 20))
             except OSError:
                 note("the disk is full")
-        directory = next(one for one in self._next[step.role] if revision(one) != self.serving[step.role])
-        await self._asked(step, self.session.put(f"{self.admin}/{step.role}", json={"directory": str(directory)}))
+        directory = self._another(step.role)
+        await self._send(step, self.session.put(f"{self.admin}/{step.role}", json={"directory": str(directory)}))
         await asyncio.sleep(1)
         filler.unlink()
         if step.done:
@@ -309,47 +319,48 @@ class House:
 
     async def _killed(self, step: Step) -> None:
         """Kills the engine while the adapter is being loaded; waits until all roles answer again."""
-        directory = next(one for one in self._next[step.role] if revision(one) != self.serving[step.role])
+        directory = self._another(step.role)
         put = self.session.put(f"{self.admin}/{step.role}", json={"directory": str(directory)})
-        swapping = asyncio.create_task(self._asked(step, put))
+        swapping = asyncio.create_task(self._send(step, put))
         await asyncio.sleep(0.02)
         killed = time.monotonic()
-        for one in engine_processes(self.server):
-            one.kill()
+        for child in engine_processes(self.server):
+            child.kill()
         await swapping
         async with asyncio.timeout(_START_S):
-            while not await self._well():  # noqa: ASYNC110 - it is another process's
+            while not await self._ready():  # noqa: ASYNC110 - it is another process's
                 await asyncio.sleep(0.25)
         self.outage = (killed, time.monotonic())
         if step.done:
             self.before[step.role], self.serving[step.role] = self.serving[step.role], revision(directory)
 
-    async def _well(self) -> bool:
+    async def _ready(self) -> bool:
         async with self.session.get(self.admin.removesuffix("/admin/roles") + "/readyz") as response:
             return response.status == 200
 
-    async def _asked(self, step: Step, asking: Any) -> None:
+    async def _send(self, step: Step, call: Any) -> None:
         step.began = time.monotonic()
-        async with asking as response:
+        async with call as response:
             answer = await response.json(content_type=None)
         step.ended = time.monotonic()
         step.done = response.status == 200
         failure = answer.get("error") or {}
-        step.said = "" if step.done else f"HTTP {response.status} {failure.get('type')}: {failure.get('message')}"
+        step.refusal = "" if step.done else f"HTTP {response.status} {failure.get('type')}: {failure.get('message')}"
         if not step.done and not failure.get("type"):
             raise BenchmarkError(f"{step.kind}: an untyped refusal: {answer}")
 
     def _flipped(self, step: Step, to: str | None) -> None:
-        """Notes from and until when revisions may have answered: at most from the asking to the answer."""
+        """Records when each revision may have answered: both may, from the swap's request to its answer."""
         spans = self.times[step.role]
         last, since, _ = spans[-1]
         spans[-1] = (last, since, step.ended)
         spans.append((str(to), step.began, math.inf))
 
-    def may_have_answered(self, role: str, found: str | None, asked: Asked) -> bool:
+    def may_have_answered(self, role: str, revision_: str | None, request: Request) -> bool:
         """Whether a revision may have served the role at some time while the request was under way."""
         return any(
-            one == found and since < asked.ended and asked.began < until for one, since, until in self.times[role]
+            served == revision_ and since < request.ended and request.began < until
+            for served, since, until in self.times[role]
         )
 
 
@@ -376,36 +387,36 @@ def slope(values: Sequence[float]) -> tuple[float, float]:
     return fit.slope, math.sqrt(rest / (n - 2) / (n * (n * n - 1) / 12))
 
 
-def latencies(steps: Sequence[Step], asked: Sequence[Asked]) -> dict[str, Any]:
+def latencies(steps: Sequence[Step], requests: Sequence[Request]) -> dict[str, Any]:
     """p95 of requests that a swap fell into, over p95 of those that an equal time without one fell into.
 
     Each request counts relative to the median of its kind without a swap, so that kinds can be taken together. The
     interval is of 1000 draws of the windows, with replacement: 5th to 95th percentile.
     """
-    good = [one for one in asked if not one.error]
+    good = [request for request in requests if not request.error]
 
-    def within(began: float, ended: float) -> list[Asked]:
-        return [one for one in good if one.began < ended and one.ended > began]
+    def within(began: float, ended: float) -> list[Request]:
+        return [request for request in good if request.began < ended and request.ended > began]
 
     windows = [(within(*step.sham), within(step.began, step.ended)) for step in steps]
     usual = {
         kind: statistics.median(
-            [one.ended - one.began for sham, _ in windows for one in sham if one.kind == kind] or [1]
+            [request.ended - request.began for sham, _ in windows for request in sham if request.kind == kind] or [1]
         )
         for kind in KINDS
     }
 
-    def ratio(chosen: Sequence[tuple[list[Asked], list[Asked]]], kind: str | None = None) -> float | None:
+    def ratio(chosen: Sequence[tuple[list[Request], list[Request]]], kind: str | None = None) -> float | None:
         """None where there was no request on one of the two sides."""
         sham, swapping = (
-            [(one.ended - one.began) / usual[one.kind] for one in side if kind in (None, one.kind)]
-            for side in (list(itertools.chain(*requests)) for requests in zip(*chosen, strict=True))
+            [(request.ended - request.began) / usual[request.kind] for request in side if kind in (None, request.kind)]
+            for side in (list(itertools.chain(*requests_)) for requests_ in zip(*chosen, strict=True))
         )
         return percentile(swapping, 95) / percentile(sham, 95) if sham and swapping else None
 
     draws = random.Random(0)
     drawn = [ratio(draws.choices(windows, k=len(windows))) for _ in range(1000)]
-    ratios = [one for one in drawn if one is not None]
+    ratios = [value for value in drawn if value is not None]
     return {
         "ratio": ratio(windows),
         "interval": [percentile(ratios, 5), percentile(ratios, 95)] if ratios else None,
@@ -415,38 +426,42 @@ def latencies(steps: Sequence[Step], asked: Sequence[Asked]) -> dict[str, Any]:
     }
 
 
-def report(house: House, asked: list[Asked], memory: dict[str, list[float]], planned: int) -> dict[str, Any]:
-    """All figures, from what was seen."""
+def report(
+    server: ServerUnderLoad, requests: list[Request], memory: dict[str, list[float]], planned: int
+) -> dict[str, Any]:
+    """All figures."""
     strangers = [
-        f"{role}@{found} in a {one.kind} request"
-        for one in asked
-        for role, found in one.revisions
-        if not house.may_have_answered(role, found, one)
+        f"{role}@{revision_} in a {request.kind} request"
+        for request in requests
+        for role, revision_ in request.revisions
+        if not server.may_have_answered(role, revision_, request)
     ]
-    killed, back = house.outage or (math.inf, -math.inf)
-    failed = [one for one in asked if one.error]
-    by_kill = [one for one in failed if one.ended > killed and one.began < back]
-    others = [one for one in failed if one not in by_kill]
+    killed, back = server.outage or (math.inf, -math.inf)
+    failed = [request for request in requests if request.error]
+    by_kill = [request for request in failed if request.ended > killed and request.began < back]
+    others = [request for request in failed if request not in by_kill]
     broken = [
-        one for one in asked if one.failed_calls and not one.error and not (one.ended > killed and one.began < back)
+        request
+        for request in requests
+        if request.failed_calls and not request.error and not (request.ended > killed and request.began < back)
     ]
-    smooth = [step for step in house.steps if step.kind in ("good", "rollback")]
+    smooth = [step for step in server.steps if step.kind in ("good", "rollback")]
     took = [step.ended - step.began for step in smooth]
-    refused = {step.kind: step.said for step in house.steps[:planned] if not step.done}
+    refused = {step.kind: step.refusal for step in server.steps[:planned] if not step.done}
     return {
-        "steps": dict(Counter(step.kind for step in house.steps[:planned])),
-        "further_swaps": len(house.steps) - planned,
-        "requests": dict(Counter(one.kind for one in asked)),
+        "steps": dict(Counter(step.kind for step in server.steps[:planned])),
+        "further_swaps": len(server.steps) - planned,
+        "requests": dict(Counter(request.kind for request in requests)),
         "refused": refused,
-        "failed": [one.error for one in others],
-        "failed_calls": [line for one in broken for line in one.failed_calls],
-        "failed_by_kill": dict(Counter((one.error or "")[:80] for one in by_kill)),
-        "failed_by_kill_untyped": sum(not one.typed for one in by_kill),
-        "failed_by_kill_longest_s": max((one.ended - one.began for one in by_kill), default=0.0),
-        "outage_s": back - killed if house.outage else None,
+        "failed": [request.error for request in others],
+        "failed_calls": [line for request in broken for line in request.failed_calls],
+        "failed_by_kill": dict(Counter((request.error or "")[:80] for request in by_kill)),
+        "failed_by_kill_untyped": sum(not request.typed for request in by_kill),
+        "failed_by_kill_longest_s": max((request.ended - request.began for request in by_kill), default=0.0),
+        "outage_s": back - killed if server.outage else None,
         "strangers": strangers,
         "swap_s": {"p50": statistics.median(took), "p95": percentile(took, 95), "max": max(took)},
-        "latency": latencies([step for step in smooth if step.sham[1]], asked),
+        "latency": latencies([step for step in smooth if step.sham[1]], requests),
         "memory_mib": {
             name: {
                 "first": values[0],
@@ -460,24 +475,24 @@ def report(house: House, asked: list[Asked], memory: dict[str, list[float]], pla
     }
 
 
-def show(found: dict[str, Any]) -> list[str]:
+def show(figures: dict[str, Any]) -> list[str]:
     """Prints the tables; returns the goals that were missed."""
-    latency, swap = found["latency"], found["swap_s"]
+    latency, swap = figures["latency"], figures["swap_s"]
     goals: list[tuple[str, str, str, bool]] = [
-        ("failed requests, but for the killed engine's", "0", str(len(found["failed"])), not found["failed"]),
+        ("failed requests, but for the killed engine's", "0", str(len(figures["failed"])), not figures["failed"]),
         (
             "failed calls in requests that were answered",
             "0",
-            str(len(found["failed_calls"])),
-            not found["failed_calls"],
+            str(len(figures["failed_calls"])),
+            not figures["failed_calls"],
         ),
-        ("answers from a revision not in the table", "0", str(len(found["strangers"])), not found["strangers"]),
+        ("answers from a revision not in the table", "0", str(len(figures["strangers"])), not figures["strangers"]),
         (
             "requests of the killed engine that failed",
             f"typed, within {DEADLINE_S} s",
-            f"{sum(found['failed_by_kill'].values())}, {found['failed_by_kill_untyped']} untyped, the longest "
-            f"{found['failed_by_kill_longest_s']:.1f} s",
-            not found["failed_by_kill_untyped"] and found["failed_by_kill_longest_s"] < DEADLINE_S + 5,
+            f"{sum(figures['failed_by_kill'].values())}, {figures['failed_by_kill_untyped']} untyped, the longest "
+            f"{figures['failed_by_kill_longest_s']:.1f} s",
+            not figures["failed_by_kill_untyped"] and figures["failed_by_kill_longest_s"] < DEADLINE_S + 5,
         ),
         (
             "p95 during a swap over p95 without",
@@ -488,7 +503,7 @@ def show(found: dict[str, Any]) -> list[str]:
             latency["ratio"] is not None and latency["ratio"] <= 1.2,
         ),
     ]
-    for name, memory in found["memory_mib"].items():
+    for name, memory in figures["memory_mib"].items():
         spread = 2 * memory["standard_error"]
         goals.append(
             (
@@ -503,16 +518,16 @@ def show(found: dict[str, Any]) -> list[str]:
         ["", "goal", "measured", ""],
         [[what, goal, value, "met" if met else "MISSED"] for what, goal, value, met in goals],
     )
-    rows = [[kind, count, found["refused"].get(kind, "swapped")] for kind, count in found["steps"].items()]
+    rows = [[kind, count, figures["refused"].get(kind, "swapped")] for kind, count in figures["steps"].items()]
     table("What was swapped", ["", "times", "the server said"], rows)
     print(
         f"\nA swap took {swap['p50']:.2f} s (median), {swap['max']:.2f} s at most, over "
-        f"{found['steps'].get('good', 0) + found['further_swaps'] + found['steps'].get('rollback', 0)}. "
-        f"{sum(found['requests'].values())} requests; medians without a swap, s: "
+        f"{figures['steps'].get('good', 0) + figures['further_swaps'] + figures['steps'].get('rollback', 0)}. "
+        f"{sum(figures['requests'].values())} requests; medians without a swap, s: "
         + ", ".join(f"{kind} {value:.2f}" for kind, value in latency["median_s"].items())
         + "; p95 ratio by kind: "
         + ", ".join(f"{kind} {'-' if value is None else f'{value:.2f}'}" for kind, value in latency["by_kind"].items())
-        + (f". The engine was back {found['outage_s']:.0f} s after it was killed." if found["outage_s"] else ".")
+        + (f". The engine was back {figures['outage_s']:.0f} s after it was killed." if figures["outage_s"] else ".")
     )
     return [what for what, _, _, met in goals if not met]
 
@@ -528,23 +543,23 @@ async def measure(
     memory: dict[str, list[float]] = {"gateway": [], "engine": []}
     began = time.monotonic()
     async with open_session() as session:
-        house = House(session, url, server, adapters, disk)
+        loaded = ServerUnderLoad(session, url, server, adapters, disk)
         async with Traffic(session, url, arguments.clients, arguments.max_tokens) as traffic:
             await asyncio.sleep(0.5 if arguments.smoke else 10)  # caches fill, the first requests are the slowest
-            warm = len(traffic.asked)
+            warm = len(traffic.requests)
             for number, (kind, role) in enumerate(plan):
-                note(f"{number + 1} of {len(plan)}, {len(traffic.asked)} requests")
-                await house.step(kind, role, sham=True)
+                note(f"{number + 1} of {len(plan)}, {len(traffic.requests)} requests")
+                await loaded.step(kind, role, sham=True)
             for number, role in zip(range(more), itertools.cycle(KINDS.values()), strict=False):
                 if time.monotonic() - began > arguments.minutes * 60:
                     break
-                await house.step("good", role)
+                await loaded.step("good", role)
                 memory["gateway"].append(server.memory_info().rss / 2**20)
                 memory["engine"].append(sum(rss_mib(child) for child in server.children()))
                 if number % 10 == 9:
-                    note(f"{number + 1} of {more} further swaps, {len(traffic.asked)} requests")
-            asked = traffic.asked[warm:]
-    return report(house, asked, memory, len(plan))
+                    note(f"{number + 1} of {more} further swaps, {len(traffic.requests)} requests")
+            requests = traffic.requests[warm:]
+    return report(loaded, requests, memory, len(plan))
 
 
 def serve_config(base: Path, folder: Path, adapters: Path, disk: Path | None, arguments: argparse.Namespace) -> Path:

@@ -48,11 +48,11 @@ from mixfuse.contracts.files import (
 )
 from mixfuse.contracts.tasks import make
 from mixfuse.contracts.trace import Verdict
+from mixfuse.fusion.answering.candidate import Candidate
+from mixfuse.fusion.answering.pairwise_judge import ranking
 from mixfuse.fusion.config import Member
 from mixfuse.fusion.measure.comparisons import Comparison, load
 from mixfuse.fusion.measure.eval_judge import Views, report
-from mixfuse.fusion.modes.judge import ranking
-from mixfuse.fusion.modes.request import Candidate
 
 PROJECT = Path(__file__).parents[1]
 HELD_OUT = 0.12  # of the training prompts: fits temperature and tie margin

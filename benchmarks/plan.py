@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from mixfuse.contracts.strict_yaml import load
 from mixfuse.train.planning.training_plan import Batch, Hardware, Plan, plan
-from mixfuse.train.run import RECIPES
+from mixfuse.train.recipe import RECIPES
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = 0.05

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from deepspeed.runtime.zero import partition_parameters
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+from memory_tracker import Tracker
 from transformers import TrainerCallback
 
 from mixfuse.contracts.strict_yaml import load
-from mixfuse.train import run
-from mixfuse.train.planning.tracker import Tracker
 from mixfuse.train.processes import worker
-from mixfuse.train.stages import judge_dpo, sft
+from mixfuse.train.recipe import RECIPES
+from mixfuse.train.stages import core, judge_dpo, sft
 
 STEPS = 3  # DeepSpeed learns the order of modules in the first two; the third is as all that follow
 
@@ -80,7 +80,7 @@ class Watch(TrainerCallback):
 
 
 def measure(tracker: Tracker, trainer: Any, out: Path) -> None:
-    run.checkpoint_without_reentry(trainer)
+    core.disable_reentrant_checkpointing(trainer)
     watch = Watch(tracker, trainer)
     trainer.add_callback(watch)
     base = trainer.model.get_base_model()
@@ -106,7 +106,7 @@ def measure(tracker: Tracker, trainer: Any, out: Path) -> None:
 
 def main() -> None:
     stage, recipe_path, facts, *overrides = sys.argv[1:]
-    recipe = load(Path(recipe_path), run.RECIPES[stage], overrides)
+    recipe = load(Path(recipe_path), RECIPES[stage], overrides)
     worker.prepare(recipe.threads, wandb=recipe.wandb)
     tracker = Tracker()
     module = {"sft": sft, "judge": judge_dpo}[stage]

@@ -44,10 +44,10 @@ from transformers import AutoConfig, AutoTokenizer, MixtralForCausalLM
 from mixfuse.serve.engine import Engine, EngineConfig
 from mixfuse.serve.vllm_cpu_moe_lora import ExpertLora, routed_experts
 from mixfuse.train.adapters.export import export
+from mixfuse.train.adapters.saving import save_peft
 from mixfuse.train.model.embedded_base import build
 from mixfuse.train.model.load import load_base, lora_config
 from mixfuse.train.recipe import Lora
-from mixfuse.train.run import save_peft
 
 ROOT = Path(__file__).resolve().parent.parent
 GOALS = {"no adapter": 0.9, "one adapter": 0.75}

@@ -24,9 +24,11 @@ from hot_swap import make_adapters, revision
 
 from mixfuse.contracts import adapter
 from mixfuse.contracts.adapter import fingerprint
+from mixfuse.serve.admission import Admission
 from mixfuse.serve.engine import EngineConfig
 from mixfuse.serve.engine_group import EngineGroup
 from mixfuse.serve.roles import RoleTable
+from mixfuse.serve.swap import Swapper
 
 ROLES = ("domain", "judge", "synthesizer")
 PROMPT = [1, *range(5, 20)]
@@ -58,9 +60,11 @@ async def measure(base: Path, adapters: Path, rounds: int) -> dict[str, Any]:
         for number in range(rounds + 1):
             for name, (places, order) in CASES.items():
                 # A table of its own for each, one after the other: their adapters have the same names in the engine.
-                roles = RoleTable(engine, fingerprint(base), list(ROLES), max_rank=8, max_loaded=places, verify=verify)
+                admission = Admission(fingerprint(base), max_rank=8, verify=verify)
+                roles = RoleTable(engine, list(ROLES), admission, max_loaded=places)
+                swapper = Swapper(roles)
                 for role in ROLES:
-                    await roles.swap(role, adapters / f"{role}-0")
+                    await swapper.swap(role, adapters / f"{role}-0")
                 if name == "pinned":
                     await roles.pin("domain", True)
                 before, hashed = (roles.counts.loads, roles.counts.evictions), len(hashing)
@@ -79,7 +83,7 @@ async def measure(base: Path, adapters: Path, rounds: int) -> dict[str, Any]:
                         "evictions": roles.counts.evictions - before[1],
                         "hashing_share": sum(hashing[hashed:]) / sum(spent),
                     }
-                await roles.close()
+                await swapper.close()
                 for revision_ in roles.serving().values():
                     if revision_.loaded and revision_.revision:
                         await engine.unload_adapter(revision_.model)

@@ -54,7 +54,7 @@ _TOKENS = re.compile(
     re.IGNORECASE,
 )
 _VERDICT_LINE = re.compile(r"(?:^|\n|[.!?] )[*_ ]*Verdict[*_ ]*:[*_ ]*([AB])[*_.]*\s*\Z")
-# Lines that pose as a fence of ours: the judge's, or those of `mixfuse.fusion.modes.fence`.
+# Lines that pose as a fence of ours: the judge's, or those of `mixfuse.fusion.answering.fence`.
 _FENCES = re.compile(
     r"^([ \t]*)(\[(?:question|A|B|end)\b[^\]\n]{0,80}\]|</?answer\b[^>\n]{0,80}>)", re.MULTILINE | re.IGNORECASE
 )

@@ -7,9 +7,12 @@ text, so nothing trained on can come back in the held-out tasks, however the gen
 import hashlib
 import itertools
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 from pydantic import PositiveFloat
@@ -107,8 +110,7 @@ def make(path: Path, split: Split, count: int, *, seed: int = 0) -> list[Task]:
 
 
 def _of_kind(path: Path, kind: TaskKind, split: Split, count: int, seed: int) -> Iterator[Task]:
-    import reasoning_gym
-
+    reasoning_gym = _import_reasoning_gym()
     try:
         size = max(1, count) * ATTEMPTS_PER_TASK
         dataset = reasoning_gym.create_dataset(kind.name, seed=seed, size=size, **kind.settings)
@@ -133,8 +135,25 @@ _scorers: dict[str, Any] = {}
 
 def _scorer(kind: str) -> Any:
     """reasoning-gym's verifiers are methods of the data set; any instance of the kind will do."""
+    if kind not in _scorers:
+        _scorers[kind] = _import_reasoning_gym().create_dataset(kind, size=1, seed=0)
+    return _scorers[kind]
+
+
+def _import_reasoning_gym() -> Any:
+    """The package, also where pycosat is missing.
+
+    reasoning-gym imports that SAT solver at once and uses it for zebra puzzles alone. pycosat has no wheel, so
+    scripts/setup leaves it out: compiling it would be the only reason to need a compiler.
+    """
+    if "pycosat" not in sys.modules and find_spec("pycosat") is None:
+        stand_in = ModuleType("pycosat")
+        stand_in.__dict__["itersolve"] = _no_sat_solver
+        sys.modules["pycosat"] = stand_in
     import reasoning_gym
 
-    if kind not in _scorers:
-        _scorers[kind] = reasoning_gym.create_dataset(kind, size=1, seed=0)
-    return _scorers[kind]
+    return reasoning_gym
+
+
+def _no_sat_solver(*_: Any) -> Any:
+    raise MixfuseError("zebra puzzles need the package pycosat; install it (pip compiles it): pip install pycosat")

@@ -1,6 +1,6 @@
-"""The fusion room: one chat request → pool → judge → one completion, and its trace.
+"""The fusion room: one chat request goes to a pool of models; one answer comes back, and a trace is stored.
 
-Reads from the outside in: `gateway` (HTTP) → `chat` (the request) → `best_of`, `merge`, `debate` (the modes)
-→ `run` (what the modes share) → `pool` and `judge` → `upstream` (one call). It talks OpenAI-compatible HTTP
-only; it knows no torch, no transformers and nothing of vLLM's inside.
+`http` reads a request and plans it, a mode in `modes` answers it with the tools in `answering`, `calls` makes one call
+to one model, and `store` keeps the trace. `measure` and `labels` use the same parts outside the gateway. The room
+speaks OpenAI-compatible HTTP only: it knows neither torch nor transformers nor vLLM.
 """

@@ -1,4 +1,4 @@
-"""The fusion config: who forms the pool, who judges, who synthesizes, and how long anyone is waited for."""
+"""The fusion config: the pool, the judge, the synthesizer, and the limits of requests and calls."""
 
 import os
 import re
@@ -17,50 +17,48 @@ from pydantic import (
 )
 
 from mixfuse.contracts.judge_protocol import MAX_CHARS
+from mixfuse.contracts.mode_names import FUSED_MODES, MODEL_PREFIX
 from mixfuse.contracts.strict_yaml import Strict
-
-FUSION_PREFIX = "fusion/"
-"""Model names that start with this are modes, so no member may be called so."""
 
 Positive = Annotated[float, Field(gt=0)]
 
 
-def _database(where: str) -> str:
-    """Checks a database's place; the database layer is loaded by who opens it."""
-    scheme, separator, _ = where.partition("://")
+def _database(url: str) -> str:
+    """Checks a database's path or URL without loading the database layer."""
+    scheme, separator, _ = url.partition("://")
     if separator and scheme.partition("+")[0] not in ("sqlite", "postgresql", "postgres"):
-        raise ValueError(f"it is a path, a sqlite:///… or a postgresql://… URL, not {scheme}://…")
-    return where
+        raise ValueError(f"use a path, a sqlite:///… URL or a postgresql://… URL, not {scheme}://…")
+    return url
 
 
 class Price(Strict):
     """Dollars per million tokens.
 
     Attributes:
-        prompt: Of the prompt.
-        completion: Of the completion.
+        prompt: The price of prompt tokens.
+        completion: The price of completion tokens.
     """
 
     prompt: float = Field(default=0.0, ge=0)
     completion: float = Field(default=0.0, ge=0)
 
     def cost(self, prompt_tokens: int, completion_tokens: int) -> float:
-        """Dollars for so many tokens."""
+        """Returns the price of these tokens in dollars."""
         return (self.prompt * prompt_tokens + self.completion * completion_tokens) / 1e6
 
 
 class Retry(Strict):
-    """When a failed call is made again.
+    """When a failed call is retried.
 
-    Only failures that may pass are: no connection, a connection that broke, 408, 429 and 5xx; and only before the
-    client has been sent any of the answer. Off by default: in a pool the other members are the second attempt, and
-    OpenAI's clients repeat a failed request by themselves.
+    Retried are failures that may pass (no connection, a broken connection, 408, 429 and 5xx), as long as the client
+    has not received any part of the answer. Off by default: in a pool the other members are the second attempt, and
+    OpenAI's clients repeat a failed request themselves.
 
     Attributes:
-        attempts: How often at most a call is made; 1 is no repetition.
-        backoff_ms: The wait before the second attempt; doubled for each further one, and drawn at random between
-            half and all of that. An endpoint's `Retry-After` is waited for where it is longer.
-        max_backoff_ms: The longest wait by doubling.
+        attempts: The most attempts at one call; 1 means no retry.
+        backoff_ms: The wait before the second attempt, in milliseconds. It doubles for each further attempt, and is
+            drawn at random between half and all of that. An endpoint's `Retry-After` counts if it is longer.
+        max_backoff_ms: The longest wait that doubling leads to, in milliseconds.
     """
 
     attempts: int = Field(default=1, ge=1, le=10)
@@ -69,12 +67,12 @@ class Retry(Strict):
 
 
 class Breaker(Strict):
-    """When a model that keeps failing is left alone.
+    """When calls to a failing model stop for a while (a circuit breaker).
 
     Attributes:
-        failures: So many failures in a row (time-outs, broken or refused connections, 5xx) open the circuit: calls
-            fail at once, as `circuit_open`.
-        cooldown_ms: After so long one call is let through; if it succeeds the circuit is closed again.
+        failures: This many failures in a row (time-outs, broken or refused connections, 5xx) open the circuit: calls
+            then fail at once, as `circuit_open`.
+        cooldown_ms: After this many milliseconds one call is let through; if it succeeds, the circuit closes.
     """
 
     failures: int = Field(default=5, ge=1)
@@ -86,22 +84,22 @@ class ModelConfig(Strict):
 
     Attributes:
         role: A role of the server; "base" is the base model without an adapter.
-        base_url: Where the endpoint's `/chat/completions` lies, typically ending in `/v1`.
+        base_url: The URL before `/chat/completions`, typically ending in `/v1`.
         model: The model's name at that endpoint.
         api_key_env: The environment variable that holds the endpoint's key; read when a call is made, never
             stored.
-        temperature: Sent where the request sets none.
-        max_tokens: Sent where the request sets no limit.
+        temperature: Sent if the request sets none.
+        max_tokens: Sent if the request sets no limit.
         system: Instructions put before the request's own system message.
-        images: It takes images; a request with images goes only to members that do.
-        price: What its tokens cost.
-        timeout_s: The longest one attempt at a call may take, in seconds.
-        retry: When a failed call is made again.
-        hedge_after_ms: After so long without a word, the same call is made a second time beside the first; the one
-            that answers first counts, both are paid for. Unset: never.
-        breaker: When a model that keeps failing is left alone; null: never.
+        images: Whether it takes images; a request with images goes only to members that do.
+        price: The price of its tokens.
+        timeout_s: The longest that one attempt at a call may take, in seconds.
+        retry: When a failed call is retried.
+        hedge_after_ms: If the call has brought no text after this many milliseconds, a second one is made beside it;
+            the first to answer counts, and both are paid for. Unset: never.
+        breaker: When calls to the model stop because it keeps failing; null: never.
         max_concurrency: The most calls under way at once; unset: no limit.
-        max_queue: The most calls waiting for one of those places; more are refused, as `queue_full`.
+        max_queue: The most calls that wait for one of those places; more are refused, as `queue_full`.
     """
 
     role: str | None = Field(default=None, min_length=1)
@@ -121,7 +119,7 @@ class ModelConfig(Strict):
     max_queue: int = Field(default=64, ge=0)
 
     @model_validator(mode="after")
-    def _one_way_to_reach_it(self) -> "ModelConfig":
+    def _role_or_endpoint(self) -> "ModelConfig":
         if (self.role is None) == (self.base_url is None):
             raise ValueError("set exactly one of 'role' and 'base_url' (with 'model')")
         if self.role is not None and (self.model is not None or self.api_key_env is not None):
@@ -136,7 +134,7 @@ class ModelConfig(Strict):
 
     @property
     def api_key(self) -> str | None:
-        """The key, from the environment."""
+        """The endpoint's key, from the environment."""
         return os.environ.get(self.api_key_env) if self.api_key_env else None
 
 
@@ -144,8 +142,8 @@ class Member(ModelConfig):
     """A model of the pool.
 
     Attributes:
-        name: What it is called in traces and answers, and as a model of the gateway.
-        samples: How many answers it gives to one request; each is a candidate.
+        name: Its name in traces and answers, and as a model of the gateway.
+        samples: The number of answers it gives to one request; each is a candidate.
     """
 
     name: str = Field(min_length=1)
@@ -153,43 +151,51 @@ class Member(ModelConfig):
 
 
 class Judge(ModelConfig):
-    """Who compares candidates.
+    """The model that compares candidates.
 
     Attributes:
-        verdicts: How verdicts are read: `logprobs` of one token, after a prefill only; `parsed` from a written JSON
-            object, for endpoints that give no log-probabilities; `rationale`: from the end of a rationale that the
-            judge writes first; `auto`: `logprobs` until the endpoint shows that it has none. A trace says of each
-            verdict how it was read.
+        verdicts: How its verdicts are read. `logprobs`: from one token's log-probabilities, which takes only a prefill.
+            `parsed`: from a JSON object that it writes, for endpoints without log-probabilities. `rationale`: from the
+            end of a rationale that it writes first. `auto`: `logprobs`, or `parsed` once the endpoint has shown that
+            it gives none. Each verdict in a trace says how it was read.
     """
 
     verdicts: Literal["auto", "logprobs", "parsed", "rationale"] = "auto"
 
 
-FusedMode = Literal["best_of", "merge", "debate"]
+def _fused_mode(name: str) -> str:
+    if name not in FUSED_MODES:
+        raise ValueError(f"there is no mode {name!r}; the modes are {', '.join(FUSED_MODES)}")
+    return name
+
+
+FusedMode = Annotated[str, AfterValidator(_fused_mode)]
+"""The name of a mode that fuses the answers of a pool."""
+
 Expose = Literal["none", "summary", "full"]
 OnJudgeError = Literal["first", "fail"]
+Agreement = Literal["never", "exact", "number", "json", "choice"]
 
 
 class Modes(Strict):
-    """How the modes wait and end.
+    """How long the modes wait, and how they decide.
 
     Attributes:
         min_responses: The quorum: with fewer answers than this the request fails.
-        grace_ms: How long after the quorum the other members are still waited for; unset: until the deadline.
-        deadline_ms: How long after the request began members are waited for, over all rounds of a debate
-            together.
-        max_cost: The most dollars one request may cost, all calls together; unset: no limit.
-        max_rounds: How often a debate's members may revise.
-        debate_ending: Which mode makes one answer of a debate's last round.
-        agreement: When candidates say the same, which short-cuts the judge and ends a debate: they are equal as text
-            (white space aside), or in the last number, as JSON, or in the option chosen; `never`: not at all.
-        on_judge_error: What a judge that fails leads to: the first candidate in the config's order, or an error.
-        tools: What `merge` and `debate` do with a request that has tools, which no synthesis can call: the first member
-            answers it alone, or it is refused.
-        cite: Whether `merge` says which candidates each paragraph drew on.
-        max_candidate_chars: The most of one answer that the judge and the synthesizer are shown, in characters.
-        expose: How much the answer's `fusion` object tells a client.
-        keep_alive_ms: How long a stream may be silent before a comment is sent to keep it open.
+        grace_ms: The wait for the other members once the quorum is met, in milliseconds; unset: until the deadline.
+        deadline_ms: The wait for members after the request began, in milliseconds; all rounds of a debate share it.
+        max_cost: The most dollars that one request may cost, all calls together; unset: no limit.
+        max_rounds: The most rounds of revisions in a debate.
+        debate_ending: The mode that makes one answer from a debate's last round.
+        agreement: When candidates agree, so that no judge is needed and a debate ends: if they are equal as text (white
+            space aside), in their last number, as JSON, or in the option they choose; `never`: not at all.
+        on_judge_error: What follows if the judge fails: the first candidate in the config's order, or an error.
+        tools: What `merge` and `debate` do with a request that has tools, since a text written anew calls none: the
+            first member answers alone, or the request is refused.
+        cite: Whether `merge` names the candidates that each paragraph drew on.
+        max_candidate_chars: The most characters of one answer that the judge and the synthesizer are shown.
+        expose: How much the answer's `fusion` object tells the client.
+        keep_alive_ms: The longest silence of a stream, in milliseconds, before a comment is sent to keep it open.
     """
 
     min_responses: int = Field(default=1, ge=1)
@@ -197,8 +203,8 @@ class Modes(Strict):
     deadline_ms: Positive = 120_000.0
     max_cost: Positive | None = None
     max_rounds: int = Field(default=2, ge=1, le=10)
-    debate_ending: Literal["best_of", "merge"] = "best_of"
-    agreement: Literal["never", "exact", "number", "json", "choice"] = "exact"
+    debate_ending: FusedMode = "best_of"
+    agreement: Agreement = "exact"
     on_judge_error: OnJudgeError = "first"
     tools: Literal["primary", "refuse"] = "primary"
     cite: bool = False
@@ -208,14 +214,14 @@ class Modes(Strict):
 
 
 class FusionOptions(Strict):
-    """What a request may set for itself in its `fusion` object, and a preset for those who ask for it by name.
+    """What a request may set in its `fusion` object, and a preset for the requests that name it.
 
     Attributes:
-        mode: Instead of the one the model name says.
-        members: Who answers, by name.
-        judge: Who compares, by the name of a member or a role.
-        synthesizer: Who merges, likewise.
-        samples: How many answers each member gives.
+        mode: The mode, instead of the one that the model name stands for.
+        members: The members to ask, by name.
+        judge: The judge, by the name of a member or a role.
+        synthesizer: The synthesizer, likewise.
+        samples: The number of answers that each member gives.
         min_responses: See `Modes`, as for all below.
         grace_ms: …
         deadline_ms: …
@@ -241,12 +247,12 @@ class FusionOptions(Strict):
     expose: Expose | None = None
 
     def over(self, below: "FusionOptions") -> "FusionOptions":
-        """These options, and for what they leave open those below them."""
+        """Returns these options, with those below filling in what these leave unset."""
         own = {name: getattr(self, name) for name in self.model_fields_set if getattr(self, name) is not None}
         return below.model_copy(update=own)
 
     def settings(self, modes: Modes) -> Modes:
-        """`modes`, with what these options set instead; `max_cost` can only be lowered."""
+        """Returns `modes` with these options in place of its own; `max_cost` can only be lowered."""
         own = {name: value for name in _IN_BOTH if (value := getattr(self, name)) is not None}
         if modes.max_cost is not None and "max_cost" in own:
             own["max_cost"] = min(own["max_cost"], modes.max_cost)
@@ -257,15 +263,15 @@ _IN_BOTH = frozenset(Modes.model_fields) & frozenset(FusionOptions.model_fields)
 
 
 class TraceConfig(Strict):
-    """What is kept of each request, and for how long.
+    """What a trace stores, and for how long.
 
     Attributes:
-        retention_days: Traces older than this are removed; unset: never.
-        redact: Regular expressions; what they match in prompts, answers, errors and feedback is replaced before
+        retention_days: Traces older than this many days are removed; unset: never.
+        redact: Regular expressions; their matches in prompts, answers, errors and feedback are replaced before
             anything is stored.
-        store_text: Whether prompts and answers are stored at all. Without them a trace still tells calls, tokens,
-            cost, times and verdicts, but makes no preference data.
-        spool: The folder of traces on their way to the database, on a local disk; unset: beside a SQLite file, or
+        store_text: Whether prompts and answers are stored. Without them a trace still has calls, tokens, cost, times
+            and verdicts, but no preference data can be made from it.
+        spool: The folder, on a local disk, of traces that are not in the database yet; unset: beside a SQLite file, or
             runs/trace-spool.
     """
 
@@ -281,16 +287,16 @@ class TraceConfig(Strict):
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+                raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
         return patterns
 
 
 class OtelConfig(Strict):
-    """Where spans go.
+    """Where OpenTelemetry spans are sent.
 
     Attributes:
         endpoint: An OTLP collector's URL for traces over HTTP, e.g. http://127.0.0.1:4318/v1/traces.
-        service_name: What the gateway is called there.
+        service_name: The gateway's name in the spans.
     """
 
     endpoint: str
@@ -307,18 +313,18 @@ class FusionConfig(Strict):
     """A gateway's config file.
 
     Attributes:
-        members: The pool, in the order that settles ties and stands in for a failed judge.
-        judge: Who compares candidates; without one `best_of` is refused.
-        synthesizer: Who writes `merge`'s answer; without one `merge` is refused.
-        modes: How the modes wait and end.
-        presets: Options under a name that clients ask for as a model.
-        openrouter_alias: Whether requests may be written for OpenRouter's Fusion: the model `openrouter/fusion`, and
-            the plugin `fusion` in `plugins`.
-        trace_db: The database of traces and API keys: a SQLite file's path, or a URL (postgresql://…; leave the
-            password to PGPASSWORD or ~/.pgpass).
-        traces: What is kept of each request, and for how long.
-        api_keys: Whether `/v1` wants an API key: "auto" as soon as one has been added, "required", or "off".
-        otel: Where OpenTelemetry spans go; unset: nowhere.
+        members: The pool. Its order settles ties; if the judge fails, the first candidate in this order is returned.
+        judge: The model that compares candidates; without one `best_of` is refused.
+        synthesizer: The model that writes `merge`'s answer; without one `merge` is refused.
+        modes: How long the modes wait, and how they decide.
+        presets: Options by name; a client asks for a preset as for a model.
+        openrouter_alias: Whether requests for OpenRouter's Fusion are accepted: the model `openrouter/fusion`, and the
+            plugin `fusion` in `plugins`.
+        trace_db: The database of traces and API keys: a SQLite file's path, or a URL (postgresql://…; put the password
+            into PGPASSWORD or ~/.pgpass).
+        traces: What a trace stores, and for how long.
+        api_keys: Whether `/v1` needs an API key: "auto" as soon as one has been added, "required", or "off".
+        otel: Where OpenTelemetry spans are sent; unset: nowhere.
     """
 
     members: tuple[Member, ...] = Field(min_length=1)
@@ -333,18 +339,18 @@ class FusionConfig(Strict):
     otel: OtelConfig | None = None
 
     @model_validator(mode="after")
-    def _members_fit(self) -> "FusionConfig":
+    def _names_and_quorum(self) -> "FusionConfig":
         names = [member.name for member in self.members]
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"two members are called {name!r}; names must be unique")
-            if name.startswith(FUSION_PREFIX):
-                raise ValueError(f"member {name!r}: names that begin with {FUSION_PREFIX!r} are modes")
+            if name.startswith(MODEL_PREFIX):
+                raise ValueError(f"member {name!r}: names that begin with {MODEL_PREFIX!r} are modes")
         for preset, options in self.presets.items():
-            if preset in names or preset.startswith(FUSION_PREFIX):
-                raise ValueError(f"preset {preset!r}: that name is a member's or begins with {FUSION_PREFIX!r}")
+            if preset in names or preset.startswith(MODEL_PREFIX):
+                raise ValueError(f"preset {preset!r}: that name is a member's or begins with {MODEL_PREFIX!r}")
             if unknown := [name for name in options.members or () if name not in names]:
-                raise ValueError(f"preset {preset!r} names the member {unknown[0]!r}, which there is not")
+                raise ValueError(f"preset {preset!r}: there is no member {unknown[0]!r}")
         candidates = sum(member.samples for member in self.members)
         if self.modes.min_responses > candidates:
             raise ValueError(

@@ -1,9 +1,8 @@
 """The vLLM engine as a child process.
 
-One engine serves one base model and, beside it, adapters that come and go while it runs. This module starts
-it, says in one line why it would not start, and sees to it that no process is left behind, however this one
-ends. `serve/vllm_api.py` is how it is asked, `serve/supervisor.py` starts it again. None of them knows which
-adapter plays which role.
+One engine serves one base model, and adapters that are loaded and unloaded while it runs. This module starts it, says
+in one line why it did not start, and leaves no process behind, however this process ends. `serve/vllm_api.py` is its
+client; `serve/supervisor.py` restarts it. None of them knows which adapter serves which role.
 """
 
 import asyncio
@@ -28,25 +27,24 @@ from mixfuse.serve.vllm_api import TOP_LOGPROBS, VllmApi, engine_error
 
 BASE_MODEL_NAME = "base"
 _STOP_GRACE_S = 15.0
-# The first matches of these in the log say more than the last line of a traceback through three processes.
+# An error line in the log says more than the last line of a traceback through three processes.
 _ERROR_LINE = re.compile(r"(?:^|\s)((?:[\w.]+\.)?\w*(?:Error|Exception|Interrupt)): (.+)")
 _EMPTY_ERROR = re.compile(r"See (?:root cause|stack trace)|Engine core initialization failed|EngineDeadError")
 
 
 class Restart(Strict):
-    """When an engine counts as gone, how it comes back, and when it is given up.
+    """When an engine counts as gone, how it is restarted, and when it is given up.
 
     Attributes:
-        first_delay_s: The pause before the first restart, in seconds; each further crash doubles it, less up to a half
-            by chance, so that engines that fell together do not rise together.
-        max_delay_s: The longest pause.
-        crashes: So many within `window_s` are too many: the engine is given up.
-        window_s: Seconds that a crash counts.
-        check_s: Seconds between two looks at the engine; it is asked for one token.
-        hung_after_s: An engine that has answered no such look for so many seconds, and taken no step meanwhile, is
-            ended and started again.
-        wait_s: The longest that a request waits for an engine that is away, in seconds. Members of the pool wait no
-            longer than their own deadline.
+        first_delay_s: Pause before the first restart, in seconds. Each further crash doubles it. A random part, up to
+            a half, is taken off, so that engines that crashed together do not restart together.
+        max_delay_s: The longest pause, in seconds.
+        crashes: The engine is given up after this many crashes within `window_s`.
+        window_s: How long a crash counts, in seconds.
+        check_s: Seconds between two checks of the engine; each asks it for one token.
+        hung_after_s: An engine that has answered no check for this many seconds, and has taken no step, is restarted.
+        wait_s: The longest a request waits for an engine that is away, in seconds. Pool members also keep their own
+            deadline.
     """
 
     first_delay_s: float = Field(default=1, ge=0)
@@ -59,37 +57,37 @@ class Restart(Strict):
 
 
 class EngineConfig(Strict):
-    """What the engine serves, and how. With `url` or `urls` it is one that someone else runs.
+    """What the engine serves, and how. With `url` or `urls` it is an external engine, which someone else runs.
 
-    Of such an engine `base`, `max_lora_rank` and `dtype` say how it was started; what else says how to start one is not
-    used. It has to read adapters at the same paths as this host, allow them to be loaded at run time
-    (`VLLM_ALLOW_RUNTIME_LORA_UPDATING=True`), and be used by one gateway only.
+    For an external engine `base`, `max_lora_rank` and `dtype` must say how it was started; the other start options are
+    ignored. It must read adapters at the same paths as this host, allow run-time loading
+    (`VLLM_ALLOW_RUNTIME_LORA_UPDATING=True`), and serve only one gateway.
 
     Attributes:
         base: The folder of the base model: weights, `config.json` and tokenizer.
-        weights: A quantised copy of `base` that is served in its place. Adapters are checked against `base`, which is
-            where the tokenizer is read; that the copy was made from it is yours to know.
-        dtype: What weights and activations are held in, unless they are quantised.
+        weights: A quantised copy of `base` to serve instead. The tokenizer is read from `base`, and adapters are
+            checked against `base`; nothing checks that the copy was made from it.
+        dtype: The type of weights and activations, unless they are quantised.
         max_model_len: The longest prompt and completion together, in tokens.
-        max_lora_rank: The highest rank an adapter may have; vLLM knows only these.
-        max_loras: How many adapters may be active in one batch. More can be loaded; they then take turns.
-        max_loaded: How many adapters are kept loaded; beyond that the least recently used makes room for one that is
-            needed. All of them by default.
+        max_lora_rank: The highest rank of an adapter; vLLM accepts only these values.
+        max_loras: How many adapters may be active in one batch. More can be loaded; they take turns.
+        max_loaded: How many adapters stay loaded; beyond that, the least recently used one makes room. By default all
+            stay loaded.
         host: The address to listen on, a loopback one: vLLM's API key guards `/v1`, but not `/adapters` and
             `/invocations` (vllm/entrypoints/serve/middleware/authenticate.py).
         port: The port to listen on; a free one by default.
-        max_num_seqs: How many requests are worked on at once.
-        kv_cache_gib: The size of the cache of keys and values, in GiB, where the platform is a CPU.
-        threads: The number of computing threads where the platform is a CPU; all cores by default.
-        start_timeout_s: How long the start may take.
+        max_num_seqs: How many requests run at once.
+        kv_cache_gib: On a CPU, the size of the KV cache, in GiB.
+        threads: On a CPU, the number of computing threads; all cores by default.
+        start_timeout_s: The longest the start may take, in seconds.
         extra_args: Further arguments for vLLM's API server, e.g. `--tensor-parallel-size=8`.
         env: Further environment variables for it.
-        replicas: How many engines of this kind are started. Each gets its own GPUs, in the order of
+        replicas: How many engines of this kind to start. Each gets its own GPUs, in the order of
             `CUDA_VISIBLE_DEVICES`.
-        url: An engine that someone else runs, e.g. `http://10.0.0.5:8000`.
-        urls: Several of them, all with the same base model.
-        api_key_env: The environment variable with their API key.
-        restart: What is done when an engine crashes, hangs, or is away.
+        url: An external engine, e.g. `http://10.0.0.5:8000`.
+        urls: Several external engines, all with the same base model.
+        api_key_env: The environment variable with the API key of the external engines.
+        restart: What to do when an engine crashes, hangs, or is away.
     """
 
     base: Path
@@ -115,7 +113,7 @@ class EngineConfig(Strict):
 
     @property
     def external(self) -> list[str]:
-        """The base URLs of the engines that someone else runs; none where this config starts its own."""
+        """The base URLs of the external engines; empty if this config starts its own."""
         return [_api_url(url) for url in ([self.url] if self.url else self.urls)]
 
     @field_validator("url", "urls")
@@ -123,19 +121,19 @@ class EngineConfig(Strict):
     def _http(cls, value: str | list[str] | None) -> str | list[str] | None:
         for url in [value] if isinstance(value, str) else value or []:
             if not re.match(r"https?://[^/\s]+", url):
-                raise ValueError(f"{url!r} is no URL; write http://HOST:PORT")
+                raise ValueError(f"{url!r} is not a URL; write http://HOST:PORT")
         return value
 
     @model_validator(mode="after")
-    def _one_kind(self) -> Self:
+    def _check_own_or_external(self) -> Self:
         if self.url and self.urls:
             raise ValueError("give `url` or `urls`, not both")
         if len(set(self.external)) != len(self.external):
             raise ValueError("`urls` names one engine twice")
         if self.external and self.replicas > 1:
-            raise ValueError("`replicas` is for engines started here; list those of someone else in `urls`")
+            raise ValueError("`replicas` counts engines that are started here; list external ones in `urls`")
         if self.api_key_env and not self.external:
-            raise ValueError("`api_key_env` is for an engine at `url`; one started here has a key of its own")
+            raise ValueError("`api_key_env` is for an external engine (`url`); an own engine makes its own key")
         if self.port and self.replicas > 1:
             raise ValueError("several replicas cannot share one port; leave `port` out")
         return self
@@ -149,12 +147,12 @@ class EngineConfig(Strict):
 
 
 class Engine(VllmApi):
-    """A vLLM engine that is started here; an async context manager around `start` and `stop`.
+    """A vLLM engine as a child process; an async context manager around `start` and `stop`.
 
     Attributes:
-        config: What it was made with.
-        api_key: A secret of this process; every call to `url` has to carry it as a bearer token.
-        log_path: Where the engine writes its log. That of the process before it is kept beside it, as `….1`.
+        config: The engine's config.
+        api_key: A secret made for this engine; every call to `url` carries it as a bearer token.
+        log_path: The engine's log. The log of the previous start is kept beside it, as `….1`.
     """
 
     def __init__(self, config: EngineConfig, *, log_path: Path) -> None:
@@ -175,15 +173,15 @@ class Engine(VllmApi):
 
     @property
     def running(self) -> bool:
-        """Whether the engine's process lives."""
+        """Whether the engine's process is alive."""
         return self._process is not None and self._process.returncode is None
 
     async def start(self) -> None:
         """Starts the engine and returns when it answers.
 
         Raises:
-            MixfuseError: vLLM is not installed, the base model is missing, the port is in use, the engine
-                died (with the error from its log) or took too long. Nothing is left running.
+            MixfuseError: vLLM is not installed, the base model is missing, the port is in use, the engine died (with
+                the error from its log) or took too long. Nothing is left running.
         """
         if self.running:
             raise RuntimeError("the engine is running already")
@@ -196,20 +194,20 @@ class Engine(VllmApi):
         self._url = f"http://{self.config.host}:{port}/v1"
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         if self.log_path.exists():
-            self.log_path.replace(f"{self.log_path}.1")  # it may say why the engine had to be started again
+            self.log_path.replace(f"{self.log_path}.1")  # it may say why the engine was restarted
         with self.log_path.open("wb") as log:
             self._process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-I", "-S", "-c", _GUARD, str(_STOP_GRACE_S)),
                 *command(self.config, port),
-                stdin=asyncio.subprocess.PIPE,  # the guard's sign that we live; never written to
+                stdin=asyncio.subprocess.PIPE,  # never written to; it closes when this process ends
                 stdout=log,
                 stderr=log,
                 env={
                     **os.environ,
                     **environment(self.config),
-                    "VLLM_API_KEY": str(self.api_key),  # not an argument: those are for every user to read
+                    "VLLM_API_KEY": str(self.api_key),  # not an argument: every user of the machine can read those
                 },
-                start_new_session=True,  # Ctrl-C is for us to handle
+                start_new_session=True,  # Ctrl-C must reach only this process
             )
         try:
             async with asyncio.timeout(self.config.start_timeout_s):
@@ -224,10 +222,10 @@ class Engine(VllmApi):
             raise
 
     async def stop(self) -> None:
-        """Stops the engine and all its processes; does nothing where it does not run."""
+        """Stops the engine and all its processes; does nothing if it does not run."""
         if self._process is None or self._process.stdin is None:
             return
-        self._process.stdin.close()  # the guard does the rest
+        self._process.stdin.close()  # the guard then ends the engine
         try:
             async with asyncio.timeout(_STOP_GRACE_S + 10):
                 await self._process.wait()
@@ -251,14 +249,14 @@ class Engine(VllmApi):
 
 
 def environment(config: EngineConfig, *, cpu: bool | None = None) -> dict[str, str]:
-    """What an engine finds in its environment beside what this process has, its API key excepted.
+    """The environment variables that an engine gets beyond those of this process, without its API key.
 
     Args:
-        config: The engine's.
-        cpu: Whether it runs on a CPU; None: what the installed vLLM is for.
+        config: The engine's config.
+        cpu: Whether it runs on a CPU; None: as the installed vLLM does.
     """
     on_cpu = {
-        # The size of the cache, and no pinning to cores, which other engines and trainings share.
+        # Threads are not pinned to cores: other engines and trainings share them.
         "VLLM_CPU_KVCACHE_SPACE": str(config.kv_cache_gib),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": str(config.threads or len(os.sched_getaffinity(0))),
@@ -273,12 +271,12 @@ def environment(config: EngineConfig, *, cpu: bool | None = None) -> dict[str, s
 
 
 def command(config: EngineConfig, port: int, *, cpu: bool | None = None) -> list[str]:
-    """The API server's command line; `vllm serve` asks for a distribution that vllm-cpu does not have.
+    """The API server's command line. `vllm serve` is not used: it needs a distribution that vllm-cpu does not have.
 
     Args:
-        config: The engine's.
-        port: Where it listens.
-        cpu: Whether it runs on a CPU; None: what the installed vLLM is for.
+        config: The engine's config.
+        port: The port it listens on.
+        cpu: Whether it runs on a CPU; None: as the installed vLLM does.
     """
     return [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
@@ -289,14 +287,14 @@ def command(config: EngineConfig, port: int, *, cpu: bool | None = None) -> list
         *("--max-num-seqs", str(config.max_num_seqs)),
         *("--enable-lora", "--max-lora-rank", str(config.max_lora_rank)),
         *("--max-loras", str(config.max_loras), "--lora-target-modules", *LORA_TARGETS),
-        # vLLM itself keeps no more than `max_loras` in memory, and reads the others again at need: unverified by then.
+        # By default vLLM keeps only `max_loras` adapters in memory, and reads the others again unverified when needed.
         *(["--max-cpu-loras", str(max(config.max_loras, config.max_loaded + 1))] if config.max_loaded else []),
         *("--max-logprobs", str(TOP_LOGPROBS)),
-        *("--generation-config", "vllm"),  # the model's own would change the sampling that a request asks for
+        *("--generation-config", "vllm"),  # the model's own would change the sampling of requests
         "--enable-prefix-caching",
         "--disable-uvicorn-access-log",
-        # On a CPU compiling takes longer than it saves, and the cache's blocks are of 128 tokens, so that no two short
-        # prompts would ever share one: 32 is the least its attention takes.
+        # On a CPU, compiling takes longer than it saves. The cache's default block of 128 tokens is longer than short
+        # prompts, which then share no prefix; 32 is the smallest block that the CPU attention accepts.
         *(["--enforce-eager", "--block-size", "32"] if _on_cpu(cpu) else []),
         *config.extra_args,
     ]
@@ -307,7 +305,7 @@ def _on_cpu(cpu: bool | None) -> bool:
 
 
 def cpu_build() -> bool:
-    """Whether the vLLM that is installed is the one for CPUs."""
+    """Whether the installed vLLM is the CPU build."""
     try:
         version("vllm-cpu")
     except PackageNotFoundError:
@@ -319,16 +317,16 @@ def _checked_port(host: str, port: int | None) -> int:
     """Returns `port`, or a free one.
 
     Raises:
-        MixfuseError: The port, or the address, cannot be had.
+        MixfuseError: The port is in use, or the address is not of this machine.
     """
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as uvicorn does
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as uvicorn does
         try:
-            probe.bind((host, port or 0))
+            listener.bind((host, port or 0))
         except OSError as error:
             raise engine_error(f"cannot listen on {host}:{port}: {error.strerror}; choose another port") from None
-        found: int = probe.getsockname()[1]
-        return found
+        bound: int = listener.getsockname()[1]
+        return bound
 
 
 def _api_url(url: str) -> str:
@@ -336,7 +334,7 @@ def _api_url(url: str) -> str:
 
 
 def last_error(log_path: Path) -> str:
-    """The most telling error line of an engine's log."""
+    """Returns the most informative error line of an engine's log."""
     lines = log_path.read_text(encoding="utf-8", errors="replace").splitlines()
     for number in range(len(lines) - 1, -1, -1):
         match = _ERROR_LINE.search(lines[number])
@@ -350,12 +348,12 @@ def last_error(log_path: Path) -> str:
 
 
 def _guard() -> None:
-    """Runs a command and ends all its processes when it ends, or when the guard is told to or is orphaned.
+    """Runs a command; ends all its processes when it ends, when a signal arrives, or when the guard's parent is gone.
 
-    This runs as a program of its own, from its source, so that it starts at once and imports nothing of ours.
-    vLLM is three processes deep, and those below do not always notice when one above is killed. The guard's
-    parent holds the write end of its stdin, which the kernel closes however the parent ends, SIGKILL
-    included. As a subreaper the guard inherits every orphan below it, so it knows when all of them are gone.
+    The guard runs as a program of its own, from this source, so that it starts at once and imports nothing of mixfuse.
+    vLLM is three processes deep, and a child does not always notice that its parent was killed. The guard's parent
+    holds the write end of its stdin, which the kernel closes however the parent ends, SIGKILL included. As a subreaper
+    the guard inherits every orphan below it, so it knows when all of them are gone.
     """
     import ctypes
     import os
@@ -368,9 +366,9 @@ def _guard() -> None:
     set_pdeathsig, set_child_subreaper = 1, 36  # linux/prctl.h
     libc = ctypes.CDLL(None)
     libc.prctl(set_child_subreaper, 1, 0, 0, 0)
-    told: list[int] = []
+    signals: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda number, _: told.append(number))
+        signal.signal(number, lambda number, _: signals.append(number))
     server = subprocess.Popen(
         sys.argv[2:],
         stdin=subprocess.DEVNULL,
@@ -392,9 +390,9 @@ def _guard() -> None:
                 code = os.waitstatus_to_exitcode(raw)
                 status = code if code >= 0 else 128 - code
 
-    while any_left() and status is None and not told and not select.select([0], [], [], 0.2)[0]:
+    while any_left() and status is None and not signals and not select.select([0], [], [], 0.2)[0]:
         pass
-    grace = float(sys.argv[1]) if status is None else 3.0  # a crash should be known soon
+    grace = float(sys.argv[1]) if status is None else 3.0  # report a crash soon
     for number, seconds in ((signal.SIGTERM, grace), (signal.SIGKILL, 5.0)):
         try:
             os.killpg(server.pid, number)

@@ -1,7 +1,6 @@
-"""The engines of one base model as one: adapters reach all of them or none, requests any that is ready.
+"""Several engines of one base model, used as one: an adapter is loaded into all or none, a request goes to any.
 
-An engine that is started here, several replicas of it, and engines that someone else runs differ in
-`serve/supervisor.py` only.
+One own engine, several replicas and external engines are all used alike; only `serve/supervisor.py` tells them apart.
 """
 
 import asyncio
@@ -16,16 +15,16 @@ from typing import NamedTuple, Self
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.serve.engine import BASE_MODEL_NAME, Engine, EngineConfig, cpu_build
 from mixfuse.serve.engine_plan import split_of
-from mixfuse.serve.supervisor import Adapter, Elsewhere, Replica, Source, Started
+from mixfuse.serve.supervisor import Adapter, EngineSource, ExternalEngine, OwnEngine, Replica
 from mixfuse.serve.vllm_api import VllmApi, engine_error
 
-# Nats. Engines of one base and adapter differ by rounding, in bfloat16 by hundredths; with another adapter or base by
-# whole nats.
-_SAME = 0.3
+# Nats. Engines with the same base and adapter differ by rounding, in bfloat16 by hundredths; engines with another
+# adapter or base differ by whole nats.
+_SAME_WITHIN = 0.3
 
 
 class Address(NamedTuple):
-    """Where one request goes: the base URL of an OpenAI API, and its key."""
+    """The base URL of an engine's OpenAI API, and its key."""
 
     url: str
     api_key: str | None
@@ -35,8 +34,8 @@ class EngineGroup:
     """The engines of a serve config; an async context manager around `start` and `stop`.
 
     Args:
-        config: How many of which kind.
-        logs: The folder of their logs.
+        config: The kind of engine, and how many.
+        logs: The folder for their logs.
     """
 
     def __init__(self, config: EngineConfig, *, logs: Path) -> None:
@@ -44,9 +43,9 @@ class EngineGroup:
         self.base_model_name = BASE_MODEL_NAME
         self._logs = logs
         self._adapters: dict[str, Adapter] = {}
-        self._changing = asyncio.Lock()
+        self._adapters_lock = asyncio.Lock()
         self._turn = count()
-        self._changed = asyncio.Event()
+        self._replica_changed = asyncio.Event()
         self.replicas: list[Replica] = []
 
     async def __aenter__(self) -> Self:
@@ -64,14 +63,14 @@ class EngineGroup:
         return any(replica.ready for replica in self.replicas)
 
     async def start(self) -> None:
-        """Starts the engines, or finds those that someone else runs: one of them is enough, others may come later.
+        """Starts the engines, or connects to external ones. One external engine is enough; others may come later.
 
         Raises:
-            MixfuseError: One that is started here does not start, none of someone else's answers, or their API key is
-                not in the environment. Nothing is left running.
+            MixfuseError: An own engine does not start, no external one answers, or their API key is not in the
+                environment. Nothing is left running.
         """
         try:
-            self.replicas = await self._external() if self.config.external else self._own()
+            self.replicas = await self._external_replicas() if self.config.external else self._own_replicas()
             started = await asyncio.gather(*(replica.start() for replica in self.replicas), return_exceptions=True)
             for error in started:
                 if error is not None and not (
@@ -80,32 +79,32 @@ class EngineGroup:
                     raise error
             for replica, error in zip(self.replicas, started, strict=True):
                 replica.away = str(error or "")
-                replica.keep()
+                replica.supervise()
         except BaseException:  # cancelled, too
             await self.stop()
             raise
 
     async def stop(self) -> None:
-        """Stops the engines that were started here."""
+        """Stops our own engines."""
         await asyncio.gather(*(replica.stop() for replica in self.replicas))
 
     async def failed(self) -> MixfuseError:
-        """Returns when every engine has been given up, with the reason."""
+        """Returns the reason once every engine has been given up."""
         while True:
-            self._changed.clear()
+            self._replica_changed.clear()
             failures = [replica.failure for replica in self.replicas]
             if failures and all(failures):
                 return next(failure for failure in failures if failure is not None)
-            await self._changed.wait()
+            await self._replica_changed.wait()
 
     @asynccontextmanager
     async def at(self, model: str) -> AsyncIterator[Address]:
-        """Yields where a request to `model` goes: of the engines that are ready, to the one with the least to do.
+        """Yields the address for a request to `model`: of the ready engines, the one with the fewest requests.
 
-        Waits for one, up to the config's `restart.wait_s`.
+        If none is ready, waits up to the config's `restart.wait_s`.
 
         Raises:
-            MixfuseError: None is ready in time, or none has the adapter any more (kind `engine`).
+            MixfuseError: No engine is ready in time, or none has the adapter any more (kind "engine").
         """
         replica = await self._pick(model)
         replica.in_flight += 1
@@ -115,53 +114,54 @@ class EngineGroup:
             replica.in_flight -= 1
 
     async def load_adapter(self, name: str, path: Path) -> None:
-        """Loads an adapter into every engine that is ready, or into none. Others get it before they are ready again.
+        """Loads an adapter into every ready engine, or into none. Other engines load it before they are ready again.
 
         Raises:
-            MixfuseError: An engine refuses it, or is gone, or none is ready.
+            MixfuseError: An engine refuses it or is gone, or no engine is ready.
         """
-        async with self._changing:
+        async with self._adapters_lock:
             adapter = await asyncio.to_thread(Adapter.at, path)
             ready = self._ready()
             loading = [replica.load(name, path) for replica in ready]
             if failures := await _all(loading):
-                # Whoever failed may have it nevertheless: the answer can be what was lost.
+                # An engine that failed may have loaded it: only its answer may have been lost.
                 await _all(replica.unload(name) for replica in ready)
                 raise failures[0]
             self._adapters[name] = adapter
 
     async def unload_adapter(self, name: str) -> None:
-        """Unloads an adapter everywhere; engines that are away do not get it back.
+        """Unloads an adapter everywhere. Engines that are away do not load it when they return.
 
         Raises:
             MixfuseError: No adapter of that name is loaded, or an engine refuses.
         """
-        async with self._changing:
+        async with self._adapters_lock:
             if self._adapters.pop(name, None) is None:
                 raise MixfuseError(f"no adapter {name!r} is loaded", kind="adapter")
             if failures := await _all(replica.unload(name) for replica in self.replicas if replica.ready):
                 raise failures[0]
 
     async def probe(self, name: str) -> None:
-        """Has a model answer one token in every engine that is ready.
+        """Asks a model for one token in every ready engine.
 
         Raises:
-            MixfuseError: One does not answer, or none is ready.
+            MixfuseError: An engine does not answer, or none is ready.
         """
         if failures := await _all(replica.api.probe(name) for replica in self._ready()):
             raise failures[0]
 
     async def prompt_logprobs(self, name: str, prompt: list[int]) -> list[float]:
-        """As `VllmApi.prompt_logprobs`, asked of every engine that is ready.
+        """As `VllmApi.prompt_logprobs`, from every ready engine; they must agree.
 
         Raises:
-            MixfuseError: One does not answer, none is ready, or two say different things: not the same is loaded there.
+            MixfuseError: An engine does not answer, none is ready, or two engines disagree: they have not loaded the
+                same.
         """
         ready = self._ready()
         answers = await asyncio.gather(*(replica.api.prompt_logprobs(name, prompt) for replica in ready))
         for replica, answer in zip(ready[1:], answers[1:], strict=True):
             apart = max((abs(a - b) for a, b in zip(answers[0], answer, strict=True)), default=0)
-            if apart > _SAME:
+            if apart > _SAME_WITHIN:
                 raise engine_error(
                     f"{name!r} is not the same at {ready[0].api.url} and {replica.api.url}: log-probabilities are "
                     f"{apart:.2g} nats apart; do both serve the same base?"
@@ -169,7 +169,7 @@ class EngineGroup:
         return answers[0]
 
     async def first_token_logprobs(self, name: str, messages: list[dict[str, str]]) -> dict[str, float]:
-        """As `VllmApi.first_token_logprobs`, asked of one engine that is ready.
+        """As `VllmApi.first_token_logprobs`, from one ready engine.
 
         Raises:
             MixfuseError: It does not answer, or none is ready.
@@ -186,7 +186,7 @@ class EngineGroup:
         clock = asyncio.get_running_loop().time
         end = clock() + self.config.restart.wait_s
         while True:
-            self._changed.clear()
+            self._replica_changed.clear()
             ready = [replica for replica in self.replicas if replica.ready]
             able = [replica for replica in ready if model not in replica.lost]
             if able:
@@ -199,7 +199,7 @@ class EngineGroup:
                 raise engine_error(self._why_away())
             try:
                 async with asyncio.timeout(max(0.0, end - clock())):
-                    await self._changed.wait()
+                    await self._replica_changed.wait()
             except TimeoutError:
                 raise engine_error(
                     f"no engine was ready within {self.config.restart.wait_s:g} s ({self._why_away()})"
@@ -208,15 +208,15 @@ class EngineGroup:
     def _why_away(self) -> str:
         return next((str(replica.failure or replica.away) for replica in self.replicas if not replica.ready), "stopped")
 
-    def _own(self) -> list[Replica]:
+    def _own_replicas(self) -> list[Replica]:
         several = self.config.replicas > 1
         engines = [
             Engine(config, log_path=self._logs / (f"engine-{number}.log" if several else "engine.log"))
             for number, config in enumerate(per_replica(self.config, cpu=cpu_build()))
         ]
-        return [self._replica(Started(engine, self.config.restart)) for engine in engines]
+        return [self._replica(OwnEngine(engine, self.config.restart)) for engine in engines]
 
-    async def _external(self) -> list[Replica]:
+    async def _external_replicas(self) -> list[Replica]:
         key = _api_key(self.config)
         apis = [
             VllmApi(url, key, base_model_name="", hint="is it running, and reachable from here?")
@@ -229,17 +229,17 @@ class EngineGroup:
         self.base_model_name = names[0]
         for api in apis:
             api.base_model_name = names[0]
-        return [self._replica(Elsewhere(api, self.config.restart)) for api in apis]
+        return [self._replica(ExternalEngine(api, self.config.restart)) for api in apis]
 
-    def _replica(self, source: Source) -> Replica:
-        return Replica(source, self._adapters, self._changing, self.config.restart, self._changed.set)
+    def _replica(self, source: EngineSource) -> Replica:
+        return Replica(source, self._adapters, self._adapters_lock, self.config.restart, self._replica_changed.set)
 
 
 def per_replica(config: EngineConfig, *, cpu: bool) -> list[EngineConfig]:
-    """The config of each engine that is started here; unless they run on a CPU, each gets its own GPUs.
+    """The config of each own engine. On GPUs each gets its share of the devices.
 
     Raises:
-        MixfuseError: `CUDA_VISIBLE_DEVICES` names too few.
+        MixfuseError: `CUDA_VISIBLE_DEVICES` names too few GPUs.
     """
     if config.replicas == 1 or cpu or "CUDA_VISIBLE_DEVICES" in config.env:
         return [config] * config.replicas
@@ -267,7 +267,7 @@ def _api_key(config: EngineConfig) -> str | None:
 
 
 async def _all(calls: Iterable[Awaitable[None]]) -> list[MixfuseError]:
-    """Makes the calls at once, waits for all, and returns how some failed."""
+    """Makes the calls at once and waits for all; returns the errors of those that failed."""
     failures = []
     for result in await asyncio.gather(*calls, return_exceptions=True):
         if isinstance(result, MixfuseError):

@@ -2,7 +2,7 @@
 
 Formulas over a `config.json`, explained in `docs/planning.md`; read from vLLM 0.32's code, not measured on a GPU.
 
-Symbols: those of `contracts/mixtral.py`, and t tensor parallel, p pipeline parallel, r LoRA rank, m LoRA slots,
+Symbols: those of `contracts/family.py`, and t tensor parallel, p pipeline parallel, r LoRA rank, m LoRA slots,
 M tokens in a batch, w bytes of an element, q bytes of an element of a linear layer's weight, quantised or not.
 """
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from mixfuse.contracts.errors import MixfuseError
-from mixfuse.contracts.mixtral import Shape, base_parameters
+from mixfuse.contracts.family import Shape, base_parameters
 from mixfuse.serve.engine import EngineConfig
 
 BATCHED_TOKENS = 8192  # vLLM's default `max_num_batched_tokens` for a server on a GPU of 70 GiB and more

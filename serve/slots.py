@@ -1,9 +1,9 @@
-"""Which adapters are in the engine: at most so many, and the least recently used makes room for the next.
+"""The places for adapters in the engine: at most `max_loaded`, and the least recently used makes room for the next.
 
-A revision's *stay* in the engine begins with the first request that needs it and ends when it has to make room, or
-when its role is served by another. Whoever asks while it is being loaded waits for the same load. A stay that has to
-end takes no new requests, and ends when the last one it has is done: new ones wait for the next stay, so a busy
-adapter cannot keep the others out.
+A revision's *residency* is one period during which the engine has it loaded. It begins with the first request that
+needs the revision, and ends when the revision has to make room or its role is served by another. Requests that arrive
+during the load wait for that load. A residency that has to end takes no new requests and ends with its last one; new
+requests wait for the next residency, so a busy adapter cannot keep the others out.
 """
 
 import asyncio
@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from mixfuse.contracts.adapter import Manifest
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.judge_protocol import Calibration
 
@@ -22,24 +23,24 @@ logger = logging.getLogger(__name__)
 
 
 class AdapterEngine(Protocol):
-    """What the role table needs of an engine (`mixfuse.serve.engine.Engine` is one)."""
+    """What the role table needs of an engine (`mixfuse.serve.engine_group.EngineGroup` is one)."""
 
     base_model_name: str
 
     async def load_adapter(self, name: str, path: Path) -> None:
-        """Makes an adapter servable under `name`."""
+        """Loads an adapter, which then answers as model `name`."""
         ...
 
     async def unload_adapter(self, name: str) -> None:
-        """Forgets the adapter of that name."""
+        """Unloads the adapter of that name."""
         ...
 
     async def probe(self, name: str) -> None:
-        """Has the model of that name answer one token; raises where it does not."""
+        """Asks the model of that name for one token; raises if it does not answer."""
         ...
 
     async def prompt_logprobs(self, name: str, prompt: list[int]) -> list[float]:
-        """Log-probabilities, in nats, of a prompt's token ids but the first, each given those before it."""
+        """Log-probabilities, in nats, of each prompt token but the first, given the tokens before it."""
         ...
 
     async def first_token_logprobs(self, name: str, messages: list[dict[str, str]]) -> dict[str, float]:
@@ -49,14 +50,14 @@ class AdapterEngine(Protocol):
 
 @dataclass(eq=False)
 class Revision:
-    """One adapter revision, in the engine or able to come there.
+    """One adapter revision, loaded or not.
 
     Attributes:
-        model: Its name in the engine: `ROLE@REVISION`, or the base's own.
+        model: Its name in the engine: `ROLE@REVISION`, or the base's own name.
         revision: The adapter's revision; None for the base.
-        directory: Where it is loaded from; None for the base.
-        calibration: How a judge's probabilities are to be read, from its manifest.
-        in_flight: Requests that hold it, those that wait for its load among them.
+        directory: The adapter directory; None for the base.
+        calibration: How to read a judge's probabilities, from its manifest.
+        in_flight: Requests that lease it, those that wait for its load included.
     """
 
     model: str
@@ -65,61 +66,68 @@ class Revision:
     calibration: Calibration | None = None
     in_flight: int = 0
     _drained: asyncio.Event = field(default_factory=asyncio.Event, repr=False)
-    _stay: "_Stay | None" = field(default=None, repr=False)
+    _residency: "_Residency | None" = field(default=None, repr=False)
+
+    @classmethod
+    def of(cls, role: str, manifest: Manifest, directory: Path) -> "Revision":
+        """The revision in an adapter directory, named for a role."""
+        return cls(f"{role}@{manifest.revision}", manifest.revision, directory, manifest.calibration)
 
     @property
     def loaded(self) -> bool:
-        """Whether requests for it need not wait."""
-        return self.revision is None or (self._stay is not None and self._stay.ready)
+        """Whether requests can use it at once."""
+        return self.revision is None or (self._residency is not None and self._residency.ready)
 
-    def _enter(self) -> None:
+    def acquire(self) -> None:
+        """Counts a request that leases it."""
         self.in_flight += 1
         self._drained.clear()
 
-    def _leave(self) -> None:
+    def release(self) -> None:
+        """Counts a request that has ended."""
         self.in_flight -= 1
         if not self.in_flight:
             self._drained.set()
 
     async def drained(self) -> None:
-        """Returns when no request holds the revision, or it shall stay on all the same."""
+        """Returns when no request leases the revision, or its drain is cancelled."""
         if self.in_flight:
             await self._drained.wait()
 
-    def stay_on(self) -> None:
-        """Lets go who waits for it to be drained: it is needed again."""
+    def cancel_drain(self) -> None:
+        """Makes `drained` return now, because the revision serves again; later calls wait as before."""
         self._drained.set()
         if self.in_flight:
             self._drained.clear()
 
 
 @dataclass(eq=False)
-class _Stay:
-    """One stay of a revision in the engine.
+class _Residency:
+    """One period during which the engine has a revision loaded.
 
     Attributes:
-        kept: It is staged: it takes a place of its own, beside the others', and makes no room.
-        used: When it was used last, in uses of any stay.
-        ready: It is loaded.
-        holders: Requests that use it, or wait for it to be loaded.
-        empty: There are no holders.
-        gone: It is unloaded.
-        loading: Its load.
+        staged: Whether it is beside the places: it needs no room, and is never evicted.
+        last_used: When it was used last, counted in uses of all residencies.
+        ready: Whether the load is done.
+        users: Requests that use it or wait for its load.
+        idle: Set while there are no users.
+        unloaded: Set once it is unloaded.
+        loading: The load.
     """
 
     revision: Revision
-    kept: bool
-    used: int
+    staged: bool
+    last_used: int
     ready: bool = False
-    holders: int = 0
-    empty: asyncio.Event = field(default_factory=asyncio.Event)
-    gone: asyncio.Event = field(default_factory=asyncio.Event)
+    users: int = 0
+    idle: asyncio.Event = field(default_factory=asyncio.Event)
+    unloaded: asyncio.Event = field(default_factory=asyncio.Event)
     loading: "asyncio.Task[None] | None" = None
 
 
 @dataclass
-class Counts:
-    """What has come and gone: `loads` (and their seconds together), `failures` to load, and `evictions`."""
+class LoadCounts:
+    """How many adapters were loaded (`loads`, `load_seconds` in all), failed to load, and were evicted."""
 
     loads: int = 0
     load_seconds: float = 0.0
@@ -132,35 +140,35 @@ class Slots:
 
     Args:
         engine: The running engine.
-        most: How many adapters are loaded at once, staged ones aside; None for no limit.
-        verify: Called with a revision before it is loaded on demand; raises where its files have changed.
-        pinned: Whether a revision has to stay.
+        max_loaded: How many adapters may be loaded at once, staged ones not counted; None for no limit.
+        recheck: Called with a revision before it is loaded again; raises if its files have changed.
+        pinned: Whether a revision must stay loaded.
     """
 
     def __init__(
         self,
         engine: AdapterEngine,
-        most: int | None,
+        max_loaded: int | None,
         *,
-        verify: Callable[[Revision], Awaitable[None]],
+        recheck: Callable[[Revision], Awaitable[None]],
         pinned: Callable[[Revision], bool],
     ) -> None:
-        self._engine, self.most, self._verify, self._pinned = engine, most, verify, pinned
-        self.counts = Counts()
-        self._stays: dict[str, _Stay] = {}
+        self._engine, self.max_loaded, self._recheck, self._pinned = engine, max_loaded, recheck, pinned
+        self.counts = LoadCounts()
+        self._residencies: dict[str, _Residency] = {}
         self._uses = 0
-        self._room = asyncio.Lock()  # who needs a place, in the order of asking
-        self._door = asyncio.Lock()  # one comes or goes at a time
+        self._room = asyncio.Lock()  # residencies that need a place take turns, in the order of asking
+        self._engine_turn = asyncio.Lock()  # the engine loads or unloads one adapter at a time
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
     def loaded(self) -> int:
         """How many adapters are in the engine now."""
-        return len(self._stays)
+        return len(self._residencies)
 
     @asynccontextmanager
-    async def held(self, revision: Revision) -> AsyncIterator[None]:
-        """Keeps a revision loaded for as long as the block runs; loads it first where it is not.
+    async def resident(self, revision: Revision) -> AsyncIterator[None]:
+        """Keeps a revision loaded while the block runs; loads it first if it is not.
 
         Raises:
             MixfuseError: It cannot be loaded.
@@ -168,137 +176,141 @@ class Slots:
         if revision.revision is None:
             yield
             return
-        stay = revision._stay or self._come(revision, kept=False)
-        stay.holders += 1
-        stay.empty.clear()
+        residency = revision._residency or self._begin(revision, staged=False)
+        residency.users += 1
+        residency.idle.clear()
         try:
-            if not stay.ready and stay.loading is not None:
-                await asyncio.shield(stay.loading)
+            if not residency.ready and residency.loading is not None:
+                await asyncio.shield(residency.loading)
             yield
         finally:
             self._uses += 1
-            stay.used = self._uses
-            stay.holders -= 1
-            if not stay.holders:
-                stay.empty.set()
+            residency.last_used = self._uses
+            residency.users -= 1
+            if not residency.users:
+                residency.idle.set()
 
     async def stage(self, revision: Revision) -> None:
-        """Loads a revision in a place of its own. Cancelled, it leaves nothing in the engine.
+        """Loads a revision beside the places. A cancelled call leaves nothing in the engine.
 
         Raises:
             MixfuseError: It cannot be loaded.
         """
-        stay = self._come(revision, kept=True)
-        assert stay.loading is not None  # noqa: S101 - just begun
+        residency = self._begin(revision, staged=True)
+        assert residency.loading is not None  # noqa: S101 - begun in the line above
         try:
-            await asyncio.shield(stay.loading)
+            await asyncio.shield(residency.loading)
         except asyncio.CancelledError:
-            await asyncio.wait({stay.loading})  # half a load cannot be undone
+            await asyncio.wait({residency.loading})  # vLLM cannot stop a load half-way
             if revision.loaded:
                 await self.remove(revision)
             raise
 
     def settle(self, revision: Revision) -> None:
-        """Makes a staged revision one of the others; where they are too many then, one of them goes."""
-        if revision._stay is not None:
-            revision._stay.kept = False
-        if self.most is not None and self._taken() > self.most:
-            self._in_background(self._trim())
+        """Moves a staged revision into the places. If that is one too many, another is evicted."""
+        if revision._residency is not None:
+            revision._residency.staged = False
+        if self.max_loaded is not None and self._taken() > self.max_loaded:
+            self._background(self._evict_surplus())
 
     async def remove(self, revision: Revision) -> None:
-        """Unloads a revision, where it is loaded; nobody may hold it."""
-        stay, revision._stay = revision._stay, None
-        if stay is not None:
-            await self._leave(stay)
+        """Unloads a revision, if it is loaded. No request may lease it."""
+        residency, revision._residency = revision._residency, None
+        if residency is not None:
+            await self._end(residency)
 
     async def close(self) -> None:
-        """Waits for the loads and unloads under way."""
+        """Waits for the loads and unloads in progress."""
         while self._tasks:
             await asyncio.wait(self._tasks)
 
-    def _come(self, revision: Revision, *, kept: bool) -> _Stay:
-        stay = revision._stay = _Stay(revision, kept, self._uses)
-        stay.loading = self._in_background(self._load(stay))
-        return stay
+    def _begin(self, revision: Revision, *, staged: bool) -> _Residency:
+        residency = revision._residency = _Residency(revision, staged, self._uses)
+        residency.loading = self._background(self._load(residency))
+        return residency
 
-    def _in_background(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+    def _background(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         task = asyncio.create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._done)
+        task.add_done_callback(self._background_done)
         return task
 
-    def _done(self, task: "asyncio.Task[None]") -> None:
+    def _background_done(self, task: "asyncio.Task[None]") -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            logger.debug("%s", error)  # whoever waits for it is told
+            logger.debug("%s", error)  # raised where the task is awaited
 
-    async def _load(self, stay: _Stay) -> None:
+    async def _load(self, residency: _Residency) -> None:
         try:
-            if stay.kept:
-                await self._enter(stay)
+            if residency.staged:
+                await self._load_into_engine(residency)
             else:
                 async with self._room:
-                    await self._verify(stay.revision)
+                    await self._recheck(residency.revision)
                     await self._make_room()
-                    await self._enter(stay)
+                    await self._load_into_engine(residency)
         except BaseException:
             self.counts.failures += 1
-            if stay.revision._stay is stay:
-                stay.revision._stay = None
+            if residency.revision._residency is residency:
+                residency.revision._residency = None
             raise
-        stay.ready = True
+        residency.ready = True
 
-    async def _enter(self, stay: _Stay) -> None:
-        revision = stay.revision
-        assert revision.directory is not None  # noqa: S101 - only adapters come here
-        while before := self._stays.get(revision.model):  # its last stay, about to end
-            await before.gone.wait()
-        async with self._door:
+    async def _load_into_engine(self, residency: _Residency) -> None:
+        revision = residency.revision
+        assert revision.directory is not None  # noqa: S101 - the base is never loaded
+        while previous := self._residencies.get(revision.model):  # the revision's last residency is about to end
+            await previous.unloaded.wait()
+        async with self._engine_turn:
             began = time.monotonic()
             try:
                 await self._engine.load_adapter(revision.model, revision.directory.resolve())
             except MixfuseError as error:
-                if error.kind == "engine":  # it did not answer; it may have loaded it all the same, or not
+                if error.kind == "engine":  # the engine did not answer, but may have loaded the adapter
                     with suppress(MixfuseError):
                         await self._engine.unload_adapter(revision.model)
                 raise
-            self._stays[revision.model] = stay
+            self._residencies[revision.model] = residency
             self.counts.loads += 1
             self.counts.load_seconds += time.monotonic() - began
 
-    async def _leave(self, stay: _Stay) -> None:
-        async with self._door:
-            if self._stays.get(stay.revision.model) is stay:
-                await self._unload(stay.revision)
-                del self._stays[stay.revision.model]
-                stay.gone.set()
-
-    async def _unload(self, revision: Revision) -> None:
-        try:
-            await self._engine.unload_adapter(revision.model)
-        except MixfuseError as error:  # it is not there, or the engine is gone: either way nobody is served by it
-            logger.warning("%s could not be unloaded: %s", revision.model, error)
+    async def _end(self, residency: _Residency) -> None:
+        model = residency.revision.model
+        async with self._engine_turn:
+            if self._residencies.get(model) is not residency:
+                return
+            try:
+                await self._engine.unload_adapter(model)
+            except MixfuseError as error:  # it is not there, or the engine is gone: nothing answers under the name
+                logger.warning("%s could not be unloaded: %s", model, error)
+            del self._residencies[model]
+            residency.unloaded.set()
 
     def _taken(self) -> int:
-        return sum(not stay.kept for stay in self._stays.values())
+        return sum(not residency.staged for residency in self._residencies.values())
 
     async def _make_room(self, wanted: int = 1) -> None:
-        while self.most is not None and self._taken() + wanted > self.most:
-            going = [stay for stay in self._stays.values() if not stay.kept and not self._pinned(stay.revision)]
-            if not going:
+        """Evicts adapters until `wanted` places are free: idle ones before busy ones, then the least recently used."""
+        while self.max_loaded is not None and self._taken() + wanted > self.max_loaded:
+            evictable = [
+                residency
+                for residency in self._residencies.values()
+                if not residency.staged and not self._pinned(residency.revision)
+            ]
+            if not evictable:
                 raise MixfuseError(
-                    f"the engine's {self.most} places for adapters are all taken by pinned roles; unpin one "
+                    f"the engine's {self.max_loaded} places for adapters are all taken by pinned roles; unpin one "
                     "(mixfuse roles unpin) or raise engine.max_loaded",
                     kind="engine",
                 )
-            stay = min(going, key=lambda one: (one.holders > 0, one.used))
-            if stay.revision._stay is stay:
-                stay.revision._stay = None  # from here on its role waits for its next stay
-            if stay.holders:
-                await stay.empty.wait()
+            victim = min(evictable, key=lambda residency: (residency.users > 0, residency.last_used))
+            if victim.revision._residency is victim:
+                victim.revision._residency = None  # new requests of its role wait for its next residency
+            if victim.users:
+                await victim.idle.wait()
             self.counts.evictions += 1
-            await self._leave(stay)
+            await self._end(victim)
 
-    async def _trim(self) -> None:
+    async def _evict_surplus(self) -> None:
         async with self._room:
             await self._make_room(0)

@@ -1,7 +1,7 @@
-"""One engine that is kept ready: started again when it crashes or hangs, or watched where someone else runs it.
+"""The supervisor of one engine: restarts it when it crashes or hangs, or watches one that someone else runs.
 
-An engine that comes back has no adapters. It counts as ready once it has them again, each as it was when it was
-loaded, and has answered with each. `serve/engine_group.py` is what requests and roles meet.
+A restarted engine has no adapters. It counts as ready again once its adapters are loaded, unchanged, and each has
+answered. Requests and roles use `serve/engine_group.py`.
 """
 
 import asyncio
@@ -26,11 +26,11 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter that engines are to have.
+    """An adapter that each engine must have.
 
     Attributes:
         path: Its folder.
-        hashes: SHA-256 of the files that vLLM reads there, as they were when they were loaded.
+        hashes: SHA-256 of the files that vLLM reads, at the time of the first load.
     """
 
     path: Path
@@ -38,10 +38,10 @@ class Adapter:
 
     @classmethod
     def at(cls, path: Path) -> "Adapter":
-        """Reads the files; they may be large.
+        """Reads and hashes the files, which may be large.
 
         Raises:
-            MixfuseError: One is missing.
+            MixfuseError: A file is missing.
         """
         try:
             return cls(path, tuple(sha256_file(path / name) for name in ADAPTER_FILES))
@@ -49,37 +49,37 @@ class Adapter:
             raise MixfuseError(f"cannot read {error.filename}: {error.strerror}", kind="adapter") from None
 
 
-class Source(Protocol):
-    """Where an engine comes from."""
+class EngineSource(Protocol):
+    """How an engine is started, watched and stopped."""
 
     @property
     def api(self) -> VllmApi:
-        """How it is asked."""
+        """The client of the engine."""
         ...
 
     async def up(self) -> None:
-        """Returns when the engine answers.
+        """Starts the engine if it is ours, and returns when it answers.
 
         Raises:
-            MixfuseError: It does not.
+            MixfuseError: It does not answer.
         """
         ...
 
     async def gone(self, expected: Callable[[], set[str]]) -> str:
-        """Returns when the engine is gone or lacks an adapter that is expected of it, with the reason."""
+        """Returns the reason once the engine is gone or lacks an adapter of `expected`."""
         ...
 
     async def down(self) -> None:
-        """Ends what `up` began."""
+        """Stops the engine if `up` started it."""
         ...
 
-    def gave_up(self, crashes: int) -> bool:
-        """Whether so many crashes within the window are too many."""
+    def gives_up(self, crashes: int) -> bool:
+        """Whether this many crashes within the window are too many."""
         ...
 
 
-class Started:
-    """An engine that is a child of this process."""
+class OwnEngine:
+    """An engine that is a child process."""
 
     def __init__(self, engine: Engine, restart: Restart) -> None:
         self.api = self._engine = engine
@@ -90,12 +90,12 @@ class Started:
         await self._engine.start()
 
     async def gone(self, expected: Callable[[], set[str]]) -> str:
-        """Waits for its end, or until it has answered nothing for `hung_after_s`; it is ended then."""
-        died, silent = asyncio.create_task(self._engine.wait()), asyncio.create_task(self._silence())
+        """Waits until the engine dies, or answers nothing for `hung_after_s`; then it is stopped."""
+        died, hung = asyncio.create_task(self._engine.wait()), asyncio.create_task(self._wait_for_hang())
         try:
-            await asyncio.wait({died, silent}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({died, hung}, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            silent.cancel()
+            hung.cancel()
             died.cancel()
         if not self._engine.running:
             return f"the engine died: {last_error(self._engine.log_path)}; see {self._engine.log_path}"
@@ -106,27 +106,27 @@ class Started:
         """Stops the engine."""
         await self._engine.stop()
 
-    def gave_up(self, crashes: int) -> bool:
-        """After the configured number."""
+    def gives_up(self, crashes: int) -> bool:
+        """Gives up after the configured number."""
         return crashes >= self._restart.crashes
 
-    async def _silence(self) -> None:
+    async def _wait_for_hang(self) -> None:
         clock = asyncio.get_running_loop().time
-        heard = clock()
+        last_answer = clock()
         while True:
             await asyncio.sleep(self._restart.check_s)
             if await self.api.working(timeout_s=self._restart.hung_after_s):
-                heard = clock()
-            elif clock() - heard >= self._restart.hung_after_s:
+                last_answer = clock()
+            elif clock() - last_answer >= self._restart.hung_after_s:
                 return
 
 
-class Elsewhere:
-    """An engine that someone else runs: it is only watched.
+class ExternalEngine:
+    """An engine that someone else runs; it is only watched.
 
     Args:
-        api: How it is reached.
-        restart: How often it is looked at.
+        api: The client of the engine.
+        restart: How often it is checked.
     """
 
     def __init__(self, api: VllmApi, restart: Restart) -> None:
@@ -134,11 +134,11 @@ class Elsewhere:
         self._restart = restart
 
     async def up(self) -> None:
-        """Asks it once."""
+        """Checks once that it answers."""
         await self.api.models(timeout_s=self._restart.hung_after_s)
 
     async def gone(self, expected: Callable[[], set[str]]) -> str:
-        """Looks at it until it does not answer, or lacks an adapter: its owner has started it anew."""
+        """Checks it until it does not answer, or lacks an adapter because its owner has restarted it."""
         while True:
             await asyncio.sleep(self._restart.check_s)
             before = expected()
@@ -146,14 +146,14 @@ class Elsewhere:
                 _, listed = await self.api.models(timeout_s=self._restart.hung_after_s)
             except MixfuseError as error:
                 return str(error)
-            if missing := (before & expected()) - listed:  # one loaded in this moment is not missing
+            if missing := (before & expected()) - listed:  # an adapter loaded meanwhile is not missing
                 return f"the engine at {self.api.url} has lost {min(missing)!r}"
 
     async def down(self) -> None:
-        """Nothing of ours to end."""
+        """Does nothing: the engine is not ours."""
 
-    def gave_up(self, crashes: int) -> bool:
-        """Never: its owner may bring it back."""
+    def gives_up(self, crashes: int) -> bool:
+        """Never gives up: the owner may bring it back."""
         return False
 
 
@@ -161,28 +161,28 @@ class Replica:
     """One engine, kept ready.
 
     Args:
-        source: Where it comes from.
-        adapters: What it is to have; the group changes it.
-        changing: Held by who changes `adapters` or what engines have.
-        restart: When and how often it is brought back.
-        changed: Called when `ready` or `failure` has changed.
+        source: Starts, watches and stops it.
+        adapters: The adapters it must have, by name; the group changes them.
+        adapters_lock: Held while `adapters`, or the adapters in an engine, change.
+        restart: When and how often it is restarted.
+        on_change: Called when `ready` or `failure` has changed.
 
     Attributes:
-        api: How it is asked.
-        ready: Whether it takes requests: it answers, and has its adapters.
-        lost: Adapters that could not be given back to it, and why.
+        api: The client of the engine.
+        ready: Whether it takes requests: it answers and has its adapters.
+        lost: Adapters that could not be loaded again after a restart, each with the reason.
         in_flight: Requests that it is working on.
         away: Why it is not ready.
-        failure: Why it was given up, once it was.
+        failure: Why it was given up; None while it was not.
     """
 
     def __init__(
         self,
-        source: Source,
+        source: EngineSource,
         adapters: Mapping[str, Adapter],
-        changing: asyncio.Lock,
+        adapters_lock: asyncio.Lock,
         restart: Restart,
-        changed: Callable[[], None],
+        on_change: Callable[[], None],
     ) -> None:
         self.api = source.api
         self.ready = False
@@ -190,14 +190,14 @@ class Replica:
         self.in_flight = 0
         self.away = "the engine has not been started"
         self.failure: MixfuseError | None = None
-        self._source, self._adapters, self._changing = source, adapters, changing
-        self._restart, self._changed = restart, changed
-        self._given: set[str] = set()  # adapters that this engine was given by us and may still have
-        self._keeping: asyncio.Task[None] | None = None
-        self._crashes: deque[float] = deque()
+        self._source, self._adapters, self._adapters_lock = source, adapters, adapters_lock
+        self._restart, self._on_change = restart, on_change
+        self._loaded_here: set[str] = set()  # adapters that this process loaded and the engine may still have
+        self._supervision: asyncio.Task[None] | None = None
+        self._crash_times: deque[float] = deque()
 
     async def start(self) -> None:
-        """Brings the engine up for the first time; `keep` has to follow.
+        """Brings the engine up for the first time. Call `supervise` next.
 
         Raises:
             MixfuseError: It does not come up.
@@ -205,61 +205,61 @@ class Replica:
         await self._source.up()
         await self._restore()
 
-    def keep(self) -> None:
+    def supervise(self) -> None:
         """Keeps it ready from now on, in the background."""
-        self._keeping = asyncio.create_task(self._keep())
+        self._supervision = asyncio.create_task(self._supervise())
 
     async def stop(self) -> None:
-        """Stops keeping it, and the engine where it was started here."""
-        if self._keeping is not None:
-            self._keeping.cancel()
+        """Ends the supervision, and the engine if it is ours."""
+        if self._supervision is not None:
+            self._supervision.cancel()
             with suppress(asyncio.CancelledError):
-                await self._keeping
+                await self._supervision
         await self._source.down()
 
     async def load(self, name: str, path: Path) -> None:
-        """Loads an adapter. One of that name that the engine still has from before is replaced.
+        """Loads an adapter. If the engine still has one of that name, it is replaced.
 
         Raises:
-            MixfuseError: It is refused, or the engine is gone.
+            MixfuseError: The engine refuses it, or is gone.
         """
         if name in (await self.api.models())[1]:
             await self.api.unload_adapter(name)
-        self._given.add(name)
+        self._loaded_here.add(name)
         await self.api.load_adapter(name, path)
         self.lost.pop(name, None)
 
     async def unload(self, name: str) -> None:
-        """Unloads an adapter; an engine that is gone has none.
+        """Unloads an adapter. An engine that is gone has none, so that is no error.
 
         Raises:
-            MixfuseError: It is refused.
+            MixfuseError: The engine refuses.
         """
         if name in self.lost:
             del self.lost[name]
             return
         try:
             await self.api.unload_adapter(name)
-            self._given.discard(name)
+            self._loaded_here.discard(name)
         except MixfuseError as error:
             if error.kind != "engine":
                 raise
             logger.warning("%r was not unloaded: %s", name, error)
 
-    async def _keep(self) -> None:
+    async def _supervise(self) -> None:
         while True:
             if self.ready:
                 why = await self._source.gone(lambda: set(self._adapters) - set(self.lost))
                 self.ready, self.away = False, why
-                self._changed()
-            else:  # the first try failed
+                self._on_change()
+            else:  # the first start failed
                 why = self.away
             while not self.ready:
-                if self._one_more_crash():
-                    times, window = len(self._crashes), self._restart.window_s
+                if self._count_crash_and_give_up():
+                    times, window = len(self._crash_times), self._restart.window_s
                     self.failure = engine_error(f"given up after {times} crashes within {window:g} s; the last: {why}")
                     logger.error("%s", self.failure)
-                    self._changed()
+                    self._on_change()
                     return
                 pause = self._pause()
                 logger.warning("%s; trying again in %.1f s", why, pause)
@@ -267,50 +267,52 @@ class Replica:
                 try:
                     await self._source.up()
                     await self._restore()
-                except (MixfuseError, OSError) as error:  # a full disk can leave no place for the log
+                except (MixfuseError, OSError) as error:  # OSError: a full disk leaves no room for the log
                     why = self.away = str(error)
                     await self._source.down()
             logger.warning("the engine at %s is ready again, with %d adapters", self.api.url, len(self._adapters))
 
-    def _one_more_crash(self) -> bool:
+    def _count_crash_and_give_up(self) -> bool:
+        """Counts a crash now; returns whether there were too many within the window."""
         now = asyncio.get_running_loop().time()
-        self._crashes.append(now)
-        while now - self._crashes[0] > self._restart.window_s:
-            self._crashes.popleft()
-        return self._source.gave_up(len(self._crashes))
+        self._crash_times.append(now)
+        while now - self._crash_times[0] > self._restart.window_s:
+            self._crash_times.popleft()
+        return self._source.gives_up(len(self._crash_times))
 
     def _pause(self) -> float:
-        doubled = self._restart.first_delay_s * 2.0 ** min(len(self._crashes) - 1, 30)
+        """Seconds before the next start: doubled with each crash, and reduced at random by up to a half."""
+        doubled = self._restart.first_delay_s * 2.0 ** min(len(self._crash_times) - 1, 30)
         return min(self._restart.max_delay_s, doubled) * random.uniform(0.5, 1)  # noqa: S311 - to spread, not to hide
 
     async def _restore(self) -> None:
-        """Gives the engine the adapters that it should have, takes those of ours that it should not, and is ready."""
-        async with self._changing:
+        """Loads the adapters that the engine must have, unloads those it must not, and makes it ready."""
+        async with self._adapters_lock:
             base, listed = await self.api.models()
             if base != self.api.base_model_name:
                 raise engine_error(
                     f"the engine at {self.api.url} serves {base!r} where {self.api.base_model_name!r} is expected; "
                     "start it with that --served-model-name"
                 )
-            for name in (listed & self._given) - set(self._adapters):
+            for name in (listed & self._loaded_here) - set(self._adapters):
                 await self.unload(name)
             self.lost.clear()
             for name, adapter in self._adapters.items():
                 if name in listed:
                     continue
                 try:
-                    await self._give_back(name, adapter)
+                    await self._reload(name, adapter)
                 except MixfuseError as error:
                     if error.kind == "engine":
                         raise
                     self.lost[name] = str(error)
                     logger.error("%r is not served any more: %s", name, error)
             self.ready = True
-        self._changed()
+        self._on_change()
 
-    async def _give_back(self, name: str, adapter: Adapter) -> None:
+    async def _reload(self, name: str, adapter: Adapter) -> None:
         if await asyncio.to_thread(Adapter.at, adapter.path) != adapter:
             raise MixfuseError(f"{adapter.path} was changed after it was loaded", kind="adapter")
-        self._given.add(name)
+        self._loaded_here.add(name)
         await self.api.load_adapter(name, adapter.path)
         await self.api.probe(name)

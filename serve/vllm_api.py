@@ -1,6 +1,6 @@
-"""A vLLM server as it is reached over HTTP: its adapters, and what is asked of it to check them.
+"""The HTTP client of one vLLM server: loads and unloads adapters, and asks for log-probabilities.
 
-It does not know who runs the server: `serve/engine.py` starts one, `serve/supervisor.py` also keeps others' in view.
+It does not know who runs the server. `serve/engine.py` starts one; `serve/supervisor.py` also watches external ones.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ import httpx
 from mixfuse.contracts.adapter import LORA_TARGETS
 from mixfuse.contracts.errors import MixfuseError
 
-TOP_LOGPROBS = 20  # what a judge's verdict is read from
+TOP_LOGPROBS = 20  # a judge's verdict is read from this many first tokens
 _SERVED_WEIGHT = re.compile(r"\.(?:[qkvo]_proj|gate_proj|up_proj|down_proj|experts\.\d+\.w[123])\.lora_[AB]\.weight$")
 _STEPS = re.compile(r"^vllm:iteration_tokens_total_count\{.*\} (\S+)$", re.MULTILINE)
 
@@ -26,10 +26,10 @@ class VllmApi:
     """A vLLM server's HTTP interface.
 
     Args:
-        url: The base URL of its OpenAI API, `…/v1`; None where it is not known yet.
-        api_key: What every call to it carries as a bearer token, if anything.
-        base_model_name: The name under which the base model answers; adapters answer under their own.
-        hint: Where to look when it does not answer, e.g. "see runs/logs/engine.log".
+        url: The base URL of its OpenAI API, `…/v1`; None until it is known.
+        api_key: The bearer token of every call; None for no token.
+        base_model_name: The base's model name; each adapter has its own.
+        hint: Ends the error when the server does not answer, e.g. "see runs/logs/engine.log".
     """
 
     def __init__(self, url: str | None, api_key: str | None, *, base_model_name: str, hint: str) -> None:
@@ -49,11 +49,11 @@ class VllmApi:
         """Loads an adapter, which then answers as model `name`.
 
         Args:
-            name: Not loaded yet, and not the base model's.
+            name: A name that is not loaded yet and is not the base model's.
             path: A PEFT adapter folder in the layout that vLLM reads.
 
         Raises:
-            MixfuseError: The folder has weights that vLLM would leave out without a word, or vLLM refuses it.
+            MixfuseError: The folder has weights that vLLM would silently ignore, or vLLM refuses it.
         """
         if name == self.base_model_name:
             raise MixfuseError(f"{name!r} is the base model's name; give the adapter another", kind="adapter")
@@ -61,7 +61,7 @@ class VllmApi:
         await self._adapter_call("load_lora_adapter", lora_name=name, lora_path=str(folder))
 
     async def unload_adapter(self, name: str) -> None:
-        """Unloads an adapter; requests that still use it are lost, so drain them first.
+        """Unloads an adapter. Requests that still use it are lost, so drain it first.
 
         Raises:
             MixfuseError: No adapter of that name is loaded.
@@ -69,7 +69,7 @@ class VllmApi:
         await self._adapter_call("unload_lora_adapter", lora_name=name)
 
     async def probe(self, name: str) -> None:
-        """Has a model answer one token, so that an adapter that cannot is found before it serves.
+        """Asks a model for one token, to detect an adapter that cannot answer before it serves.
 
         Raises:
             MixfuseError: It does not answer.
@@ -77,7 +77,7 @@ class VllmApi:
         await self._post("completions", {"model": name, "prompt": [0], "max_tokens": 1})
 
     async def prompt_logprobs(self, name: str, prompt: list[int]) -> list[float]:
-        """Log-probabilities, in nats, of a prompt's tokens but the first, each given those before it.
+        """Log-probabilities, in nats, of each prompt token but the first, given the tokens before it.
 
         Args:
             name: The base model's name, or an adapter's.
@@ -101,17 +101,18 @@ class VllmApi:
         Raises:
             MixfuseError: The engine does not answer.
         """
-        asked = {"max_tokens": 1, "temperature": 0, "logprobs": True, "top_logprobs": TOP_LOGPROBS}
-        answer = await self._post("chat/completions", {"model": name, "messages": messages, **asked})
-        found: dict[str, float] = {}
-        for one in answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]:
+        sampling = {"max_tokens": 1, "temperature": 0, "logprobs": True, "top_logprobs": TOP_LOGPROBS}
+        answer = await self._post("chat/completions", {"model": name, "messages": messages, **sampling})
+        logprobs: dict[str, float] = {}
+        for top in answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]:
             # SentencePiece's "A" and "▁A" both decode to "A".
-            before = math.exp(found[one["token"]]) if one["token"] in found else 0.0
-            found[one["token"]] = math.log(before + math.exp(one["logprob"])) if before else one["logprob"]
-        return found
+            token, logprob = top["token"], top["logprob"]
+            known = logprobs.get(token)
+            logprobs[token] = logprob if known is None else math.log(math.exp(known) + math.exp(logprob))
+        return logprobs
 
     async def models(self, *, timeout_s: float = 10) -> tuple[str, frozenset[str]]:
-        """What is served: the base model's name, and the names of the adapters.
+        """Returns the base model's name, and the names of the loaded adapters.
 
         Raises:
             MixfuseError: The server does not answer within `timeout_s`, refuses the key, or serves no base model.
@@ -129,7 +130,7 @@ class VllmApi:
         return bases[0], frozenset(rows) - frozenset(bases)
 
     async def healthy(self, *, timeout_s: float) -> bool:
-        """Whether the server says within `timeout_s` that it is well."""
+        """Whether the server's health check succeeds within `timeout_s`."""
         try:
             response = await self._send("GET", "../health", timeout_s=timeout_s)
         except MixfuseError:
@@ -137,9 +138,9 @@ class VllmApi:
         return response.is_success
 
     async def working(self, *, timeout_s: float) -> bool:
-        """Whether the engine answers a token within `timeout_s`, or at least takes steps: a full queue is no hang.
+        """Whether the engine answers one token within `timeout_s`, or at least takes steps: a full queue is no hang.
 
-        `/health` alone does not tell: vLLM's API server answers it for a core that hangs.
+        `/health` does not show a hang: vLLM's API server answers it even if the engine core hangs.
         """
         before = await self._steps(timeout_s)
         body = {"model": self.base_model_name, "prompt": [0], "max_tokens": 1}
@@ -147,17 +148,17 @@ class VllmApi:
             if (await self._send("POST", "completions", body, timeout_s=timeout_s)).is_success:
                 return True
         except MixfuseError:
-            pass  # that is the question
+            pass  # no answer: its steps decide
         return await self._steps(timeout_s) != before
 
     async def _steps(self, timeout_s: float) -> str | None:
-        """How many steps the engine's core has taken, as its metrics say."""
+        """The count of the engine core's steps, from its metrics; None if they do not answer."""
         try:
             response = await self._send("GET", "../metrics", timeout_s=timeout_s)
         except MixfuseError:
             return None
-        found = _STEPS.search(response.text)
-        return found[1] if found else None
+        match = _STEPS.search(response.text)
+        return match[1] if match else None
 
     async def _adapter_call(self, endpoint: str, **body: str) -> None:
         response = await self._send("POST", endpoint, body)
@@ -186,17 +187,17 @@ class VllmApi:
 
 @functools.cache
 def _tls() -> ssl.SSLContext:
-    """Made once: reading the certificates takes 20 ms, and every client would do it for itself, on the event loop."""
+    """Made once: reading the certificates takes 20 ms on the event loop, and each client would repeat it."""
     return httpx.create_ssl_context(trust_env=False)
 
 
 def engine_error(message: str) -> MixfuseError:
-    """An error of the kind that stands for the engine."""
+    """Returns an error of kind "engine"."""
     return MixfuseError(message, kind="engine")
 
 
 def _served_adapter(folder: Path) -> Path:
-    """Refuses weights that vLLM would load with "Success" and then not use; returns the absolute path.
+    """Returns the adapter's absolute path; refuses weights that vLLM would load with "Success" and then ignore.
 
     vLLM does so with experts in PEFT's fused layout (`check_unexpected_modules` in vllm/lora/lora_model.py
     lets them pass, and a Mixtral's layers never ask for them) and with modules outside of

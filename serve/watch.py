@@ -1,4 +1,4 @@
-"""New adapters are swapped in by themselves: a role's newest revision in a folder, or wherever a source finds one."""
+"""The watcher: swaps in the newest adapter of a folder, or of another source, without a command."""
 
 import asyncio
 import logging
@@ -8,23 +8,23 @@ from typing import Protocol
 
 from mixfuse.contracts.adapter import MANIFEST, read_manifest
 from mixfuse.contracts.errors import MixfuseError
-from mixfuse.serve.roles import RoleTable
+from mixfuse.serve.swap import Swapper
 
 logger = logging.getLogger(__name__)
 
-# What passes by itself: somebody else is swapping, or the engine or the database is away.
-_LATER = ("conflict", "engine", "trace_db")
-# But an adapter that an engine dies of must not be given to it for ever.
-_MOST_TRIES = 3
+# Failures that pass without a change to the adapter: another swap is under way, or the engine or the database is away.
+_TRANSIENT = ("conflict", "engine", "trace_db")
+# An adapter that kills the engine must not be loaded for ever.
+_MAX_TRIES = 3
 
 
 @dataclass(frozen=True)
-class Found:
-    """An adapter directory that a source holds out.
+class Candidate:
+    """The adapter directory that a source offers for a role.
 
     Attributes:
         directory: The adapter directory.
-        state: Changes when its files do.
+        state: A text that changes whenever the directory's files change.
     """
 
     directory: Path
@@ -34,8 +34,8 @@ class Found:
 class Source(Protocol):
     """Where new adapters come from."""
 
-    async def newest(self, role: str) -> Found | None:
-        """The newest adapter for a role; None where there is none.
+    async def newest(self, role: str) -> Candidate | None:
+        """Returns the newest adapter for a role; None if there is none.
 
         Raises:
             MixfuseError: The source cannot be read.
@@ -44,20 +44,20 @@ class Source(Protocol):
 
 
 class Folder:
-    """Adapter directories in `ROOT/ROLE/`; the newest is the one whose manifest was written last.
+    """Adapter directories in `ROOT/ROLE/`. The newest is the one whose manifest was written last.
 
-    An adapter directory without a manifest is not complete: `mixfuse adapter export` writes it elsewhere and renames.
-    Names that begin with a dot are left alone.
+    Directories without a manifest are skipped: they are incomplete, since `mixfuse adapter export` writes the directory
+    elsewhere and renames it. Names that begin with a dot are skipped too.
     """
 
     def __init__(self, root: Path) -> None:
         self._root = root
 
-    async def newest(self, role: str) -> Found | None:
-        """The newest adapter directory of a role."""
+    async def newest(self, role: str) -> Candidate | None:
+        """Returns the newest adapter directory of a role."""
         return await asyncio.to_thread(self._newest, role)
 
-    def _newest(self, role: str) -> Found | None:
+    def _newest(self, role: str) -> Candidate | None:
         manifests = [path for path in (self._root / role).glob(f"*/{MANIFEST}") if not path.parent.name.startswith(".")]
         try:
             manifest = max(manifests, key=lambda path: (path.stat().st_mtime_ns, path), default=None)
@@ -65,47 +65,47 @@ class Folder:
                 return None
             files = sorted(path for path in manifest.parent.rglob("*") if path.is_file())
             state = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-        except OSError as error:  # removed in this moment
+        except OSError as error:  # removed meanwhile
             raise MixfuseError(f"{self._root / role}: {error}", kind="adapter") from None
-        return Found(manifest.parent, str(state))
+        return Candidate(manifest.parent, str(state))
 
 
 class Watcher:
-    """Swaps a role to what a source holds out, once it has stayed the same from one look to the next.
+    """Swaps a role to the candidate of a source, once the candidate is unchanged between two polls.
 
-    A revision that has served the role before is left alone, or a rollback would not last. One that is refused is
-    reported, and tried again when its files have changed; where the engine or the database is away, it is tried again.
+    A revision that has served the role before is skipped, or a rollback would not last. A refused candidate is logged
+    once, and tried again when its files change. After a transient failure it is tried again at the next poll.
 
     Args:
-        table: Whose role.
+        swapper: Swaps the role.
         source: Where new adapters come from.
         role: The role.
     """
 
-    def __init__(self, table: RoleTable, source: Source, role: str) -> None:
-        self._table, self._source, self._role = table, source, role
-        self._seen: Found | None = None
-        self._settled: Found | None = None
+    def __init__(self, swapper: Swapper, source: Source, role: str) -> None:
+        self._swapper, self._source, self._role = swapper, source, role
+        self._last_seen: Candidate | None = None
+        self._done_with: Candidate | None = None
         self._failure: str | None = None
         self._tries = 0
 
-    async def look(self) -> None:
-        """Looks once."""
+    async def poll(self) -> None:
+        """Asks the source once, and swaps if its candidate is new and complete."""
         try:
-            found = await self._source.newest(self._role)
-            if found is None or found == self._settled:
+            candidate = await self._source.newest(self._role)
+            if candidate is None or candidate == self._done_with:
                 return
-            if found != self._seen:  # perhaps still being copied
-                self._seen, self._tries = found, 0
+            if candidate != self._last_seen:  # it may still be being copied
+                self._last_seen, self._tries = candidate, 0
                 return
-            manifest = await asyncio.to_thread(read_manifest, found.directory)
-            if not await self._table.had(self._role, manifest.revision):
-                await self._table.swap(self._role, found.directory, why="watch")
-            self._settled, self._failure = found, None
+            manifest = await asyncio.to_thread(read_manifest, candidate.directory)
+            if not await self._swapper.table.has_served(self._role, manifest.revision):
+                await self._swapper.swap(self._role, candidate.directory, why="watch")
+            self._done_with, self._failure = candidate, None
         except MixfuseError as error:
             self._tries += error.kind == "engine"
-            if error.kind not in _LATER or self._tries == _MOST_TRIES:
-                self._settled = self._seen
+            if error.kind not in _TRANSIENT or self._tries == _MAX_TRIES:
+                self._done_with = self._last_seen
             if str(error) != self._failure:
                 self._failure = str(error)
                 logger.warning("watch: role %s: %s", self._role, error)

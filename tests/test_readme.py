@@ -1,6 +1,6 @@
 """The README's commands, links and table, so that they cannot rot; `scripts/demo` does its first session."""
 
-import ast
+import asyncio
 import re
 import shlex
 import subprocess
@@ -8,6 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from fake_upstream import Script, fake_upstream, serving
+
+from mixfuse.fusion.config import FusionConfig
+from mixfuse.fusion.http.gateway import create_app
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -41,23 +45,36 @@ def test_files_it_names_are_there():
 
 def test_the_plan_needs_neither_gpu_nor_weights():
     command = command_line("mixfuse plan ")
-    told = run(sys.executable, "-m", *command)
-    assert "140.63 B parameters" in told
-    assert told.rstrip().endswith("fits")
+    printed = run(sys.executable, "-m", *command)
+    assert "140.63 B parameters" in printed
+    assert printed.rstrip().endswith("fits")
 
 
 def test_the_launch_is_one_that_launch_writes():
     command = command_line("scripts/launch --torchrun")
     command[command.index("my_sft.yaml")] = "configs/tiny/domain_sft.yaml"
-    told = run(sys.executable, "-m", "mixfuse", "launch", "--dry-run", *command[1:])
-    assert "--nnodes=2" in told
-    assert "--nproc-per-node=8" in told
+    printed = run(sys.executable, "-m", "mixfuse", "launch", "--dry-run", *command[1:])
+    assert "--nnodes=2" in printed
+    assert "--nproc-per-node=8" in printed
 
 
-def test_the_example_is_python_that_asks_a_fused_model():
+async def test_the_example_runs_against_a_gateway(tmp_path: Path):
     (example,) = [block for language, block in BLOCKS if language == "python"]
-    strings = {node.value for node in ast.walk(ast.parse(example)) if isinstance(node, ast.Constant)}
-    assert "fusion/best-of" in strings
+    async with fake_upstream(
+        first=Script("six"),
+        second=Script("There are 24 legs."),
+        judge=Script(verdict=lambda first, second: 0.5 + 0.4 * (("24" in first) - ("24" in second))),
+    ) as upstream:
+        members = [{"name": name, "base_url": upstream.base_url, "model": name} for name in ("first", "second")]
+        judge = {"base_url": upstream.base_url, "model": "judge"}
+        config = FusionConfig.model_validate(
+            {"members": members, "judge": judge, "trace_db": str(tmp_path / "traces.sqlite3")}
+        )
+        async with serving(create_app(config, None)) as url:
+            script = example.replace("http://127.0.0.1:8080", url)
+            assert url in script
+            printed = await asyncio.to_thread(run, sys.executable, "-W", "error", "-c", script)
+    assert printed == "There are 24 legs. judged\n"
 
 
 @pytest.mark.parametrize("cell", re.findall(r"^\| (`mixfuse .*?) \|(?<!\\\|) ", TEXT, re.MULTILINE))
@@ -70,5 +87,5 @@ def test_every_command_of_the_table_is_one(cell: str):
                 break
             names.append(word)
         assert names, code
-        told = run(sys.executable, "-m", "mixfuse", *names, "--help")
-        assert told.startswith(f"usage: mixfuse {' '.join(names)}"), (number, code)
+        printed = run(sys.executable, "-m", "mixfuse", *names, "--help")
+        assert printed.startswith(f"usage: mixfuse {' '.join(names)}"), (number, code)

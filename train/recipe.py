@@ -1,4 +1,4 @@
-"""The training recipes: one YAML a job, every key with its type and default here."""
+"""The training recipes: one YAML file a run. Every key is here, with its type and default."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -18,6 +18,7 @@ from pydantic import (
 
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.strict_yaml import Strict
+from mixfuse.train.optimizers import OPTIMIZERS, OptimizerEntry, OptimizerName
 
 ATTENTION_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
 EXPERT_PARAMETERS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
@@ -34,19 +35,19 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Lora(Strict):
-    """What is trained. The router stays frozen: vLLM serves no router adapter.
+    """What is trained. The router stays frozen, because vLLM serves no adapter of it.
 
     Attributes:
         r: Rank, of attention and of every adapted expert.
         alpha: Scaling numerator: the adapter is scaled by alpha / r.
         rslora: Scale by alpha / sqrt(r) instead (rsLoRA, arXiv 2312.03732).
-        dropout: Share of the adapter's inputs that are zeroed in training, on attention and experts.
+        dropout: Share of the adapter's inputs that are zeroed in training, in attention and experts.
         attention: Train q, k, v and o.
-        experts: Whose gate, up and down projections are trained: `all`, `none`, `{layer: [expert, …]}` (a layer that is
-            not named has none), or `auto`: in each layer the fewest that carry `expert_share` of the gate weight over
-            a sample of the data (ESFT, arXiv 2407.01906); see `train/model/choose_experts.py`.
+        experts: The experts whose gate, up and down projections are trained: `all`, `none`, `{layer: [expert, …]}` (a
+            layer that is not named has none), or `auto`: in each layer the fewest that carry `expert_share` of the gate
+            weight over a sample of the data (ESFT, arXiv 2407.01906); see `train/model/choose_experts.py`.
         expert_share: For `auto`: the share of a layer's gate weight that its chosen experts carry.
-        expert_sample: For `auto`: how many rows of the data the base is run over, drawn with the recipe's seed.
+        expert_sample: For `auto`: number of rows in that sample, drawn with the recipe's seed.
         router: Refused when true.
     """
 
@@ -63,14 +64,14 @@ class Lora(Strict):
     @field_validator("experts", mode="before")
     @classmethod
     def _experts(cls, value: Any) -> Any:
-        """Puts a dict in order; says in one line what else there is to write."""
+        """Sorts a dict, and replaces pydantic's errors by one line."""
         if isinstance(value, str) and value in ("all", "none", "auto"):
             return value
         if not isinstance(value, dict):
             raise ValueError("is all, none, auto or {layer: [expert, ...]}")
         chosen: dict[int, tuple[int, ...]] = {}
         for layer, experts in value.items():
-            # A recipe that was written as JSON has text for keys.
+            # In a recipe that was written as JSON, keys are text.
             number = int(layer) if isinstance(layer, str) and layer.isdecimal() else layer
             if not _is_number(number):
                 raise ValueError(f"a layer is a number from 0 on, not {layer!r}")
@@ -95,10 +96,10 @@ class Lora(Strict):
         return self
 
     def chosen(self, layers: int, experts: int) -> tuple[tuple[int, ...], ...]:
-        """The experts to adapt, layer by layer, on a base of that size; `auto` counts as all of them, its upper bound.
+        """The experts to adapt in each layer of a base of that size; `auto` counts as all of them, its upper bound.
 
         Raises:
-            MixfuseError: A layer or expert is named that the base does not have.
+            MixfuseError: The base does not have a named layer or expert.
         """
         if not isinstance(self.experts, dict):
             return ((() if self.experts == "none" else tuple(range(experts))),) * layers
@@ -134,8 +135,8 @@ def lora_parameters(
 
     Args:
         config: A Mixtral's `config.json`.
-        lora: What is trained.
-        chosen: The experts that are adapted in each layer; by default `lora.chosen`, which takes `auto` for all.
+        lora: The recipe's `lora`.
+        chosen: The adapted experts of each layer; by default `lora.chosen`, which counts `auto` as all.
     """
     hidden, inner = int(config["hidden_size"]), int(config["intermediate_size"])
     heads = int(config["num_attention_heads"])
@@ -149,18 +150,18 @@ def lora_parameters(
 
 
 class DataSource(Strict):
-    """One data set: a file here, or a name on the Hugging Face Hub.
+    """One data set: a local file, or a name on the Hugging Face Hub.
 
     Attributes:
         path: A `.jsonl` or `.parquet` file.
         hub: Instead of `path`: a data set's name on the Hub, as `datasets.load_dataset` takes it.
-        subset: Of a data set on the Hub that has several configurations: which.
-        split: Of a data set on the Hub: which split.
-        weight: How many of the examples are drawn from this set, in proportion to the other sets' weights. A pass over
-            the data ends when every set has been read once; small sets of great weight are then read again.
+        subset: The configuration, for a data set on the Hub that has several.
+        split: The split of a data set on the Hub.
+        weight: Examples are drawn from the sets in proportion to their weights. A pass over the data ends when every
+            set has been read once; a small set with a large weight is read several times.
         format: How a row holds a chat: `messages` ([{role, content}]), `sharegpt` (`conversations`: [{from, value}]) or
-            `prompt_completion` (two strings); `auto` sees it by the row's keys. Preference pairs have one format.
-        licence: As the data's owner states it; it is kept in the adapter's manifest.
+            `prompt_completion` (two strings); `auto` tells by the row's keys. Preference pairs have one format.
+        licence: The licence, as the data's owner states it. The adapter's manifest repeats it.
     """
 
     path: Path | None = None
@@ -181,7 +182,7 @@ class DataSource(Strict):
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """The name in messages."""
         return str(self.path) if self.hub is None else f"{self.hub} ({self.split})"
 
 
@@ -197,24 +198,26 @@ Data = Annotated[tuple[DataSource, ...], BeforeValidator(_sources)]
 
 
 class Optimizer(Strict):
-    """How AdamW trains it. Batches are counted over all processes, so a recipe means the same on any number of them.
+    """How it is trained. Batches are counted over all processes, so a recipe means the same on any number of them.
 
     Attributes:
+        name: The optimizer. AdamW is what every recipe here was tuned with; the others keep less state.
         steps: Optimiser steps.
         batch_size: Examples a step, over all processes; a multiple of micro_batch * processes. With `packing`, an
             example is a packed row.
         micro_batch: Examples a forward pass, on one process.
-        learning_rate: Peak, after the warm-up.
-        min_learning_rate: Where a cosine schedule ends.
+        learning_rate: The peak rate, after the warm-up.
+        min_learning_rate: The final rate of a cosine schedule.
         warmup_steps: Steps in which the rate rises to its peak.
-        warmup_ratio: Instead of `warmup_steps`: their share of `steps`.
-        schedule: From the peak on: held, or down to zero (or `min_learning_rate`) in a line or a half cosine.
-        betas: Decay of Adam's first and second moment.
-        eps: Adam's ε. With gradients below 1e-8 (a long accumulation in bfloat16) a smaller one helps.
-        weight_decay: Decoupled (AdamW); not applied to biases and norms, of which LoRA has none.
-        max_grad_norm: Gradient norms above are clipped.
+        warmup_ratio: Warm-up steps as a share of `steps`, instead of `warmup_steps`.
+        schedule: After the peak: constant, or down to zero (or `min_learning_rate`) in a line or a half cosine.
+        betas: AdamW: decay rates of the first and the second moment.
+        eps: AdamW: ε. For gradients below 1e-8 (a long accumulation in bfloat16) a smaller one helps.
+        weight_decay: Decoupled for AdamW, L2 for SGD; not applied to biases and norms, of which LoRA has none.
+        max_grad_norm: Larger gradient norms are clipped to this.
     """
 
+    name: OptimizerName = "adamw"
     steps: PositiveInt
     batch_size: PositiveInt = 8
     micro_batch: PositiveInt = 4
@@ -236,27 +239,35 @@ class Optimizer(Strict):
             raise ValueError(f"min_learning_rate is where a cosine ends; the schedule is {self.schedule!r}")
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(f"min_learning_rate {self.min_learning_rate} is above learning_rate {self.learning_rate}")
+        adam_keys = sorted({"betas", "eps"} & self.model_fields_set)
+        if adam_keys and not self.entry.adam_keys:
+            raise ValueError(f"{adam_keys[0]} has no effect on {self.name}; leave it out")
         return self
 
     @property
+    def entry(self) -> OptimizerEntry:
+        """The optimizer's entry in the table."""
+        return OPTIMIZERS[self.name]
+
+    @property
     def warmup(self) -> int:
-        """Steps of warm-up, of whichever key."""
+        """Steps of warm-up, by either key."""
         return self.warmup_steps if self.warmup_ratio is None else math.ceil(self.warmup_ratio * self.steps)
 
 
 class Evaluation(Strict):
-    """The loss on held-out examples while it trains, and what follows from it.
+    """The loss on held-out examples during training, and what follows from it.
 
     Attributes:
-        data: The held-out examples; a path or a list, as the recipe's `data`.
-        share: Instead of `data`: this share of the training data, by a hash of the prompt (or the pair's id), so that
-            the same prompt never stands on both sides; it is not trained on.
-        every: Steps between evaluations; there is one before the first step and one after the last, too.
+        data: The held-out examples; a path or a list, like the recipe's `data`.
+        share: Instead of `data`: hold out this share of the training data, by a hash of the prompt (or the pair's id),
+            so that a prompt is never on both sides.
+        every: Steps between evaluations. There is also one before the first step and one after the last.
         micro_batch: Examples a forward pass; by default the optimizer's.
-        limit: At most so many examples, the first of them.
-        patience: Stop after so many evaluations in a row that brought no better loss; unset: never.
-        min_delta: A loss counts as better when it is lower by more than this.
-        keep_best: The adapter that is saved is the one with the best loss, not the last one.
+        limit: Use only the first so many examples.
+        patience: Stop after so many evaluations in a row without a better loss; unset: never.
+        min_delta: A loss counts as better if it is lower by more than this.
+        keep_best: Save the adapter with the best loss, not the last one.
     """
 
     data: Data | None = None
@@ -278,33 +289,32 @@ class Evaluation(Strict):
 
 
 class TrainRecipe(Strict):
-    """What SFT and the judge have in common.
+    """The keys that SFT and the judge share.
 
     Attributes:
         base: Folder of the base model.
         out: Folder of the run: `run.json`, `metrics.jsonl`, `metrics.png`, `adapter/` (PEFT), `checkpoints/`.
-        role: The role the adapter is for.
+        role: The role that the adapter is for.
         data: A `.jsonl` or `.parquet` file, or a list of files and Hub data sets with weights.
         data_processes: Processes that tokenise the data, on the first node.
-        max_length: Tokens; what a longer example does is the stage's affair.
+        max_length: Most tokens of an example. `truncation` decides on longer chats; longer pairs are left out.
         lora: What is trained.
         optimizer: How it is trained.
-        evaluation: Held-out loss, early stop, and the best adapter kept; unset: the last adapter is saved.
-        attention: transformers' attention implementation; `auto` takes FlashAttention 2 where it is installed, the
-            dtype is bfloat16 and there is a GPU, else sdpa.
+        evaluation: Held-out loss, early stopping, and the best adapter; unset: the last adapter is saved.
+        attention: transformers' attention implementation. `auto` is FlashAttention 2 if it is installed, the dtype is
+            bfloat16 and there is a GPU; else sdpa.
         deepspeed: DeepSpeed's own JSON config; ZeRO stage 3.
-        processes: To start on this node, where no launcher (torchrun, deepspeed, Slurm) has started the command.
+        processes: Processes to start on this node, if no launcher (torchrun, deepspeed, Slurm) started the command.
         threads: CPU threads a process; by default the cores divided by `processes`.
-        dtype: Of the base, the adapter and the activations.
-        gradient_checkpointing: Keep only each layer's input for backward and compute the rest again: a third more
-            computing for a fraction of the memory.
-        save_every: Steps between checkpoints that a later run resumes from; 0 for none but at SIGTERM.
-        resume: What is done where `out` holds an unfinished run: `auto` goes on from its last whole checkpoint, `never`
-            refuses to.
+        dtype: Type of the base, the adapter and the activations.
+        gradient_checkpointing: Store only each layer's input for the backward pass and recompute the rest: a third more
+            compute for a fraction of the memory.
+        save_every: Steps between checkpoints that a later run can resume from; 0: only at SIGTERM.
+        resume: If `out` holds an unfinished run, `auto` resumes from its last whole checkpoint, `never` refuses to.
         log_every: Steps between rows of `metrics.jsonl`.
-        seed: Of the adapter's start, dropout, the mixing and the order of the data.
-        data_seed: Of the mixing and order of the data alone; by default `seed`.
-        wandb: Weights & Biases mode; `metrics.jsonl` and `metrics.png` are written always.
+        seed: Seed of the adapter's initial values, of dropout, and of the mixing and order of the data.
+        data_seed: Seed of the mixing and order of the data alone; by default `seed`.
+        wandb: Weights & Biases mode; `metrics.jsonl` and `metrics.png` are always written.
         wandb_project: Weights & Biases project.
         wandb_entity: Weights & Biases team or user; by default the account's own.
     """
@@ -340,13 +350,13 @@ class TrainRecipe(Strict):
 
 
 class SftRecipe(TrainRecipe):
-    """Supervised fine-tuning on chats: rows of `{id, messages: [...]}`, loss on what the assistant says.
+    """Supervised fine-tuning on chats: rows of `{id, messages: [...]}`, loss on the assistant's tokens.
 
     Attributes:
-        loss_on: Every assistant turn of a chat, or the last one.
-        truncation: What a chat longer than `max_length` does: it is dropped (and counted), loses its beginning (`left`)
-            or its end (`right`), or is an error. One that has no token left to learn from is dropped.
-        packing: Fill rows of `max_length` tokens with several whole chats, each of which attends to itself alone.
+        loss_on: Train on every assistant turn of a chat, or on the last one.
+        truncation: A chat longer than `max_length` is dropped (and counted), loses its beginning (`left`) or its end
+            (`right`), or is an error. A chat with no token left to learn from is dropped.
+        packing: Fill rows of `max_length` tokens with several whole chats, each of which attends only to itself.
         router_aux_loss_coef: Weight of the load-balancing loss (Switch Transformers, arXiv 2101.03961, eq. 4-6).
     """
 
@@ -360,26 +370,28 @@ class SftRecipe(TrainRecipe):
 class JudgeRecipe(TrainRecipe):
     """DPO on verdicts: rows of `mixfuse pairs build`; the reference is the policy without the judge adapter.
 
-    A pair longer than `max_length` in either order is left out: cut, it would lose its verdict. Where the completions
-    are verdicts, chosen and rejected are read from one pass over the prompt, and held-out pairs fit the calibration.
+    A pair longer than `max_length` in either order is left out, because truncation would cut off its verdict. If the
+    completions are verdicts, chosen and rejected are read from one pass over the prompt, and the calibration is fitted
+    to held-out pairs.
 
     Attributes:
-        completion: What the pairs' completions are: a `verdict`, of which the first token is trained, or a `rationale`
-            that ends in one, trained whole.
-        orders: Train on both orders of a pair, side by side, or on the first of its rows alone.
-        warm_start: SFT on the chosen verdict for so many of `optimizer.steps`, then DPO, whose reference is the policy
-            that these steps leave.
+        completion: The pairs' completions: a `verdict`, of which the first token is trained, or a `rationale` that ends
+            in one, trained whole.
+        orders: Train on both orders of a pair, side by side, or only on the first of its rows.
+        warm_start: The first so many of `optimizer.steps` are SFT on the chosen verdict. Then DPO begins, with the
+            policy after these steps as its reference.
         loss: DPO's (arXiv 2305.18290, eq. 7) or IPO's (arXiv 2310.12036, eq. 17), as TRL computes them.
-        beta: How strongly the policy is held to the reference; for IPO the regularisation τ.
-        sft_weight: Weight of the chosen completion's negative log-likelihood beside that loss (RPO, arXiv 2404.19733).
-        margin: Offset that a pair must overcome at full vote strength, times the row's `margin` (ODPO, arXiv
-            2402.10571, eq. 8); a row without one counts as 1.
+        beta: Strength of the pull towards the reference; for IPO the regularisation τ.
+        sft_weight: Weight of the chosen completion's negative log-likelihood, added to that loss (RPO, arXiv
+            2404.19733).
+        margin: Offset that a pair must overcome, multiplied by the row's `margin`, the strength of its vote (ODPO,
+            arXiv 2402.10571, eq. 8). A row without `margin` counts as 1.
         consistency: Weight of a penalty on preferring a position: the square of β times the log-odds for the answer
             shown first, averaged over the two orders of a pair. DPO's own pull towards zero fades as the margins grow.
-        rounds: Equal parts of `optimizer.steps`. Each after the first takes those pairs alone that the judge gets wrong
-            or flips when the part begins.
-        reference_cache: A JSON file where runs on the same base share the reference's log-probabilities; unset: the run
-            keeps its own.
+        rounds: Number of equal parts of `optimizer.steps`. Each after the first trains only on the pairs that the judge
+            gets wrong or flips when the part begins.
+        reference_cache: A JSON file in which runs on the same base share the reference's log-probabilities; unset: the
+            run has its own.
     """
 
     role: RoleName = "judge"
@@ -408,13 +420,17 @@ class JudgeRecipe(TrainRecipe):
         return self
 
 
+RECIPES: dict[str, type[TrainRecipe]] = {"sft": SftRecipe, "judge": JudgeRecipe}
+"""The recipe of each stage of `mixfuse train`."""
+
+
 def kind_of(recipe_path: Path, overrides: list[str]) -> type[TrainRecipe]:
-    """Which recipe a file holds: a judge's names a key that only a judge's has, or its role; any other is of SFT."""
+    """The recipe's class: a judge's file has a key that only a judge has, or its role; any other file is for SFT."""
     judges = set(JudgeRecipe.model_fields) - set(SftRecipe.model_fields)
     names = {override.partition("=")[0] for override in overrides}
     try:
         data = yaml.safe_load(recipe_path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return SftRecipe  # loading it says what is wrong
+        return SftRecipe  # loading it reports the error
     keys = set(data) | names if isinstance(data, dict) else names
     return JudgeRecipe if keys & judges or (isinstance(data, dict) and data.get("role") == "judge") else SftRecipe

@@ -1,1 +1,1 @@
-"""One call to one model: limits, budgets, failures, and the pool of models."""
+"""Calls to models: one call, its failures, its limits and budgets, and the pool that makes several at once."""

@@ -1,19 +1,22 @@
-"""Every way a call or a request can fail, by name; docs/failures.md says what a client gets of each."""
+"""The kinds of failure of a call; docs/failures.md says what the client gets on each.
+
+The HTTP status of each kind is in `mixfuse.fusion.http.statuses`.
+"""
 
 from typing import Literal, get_args
 
 from mixfuse.contracts.errors import MixfuseError
 
 FailureKind = Literal[
-    "timeout",  # the call's own limit or the members' deadline
+    "timeout",  # the call's own time limit or the members' deadline
     "rate_limited",  # the endpoint said 429
-    "upstream_error",  # another status than 200, or the connection broke
+    "upstream_error",  # a status other than 200, or the connection broke
     "unreachable",  # no connection, or the role is not being served
-    "invalid_response",  # 200, but no chat completion
+    "invalid_response",  # status 200, but no chat completion
     "refused",  # the model or its content filter declined
     "context_length",  # the prompt is too long for it
-    "queue_full",  # too many calls wait for this model already
-    "circuit_open",  # it failed so often that it is left alone for a while
+    "queue_full",  # too many calls already wait for this model
+    "circuit_open",  # it failed so often that no calls are made for a while
     "budget",  # the request's or the key's budget does not allow it
     "cancelled_straggler",  # enough others had answered
     "cancelled_hedge",  # another attempt at the same call answered first
@@ -21,37 +24,14 @@ FailureKind = Literal[
 ]
 KINDS: tuple[FailureKind, ...] = get_args(FailureKind)
 
-STATUS: dict[str, int] = {
-    "context_length": 400,
-    "invalid_request_error": 400,
-    "refused": 400,
-    "unauthorized": 401,
-    "budget": 402,
-    "queue_full": 429,
-    "rate_limited": 429,
-    "invalid_response": 502,
-    "judge_failed": 502,
-    "upstream_error": 502,
-    "circuit_open": 503,
-    "too_few_answers": 503,
-    "trace_db": 503,
-    "unreachable": 503,
-    "timeout": 504,
-}
-"""The HTTP status of a failed request, by the failure's kind; 500 for any other.
-
-OpenAI's own clients repeat a request on 429 and 5xx. A spent budget is therefore 402, not OpenAI's 429: asking again
-does not help.
-"""
-
 
 class CallError(MixfuseError):
     """One call gave no usable answer.
 
     Attributes:
-        kind: One of `FailureKind`.
-        transient: The same call may well succeed if it is made again.
-        retry_after_s: Seconds after which the endpoint said it may be asked again.
+        kind: The kind of failure.
+        transient: Whether the same call may succeed if it is made again.
+        retry_after_s: The seconds that the endpoint asked to wait before the next call.
     """
 
     def __init__(

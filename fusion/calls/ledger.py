@@ -1,8 +1,8 @@
-"""What a request has used and what it may use: every attempt is entered, budgets are reserved first and settled last.
+"""The ledger of a request's calls, and the budgets that they draw on.
 
-A budget is asked for the most that a call is expected to cost before the call is made, and gets back what was not
-used when the request is over. Several requests may draw on one budget (an API key's), so a reservation counts against
-it from the moment it is made.
+Before a call is made, the most that it is expected to cost is reserved in each budget; when the request ends, the
+budgets get back what was not used. Several requests may draw on one budget (an API key's), so a reservation counts
+from the moment it is made.
 """
 
 import math
@@ -13,17 +13,16 @@ from typing import Any, NamedTuple
 from mixfuse.contracts.trace import Call, Usage
 from mixfuse.fusion.calls.failures import CallError
 from mixfuse.fusion.config import Price
-
-Message = dict[str, Any]
+from mixfuse.fusion.messages import Message
 
 CHARACTERS_PER_TOKEN = 4
-"""Of an estimate: what English text comes to in common vocabularies."""
+"""For estimates: the average of English text in common vocabularies."""
 
 UNLIMITED_COMPLETION = 1024
-"""Tokens reserved for an answer where neither the request nor the model sets a limit."""
+"""Tokens reserved for an answer if neither the request nor the model sets a limit."""
 
 NON_TEXT_PART = 4000
-"""Characters an image counts as: about what vision models make of one, 1000 tokens."""
+"""Characters that an image counts as: about 1000 tokens, as in common vision models."""
 
 
 class Spend(NamedTuple):
@@ -33,11 +32,11 @@ class Spend(NamedTuple):
     tokens: int = 0
 
     def plus(self, other: "Spend") -> "Spend":
-        """The sum of both."""
+        """Returns the sum of both."""
         return Spend(self.cost + other.cost, self.tokens + other.tokens)
 
     def minus(self, other: "Spend") -> "Spend":
-        """What is left of this without the other."""
+        """Returns this less the other."""
         return Spend(self.cost - other.cost, self.tokens - other.tokens)
 
 
@@ -45,10 +44,10 @@ NOTHING = Spend()
 
 
 class Budget:
-    """What may be spent on something, and what is spent or reserved of it.
+    """A limit on spending, and what has been spent or reserved of it.
 
     Args:
-        name: How a refusal calls it.
+        name: Its name in the message of a refusal.
         max_cost: Dollars; None for no limit.
         max_tokens: Prompt and completion tokens; None for no limit.
     """
@@ -58,18 +57,18 @@ class Budget:
         self.used = NOTHING
 
     def allows(self, more: Spend) -> bool:
-        """Whether so much more may be spent."""
+        """Whether this much more may be spent."""
         after = self.used.plus(more)
         return (self.max_cost is None or after.cost <= self.max_cost + 1e-12) and (
             self.max_tokens is None or after.tokens <= self.max_tokens
         )
 
     def add(self, spend: Spend) -> None:
-        """Counts a reservation, or what it turned out to be off by."""
+        """Counts a reservation, or the difference between it and what was spent."""
         self.used = self.used.plus(spend)
 
     def describe(self) -> str:
-        """The limits and what of them is taken, for a refusal."""
+        """Returns the limits and what is used of them, for the message of a refusal."""
         parts = []
         if self.max_cost is not None:
             parts.append(f"${self.used.cost:.6g} of ${self.max_cost:.6g}")
@@ -79,11 +78,11 @@ class Budget:
 
 
 class Ledger:
-    """Every attempt of one request, failed and cancelled ones too, in the order in which they ended.
+    """Every attempt at a call in one request, failed and cancelled ones too, in the order in which they ended.
 
     Args:
-        deadline_ms: How long after its beginning the request's calls are no longer repeated; None for no limit.
-        budgets: What all of its calls together may cost.
+        deadline_ms: Milliseconds after which no call of the request is retried; None for no limit.
+        budgets: The budgets that its calls draw on.
     """
 
     def __init__(self, *, deadline_ms: float | None = None, budgets: Sequence[Budget] = ()) -> None:
@@ -103,16 +102,16 @@ class Ledger:
 
     @property
     def spent(self) -> Spend:
-        """What the entered calls came to."""
+        """What the calls in the ledger cost."""
         return Spend(sum(call.cost for call in self.calls), sum(call.usage.total_tokens for call in self.calls))
 
     def affords(self, more: Spend) -> bool:
-        """Whether the budgets allow so much beyond what has been spent and what calls under way may still cost."""
+        """Whether the budgets allow this much beyond what was spent and what calls under way may still cost."""
         need = self._missing(more)
         return all(budget.allows(need) for budget in self.budgets)
 
     def reserve(self, more: Spend) -> None:
-        """Sets aside what calls that are about to be made may cost, all of them or nothing.
+        """Reserves what the next calls may cost, all of it or nothing.
 
         Raises:
             CallError: A budget does not allow it (`budget`).
@@ -132,7 +131,7 @@ class Ledger:
         self._reserved = self._reserved.plus(need)
 
     def open(self, estimate: Spend) -> None:
-        """Begins an attempt that may cost `estimate`; `enter` ends it.
+        """Reserves what an attempt may cost; `enter` must follow when it has ended.
 
         Raises:
             CallError: A budget does not allow it (`budget`).
@@ -141,13 +140,13 @@ class Ledger:
         self._open = self._open.plus(estimate)
 
     def enter(self, call: Call, estimate: Spend = NOTHING) -> None:
-        """Writes an attempt that has ended; `estimate` is what it was opened with."""
+        """Adds an attempt that has ended; `estimate` is the estimate that it was opened with."""
         self.calls.append(call)
         if estimate is not NOTHING:
             self._open = self._open.minus(estimate)
 
     def settle(self) -> None:
-        """Ends the request: the budgets keep what was spent and get the rest back. Safe to repeat."""
+        """Ends the request: the budgets keep what was spent and get the rest back. May be called again."""
         if not self.budgets:
             return
         spent = self.spent
@@ -156,23 +155,23 @@ class Ledger:
         self._reserved = spent
 
     def _missing(self, more: Spend) -> Spend:
-        """What has to be reserved in addition, so that `more` is covered."""
+        """Returns what must be reserved in addition, so that `more` is covered."""
         need = self.spent.plus(self._open).plus(more).minus(self._reserved)
         return Spend(max(0.0, need.cost), max(0, need.tokens))
 
 
 def tokens(text: str) -> int:
-    """A guess at how many tokens a text has."""
+    """Estimates the tokens of a text."""
     return math.ceil(len(text) / CHARACTERS_PER_TOKEN)
 
 
 def prompt_tokens(messages: Sequence[Message]) -> int:
-    """A guess at how many tokens a conversation has."""
+    """Estimates the tokens of a conversation."""
     return math.ceil(sum(_length(message.get("content")) for message in messages) / CHARACTERS_PER_TOKEN)
 
 
 def _length(content: object) -> int:
-    """Characters of a message's content; anything but text (an image's bytes) counts as `NON_TEXT_PART`."""
+    """Returns the characters of a message's content; a part that is not text counts as `NON_TEXT_PART`."""
     if isinstance(content, str):
         return len(content)
     if not isinstance(content, list):
@@ -181,7 +180,7 @@ def _length(content: object) -> int:
 
 
 def most(messages: Sequence[Message], parameters: Mapping[str, Any], price: Price) -> Spend:
-    """The most a call is expected to cost: its prompt, and an answer as long as it may become."""
+    """Estimates the most that a call costs: its prompt, and the longest answer that is allowed."""
     usage = Usage(
         prompt_tokens=prompt_tokens(messages),
         completion_tokens=parameters.get("max_completion_tokens")

@@ -1,4 +1,4 @@
-"""The pool: how a configured model is reached, and how several are asked at once."""
+"""The pool: reaches the configured models, and asks several of them at once."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
@@ -8,46 +8,35 @@ from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
 
 from mixfuse.contracts.errors import MixfuseError
-from mixfuse.contracts.trace import Call, Stage
+from mixfuse.contracts.trace import Call
 from mixfuse.fusion.calls.failures import CallError, FailureKind
-from mixfuse.fusion.calls.ledger import Ledger, Message, Spend, most
-from mixfuse.fusion.calls.limits import Guard
+from mixfuse.fusion.calls.ledger import Ledger, Spend, most
+from mixfuse.fusion.calls.model_limits import Guard
 from mixfuse.fusion.calls.upstream import Client, Emit, Endpoint, Purpose, Reply, call, cancelled_as, http_client
 from mixfuse.fusion.config import Member, ModelConfig
-
-__all__ = [
-    "CallError",
-    "Endpoint",
-    "HttpRoles",
-    "Pool",
-    "RoleSource",
-    "all_or_raise",
-    "estimate",
-    "fan_out",
-    "http_client",
-]
+from mixfuse.fusion.messages import Message, with_system
 
 Result = TypeVar("Result")
 
 
 class RoleSource(Protocol):
-    """Who knows where a role is served. A running server's role table is one."""
+    """Knows where roles are served; for example a running server's role table."""
 
     def lease(self, role: str) -> AbstractAsyncContextManager[Endpoint]:
-        """Pins the role's adapter revision for as long as the block runs.
+        """Yields the role's endpoint; its adapter revision stays pinned until the block ends.
 
         Raises:
-            MixfuseError: The role is unknown or not being served; raised on entering the block.
+            MixfuseError: The role is unknown or not served; raised on entering the block.
         """
         ...
 
     def names(self) -> list[str]:
-        """The roles there are."""
+        """Returns the names of the roles."""
         ...
 
 
 class HttpRoles:
-    """The roles of a running gateway, reached over HTTP by their own names."""
+    """The roles of a running gateway, reached over HTTP under their names."""
 
     def __init__(self, base_url: str, api_key: str | None = None) -> None:
         self._base_url = base_url
@@ -55,11 +44,11 @@ class HttpRoles:
 
     @asynccontextmanager
     async def lease(self, role: str) -> AsyncIterator[Endpoint]:
-        """Names the role itself as the model; the gateway pins the revision."""
+        """Yields an endpoint whose model is the role; the gateway pins the revision."""
         yield Endpoint(self._base_url, role, self._api_key)
 
     def names(self) -> list[str]:
-        """Unknown from here: the gateway answers for itself."""
+        """Returns none: only the gateway itself knows its roles."""
         return []
 
 
@@ -67,7 +56,7 @@ class Pool:
     """Reaches every configured model over one shared HTTP client; an async context manager.
 
     Args:
-        roles: Where roles are served; None where the config names none.
+        roles: Knows where roles are served; None if the config names no role.
     """
 
     def __init__(self, roles: RoleSource | None) -> None:
@@ -87,32 +76,32 @@ class Pool:
 
     @property
     def client(self) -> Client:
-        """The HTTP client; there for as long as the pool is entered."""
+        """The HTTP client; exists while the pool is entered."""
         if self._client is None:
             raise RuntimeError("the pool has not been entered")
         return self._client
 
     def role_names(self) -> list[str]:
-        """The roles that can be asked for by name."""
+        """Returns the roles that can be asked for by name."""
         return self._roles.names() if self._roles else []
 
     @asynccontextmanager
     async def lease(self, model: ModelConfig, purpose: Purpose, ledger: Ledger) -> AsyncIterator[Endpoint]:
-        """Yields where `model` is to be reached and within which limits, with a role's revision pinned.
+        """Yields the endpoint of a model, with its limits; a role's revision stays pinned until the block ends.
 
         Raises:
-            CallError: The role is not being served (`unreachable`); the ledger says so too.
+            CallError: The role is not served (`unreachable`); the ledger gets an entry too.
         """
-        endpoint = self._elsewhere(model, purpose)
+        endpoint = self._fixed_endpoint(model, purpose)
         if endpoint is not None:
             yield endpoint
             return
         role = model.role or ""
-        async with AsyncExitStack() as held:
+        async with AsyncExitStack() as stack:
             try:
                 if self._roles is None:
                     raise MixfuseError(f"role {role!r}: there is no server beside this gateway")
-                endpoint = await held.enter_async_context(self._roles.lease(role))
+                endpoint = await stack.enter_async_context(self._roles.lease(role))
             except MixfuseError as error:
                 ledger.enter(
                     Call(
@@ -128,19 +117,19 @@ class Pool:
                 raise CallError("unreachable", str(error)) from error
             yield replace(endpoint, guard=self.guard(model, purpose.member))
 
-    def _elsewhere(self, model: ModelConfig, purpose: Purpose) -> Endpoint | None:
-        """The endpoint of a model that is no role: nothing is to be leased."""
+    def _fixed_endpoint(self, model: ModelConfig, purpose: Purpose) -> Endpoint | None:
+        """Returns the endpoint of a model that is not a role, which needs no lease; None for a role."""
         if model.base_url is None or model.model is None:
             return None
         return Endpoint(model.base_url, model.model, model.api_key, guard=self.guard(model, purpose.member))
 
     def guard(self, model: ModelConfig, name: str) -> Guard:
-        """The limits of a model, shared by all calls to it: a member's by its name, any other's by its job."""
+        """Returns the limits that all calls to a model share; `name` is "judge" or "synthesizer" if it is no member."""
         name = model.name if isinstance(model, Member) else name
-        found = self.guards.get(name)
-        if found is None:
-            found = self.guards[name] = Guard(name, model)
-        return found
+        guard = self.guards.get(name)
+        if guard is None:
+            guard = self.guards[name] = Guard(name, model)
+        return guard
 
     async def ask(
         self,
@@ -148,10 +137,8 @@ class Pool:
         messages: Sequence[Message],
         parameters: Mapping[str, Any],
         *,
-        stage: Stage,
-        name: str,
+        purpose: Purpose,
         ledger: Ledger,
-        candidate: int | None = None,
         emit: Emit | None = None,
     ) -> Reply:
         """Asks one configured model, with its own system message and defaults; see `upstream.call`.
@@ -159,9 +146,8 @@ class Pool:
         Raises:
             CallError: No usable answer came back.
         """
-        purpose = Purpose(stage, name, candidate, model.price, model.timeout_s)
-        messages, parameters = _with_system(model.system, messages), _with_defaults(model, parameters)
-        endpoint = self._elsewhere(model, purpose)
+        messages, parameters = with_system(model.system, messages), _with_defaults(model, parameters)
+        endpoint = self._fixed_endpoint(model, purpose)
         if endpoint is not None:
             return await call(self.client, endpoint, messages, parameters, purpose=purpose, ledger=ledger, emit=emit)
         async with self.lease(model, purpose, ledger) as endpoint:
@@ -169,8 +155,8 @@ class Pool:
 
 
 def estimate(model: ModelConfig, messages: Sequence[Message], parameters: Mapping[str, Any]) -> Spend:
-    """The most that asking a model is expected to cost; see `ledger.most`."""
-    return most(_with_system(model.system, messages), _with_defaults(model, parameters), model.price)
+    """Estimates the most that asking a model costs; see `ledger.most`."""
+    return most(with_system(model.system, messages), _with_defaults(model, parameters), model.price)
 
 
 async def fan_out(
@@ -179,25 +165,25 @@ async def fan_out(
     quorum: int,
     grace_s: float | None = None,
     deadline_s: float | None = None,
-    heard: Callable[[list[Result | None]], None] | None = None,
+    on_success: Callable[[list[Result | None]], None] | None = None,
 ) -> list[Result | CallError]:
-    """Runs attempts at once and goes on as soon as enough have succeeded.
+    """Runs attempts at once until enough have succeeded.
 
-    Ends when all have ended, when the quorum is met and the grace over, when the deadline is here, or when
-    the quorum can no longer be met. What still runs then is cancelled, and has ended when this returns.
-    Whether the quorum was met is the caller's to judge.
+    It returns when all have ended, when the quorum is met and the grace is over, at the deadline, or when the quorum
+    can no longer be met. Attempts that still run then are cancelled, and have ended when this returns. The caller
+    checks whether the quorum was met.
 
     Args:
-        attempts: What to run.
-        quorum: How many successes are enough.
+        attempts: The attempts.
+        quorum: The number of successes that is enough.
         grace_s: Seconds to wait for the others once the quorum is met; None: until the deadline.
-        deadline_s: Seconds from now after which nothing is waited for; None: no limit.
-        heard: Told the results so far (None where there is none yet) when the grace begins, and again with each further
-            success while others still run.
+        deadline_s: Seconds from now at which the wait ends; None: no limit.
+        on_success: Gets the results so far (None where there is none yet) when the grace begins, and again with each
+            further success while others still run.
 
     Returns:
-        For each attempt, in order, its result or how it failed; `cancelled_straggler` or `timeout` (the
-        deadline) for what was cancelled.
+        For each attempt, in order, its result or its failure; a cancelled one failed with `cancelled_straggler`, or
+        with `timeout` if the deadline came.
     """
     clock = asyncio.get_running_loop().time
     end = None if deadline_s is None else clock() + deadline_s
@@ -208,10 +194,10 @@ async def fan_out(
     try:
         while pending:
             wait_s = None if end is None else max(0.0, end - clock())
-            # Woken only by what could change something.
+            # Wakes up only when the outcome could change.
             if successes + len(pending) == quorum:
                 until = asyncio.FIRST_EXCEPTION
-            elif successes >= quorum and (grace_s is None or (in_grace and heard is None)):
+            elif successes >= quorum and (grace_s is None or (in_grace and on_success is None)):
                 until = asyncio.ALL_COMPLETED
             else:
                 until = asyncio.FIRST_COMPLETED
@@ -226,8 +212,8 @@ async def fan_out(
                 in_grace = True
                 if end is None or clock() + grace_s < end:
                     end, at_the_end = clock() + grace_s, "cancelled_straggler"
-            if heard is not None and in_grace and pending:
-                heard([_success(task) for task in tasks])
+            if on_success is not None and in_grace and pending:
+                on_success([_success(task) for task in tasks])
     except asyncio.CancelledError as stop:
         at_the_end = cancelled_as(stop)
         raise
@@ -237,10 +223,10 @@ async def fan_out(
 
 
 def all_or_raise(results: Sequence[Result | CallError]) -> list[Result]:
-    """What `fan_out` gave, where all of it was needed.
+    """Returns the results of a `fan_out` that must all have succeeded.
 
     Raises:
-        CallError: An attempt failed; the cause, not one that was cancelled because of it.
+        CallError: An attempt failed. It is the first cause, not an attempt that was cancelled because of it.
     """
     errors = [result for result in results if isinstance(result, CallError)]
     if errors:
@@ -250,7 +236,7 @@ def all_or_raise(results: Sequence[Result | CallError]) -> list[Result]:
 
 async def _cancel(tasks: set["asyncio.Task[Result]"], outcome: FailureKind) -> None:
     for task in tasks:
-        task.cancel(outcome)  # `upstream.call` writes it into the ledger
+        task.cancel(outcome)  # `upstream.call` notes it in the ledger
     if tasks:
         await asyncio.wait(tasks)
 
@@ -261,23 +247,14 @@ def _success(task: "asyncio.Task[Result]") -> Result | None:
 
 def _outcome(task: "asyncio.Task[Result]", if_cancelled: FailureKind) -> Result | CallError:
     if task.cancelled():
-        why = "the deadline came first" if if_cancelled == "timeout" else "cancelled: it was no longer needed"
-        return CallError(if_cancelled, why)
+        reason = "the deadline came first" if if_cancelled == "timeout" else "cancelled: it was no longer needed"
+        return CallError(if_cancelled, reason)
     error = task.exception()
     if error is None:
         return task.result()
     if isinstance(error, CallError):
         return error
     raise error
-
-
-def _with_system(system: str | None, messages: Sequence[Message]) -> list[Message]:
-    """Puts a member's instructions before the request's; templates commonly take one system message only."""
-    if system is None:
-        return list(messages)
-    if messages and messages[0]["role"] == "system":
-        return [{"role": "system", "content": f"{system}\n\n{messages[0]['content']}"}, *messages[1:]]
-    return [{"role": "system", "content": system}, *messages]
 
 
 def _with_defaults(model: ModelConfig, parameters: Mapping[str, Any]) -> dict[str, Any]:

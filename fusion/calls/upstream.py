@@ -1,4 +1,4 @@
-"""One chat completion from one endpoint: typed result, typed failure, and a line in the ledger for every attempt."""
+"""One chat completion from one endpoint: a typed result or failure, and a ledger entry for every attempt."""
 
 import asyncio
 import math
@@ -19,37 +19,21 @@ from yarl import URL
 from mixfuse.contracts.judge_protocol import Calibration
 from mixfuse.contracts.trace import Call, Stage, Usage
 from mixfuse.fusion.calls.failures import KINDS, CallError, FailureKind
-from mixfuse.fusion.calls.ledger import NOTHING, Ledger, Message, Spend, most, prompt_tokens, tokens
-from mixfuse.fusion.calls.limits import Guard
-from mixfuse.fusion.config import Price
-
-__all__ = [
-    "CallError",
-    "Client",
-    "Emit",
-    "Endpoint",
-    "FailureKind",
-    "Ledger",
-    "Message",
-    "Purpose",
-    "Reply",
-    "call",
-    "cancelled_as",
-    "first_token_logprobs",
-    "http_client",
-    "split_events",
-]
+from mixfuse.fusion.calls.ledger import NOTHING, Ledger, Spend, most, prompt_tokens, tokens
+from mixfuse.fusion.calls.model_limits import Guard
+from mixfuse.fusion.config import ModelConfig, Price
+from mixfuse.fusion.messages import Message
 
 Client = aiohttp.ClientSession
-"""Shared by all calls. aiohttp and not httpx, which takes five times the CPU time a call (0.16 ms against 0.80)."""
+"""The HTTP client that all calls share. httpx takes five times the CPU time per call (0.80 ms against 0.16)."""
 Emit = Callable[[str], Awaitable[None]]
 """Takes the next piece of an answer's text."""
 
 LONGEST_RESPONSE = 64 << 20
-"""Bytes; an endpoint that sends more is cut off, so that it cannot fill the gateway's memory."""
+"""Bytes; a longer response is cut off, so that no endpoint can fill the gateway's memory."""
 
-# Shorter than the 5 s after which uvicorn, and with it vLLM, closes an idle connection: a request must not be sent
-# into one that is being closed at the other end.
+# Shorter than the 5 s after which uvicorn, and with it vLLM, closes an idle connection: no request may be sent on a
+# connection that the other end is closing.
 _KEEP_ALIVE_S = 4.0
 _CONNECT_S = 10.0
 _TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504, 529})
@@ -57,15 +41,16 @@ _TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504, 529})
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where one call goes.
+    """The destination of a call.
 
     Attributes:
-        base_url: What `/chat/completions` is appended to.
-        model: The model's name there; for a role it is revision-qualified.
-        api_key: Sent as bearer token where set.
-        revision: The adapter revision that answers, where the endpoint is a role.
-        guard: The model's limits; None for a call that is made once and at once.
-        calibration: How a judge's probabilities are read, from its adapter's manifest; None: as they are.
+        base_url: The URL before `/chat/completions`.
+        model: The model's name at the endpoint; for a role it includes the revision.
+        api_key: The bearer token, if the endpoint needs one.
+        revision: The adapter revision that answers, if the endpoint serves a role.
+        guard: The model's limits; without them a call is made once, immediately.
+        calibration: The calibration of a judge's probabilities, from its adapter's manifest; None: they are used as
+            they are.
     """
 
     base_url: str
@@ -78,14 +63,14 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True)
 class Purpose:
-    """What a call is for, as its line in the ledger says.
+    """The purpose of a call, for its ledger entry, and its price and time limit.
 
     Attributes:
         stage: The step of the mode.
         member: The member's name, or "judge" or "synthesizer".
-        candidate: The candidate the call produces, if any.
-        price: What its tokens cost.
-        timeout_s: The longest one attempt may take, in seconds.
+        candidate: The candidate that the call produces, if any.
+        price: The price of its tokens.
+        timeout_s: The longest that one attempt may take, in seconds.
     """
 
     stage: Stage
@@ -94,16 +79,21 @@ class Purpose:
     price: Price = field(default_factory=Price)
     timeout_s: float = 120.0
 
+    @classmethod
+    def of(cls, model: ModelConfig, stage: Stage, name: str, candidate: int | None = None) -> "Purpose":
+        """Returns the purpose of a call to a configured model, with the model's price and time limit."""
+        return cls(stage, name, candidate, model.price, model.timeout_s)
+
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A whole answer.
+    """A complete answer.
 
     Attributes:
-        text: The message's content; empty where it only calls tools.
-        finish_reason: As the endpoint sent it (`stop`, `length`, …).
-        logprobs: The choice's `logprobs` object as the endpoint sent it, where asked for.
-        call: Its line in the ledger.
+        text: The message's content; empty if it only calls tools.
+        finish_reason: Why it ended, as the endpoint sent it (`stop`, `length`, …).
+        logprobs: The choice's `logprobs` object as the endpoint sent it, if it was asked for.
+        call: Its ledger entry.
         tool_calls: The message's tool calls, in OpenAI's form.
     """
 
@@ -115,9 +105,9 @@ class Reply:
 
 
 def http_client() -> Client:
-    """A client for many calls at once; to be made where an event loop runs, and closed.
+    """Returns a client for many calls at once; needs a running event loop, and must be closed.
 
-    Time limits are `Purpose.timeout_s`, places under way are the guards': the client sets none of its own.
+    The client itself limits neither time nor connections: `Purpose.timeout_s` and the guards do.
     """
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S),
@@ -136,63 +126,63 @@ async def call(
     ledger: Ledger,
     emit: Emit | None = None,
 ) -> Reply:
-    """Has one chat completion made, within the limits of `endpoint.guard`; every attempt at it is in the ledger.
+    """Makes one chat completion within the limits of `endpoint.guard`; the ledger gets every attempt.
 
-    Cancelling it closes the connections, so the endpoint stops working. `Task.cancel`'s message names the
-    outcome (`cancelled_straggler`, `timeout`); without one it is `cancelled`.
+    Cancelling it closes the connections, so that the endpoint stops generating. The message of `Task.cancel` names
+    the outcome (`cancelled_straggler`, `timeout`); without a message it is `cancelled`.
 
     Args:
         client: Shared by all calls.
-        endpoint: Where to.
+        endpoint: The destination.
         messages: The conversation.
         parameters: Sampling parameters, as in OpenAI's request.
-        purpose: What the call is for.
-        ledger: Takes the attempts; its deadline and its budgets bound them.
-        emit: Where given, the answer is streamed and each piece of text handed over as it arrives.
+        purpose: The purpose of the call.
+        ledger: Takes the attempts; its deadline and budgets limit them.
+        emit: Takes each piece of text as it arrives; without it the answer is not streamed.
 
     Raises:
         CallError: No usable answer came back.
     """
-    asked = _Asked(client, endpoint, messages, parameters, purpose=purpose, ledger=ledger, emit=emit)
+    pending = _PendingCall(client, endpoint, messages, parameters, purpose=purpose, ledger=ledger, emit=emit)
     if endpoint.guard is None or endpoint.guard.hedge_after_s is None:
-        return await asked.until_answered()
-    return await _hedged(asked, endpoint.guard.hedge_after_s)
+        return await pending.until_answered()
+    return await _hedged(pending, endpoint.guard.hedge_after_s)
 
 
 def first_token_logprobs(logprobs: Mapping[str, Any] | None) -> dict[str, float]:
-    """Token text → natural-log probability of the candidates for a reply's first token.
+    """Returns the natural-log probabilities of the alternatives for a reply's first token, by their text.
 
-    Tokens that are spelled alike are added up: SentencePiece's "A" and "▁A" both decode to "A".
+    Probabilities of tokens with the same text are added: SentencePiece's "A" and "▁A" both decode to "A".
 
     Args:
-        logprobs: A choice's `logprobs` object; an absent or malformed one gives an empty result.
+        logprobs: A choice's `logprobs` object; if it is absent or malformed, the result is empty.
     """
     try:
         top = (logprobs or {})["content"][0]["top_logprobs"]
         pairs = [(str(entry["token"]), float(entry["logprob"])) for entry in top]
     except (KeyError, IndexError, TypeError, ValueError):
         return {}
-    found: dict[str, float] = {}
+    total: dict[str, float] = {}
     for token, logprob in pairs:
-        found[token] = logprob if token not in found else math.log(math.exp(found[token]) + math.exp(logprob))
-    return found
+        total[token] = logprob if token not in total else math.log(math.exp(total[token]) + math.exp(logprob))
+    return total
 
 
 def split_events(received: bytes) -> tuple[list[bytes], bytes]:
-    """Splits what has come of a server-sent event stream into the data of whole events, and the rest.
+    """Splits the received part of a server-sent event stream into the data of complete events, and the rest.
 
-    Lines end at newline bytes only: httpx's `iter_lines` also splits at U+2028 and its like, which stand
-    unescaped in the JSON of some servers.
+    Lines end at newline bytes only: httpx's `iter_lines` also splits at U+2028 and similar characters, which some
+    servers send unescaped in JSON.
     """
     *lines, rest = received.split(b"\n")
     return [line.removeprefix(b"data:").strip() for line in lines if line.startswith(b"data:")], rest
 
 
-class _Asked:
+class _PendingCall:
     """One call under way, over all attempts at it.
 
     Attributes:
-        begun: Some of the answer has been handed on, so nothing may be asked anew.
+        begun: Whether a part of the answer has been emitted, so that no further attempt may be made.
     """
 
     def __init__(
@@ -212,17 +202,17 @@ class _Asked:
         if emit is not None:
             body |= {"stream": True, "stream_options": {"include_usage": True}}
         self._body = orjson.dumps(body)
-        # Guessed only where somebody counts: it reads the whole prompt.
+        # Estimated only if there are budgets: the estimate reads the whole prompt.
         self.estimate: Spend = most(messages, parameters, purpose.price) if ledger.budgets else NOTHING
         self._attempts = 0
-        self._speaker: _Partial | None = None
+        self._emitting: _Partial | None = None
 
     @property
     def begun(self) -> bool:
-        return self._speaker is not None
+        return self._emitting is not None
 
     async def until_answered(self) -> Reply:
-        """Makes attempts for as long as their failures may pass, and the guard and the deadline allow it."""
+        """Makes attempts until one succeeds, a failure is final, or the guard or the deadline allows no further one."""
         guard = self._endpoint.guard
         attempts = 0
         while True:
@@ -236,7 +226,7 @@ class _Asked:
             await asyncio.sleep(wait_s)
 
     async def attempt(self) -> Reply:
-        """Makes one attempt and enters it, however it ends."""
+        """Makes one attempt and notes it in the ledger, however it ends."""
         guard, ledger, answer = self._endpoint.guard, self.ledger, _Partial()
         self._attempts += 1
         number = self._attempts
@@ -264,7 +254,7 @@ class _Asked:
                     guard.leave()
         except CallError as failure:
             if guard is not None and admitted:
-                # An endpoint that refuses what it was asked (a 4xx) is in good health.
+                # An endpoint that refuses a request (4xx) is healthy.
                 refusal = failure.kind == "upstream_error" and not failure.transient
                 guard.report(failure.kind if answer.sent and not refusal else "queue_full")
             ledger.enter(self._line(failure.kind, str(failure), answer, number, started_ms), opened)
@@ -309,21 +299,21 @@ class _Asked:
             text = _read_chunk(event, answer, self._endpoint)
             if not text:
                 continue
-            if self._speaker is None:
-                self._speaker = answer
-            elif self._speaker is not answer:
+            if self._emitting is None:
+                self._emitting = answer
+            elif self._emitting is not answer:
                 raise CallError("cancelled_hedge", "another attempt at the same call answered first")
             answer.text += text
-            await self._emit(text)  # type: ignore[misc] # called with an `_emit` only
+            await self._emit(text)  # type: ignore[misc] # only called if there is an `_emit`
         if not any_event:
-            raise CallError("invalid_response", "the answer is no event stream")
+            raise CallError("invalid_response", "the answer is not an event stream")
         if answer.finish_reason is None:
             raise CallError("upstream_error", "the stream broke off before its end", transient=True)
         if not answer.text and answer.tool_calls is None:
             _check_refusal(answer)
 
     def _line(self, outcome: str, error: str | None, answer: "_Partial", number: int, started_ms: float) -> Call:
-        """The attempt's line in the ledger."""
+        """Returns the attempt's ledger entry."""
         purpose, usage, estimated = self._purpose, answer.usage, False
         if usage is None:
             usage, estimated = self._estimate(answer)
@@ -346,33 +336,33 @@ class _Asked:
         )
 
     def _estimate(self, answer: "_Partial") -> tuple[Usage, bool]:
-        """Tokens of an attempt whose endpoint reported none, and whether that is a guess.
+        """Returns the tokens of an attempt whose endpoint reported none, and whether they are an estimate.
 
-        An endpoint that was never reached or that refused by its status has used none; any other has read the prompt.
+        An endpoint that was not reached, or that refused by its HTTP status, used none; any other read the prompt.
         """
         if not answer.sent or (answer.free and not answer.text):
             return Usage(), False
         return Usage(prompt_tokens=prompt_tokens(self._messages), completion_tokens=tokens(answer.text)), True
 
 
-async def _hedged(asked: _Asked, after_s: float) -> Reply:
-    """Asks, and asks a second time where no word has come after `after_s`; the first answer counts."""
-    running = {asyncio.ensure_future(asked.until_answered())}
+async def _hedged(pending: _PendingCall, after_s: float) -> Reply:
+    """Makes a call, and a second one beside it if no text has come after `after_s`; the first to answer counts."""
+    running = {asyncio.ensure_future(pending.until_answered())}
     reason: FailureKind = "cancelled_hedge"
     failure: CallError | None = None
     try:
         done, _ = await asyncio.wait(running, timeout=after_s)
-        if not done and not asked.begun and asked.ledger.affords(asked.estimate):
-            running.add(asyncio.ensure_future(asked.attempt()))
+        if not done and not pending.begun and pending.ledger.affords(pending.estimate):
+            running.add(asyncio.ensure_future(pending.attempt()))
         while running:
             done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 try:
                     return task.result()
                 except CallError as error:
-                    # The failure told is the one of the attempt that spoke, or else of the last to fail.
+                    # Reported is the failure of the attempt that emitted text, or else the last failure.
                     failure = error if failure is None or error.kind != "cancelled_hedge" else failure
-            if asked.begun and failure is not None and failure.kind != "cancelled_hedge":
+            if pending.begun and failure is not None and failure.kind != "cancelled_hedge":
                 break
         raise failure or CallError("upstream_error", "no attempt ended")
     except asyncio.CancelledError as stop:
@@ -386,17 +376,17 @@ async def _hedged(asked: _Asked, after_s: float) -> Reply:
 
 
 def cancelled_as(stop: asyncio.CancelledError) -> FailureKind:
-    """What a cancellation's message says it is; a message of somebody else's says nothing."""
+    """Returns the outcome that a cancellation's message names; `cancelled` for any other message."""
     return next((kind for kind in KINDS if stop.args and stop.args[0] == kind), "cancelled")
 
 
 @dataclass
 class _Partial:
-    """An answer as far as it has come.
+    """The part of an answer that has been received.
 
     Attributes:
-        sent: The request may have reached the endpoint.
-        free: The endpoint was not reached, or refused by its status.
+        sent: Whether the request may have reached the endpoint.
+        free: Whether it cost nothing: the endpoint was not reached, or refused by its HTTP status.
     """
 
     text: str = ""
@@ -410,12 +400,12 @@ class _Partial:
 
 
 def _typed(error: Exception, answer: _Partial, timeout_s: float) -> CallError:
-    """What the HTTP client's error means."""
+    """Returns an error of the HTTP client as a failure of the call."""
     text = str(error) or type(error).__name__
     if isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError | aiohttp.InvalidURL):
         answer.free = True
-        passing = not isinstance(error, aiohttp.InvalidURL)
-        return CallError("unreachable", f"cannot connect: {text}", transient=passing)
+        transient = not isinstance(error, aiohttp.InvalidURL)
+        return CallError("unreachable", f"cannot connect: {text}", transient=transient)
     if isinstance(error, TimeoutError):
         return CallError("timeout", f"no whole answer within {timeout_s:g} s")
     if "content-encoding" in text.lower():
@@ -425,7 +415,7 @@ def _typed(error: Exception, answer: _Partial, timeout_s: float) -> CallError:
 
 @lru_cache(maxsize=1024)
 def _address(base_url: str, api_key: str | None) -> tuple[URL, CIMultiDict[str], str | None]:
-    """Where an endpoint's completions lie, the headers to send and the proxy to go through; worked out once."""
+    """Returns (the URL of an endpoint's completions, the headers, the proxy); cached for each endpoint."""
     headers = CIMultiDict({"content-type": "application/json"})
     if api_key:
         headers["authorization"] = f"Bearer {api_key}"
@@ -433,7 +423,7 @@ def _address(base_url: str, api_key: str | None) -> tuple[URL, CIMultiDict[str],
 
 
 def _proxy(url: str) -> str | None:
-    """The proxy the environment names for a URL; loopback is always reached directly."""
+    """Returns the proxy that the environment names for a URL; loopback addresses never get one."""
     parts = urlsplit(url)
     host = parts.hostname or ""
     if host in ("127.0.0.1", "localhost", "::1") or proxy_bypass(host):
@@ -443,7 +433,7 @@ def _proxy(url: str) -> str | None:
 
 
 async def _read(response: aiohttp.ClientResponse) -> bytes:
-    """The whole body.
+    """Reads the whole body.
 
     Raises:
         CallError: It is longer than `LONGEST_RESPONSE`.
@@ -459,7 +449,7 @@ async def _read(response: aiohttp.ClientResponse) -> bytes:
 
 
 def _read_whole(content: bytes, answer: _Partial) -> None:
-    """Reads a whole completion into `answer`."""
+    """Reads a complete response into `answer`."""
     data = _json_object(content)
     answer.usage = _usage(data)
     try:
@@ -481,7 +471,7 @@ def _read_whole(content: bytes, answer: _Partial) -> None:
 
 
 def _read_chunk(event: dict[str, Any], answer: _Partial, endpoint: Endpoint) -> str:
-    """Reads a chunk of a stream into `answer`, all but its text, which is returned."""
+    """Reads a chunk of a stream into `answer`, except for its text, which is returned."""
     if event.get("error"):
         raise CallError("upstream_error", f"the stream ended with: {_error_message(event, endpoint)}", transient=True)
     if "usage" in event:
@@ -504,28 +494,28 @@ def _read_chunk(event: dict[str, Any], answer: _Partial, endpoint: Endpoint) -> 
 
 
 def _add_tool_call(piece: Any, answer: _Partial) -> None:
-    """Adds a piece of a streamed tool call: the first of an index names the function, all bring arguments."""
+    """Adds a piece of a streamed tool call: the first piece of an index names the function, all carry arguments."""
     try:
         index, function = piece["index"], piece.get("function") or {}
-        found = answer.tool_calls = answer.tool_calls or []
-        if index == len(found):
-            found.append({"id": piece.get("id"), "type": "function", "function": {"name": "", "arguments": ""}})
+        calls = answer.tool_calls = answer.tool_calls or []
+        if index == len(calls):
+            calls.append({"id": piece.get("id"), "type": "function", "function": {"name": "", "arguments": ""}})
         for key in ("name", "arguments"):
-            found[index]["function"][key] += function.get(key) or ""
+            calls[index]["function"][key] += function.get(key) or ""
     except (KeyError, IndexError, TypeError, AttributeError):
         raise CallError("invalid_response", "a chunk has a malformed tool call") from None
 
 
 def _check_refusal(answer: _Partial) -> None:
-    """Raises `refused` where an answer without text says why there is none."""
+    """Raises `refused` if an answer without text says that the model or its filter declined."""
     if answer.refusal:
         raise CallError("refused", f"the model refused: {answer.refusal[:300]}")
     if answer.finish_reason == "content_filter":
-        raise CallError("refused", "the endpoint's content filter took the answer")
+        raise CallError("refused", "the endpoint's content filter removed the answer")
 
 
 async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any]]:
-    """The JSON objects of a stream, up to its end mark."""
+    """Yields the JSON objects of a stream, up to its end mark."""
     rest = b""
     async for part in response.content.iter_any():
         events, rest = split_events(rest + part)
@@ -548,7 +538,7 @@ def _json_object(content: bytes) -> dict[str, Any]:
 
 
 def _refuse(response: aiohttp.ClientResponse, content: bytes, endpoint: Endpoint) -> NoReturn:
-    """Raises what an HTTP status other than 200 means."""
+    """Raises the failure that an HTTP status other than 200 stands for."""
     status = response.status
     try:
         data = orjson.loads(content)
@@ -561,7 +551,7 @@ def _refuse(response: aiohttp.ClientResponse, content: bytes, endpoint: Endpoint
         raise CallError("rate_limited", detail, transient=True, retry_after_s=retry_after_s)
     lowered = f"{message} {data.get('error') if isinstance(data, dict) else ''}".lower()
     if status in (400, 413, 422):
-        # OpenAI's code is `context_length_exceeded`; vLLM and Mistral say it in words only.
+        # OpenAI's code is `context_length_exceeded`; vLLM and Mistral say it only in the message.
         if any(sign in lowered for sign in ("context_length", "context length", "maximum context", "max_model_len")):
             raise CallError("context_length", detail)
         # OpenAI's and Azure's codes.
@@ -571,7 +561,7 @@ def _refuse(response: aiohttp.ClientResponse, content: bytes, endpoint: Endpoint
 
 
 def _retry_after_s(value: str | None) -> float | None:
-    """Seconds of a `Retry-After` header, which may be a number or a date (RFC 9110, 10.2.3)."""
+    """Returns the seconds of a `Retry-After` header, which is a number or a date (RFC 9110, 10.2.3)."""
     if value is None:
         return None
     try:
@@ -588,7 +578,7 @@ def _error_message(data: dict[str, Any], endpoint: Endpoint) -> str:
     error = data.get("error", data)
     message = error.get("message") if isinstance(error, dict) else error
     text = str(message)[:300] if message else ""
-    # Some endpoints repeat the key they did not like.
+    # Some endpoints repeat the key that they refuse.
     return text.replace(endpoint.api_key, "[key]") if endpoint.api_key else text
 
 

@@ -360,9 +360,7 @@ def _score(
         if pair.first in shares and pair.second in shares:
             score += shares[pair.first] * shares[pair.second] * pair.weight
     count = sum(shares.values())
-    return score + sum(
-        weight * min(1.0, max(0.0, count - 1.0 - place)) for place, weight in enumerate(combiner.counts)
-    )
+    return score + sum(weight * min(1.0, max(0.0, count - 1.0 - place)) for place, weight in enumerate(combiner.counts))
 
 
 def _answer_score(combiner: Combiner, answer: Answer, domain: str | None) -> float:

@@ -12,7 +12,8 @@ from typing import Any
 
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.files import iter_jsonl
-from mixfuse.fusion.modes.agreement import How, readings
+from mixfuse.fusion.answering.agreement import readings
+from mixfuse.fusion.config import Agreement
 
 UNREAD = ""
 """The class key of an answer in which nothing could be read. Two such answers are never equal."""
@@ -75,7 +76,7 @@ class Question:
     propensities: Mapping[str, float] = field(default_factory=dict)
 
 
-def read(text: str, how: How, *, choice: str | None = None, cut: bool = False) -> tuple[str, bool]:
+def read(text: str, how: Agreement, *, choice: str | None = None, cut: bool = False) -> tuple[str, bool]:
     """Reads what an answer says.
 
     Args:
@@ -97,7 +98,7 @@ def read(text: str, how: How, *, choice: str | None = None, cut: bool = False) -
 def answer(
     member: str,
     text: str,
-    how: How,
+    how: Agreement,
     *,
     choice: str | None = None,
     cut: bool = False,
@@ -108,7 +109,7 @@ def answer(
     return Answer(member, key, doubtful, math.log1p(len(text)), right, text)
 
 
-def read_pool(paths: Iterable[Path], how: How | None = None) -> tuple[list[Question], How]:
+def read_pool(paths: Iterable[Path], how: Agreement | None = None) -> tuple[list[Question], Agreement]:
     """Reads recorded pools: `{id, prompt, responses: [{model, text, correct?, choice?}], domain?, verdicts?}` a line.
 
     Args:
@@ -133,7 +134,7 @@ def members_of(questions: Sequence[Question]) -> list[str]:
     return list(dict.fromkeys(answer.member for question in questions for answer in question.answers))
 
 
-def _agreement_of(rows: Sequence[dict[str, Any]]) -> How:
+def _agreement_of(rows: Sequence[dict[str, Any]]) -> Agreement:
     responses = [response for row in rows for response in row.get("responses") or () if isinstance(response, dict)]
     if any(isinstance(response.get("choice"), str) for response in responses):
         return "choice"
@@ -152,7 +153,7 @@ def _is_number(text: str) -> bool:
         return False
 
 
-def _question(place: str, row: dict[str, Any], how: How) -> Question:
+def _question(place: str, row: dict[str, Any], how: Agreement) -> Question:
     responses = row.get("responses")
     if not isinstance(responses, list) or not responses:
         raise MixfuseError(f"{place}: no pool row: it needs 'responses', a list of answers")
@@ -169,7 +170,7 @@ def _question(place: str, row: dict[str, Any], how: How) -> Question:
     return Question(str(row.get("id", place)), answers, domain, comparisons, propensities)
 
 
-def _answer(place: str, response: Any, how: How) -> Answer:
+def _answer(place: str, response: Any, how: Agreement) -> Answer:
     match response:
         case {"model": str(member), "text": str(text)}:
             pass

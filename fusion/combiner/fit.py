@@ -40,7 +40,7 @@ from mixfuse.fusion.combiner.table import (
     probabilities,
     tabulate,
 )
-from mixfuse.fusion.modes.agreement import How
+from mixfuse.fusion.config import Agreement
 
 # Relative strength of the L2 penalty by kind of feature: what has more parameters for the same data is shrunk more.
 _PENALTY = {
@@ -56,7 +56,7 @@ _LEAST_MARKED = 30
 
 @dataclass(frozen=True)
 class Options:
-    """How to fit.
+    """Agreement to fit.
 
     Attributes:
         prices: Member → dollars an answer; 1 for a member that is not named.
@@ -145,7 +145,7 @@ def fit_weights(questions: Sequence[Question], options: Options) -> Fitted:
     )
 
 
-def combiner_of(fitted: Fitted, questions: Sequence[Question], how: How, options: Options) -> Combiner:
+def combiner_of(fitted: Fitted, questions: Sequence[Question], how: Agreement, options: Options) -> Combiner:
     """The artefact, still without policies and figures."""
     layout, parameters = fitted.table.layout, fitted.parameters
     blocks = {name: parameters[place] for name, place in layout.blocks.items()}

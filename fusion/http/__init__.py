@@ -1,1 +1,1 @@
-"""The gateway's HTTP API and its clients' keys."""
+"""The gateway: its HTTP API, API keys, metrics and spans, and `mixfuse ask`, its client."""

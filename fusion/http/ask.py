@@ -1,4 +1,4 @@
-"""`mixfuse ask`: one fused answer in the terminal, with who said what and why it won."""
+"""`mixfuse ask`: one fused answer in the terminal, with the candidates and why the answer won."""
 
 import json
 import re
@@ -11,11 +11,11 @@ from rich.rule import Rule
 from rich.text import Text
 
 from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.mode_names import model_name
 from mixfuse.fusion.calls.upstream import split_events
 from mixfuse.fusion.config import FusedMode
-from mixfuse.fusion.http.chat import MODELS
 
-# Answers are untrusted: what steers a terminal is taken out, tabs and newlines aside.
+# Answers are untrusted: control characters, which could steer the terminal, are replaced; tabs and newlines stay.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 REASONS = {
@@ -28,10 +28,10 @@ REASONS = {
     "synthesis": "the synthesizer wrote it from the candidates",
     "synthesizer_failed": "the synthesizer failed, so it is the first member's",
 }
-"""Why an answer is what it is, in words."""
+"""The reasons of traces in words."""
 
 
-def run(
+def ask(
     prompt: str,
     *,
     mode: FusedMode = "best_of",
@@ -41,14 +41,14 @@ def run(
     max_tokens: int | None = None,
     console: Console | None = None,
 ) -> None:
-    """Asks a running gateway and prints the answer as it comes, then how it came about.
+    """Asks a running gateway; prints the answer while it is written, then how it was made.
 
     Raises:
-        MixfuseError: The gateway cannot be reached, or answers with an error.
+        MixfuseError: The gateway cannot be reached or answers with an error.
     """
     console = console or Console()
     body = {
-        "model": next(name for name, known in MODELS.items() if known == mode),
+        "model": model_name(mode),
         "messages": [{"role": "user", "content": prompt}],
         "stream": True,
         "stream_options": {"include_usage": True},
@@ -71,12 +71,12 @@ def run(
 
 
 def show(fusion: dict[str, Any], usage: dict[str, int], console: Console) -> None:
-    """Prints a `fusion` block: who said what, the verdicts, and why the answer is what it is.
+    """Prints a `fusion` block: the candidates, the verdicts, and the reason of the answer.
 
     Args:
-        fusion: As the gateway sent it.
+        fusion: The block as the gateway sent it.
         usage: The tokens of all calls together.
-        console: Where to.
+        console: The console to print on.
     """
     names = {candidate["candidate"]: candidate["member"] for candidate in fusion.get("candidates", [])}
     console.print(Rule("who said what", align="left"))
@@ -107,8 +107,8 @@ def _verdict_line(verdict: dict[str, Any], names: dict[int, str]) -> str:
     first, second = verdict["first"], verdict["second"]
     pair = f"[{first}] {names.get(first, '?')} against [{second}] {names.get(second, '?')}"
     if verdict["winner"] == "tie":
-        why = "unreadable" if verdict["parse_failures"] else "the orders disagree"
-        outcome = f"tie ({why})"
+        cause = "unreadable" if verdict["parse_failures"] else "the orders disagree"
+        outcome = f"tie ({cause})"
     else:
         outcome = f"[{verdict[verdict['winner']]}] wins"
     written = ", written" if verdict.get("read") == "parsed" else ""

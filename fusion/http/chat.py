@@ -1,37 +1,33 @@
-"""A chat completion request: read strictly, and settled against the config into a plan.
+"""A chat completion request: parsed strictly, and planned against the config.
 
-What the gateway does not support is refused by name, never silently dropped.
+A parameter that the gateway does not support is refused by name, never dropped silently.
 """
 
 import difflib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mixfuse.contracts import strict_yaml
-from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.mode_names import FUSED_MODES, MODE_OF_MODEL, MODEL_PREFIX, SINGLE_MODEL_MODE
 from mixfuse.contracts.strict_yaml import Strict
-from mixfuse.fusion.calls.upstream import Message
-from mixfuse.fusion.config import FUSION_PREFIX, FusedMode, FusionConfig, FusionOptions, Member, ModelConfig
-from mixfuse.fusion.modes import output
-from mixfuse.fusion.modes.request import Plan, images
-
-MODELS: dict[str, FusedMode] = {
-    f"{FUSION_PREFIX}best-of": "best_of",
-    f"{FUSION_PREFIX}merge": "merge",
-    f"{FUSION_PREFIX}debate": "debate",
-}
-"""The modes, by the model name a client asks for."""
+from mixfuse.fusion.answering import response_format
+from mixfuse.fusion.answering.request import Plan
+from mixfuse.fusion.config import FusionConfig, FusionOptions, Member, ModelConfig
+from mixfuse.fusion.http.statuses import RequestError
+from mixfuse.fusion.messages import Message, images
+from mixfuse.fusion.modes.registry import ending_mode, mode_named
 
 OPENROUTER = "openrouter/fusion"
-"""OpenRouter's name for its Fusion, taken as `merge` where the config allows it."""
+"""OpenRouter's name for its Fusion; answered by `merge` if the config allows it."""
 
 _SAMPLING = ("temperature", "top_p", "max_tokens", "max_completion_tokens", "seed", "stop", "response_format")
 _TOOLS = ("tools", "tool_choice", "parallel_tool_calls")
 _LOGPROBS = ("logprobs", "top_logprobs")
 
-# Parameters of OpenAI's API that we do not support, with the values at which they change nothing.
+# Parameters of OpenAI's API that are not supported, with the values that change nothing.
 _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "n": (1,),
     "functions": ([],),
@@ -48,7 +44,7 @@ _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "verbosity": (),
     "web_search_options": (),
 }
-# About the request, not about the answer.
+# These concern the request, not the answer.
 _IGNORED = ("user", "metadata", "safety_identifier", "prompt_cache_key")
 _PARTS = ("text", "image_url")
 _LONGEST_MESSAGE = 500
@@ -59,14 +55,6 @@ _WITHOUT_TOOLS: tuple[tuple[str, object], ...] = (
     ("parallel_tool_calls", True),
     ("parallel_tool_calls", False),
 )
-
-
-class RequestError(MixfuseError):
-    """A request the gateway refuses, in the terms of OpenAI's error object."""
-
-    def __init__(self, message: str, *, code: str, param: str | None = None, status: int = 400) -> None:
-        super().__init__(message, kind="invalid_request_error")
-        self.code, self.param, self.status = code, param, status
 
 
 class StreamOptions(Strict):
@@ -83,7 +71,7 @@ class TextPart(Strict):
 
 
 class ImageUrl(Strict):
-    """Where an image is, or the image itself as a `data:` URL; the member fetches it, never the gateway."""
+    """An image's URL, or the image itself as a `data:` URL; the member fetches it, never the gateway."""
 
     url: str = Field(pattern="^(https?://|data:image/)")
     detail: Literal["auto", "low", "high"] | None = None
@@ -97,14 +85,14 @@ class ImagePart(Strict):
 
 
 class CalledFunction(Strict):
-    """The function a tool call names, and its arguments as JSON text."""
+    """The function that a tool call names, and its arguments as JSON text."""
 
     name: str
     arguments: str
 
 
 class ToolCall(Strict):
-    """A call of a tool, in an earlier answer."""
+    """A tool call in an earlier answer."""
 
     id: str
     type: Literal["function"] = "function"
@@ -121,7 +109,7 @@ class ChatMessage(Strict):
     tool_call_id: str | None = None
 
     def plain(self) -> Message:
-        """As it is sent on: content as one string unless it has images, `developer` by its older name."""
+        """Returns the message for the members: content as one string unless it has images, `developer` as `system`."""
         content: Any = self.content
         if isinstance(content, tuple):
             parts = content
@@ -140,7 +128,7 @@ class ChatMessage(Strict):
 
 
 class FunctionTool(Strict):
-    """What a tool is called, what it does, and the JSON schema of its arguments."""
+    """A tool's name, description, and the JSON schema of its arguments."""
 
     name: str = Field(min_length=1)
     description: str | None = None
@@ -149,14 +137,14 @@ class FunctionTool(Strict):
 
 
 class Tool(Strict):
-    """A tool the answer may call."""
+    """A tool that the answer may call."""
 
     type: Literal["function"]
     function: FunctionTool
 
 
 class Plugin(Strict):
-    """OpenRouter's plugin `fusion`, as far as it says something here."""
+    """OpenRouter's plugin `fusion`, as far as the gateway uses it."""
 
     id: Literal["fusion"]
     enabled: bool = True
@@ -166,7 +154,7 @@ class Plugin(Strict):
 
 
 class ChatRequest(BaseModel):
-    """The request body, as far as the gateway supports it."""
+    """The request body, with the supported parameters."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -190,9 +178,9 @@ class ChatRequest(BaseModel):
     plugins: tuple[Plugin, ...] | None = None
 
     def sent(self, names: Sequence[str]) -> dict[str, Any]:
-        """Those of the named parameters that are set, as they are sent on."""
+        """Returns those of the named parameters that are set, as the members get them."""
         return {
-            name: [one.model_dump(exclude_none=True) for one in value] if name == "tools" else value
+            name: [tool.model_dump(exclude_none=True) for tool in value] if name == "tools" else value
             for name in names
             if (value := getattr(self, name)) is not None
         }
@@ -202,7 +190,7 @@ def parse(body: object) -> ChatRequest:
     """Reads a request body.
 
     Raises:
-        RequestError: It is no object, lacks something, or asks for something unsupported.
+        RequestError: It is not an object, lacks a parameter, or has an unsupported one.
     """
     if not isinstance(body, dict):
         raise RequestError("the request body must be a JSON object", code="invalid_json")
@@ -210,12 +198,12 @@ def parse(body: object) -> ChatRequest:
     for key, neutral in _UNSUPPORTED.items():
         if key in fields and fields.pop(key) not in neutral:
             raise RequestError(f"{key!r} is not supported here", code="unsupported_parameter", param=key)
-    if not fields.get("tools"):  # then what is said about their use changes nothing
+    if not fields.get("tools"):  # without tools, these parameters change nothing
         fields = {key: value for key, value in fields.items() if (key, value) not in _WITHOUT_TOOLS}
         if "tool_choice" in fields:
             raise RequestError("'tool_choice' needs 'tools'", code="invalid_value", param="tool_choice")
     if isinstance(fields.get("messages"), list):
-        fields["messages"] = [_as_sent(message, place) for place, message in enumerate(fields["messages"])]
+        fields["messages"] = [_without_nulls(message, place) for place, message in enumerate(fields["messages"])]
     try:
         request = ChatRequest.model_validate(fields)
     except ValidationError as error:
@@ -223,7 +211,7 @@ def parse(body: object) -> ChatRequest:
         code = {"missing": "missing_parameter", "extra_forbidden": "unknown_parameter"}.get(
             error.errors()[0]["type"], "invalid_value"
         )
-        # The message repeats what was wrong, and that may be an image of megabytes.
+        # The message repeats the wrong value, which may be an image of megabytes.
         raise RequestError(
             strict_yaml.describe(error, ChatRequest)[:_LONGEST_MESSAGE], code=code, param=location
         ) from None
@@ -232,8 +220,8 @@ def parse(body: object) -> ChatRequest:
     return request
 
 
-def _as_sent(message: object, place: int) -> object:
-    """Drops a message's null fields, for clients send back what `model_dump` gave them; refuses audio and the like."""
+def _without_nulls(message: object, place: int) -> object:
+    """Removes a message's null fields, which clients send back from `model_dump`; refuses audio and files."""
     if not isinstance(message, dict):
         return message
     parts = message.get("content")
@@ -248,7 +236,7 @@ def _as_sent(message: object, place: int) -> object:
 
 
 def _check_shape(message: ChatMessage, place: str) -> None:
-    """What a message's role asks of its other fields."""
+    """Checks a message's fields against its role."""
     if message.content is None and not message.tool_calls:
         raise RequestError(f"missing key '{place}.content'", code="missing_parameter", param=f"{place}.content")
     if message.role == "tool" and message.tool_call_id is None:
@@ -260,28 +248,37 @@ def _check_shape(message: ChatMessage, place: str) -> None:
 
 
 def plan(request: ChatRequest, config: FusionConfig, role_names: list[str]) -> Plan:
-    """Settles what a request asks for: a mode over the pool, or one model passed through.
+    """Plans a request: a mode over the pool, or one model that answers alone.
 
     Args:
         request: The parsed request.
         config: The gateway's config.
-        role_names: Roles that may be asked for by name.
+        role_names: The roles that may be asked for by name.
 
     Raises:
-        RequestError: The model, a member or the combination of parameters is not to be had.
+        RequestError: There is no such model or member, or the parameters do not go together.
     """
     messages = tuple(message.plain() for message in request.messages)
     form = _output_format(request)
-    below = _options_of_name(request, config)
-    if below is not None:
-        if request.logprobs:
-            raise _unsupported("logprobs", "'logprobs' are not to be had of a fused answer")
-        options = (request.fusion or FusionOptions()).over(below)
-        return _fused(request, options, config=config, role_names=role_names, messages=messages, form=form)
-    model = _by_name(request.model, config, role_names)
+    options = _options_of_name(request, config)
+    if options is None:
+        return _plan_single_model(request, _by_name(request.model, config, role_names), config, messages, form)
+    if request.logprobs:
+        raise _unsupported("logprobs", "a fused answer has no 'logprobs'")
+    options = (request.fusion or FusionOptions()).over(options)
+    return _FusedPlanner(request, options, config, role_names).plan(messages, form)
+
+
+def _plan_single_model(
+    request: ChatRequest,
+    model: Member,
+    config: FusionConfig,
+    messages: tuple[Message, ...],
+    form: response_format.OutputFormat | None,
+) -> Plan:
     options = request.fusion or FusionOptions()
     if options.model_fields_set - {"expose"}:
-        message = f"'fusion' options other than 'expose' go with a {FUSION_PREFIX}… model or a preset, not with "
+        message = f"'fusion' options other than 'expose' go with a {MODEL_PREFIX}… model or a preset, not with "
         raise _unsupported("fusion", f"{message}{request.model!r}")
     if request.stream and request.logprobs:
         raise _unsupported("logprobs", "'logprobs' are not streamed")
@@ -289,29 +286,29 @@ def plan(request: ChatRequest, config: FusionConfig, role_names: list[str]) -> P
         raise _unsupported("messages", f"{request.model!r} takes no images (its config does not say `images: true`)")
     parameters = request.sent((*_SAMPLING, *_TOOLS, *_LOGPROBS))
     settings = options.settings(config.modes)
-    return Plan(request.model, "pass_through", messages, parameters, (model,), settings, output=form)
+    return Plan(request.model, SINGLE_MODEL_MODE, messages, parameters, (model,), settings, output=form)
 
 
 def _options_of_name(request: ChatRequest, config: FusionConfig) -> FusionOptions | None:
-    """The options that the model's name and plugins stand for; None where it is no mode and no preset."""
+    """Returns the options that the model name and the plugins stand for; None if they name no mode or preset."""
     if request.plugins is not None and not config.openrouter_alias:
         raise RequestError(
-            "unknown key 'plugins'; OpenRouter's way of asking is off here (openrouter_alias in the config)",
+            "unknown key 'plugins'; OpenRouter's form of requests is off here (openrouter_alias in the config)",
             code="unknown_parameter",
             param="plugins",
         )
-    if request.model in MODELS:
-        named = FusionOptions(mode=MODELS[request.model])
+    if request.model in MODE_OF_MODEL:
+        named = FusionOptions(mode=MODE_OF_MODEL[request.model])
     elif request.model in config.presets:
         named = config.presets[request.model].over(FusionOptions(mode="best_of"))
     elif config.openrouter_alias and request.model == OPENROUTER:
         named = FusionOptions(mode="merge")
     else:
         named = None
-    plugin = next((one for one in request.plugins or () if one.enabled), None)
+    plugin = next((plugin for plugin in request.plugins or () if plugin.enabled), None)
     if plugin is None:
         return named
-    # There the model that was asked for writes the answer from the panel's; `model` in the plugin does it instead.
+    # At OpenRouter the requested model writes the answer from the panel's; the plugin's `model` does so if it is set.
     writer = plugin.model or (None if named is not None else request.model)
     below = named or FusionOptions(mode="merge")
     if plugin.preset is not None:
@@ -322,55 +319,94 @@ def _options_of_name(request: ChatRequest, config: FusionConfig) -> FusionOption
     return FusionOptions(members=plugin.analysis_models, judge=plugin.model, synthesizer=writer).over(below)
 
 
-def _fused(
-    request: ChatRequest,
-    options: FusionOptions,
-    *,
-    config: FusionConfig,
-    role_names: list[str],
-    messages: tuple[Message, ...],
-    form: output.OutputFormat | None,
-) -> Plan:
-    mode = options.mode or "best_of"
-    settings = options.settings(config.modes)
-    members = config.members if options.members is None else _chosen(options.members, config)
-    if options.samples is not None:
-        members = tuple(member.model_copy(update={"samples": options.samples}) for member in members)
-    skipped: tuple[str, ...] = ()
-    if images(messages):
-        skipped = tuple(member.name for member in members if not member.images)
-        members = tuple(member for member in members if member.images)
-        if not members:
-            raise _unsupported("messages", "none of the members takes images (`images: true` in the config)")
-    candidates = sum(member.samples for member in members)
-    if candidates < settings.min_responses:
-        raise RequestError(
-            f"{candidates} answers were asked for, but {settings.min_responses} are needed (min_responses)",
-            code="invalid_value",
-            param="fusion",
+@dataclass(frozen=True)
+class _FusedPlanner:
+    """Plans a request for a mode over the pool.
+
+    Attributes:
+        request: The parsed request.
+        options: Its options, with those of its preset.
+        config: The gateway's config.
+        role_names: The roles that may be asked for by name.
+    """
+
+    request: ChatRequest
+    options: FusionOptions
+    config: FusionConfig
+    role_names: list[str]
+
+    def plan(self, messages: tuple[Message, ...], form: response_format.OutputFormat | None) -> Plan:
+        """Returns the plan.
+
+        Raises:
+            RequestError: There is no such member, or the parameters do not go together.
+        """
+        request = self.request
+        name = self.options.mode or "best_of"
+        settings = self.options.settings(self.config.modes)
+        mode, ending = mode_named(name), ending_mode(name, settings)
+        members, skipped = self._members(with_images=bool(images(messages)))
+        candidates = sum(member.samples for member in members)
+        if candidates < settings.min_responses:
+            raise RequestError(
+                f"{candidates} answers were asked for, but {settings.min_responses} are needed (min_responses)",
+                code="invalid_value",
+                param="fusion",
+            )
+        judge = self._model("judge", self.options.judge) or self.config.judge
+        synthesizer = self._model("synthesizer", self.options.synthesizer) or self.config.synthesizer
+        if ending.needs is not None and {"judge": judge, "synthesizer": synthesizer}[ending.needs] is None:
+            raise RequestError(f"mode {name!r} needs a {ending.needs}; none is configured", code="mode_unavailable")
+        tools = bool(request.tools) and request.tool_choice != "none"
+        if tools and not mode.takes_tools and settings.tools == "refuse":
+            able = ", ".join(other for other in FUSED_MODES if mode_named(other).takes_tools)
+            raise _unsupported("tools", f"'tools' are not supported in mode {name!r} here; use one of: {able}")
+        if settings.cite and ending.cites and form is not None:
+            raise _unsupported("response_format", "'cite' marks paragraphs, and JSON has none; drop one of the two")
+        return Plan(
+            model=request.model,
+            mode=name,
+            messages=messages,
+            parameters=request.sent((*_SAMPLING, *_TOOLS) if tools or mode.takes_tools else _SAMPLING),
+            members=members,
+            settings=settings,
+            judge=judge,
+            synthesizer=synthesizer,
+            tools=tools,
+            output=form,
+            skipped=skipped,
         )
-    ending = settings.debate_ending if mode == "debate" else mode
-    judge = config.judge if options.judge is None else _model(options.judge, "judge", config, role_names)
-    synthesizer = config.synthesizer
-    if options.synthesizer is not None:
-        synthesizer = _model(options.synthesizer, "synthesizer", config, role_names)
-    if (judge if ending == "best_of" else synthesizer) is None:
-        decider = "judge" if ending == "best_of" else "synthesizer"
-        raise RequestError(f"mode {mode!r} needs a {decider}; none is configured", code="mode_unavailable")
-    tools = bool(request.tools) and request.tool_choice != "none"
-    if tools and mode != "best_of" and settings.tools == "refuse":
-        raise _unsupported("tools", f"'tools' are not supported in mode {mode!r} here; best_of takes them")
-    if settings.cite and ending == "merge" and form is not None:
-        raise _unsupported("response_format", "'cite' marks paragraphs, and JSON has none; drop one of the two")
-    parameters = request.sent((*_SAMPLING, *_TOOLS) if tools or mode == "best_of" else _SAMPLING)
-    return Plan(request.model, mode, messages, parameters, members, settings, judge, synthesizer, tools, form, skipped)
+
+    def _members(self, *, with_images: bool) -> tuple[tuple[Member, ...], tuple[str, ...]]:
+        """Returns (the members to ask, the names of those that are skipped because they take no images)."""
+        members, samples = self.config.members, self.options.samples
+        if self.options.members is not None:
+            members = _chosen(self.options.members, self.config)
+        if samples is not None:
+            members = tuple(member.model_copy(update={"samples": samples}) for member in members)
+        if not with_images:
+            return members, ()
+        able = tuple(member for member in members if member.images)
+        if not able:
+            raise _unsupported("messages", "none of the members takes images (`images: true` in the config)")
+        return able, tuple(member.name for member in members if not member.images)
+
+    def _model(self, task: str, name: str | None) -> ModelConfig | None:
+        """Returns the member or role that the options name for a task; None if they name none."""
+        if name is None:
+            return None
+        known = [*(member.name for member in self.config.members), *self.role_names]
+        if name not in known:
+            message = f"there is no member or role {name!r}; {_near(name, known)}"
+            raise RequestError(message, code="unknown_member", param=f"fusion.{task}")
+        return _by_name(name, self.config, self.role_names)
 
 
-def _output_format(request: ChatRequest) -> output.OutputFormat | None:
+def _output_format(request: ChatRequest) -> response_format.OutputFormat | None:
     if request.response_format is None:
         return None
     try:
-        return output.read(request.response_format)
+        return response_format.read(request.response_format)
     except ValueError as error:
         raise RequestError(str(error), code="invalid_value", param="response_format") from None
 
@@ -380,7 +416,7 @@ def _unsupported(param: str, message: str) -> RequestError:
 
 
 def _chosen(names: tuple[str, ...], config: FusionConfig) -> tuple[Member, ...]:
-    """The members of those names, in the config's order."""
+    """Returns the members of these names, in the config's order."""
     known = [member.name for member in config.members]
     for name in names:
         if name not in known:
@@ -389,23 +425,14 @@ def _chosen(names: tuple[str, ...], config: FusionConfig) -> tuple[Member, ...]:
     return tuple(member for member in config.members if member.name in names)
 
 
-def _model(name: str, task: str, config: FusionConfig, role_names: list[str]) -> ModelConfig:
-    """A member or a role, to judge or to synthesize."""
-    known = [*(member.name for member in config.members), *role_names]
-    if name not in known:
-        message = f"there is no member or role {name!r}; {_near(name, known)}"
-        raise RequestError(message, code="unknown_member", param=f"fusion.{task}")
-    return _by_name(name, config, role_names)
-
-
 def _by_name(name: str, config: FusionConfig, role_names: list[str]) -> Member:
-    """A member by its name, with its defaults; or a role by its own, without any."""
+    """Returns a member by its name, with its defaults, or a role by its name, without defaults."""
     for member in config.members:
         if member.name == name:
             return member.model_copy(update={"samples": 1})
     if name in role_names:
         return Member(name=name, role=name)
-    known = [*MODELS, *config.presets, *(member.name for member in config.members), *role_names]
+    known = [*MODE_OF_MODEL, *config.presets, *(member.name for member in config.members), *role_names]
     raise RequestError(
         f"there is no model {name!r}; {_near(name, known)}", code="model_not_found", param="model", status=404
     )

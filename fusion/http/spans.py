@@ -1,7 +1,7 @@
-"""OpenTelemetry spans of finished requests: one for the request, one below it for each call.
+"""OpenTelemetry spans of finished requests: one for the request, and a child for each call.
 
-They are made from the trace when it is finished, with the times it holds, so a request costs the same with and
-without them while it runs. The SDK is loaded only where `otel` is configured.
+They are made from the finished trace and its times, so they take no time while the request runs. The SDK is loaded
+only if `otel` is configured.
 """
 
 from collections.abc import Mapping
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 class Spans:
-    """Sends spans to a collector over OTLP/HTTP, in batches from a thread of the SDK's.
+    """Sends spans to a collector over OTLP/HTTP; a thread of the SDK sends them in batches.
 
     Args:
-        config: Where to.
+        config: The collector and the service name.
 
     Raises:
         MixfuseError: The SDK is not installed.
@@ -35,7 +35,7 @@ class Spans:
             raise MixfuseError(
                 f"otel.endpoint is set, but OpenTelemetry is not installed ({error.name}): pip install 'mixfuse[otel]'"
             ) from error
-        # Not the global provider: two gateways in one process do not share it.
+        # Not the global provider, which two gateways in one process would share.
         self._provider = TracerProvider(resource=Resource.create({"service.name": config.service_name}))
         self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=config.endpoint, timeout=5)))
         self._tracer: Tracer = self._provider.get_tracer("mixfuse")
@@ -44,16 +44,16 @@ class Spans:
         """Sends the spans of a finished request.
 
         Args:
-            trace: The request; no text of it is sent.
-            headers: The client's, whose `traceparent` says what the request is part of.
+            trace: The request's trace; none of its texts are sent.
+            headers: The client's headers; their `traceparent` names the parent span.
         """
         from opentelemetry.trace import Status, StatusCode, set_span_in_context
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-        began = int(trace.created_at * 1e9)
+        began_ns = int(trace.created_at * 1e9)
 
         def at(milliseconds: float) -> int:
-            return began + int(milliseconds * 1e6)
+            return began_ns + int(milliseconds * 1e6)
 
         parent = TraceContextTextMapPropagator().extract(headers)
         usage = trace.usage
@@ -67,7 +67,9 @@ class Spans:
             "gen_ai.usage.input_tokens": usage.prompt_tokens,
             "gen_ai.usage.output_tokens": usage.completion_tokens,
         }
-        root = self._tracer.start_span(f"fusion {trace.mode}", context=parent, start_time=began, attributes=attributes)
+        root = self._tracer.start_span(
+            f"fusion {trace.mode}", context=parent, start_time=began_ns, attributes=attributes
+        )
         if trace.outcome != "ok":
             root.set_attribute("error.type", trace.outcome)
             root.set_status(Status(StatusCode.ERROR))
@@ -94,5 +96,5 @@ class Spans:
         root.end(end_time=at(trace.duration_ms))
 
     def close(self) -> None:
-        """Sends what is left and ends."""
+        """Sends the remaining spans and stops."""
         self._provider.shutdown()

@@ -18,8 +18,10 @@ from rich.console import Console
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.files import write_jsonl
 from mixfuse.contracts.progress import bar as progress_bar
+from mixfuse.fusion.calls.failures import CallError
+from mixfuse.fusion.calls.ledger import Ledger
 from mixfuse.fusion.calls.pool import HttpRoles, Pool, RoleSource
-from mixfuse.fusion.calls.upstream import CallError, Ledger
+from mixfuse.fusion.calls.upstream import Purpose
 from mixfuse.fusion.config import FusionConfig, Member
 
 
@@ -225,8 +227,7 @@ async def _row(
                     member,
                     [{"role": "user", "content": task.prompt}],
                     {**parameters, "seed": parameters["seed"] + sample},
-                    stage="answer",
-                    name=member.name,
+                    purpose=Purpose.of(member, "answer", member.name),
                     ledger=Ledger(),
                 )
             except CallError as error:

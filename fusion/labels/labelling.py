@@ -14,10 +14,18 @@ from typing import Any, NamedTuple
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.judge_protocol import Outcome, combine, digest, new_nonce
 from mixfuse.contracts.progress import bar as progress_bar
+from mixfuse.fusion.answering.verdicts import (
+    JudgeEndpoint,
+    NoLogprobsError,
+    OrderedPair,
+    logprob_verdict,
+    written_verdict,
+)
+from mixfuse.fusion.calls.failures import CallError
+from mixfuse.fusion.calls.ledger import Ledger
 from mixfuse.fusion.calls.pool import Pool, all_or_raise, fan_out
-from mixfuse.fusion.calls.upstream import CallError, Endpoint, Ledger, Purpose
+from mixfuse.fusion.calls.upstream import Endpoint, Purpose
 from mixfuse.fusion.config import ModelConfig
-from mixfuse.fusion.modes.judge import NoLogprobsError, verdict, written_verdict
 from mixfuse.fusion.store.cache import Cache
 
 
@@ -61,7 +69,7 @@ async def label(
     Raises:
         MixfuseError: The judge cannot be reached, all calls failed, or the cache cannot be written.
     """
-    ledger, purpose = Ledger(), Purpose("verdict", "judge", price=model.price, timeout_s=model.timeout_s)
+    ledger, purpose = Ledger(), Purpose.of(model, "verdict", "judge")
     free, failures = asyncio.Semaphore(concurrency), Counter[str]()
     asked = 0
     written = False  # whether the endpoint gives no log-probabilities, so that verdicts have to be written out
@@ -74,18 +82,17 @@ async def label(
             return True, known.value
         async with free:
             asked += 1
-            nonce = new_nonce(*question)
+            judge = JudgeEndpoint(pool.client, endpoint, purpose, ledger)
+            pair = OrderedPair(*question, nonce=new_nonce(*question))
             try:
                 p = None
                 if not written:
                     try:
-                        p = await verdict(pool.client, endpoint, *question, purpose=purpose, ledger=ledger, nonce=nonce)
+                        p = await logprob_verdict(judge, pair)
                     except NoLogprobsError:
                         written = True
                 if written:
-                    p = await written_verdict(
-                        pool.client, endpoint, *question, purpose=purpose, ledger=ledger, nonce=nonce
-                    )
+                    p = await written_verdict(judge, pair)
             except CallError as error:
                 if error.kind == "unreachable":  # nor will the next thousand calls reach it
                     raise

@@ -14,8 +14,9 @@ from typing import Any
 from mixfuse.contracts import judge_protocol
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.files import sha256_json
-from mixfuse.fusion.calls.pool import all_or_raise, fan_out, http_client
-from mixfuse.fusion.calls.upstream import Client, Endpoint, Ledger, Purpose, call
+from mixfuse.fusion.calls.ledger import Ledger
+from mixfuse.fusion.calls.pool import all_or_raise, fan_out
+from mixfuse.fusion.calls.upstream import Client, Endpoint, Purpose, call, http_client
 from mixfuse.fusion.measure.comparisons import Comparison
 
 PURPOSE = Purpose("verdict", "judge")

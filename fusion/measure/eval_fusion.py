@@ -16,18 +16,18 @@ import aiohttp
 from rich.table import Table
 
 from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.mode_names import FUSED_MODES, model_name
 from mixfuse.contracts.progress import bar as progress_bar
+from mixfuse.fusion.answering.agreement import text_key
+from mixfuse.fusion.calls.failures import CallError
 from mixfuse.fusion.calls.pool import all_or_raise, fan_out
-from mixfuse.fusion.calls.upstream import CallError, Client, http_client
-from mixfuse.fusion.config import FusedMode, FusionConfig
-from mixfuse.fusion.http.chat import MODELS
+from mixfuse.fusion.calls.upstream import Client, http_client
+from mixfuse.fusion.config import Agreement, FusedMode, FusionConfig
 from mixfuse.fusion.labels.collect import AnyTask
 from mixfuse.fusion.measure.statistics import Clusters, Difference, Figure, difference
-from mixfuse.fusion.modes.agreement import How, said
 from mixfuse.fusion.store.cache import Cache
 
 SIGNIFICANT = 0.05
-_NAMES = {mode: name for name, mode in MODELS.items()}
 
 
 class Answer(NamedTuple):
@@ -173,8 +173,8 @@ async def evaluate(
     tasks: Sequence[AnyTask],
     *,
     verify: Callable[[AnyTask, str], bool],
-    modes: Sequence[FusedMode] = ("best_of", "merge", "debate"),
-    same: How = "exact",
+    modes: Sequence[FusedMode] = FUSED_MODES,
+    same: Agreement = "exact",
     choose_share: float = 0.3,
     parameters: Mapping[str, Any] | None = None,
     concurrency: int = 4,
@@ -241,10 +241,10 @@ async def evaluate(
             shown = bar.add_task("requests", total=total)
             await ask_all([_Way(f"member {one.name}", one.name, {}, one.samples) for one in members], tasks)
             best = _best(config, choosing or reported, answers, verify)
-            ways = [_Way(mode, _NAMES[mode], {}) for mode in modes]
+            ways = [_Way(mode, model_name(mode), {}) for mode in modes]
             if rivals > 1:
                 again = {"members": [best], "samples": pool_size}
-                ways += [_Way(f"self {mode}", _NAMES[mode], again) for mode in modes]
+                ways += [_Way(f"self {mode}", model_name(mode), again) for mode in modes]
             await ask_all(ways, reported)
     found = report(reported, answers, config, modes, best=best, chosen_on=len(choosing), verify=verify, same=same)
     return found, answers
@@ -373,7 +373,7 @@ def report(
     best: str,
     chosen_on: int,
     verify: Callable[[AnyTask, str], bool],
-    same: How,
+    same: Agreement,
 ) -> FusionReport:
     """Works out the figures; pure.
 
@@ -469,13 +469,13 @@ def _latency(values: Sequence[float]) -> tuple[float, float] | None:
     return ordered[len(ordered) // 2], ordered[min(len(ordered) - 1, math.ceil(0.95 * len(ordered)) - 1)]
 
 
-def _majority(given: Sequence[Answer], same: How) -> Answer:
+def _majority(given: Sequence[Answer], same: Agreement) -> Answer:
     """The first of the answers that most gave; of as many, the earlier one. A failed answer where all failed."""
     first: dict[str, Answer] = {}
     votes: Counter[str] = Counter()
     for answer in given:
         if answer.text is not None:
-            what = said(answer.text, same)
+            what = text_key(answer.text, same)
             first.setdefault(what, answer)
             votes[what] += 1
     return first[votes.most_common(1)[0][0]] if votes else given[0]

@@ -18,12 +18,22 @@ from rich.table import Table
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.judge_protocol import Calibration, comparison, new_nonce
 from mixfuse.contracts.progress import bar as progress_bar
-from mixfuse.fusion.calls.pool import all_or_raise, fan_out, http_client
-from mixfuse.fusion.calls.upstream import CallError, Client, Endpoint, Ledger, Purpose
+from mixfuse.fusion.answering.verdicts import (
+    LOGPROB_PARAMETERS,
+    WRITTEN_PARAMETERS,
+    JudgeEndpoint,
+    NoLogprobsError,
+    OrderedPair,
+    logprob_verdict,
+    written_verdict,
+)
+from mixfuse.fusion.calls.failures import CallError
+from mixfuse.fusion.calls.ledger import Ledger
+from mixfuse.fusion.calls.pool import all_or_raise, fan_out
+from mixfuse.fusion.calls.upstream import Client, Endpoint, Purpose, http_client
 from mixfuse.fusion.measure.comparisons import Comparison, Measure, Views, credit, load, marks
 from mixfuse.fusion.measure.official import official
 from mixfuse.fusion.measure.statistics import Clusters, Difference, Figure, difference, paired
-from mixfuse.fusion.modes.judge import VERDICT_PARAMETERS, WRITTEN_PARAMETERS, NoLogprobsError, verdict, written_verdict
 from mixfuse.fusion.store.cache import Cache
 
 __all__ = ["Comparison", "JudgeReport", "Views", "evaluate", "load", "paired", "report"]
@@ -235,14 +245,14 @@ async def evaluate(
 
     async def view(client: Client, order: _Order) -> float | None:
         nonlocal read
-        texts = (order.prompt, order.first, order.second)
         try:
             async with free:
                 question = order.question(judge, read)
                 if told := cache and cache.get(question):
                     return None if told.value is None else float(told.value)
-                ask = verdict if read == "logprobs" else written_verdict
-                p = await ask(client, judge_endpoint, *texts, purpose=purpose, ledger=Ledger(), nonce=order.nonce)
+                ask = logprob_verdict if read == "logprobs" else written_verdict
+                pair = OrderedPair(order.prompt, order.first, order.second, nonce=order.nonce)
+                p = await ask(JudgeEndpoint(client, judge_endpoint, purpose, Ledger()), pair)
         except NoLogprobsError:
             if read == "logprobs" and cache:
                 cache.put(no_logprobs, True)
@@ -295,7 +305,7 @@ class _Order(NamedTuple):
     def question(self, judge: str, read: Literal["logprobs", "parsed"]) -> dict[str, Any]:
         """What a verdict is kept under."""
         messages = comparison(self.prompt, self.first, self.second, nonce=self.nonce)
-        parameters = VERDICT_PARAMETERS if read == "logprobs" else WRITTEN_PARAMETERS
+        parameters = LOGPROB_PARAMETERS if read == "logprobs" else WRITTEN_PARAMETERS
         return {"judge": judge, "messages": messages, "parameters": parameters}
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.files import iter_jsonl
-from mixfuse.fusion.modes.agreement import said
+from mixfuse.fusion.answering.agreement import text_key
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def matches(question: Question, text: str, how: Verifier) -> bool:
         MixfuseError: The reference is no regular expression.
     """
     if how != "regex":
-        return said(text, how) == said(question.reference, how)
+        return text_key(text, how) == text_key(question.reference, how)
     try:
         return re.search(question.reference, text) is not None
     except re.error as error:

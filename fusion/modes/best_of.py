@@ -1,46 +1,56 @@
-"""best_of: members answer in parallel, the judge compares, the winner's answer is returned verbatim.
+"""best_of: the members answer in parallel, the judge compares the answers, and the best one is returned unchanged.
 
-An answer may be a call of tools: the judge compares what would be called. While the grace for
-slow members lasts, the answers in hand are compared already, so that the judge's time is not added to it.
+An answer may be a tool call; the judge then compares the calls. While late members are still waited for, the judge
+already compares the answers in hand, so that its time is not added to the wait.
 """
 
-from mixfuse.fusion.modes.agreement import distinct
-from mixfuse.fusion.modes.judge import Court, JudgeError
-from mixfuse.fusion.modes.request import Run
+from mixfuse.fusion.answering.agreement import distinct
+from mixfuse.fusion.answering.pairwise_judge import JudgeError, PairwiseJudge
+from mixfuse.fusion.answering.request import FusionRequest
+from mixfuse.fusion.modes.registry import Mode
 
 
-async def best_of(run: Run) -> str:
+async def best_of(request: FusionRequest) -> str:
     """Answers a request in mode `best_of`.
 
     Raises:
         TooFewAnswersError: The quorum was not met.
         JudgeError: The judge failed, and `on_judge_error` is `fail`.
     """
-    async with Court(run) as court:
-        await run.answers(court.hear)
-        return await choose(run, court)
+    async with PairwiseJudge(request) as judge:
+        await request.ask_members(on_answer=judge.judge_early)
+        return await _select_best(request, judge)
 
 
-async def choose(run: Run, court: Court | None = None) -> str:
+async def select_best(request: FusionRequest) -> str:
     """Returns the best of the candidates in hand.
-
-    A lone one is returned as it is; where all say the same the judge is not asked; where the judge fails it
-    is the first in the config's order, unless that shall be an error.
 
     Raises:
         JudgeError: The judge failed, and `on_judge_error` is `fail`.
     """
-    first = run.candidates[0]
-    if len(run.candidates) == 1:
-        return await run.give(first, "lone_survivor")
-    rivals = distinct(run.candidates, run.agreement)
+    async with PairwiseJudge(request) as judge:
+        return await _select_best(request, judge)
+
+
+async def _select_best(request: FusionRequest, judge: PairwiseJudge) -> str:
+    """Returns the best candidate; the judge is not asked about a lone one, or about candidates that all agree.
+
+    If the judge fails, the first candidate in the config's order is returned, unless `on_judge_error` is `fail`.
+    """
+    first = request.candidates[0]
+    if len(request.candidates) == 1:
+        return await request.select(first, "lone_survivor")
+    rivals = distinct(request.candidates, request.agreement)
     if len(rivals) == 1:
-        return await run.give(first, "agreement")
+        return await request.select(first, "agreement")
     try:
-        best = await (court or Court(run)).best(rivals)
+        best = await judge.best(rivals)
     except JudgeError as error:
-        if run.plan.settings.on_judge_error == "fail":
+        if request.plan.settings.on_judge_error == "fail":
             raise
-        run.error = str(error)
-        return await run.give(first, "judge_failed")
-    return await run.give(best, "judged")
+        request.error = str(error)
+        return await request.select(first, "judge_failed")
+    return await request.select(best, "judged")
+
+
+MODE = Mode(answer=best_of, needs="judge", takes_tools=True, finish=select_best)

@@ -1,17 +1,17 @@
-"""debate: members see the others' answers, anonymous, and revise; then `best_of` or `merge` makes one answer of it.
+"""debate: the members read each other's answers, anonymous, and revise their own; then another mode makes one answer.
 
-It stops when all agree, and when the rounds, the money or the time are used up.
+It stops when all candidates agree, and when the rounds, the budget or the time are used up.
 """
 
 from typing import Literal
 
 from mixfuse.contracts.trace import Debate, Turn
-from mixfuse.fusion.calls.upstream import CallError, Message
-from mixfuse.fusion.modes.agreement import distinct
-from mixfuse.fusion.modes.best_of import choose
-from mixfuse.fusion.modes.fence import fenced
-from mixfuse.fusion.modes.merge import synthesize
-from mixfuse.fusion.modes.request import Run, question
+from mixfuse.fusion.answering.agreement import distinct
+from mixfuse.fusion.answering.fence import fenced
+from mixfuse.fusion.answering.request import FusionRequest
+from mixfuse.fusion.calls.failures import CallError
+from mixfuse.fusion.messages import Message, as_question
+from mixfuse.fusion.modes.registry import Mode, end_debate
 
 TEMPLATE = (
     "Others answered the same question:\n\n{answers}\n\n"
@@ -21,57 +21,56 @@ TEMPLATE = (
 )
 
 
-async def debate(run: Run) -> str:
+async def debate(request: FusionRequest) -> str:
     """Answers a request in mode `debate`.
 
     Raises:
         TooFewAnswersError: The quorum was not met.
-        JudgeError: The judge failed, where `best_of` ends the debate and `on_judge_error` is `fail`.
-        CallError: The synthesizer failed after its first piece of text, where `merge` ends the debate.
+        MixfuseError: The mode that ends the debate failed.
     """
-    if run.plan.tools:
-        return await run.primary()
-    await run.answers()
-    rounds = [_turns(run)]
+    await request.ask_members()
+    rounds = [_turns(request)]
     stopped: Literal["agreement", "max_rounds", "budget", "deadline"] | None
-    while (stopped := _stop(run, len(rounds) - 1)) is None:
+    while (stopped := _why_stop(request, len(rounds) - 1)) is None:
         try:
-            await run.revise(prompts(run))
+            await request.revise(revision_prompts(request))
         except CallError:  # the budget does not allow another round
             stopped = "budget"
             break
-        rounds.append(_turns(run))
-    run.debate = Debate(rounds=rounds, stopped=stopped)
-    ending = choose if run.plan.settings.debate_ending == "best_of" else synthesize
-    return await ending(run)
+        rounds.append(_turns(request))
+    request.debate = Debate(rounds=rounds, stopped=stopped)
+    return await end_debate(request)
 
 
-def prompts(run: Run) -> list[list[Message]]:
-    """What each candidate's member is told next: the conversation, its own answer, the others' fenced."""
-    asked = question(run.plan.messages)
-    most = run.plan.settings.max_candidate_chars
-    turns: list[list[Message]] = []
-    for own in run.candidates:
-        others = [candidate.text for candidate in run.candidates if candidate.index != own.index]
-        shown = TEMPLATE.format(answers=fenced(others, question=asked, max_chars=most))
-        turns.append(
+def revision_prompts(request: FusionRequest) -> list[list[Message]]:
+    """Returns what each candidate's member is sent next: the conversation, its own answer, and the others' fenced."""
+    question = as_question(request.plan.messages)
+    max_chars = request.plan.settings.max_candidate_chars
+    prompts: list[list[Message]] = []
+    for own in request.candidates:
+        others = [candidate.text for candidate in request.candidates if candidate.index != own.index]
+        shown = TEMPLATE.format(answers=fenced(others, question=question, max_chars=max_chars))
+        prompts.append(
             [
-                *run.plan.messages,
+                *request.plan.messages,
                 {"role": "assistant", "content": own.text},
                 {"role": "user", "content": shown},
             ]
         )
-    return turns
+    return prompts
 
 
-def _stop(run: Run, revisions: int) -> Literal["agreement", "max_rounds", "deadline"] | None:
-    """Why there is no further round, if there is none."""
-    if len(distinct(run.candidates, run.agreement)) == 1:
+def _why_stop(request: FusionRequest, revisions: int) -> Literal["agreement", "max_rounds", "deadline"] | None:
+    """Returns why there is no further round; None if there is one."""
+    if len(distinct(request.candidates, request.agreement)) == 1:
         return "agreement"
-    if revisions >= run.plan.settings.max_rounds:
+    if revisions >= request.plan.settings.max_rounds:
         return "max_rounds"
-    return "deadline" if run.time_left_s() == 0 else None
+    return "deadline" if request.time_left_s() == 0 else None
 
 
-def _turns(run: Run) -> list[Turn]:
-    return [Turn(candidate=candidate.index, text=candidate.text) for candidate in run.candidates]
+def _turns(request: FusionRequest) -> list[Turn]:
+    return [Turn(candidate=candidate.index, text=candidate.text) for candidate in request.candidates]
+
+
+MODE = Mode(answer=debate, debates=True)

@@ -1,10 +1,16 @@
-"""merge: the synthesizer writes one answer from anonymous, fenced candidates, streamed token by token."""
+"""merge: the synthesizer writes one answer from the members' answers, anonymous and fenced, and streams it."""
 
-from mixfuse.fusion.calls.upstream import CallError, Message
-from mixfuse.fusion.modes.agreement import distinct
-from mixfuse.fusion.modes.citations import INSTRUCTION, Citations
-from mixfuse.fusion.modes.fence import fenced
-from mixfuse.fusion.modes.request import Candidate, Run, images, question
+from collections.abc import Sequence
+
+from mixfuse.fusion.answering.agreement import distinct
+from mixfuse.fusion.answering.candidate import Candidate
+from mixfuse.fusion.answering.citations import INSTRUCTION, Citations
+from mixfuse.fusion.answering.fence import fenced
+from mixfuse.fusion.answering.request import FusionRequest, Plan
+from mixfuse.fusion.calls.failures import CallError
+from mixfuse.fusion.calls.upstream import Emit, Purpose, Reply
+from mixfuse.fusion.messages import Message, as_question, images
+from mixfuse.fusion.modes.registry import Mode
 
 SYSTEM = "You write one answer to a question, drawing on the answers that others gave."
 TEMPLATE = (
@@ -15,34 +21,31 @@ TEMPLATE = (
 UNMARKED = "Write the answer only; mention neither these texts nor their numbers."
 
 
-async def merge(run: Run) -> str:
+async def merge(request: FusionRequest) -> str:
     """Answers a request in mode `merge`.
 
     Raises:
         TooFewAnswersError: The quorum was not met.
         CallError: The synthesizer failed after its first piece of text.
     """
-    if run.plan.tools:
-        return await run.primary()
-    await run.answers()
-    return await synthesize(run)
+    await request.ask_members()
+    return await synthesize(request)
 
 
-async def synthesize(run: Run) -> str:
-    """Writes one answer from the candidates in hand.
+async def synthesize(request: FusionRequest) -> str:
+    """Writes one answer from the candidates in hand; a lone candidate is returned unchanged.
 
-    A lone one is returned as it is. A synthesizer that fails before its first piece of text is replaced by
-    the first candidate in the config's order. Where the answer must have a form it is held back until it is known
-    to have it: one that has not is a failure like any other.
+    If the synthesizer fails before its first piece of text, the first candidate in the config's order is returned.
+    An answer that must have a form (`response_format`) is sent only once it is complete and has that form.
 
     Raises:
         CallError: The synthesizer failed after its first piece of text.
     """
-    first = run.candidates[0]
-    if len(run.candidates) == 1:
-        return await run.give(first, "lone_survivor")
-    sources = distinct(run.candidates, "exact")
-    form, stream = run.plan.output, run.emit
+    first = request.candidates[0]
+    if len(request.candidates) == 1:
+        return await request.select(first, "lone_survivor")
+    sources = distinct(request.candidates, "exact")
+    has_form, stream = request.plan.output is not None, request.emit
     begun = False
 
     async def emit(text: str) -> None:
@@ -51,47 +54,62 @@ async def synthesize(run: Run) -> str:
         if stream is not None:
             await stream(text)
 
-    marks = Citations([source.index for source in sources], emit) if run.plan.settings.cite else None
+    citations = Citations([source.index for source in sources], emit) if request.plan.settings.cite else None
     try:
-        if run.plan.synthesizer is None:
-            raise CallError("unreachable", "no synthesizer is configured")
-        reply = await run.pool.ask(
-            run.plan.synthesizer,
-            messages(run, sources),
-            run.plan.parameters,
-            stage="synthesis",
-            name="synthesizer",
-            ledger=run.ledger,
-            emit=None if stream is None or form is not None else marks.feed if marks else emit,
+        reply = await _ask_synthesizer(
+            request,
+            sources,
+            emit=None if stream is None or has_form else citations.feed if citations else emit,
         )
-        if form is not None:
-            run.check(reply)
+        if has_form:
+            request.check_form(reply)
     except CallError as error:
         if begun:
             raise
-        run.error = str(error)
-        return await run.give(first, "synthesizer_failed")
-    run.reason, run.finish_reason = "synthesis", reply.finish_reason
-    if marks is not None:
+        request.error = str(error)
+        return await request.select(first, "synthesizer_failed")
+    request.reason, request.finish_reason = "synthesis", reply.finish_reason
+    if citations is not None:
         if stream is None:
-            await marks.feed(reply.text)
-        run.citations = await marks.end()
-        return marks.text
-    if form is not None:
-        await run.emit_whole(reply.text)
+            await citations.feed(reply.text)
+        request.citations = await citations.end()
+        return citations.text
+    if has_form:
+        await request.emit_text(reply.text)
     return reply.text
 
 
-def messages(run: Run, sources: list[Candidate]) -> list[Message]:
-    """What the synthesizer is told: the question and what was answered, without who answered."""
-    asked = question(run.plan.messages)
-    texts = [source.text for source in sources]
-    settings = run.plan.settings
-    text = TEMPLATE.format(
-        question=asked,
-        answers=fenced(texts, question=asked, max_chars=settings.max_candidate_chars),
-        form=INSTRUCTION if settings.cite else UNMARKED,
+async def _ask_synthesizer(request: FusionRequest, sources: Sequence[Candidate], *, emit: Emit | None) -> Reply:
+    """Has the synthesizer write the answer.
+
+    Raises:
+        CallError: There is no synthesizer, or it gave no usable answer.
+    """
+    if request.plan.synthesizer is None:
+        raise CallError("unreachable", "no synthesizer is configured")
+    return await request.pool.ask(
+        request.plan.synthesizer,
+        synthesis_prompt(request.plan, sources),
+        request.plan.parameters,
+        purpose=Purpose.of(request.plan.synthesizer, "synthesis", "synthesizer"),
+        ledger=request.ledger,
+        emit=emit,
     )
-    seen = images(run.plan.messages) if run.plan.synthesizer is not None and run.plan.synthesizer.images else []
-    content = [{"type": "text", "text": text}, *seen] if seen else text
+
+
+def synthesis_prompt(plan: Plan, sources: Sequence[Candidate]) -> list[Message]:
+    """Returns what the synthesizer is sent: the question and the answers to it, without their authors."""
+    question = as_question(plan.messages)
+    text = TEMPLATE.format(
+        question=question,
+        answers=fenced(
+            [source.text for source in sources], question=question, max_chars=plan.settings.max_candidate_chars
+        ),
+        form=INSTRUCTION if plan.settings.cite else UNMARKED,
+    )
+    pictures = images(plan.messages) if plan.synthesizer is not None and plan.synthesizer.images else []
+    content = [{"type": "text", "text": text}, *pictures] if pictures else text
     return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}]
+
+
+MODE = Mode(answer=merge, needs="synthesizer", cites=True, finish=synthesize)

@@ -1,1 +1,1 @@
-"""What outlives a request: traces, their spool, exports and cached answers."""
+"""What outlives a request: traces, their spool, their export as training data, and cached answers."""

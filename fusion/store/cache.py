@@ -1,6 +1,6 @@
-"""What models answered, kept by the content of what they were asked: a second run of a measurement costs nothing.
+"""A cache of models' answers by the content of their questions: a second run of a measurement makes no calls.
 
-Each answer is stored as it comes, so a run that is cut off goes on where it was.
+Each answer is stored when it arrives, so that a run that was cut off continues where it stopped.
 """
 
 import json
@@ -14,7 +14,7 @@ from mixfuse.contracts.files import disk_errors, sha256_json
 
 
 class Known(NamedTuple):
-    """An answer there is already; a value may be None."""
+    """A cached answer; its value may be None."""
 
     value: Any
 
@@ -23,19 +23,19 @@ class Cache:
     """Answers by the hash of their question, in one SQLite file; a context manager.
 
     Args:
-        path: The file, made where there is none; None keeps the answers for as long as the block runs.
+        path: The file, created if missing; None keeps the answers in memory until the block ends.
 
     Attributes:
-        found: How many answers were there already.
-        added: How many were new.
+        hits: The number of answers found in the cache.
+        added: The number of answers added.
 
     Raises:
-        MixfuseError: The file is no cache, or cannot be written.
+        MixfuseError: The file is not a cache, or cannot be written.
     """
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
-        self.found = self.added = 0
+        self.hits = self.added = 0
 
     def __enter__(self) -> Self:
         if self._path is not None:
@@ -43,7 +43,7 @@ class Cache:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
         self._database = sqlite3.connect(":memory:" if self._path is None else self._path, isolation_level=None)
         try:
-            # An answer lost with the machine is asked for again; that is cheaper than a disk flush for each.
+            # To ask again for the answers lost with the machine is cheaper than a disk flush for each.
             self._database.execute("PRAGMA synchronous = OFF")
             self._database.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, value TEXT NOT NULL)")
         except sqlite3.Error as error:
@@ -57,21 +57,21 @@ class Cache:
         self._database.close()
 
     def holds(self, question: dict[str, Any]) -> bool:
-        """Whether there is an answer; does not count as finding it."""
+        """Whether there is an answer; does not count as a hit."""
         key = (sha256_json(question),)
         return self._database.execute("SELECT 1 FROM answers WHERE key = ?", key).fetchone() is not None
 
     def get(self, question: dict[str, Any]) -> Known | None:
-        """What came of the same question before; None where it was never asked."""
+        """Returns the answer to a question; None if it was never asked."""
         key = (sha256_json(question),)
         row = self._database.execute("SELECT value FROM answers WHERE key = ?", key).fetchone()
         if row is None:
             return None
-        self.found += 1
+        self.hits += 1
         return Known(json.loads(row[0]))
 
     def put(self, question: dict[str, Any], value: Any) -> None:
-        """Keeps what came of a question."""
+        """Stores the answer to a question."""
         with disk_errors(self._path or Path("the cache")):
             self._database.execute(
                 "INSERT OR REPLACE INTO answers VALUES (?, ?)", (sha256_json(question), json.dumps(value))

@@ -12,14 +12,15 @@ from sqlalchemy import text
 from mixfuse.contracts.database import Database
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.files import write_jsonl
+from mixfuse.contracts.mode_names import SINGLE_MODEL_MODE
 from mixfuse.contracts.trace import Trace
-from mixfuse.fusion.modes.request import question
+from mixfuse.fusion.messages import as_question
 
 Label = Literal["feedback", "judge"]
 
 _PAGE = 500
-_COMPARED = 10
-"""So many marks of a user must have been compared before the user can be found not to be worth hearing."""
+_MIN_COMPARED = 10
+"""A user can be ignored only after this many marks have been compared."""
 
 
 class Task(Protocol):
@@ -27,7 +28,7 @@ class Task(Protocol):
 
     @property
     def prompt(self) -> str:
-        """What was asked."""
+        """The question."""
         ...
 
     @property
@@ -49,28 +50,28 @@ def export(
     days: float | None = None,
     min_agreement: float | None = None,
 ) -> dict[str, int]:
-    """Writes what `read` reads to a file.
+    """Writes the rows that `read` returns to a file.
 
     Args:
-        database: The gateway's.
+        database: The gateway's database.
         out: The file to write.
-        label: As `read`'s.
-        tasks: As `read`'s.
-        days: Only traces of the last so many days.
-        min_agreement: As `read`'s.
+        label: See `read`.
+        tasks: See `read`.
+        days: Only traces of the last this many days.
+        min_agreement: See `read`.
 
     Returns:
-        `read`'s counts.
+        The counts of `read`.
 
     Raises:
-        MixfuseError: Nothing is known of any answer, or `out` cannot be written.
+        MixfuseError: No answer is known to be right or wrong, or `out` cannot be written.
     """
     since = 0.0 if days is None else time.time() - days * 86400
     rows, counts = read(database, label=label, tasks=tasks, since=since, min_agreement=min_agreement)
     if not rows:
         raise MixfuseError(
-            f"{database.name}: of {counts['traces']} traces none says which answers are right; send feedback to "
-            "/v1/traces/ID/feedback, or name tasks with verifiers (--tasks)"
+            f"{database.name}: none of {counts['traces']} traces says which answers are right; send feedback to "
+            "/v1/traces/ID/feedback, or give tasks with verifiers (--tasks)"
         )
     write_jsonl(out, rows)
     return counts
@@ -85,43 +86,43 @@ def read(
     until: float = math.inf,
     min_agreement: float | None = None,
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """Reads one row a trace: `{id, prompt, reference, responses: [{model, text, correct}]}`.
+    """Reads traces as rows `{id, prompt, reference, responses: [{model, text, correct}]}`, one a trace.
 
-    Only answers of which something is known are in it; traces without any are left out, as are those whose text was
-    not stored.
+    A row holds only the answers that are known to be right or wrong; traces without such answers, or without stored
+    text, give no row.
 
     Args:
-        database: The gateway's.
-        label: Whose word says which answers are right. `feedback`: users', see `by_feedback`. `judge`: the answer
-            that won is right, those that lost to it in both orders are wrong. That teaches a judge its own opinion;
-            it is of use where another, better judge spoke.
-        tasks: Tasks with verifiers; they say of traces with their prompts which answers are right, whatever `label`.
+        database: The gateway's database.
+        label: What decides which answers are right. `feedback`: the users, see `by_feedback`. `judge`: the winning
+            answer is right, and those that lost to it in both orders are wrong. This teaches a judge its own opinion;
+            it helps if another, better judge gave the verdicts.
+        tasks: Tasks with verifiers; for traces with their prompts the verifier decides, whatever `label` is.
         since: Only traces made after this time, in seconds since 1970.
-        until: Only traces made up to this time.
-        min_agreement: Users who agree with everyone else less often than this are not heard, see `_not_heard`.
+        until: Only traces made up to this time, likewise.
+        min_agreement: Users who agree with the others less often than this are ignored, see `_ignored_users`.
 
     Returns:
         The rows, and counts: `traces` read, `rows`, `right` and `wrong` answers in them; with `min_agreement` also
-        `users` who were compared, `users_not_heard` and their `marks_not_heard`.
+        `users` who were compared, `users_not_heard` (ignored) and their `marks_not_heard`.
     """
     by_prompt = {task.prompt: task for task in tasks or ()}
     counts: Counter[str] = Counter({"traces": 0, "rows": 0, "right": 0, "wrong": 0})
-    not_heard: frozenset[str] = frozenset()
+    ignored: frozenset[str] = frozenset()
     if min_agreement is not None:
         traces = (trace for trace in _traces(database, since, until) if trace.messages)
-        not_heard = _not_heard(traces, by_prompt, min_agreement, counts)
+        ignored = _ignored_users(traces, by_prompt, min_agreement, counts)
     rows = []
     for trace in _traces(database, since, until):
         counts["traces"] += 1
         if not trace.messages:
             continue
-        prompt = question(trace.messages)
+        prompt = as_question(trace.messages)
         task = by_prompt.get(prompt)
         answers = _answers(trace)
         if task is not None:
             known = {index: task.verify(text) for index, text in answers.items()}
         elif label == "feedback":
-            known = by_feedback(trace, not_heard)
+            known = by_feedback(trace, ignored)
         else:
             known = _by_judge(trace)
         responses = [
@@ -140,15 +141,21 @@ def read(
 
 
 def _traces(database: Database, since: float, until: float) -> Iterator[Trace]:
-    """All traces that gave an answer, oldest first, a page at a time."""
+    """Yields all fused traces with an answer, oldest first; reads a page at a time."""
     query = text(
-        "SELECT created_at, id, record FROM traces WHERE outcome = 'ok' AND mode != 'pass_through' AND "
+        "SELECT created_at, id, record FROM traces WHERE outcome = 'ok' AND mode != :single_model AND "
         "created_at <= :until AND (created_at > :since OR (created_at = :since AND id > :after)) "
         "ORDER BY created_at, id LIMIT :page"
     )
-    since, after = math.nextafter(since, math.inf), ""  # those made at `since` itself were of the time before
+    since, after = math.nextafter(since, math.inf), ""  # traces made at `since` itself belong to the time before
     while True:
-        bound = {"since": since, "until": min(until, 1e18), "after": after, "page": _PAGE}
+        bound = {
+            "single_model": SINGLE_MODEL_MODE,
+            "since": since,
+            "until": min(until, 1e18),
+            "after": after,
+            "page": _PAGE,
+        }
         page = database.run_now(lambda connection, bound=bound: connection.execute(query, bound).all())  # type: ignore[misc]
         if not page:
             return
@@ -158,26 +165,26 @@ def _traces(database: Database, since: float, until: float) -> Iterator[Trace]:
 
 
 def _answers(trace: Trace) -> dict[int, str]:
-    """Each candidate's last text; a debate's revisions take the place of the first answers."""
+    """Returns each candidate's last text: in a debate its last revision."""
     calls = [call for call in trace.calls if call.outcome == "ok" and call.stage in ("answer", "revision")]
     return {call.candidate: call.text for call in calls if call.candidate is not None and call.text}
 
 
-def by_feedback(trace: Trace, not_heard: Container[str] = ()) -> dict[int, bool]:
-    """What users said, by candidate; later feedback overrides earlier."""
+def by_feedback(trace: Trace, ignored: Container[str] = ()) -> dict[int, bool]:
+    """Returns which candidates users marked as right or wrong; later feedback overrides earlier."""
     known: dict[int, bool] = {}
     for user, marks in _marks(trace):
-        if user not in not_heard:
+        if user not in ignored:
             known |= marks
     return known
 
 
 def _marks(trace: Trace) -> Iterator[tuple[str, dict[int, bool]]]:
-    """Who said what of the candidates, in the order in which it came.
+    """Yields (user, the user's marks by candidate) for each feedback, oldest first.
 
-    Understood are `{"correct": [candidates]}` with or without `{"wrong": [candidates]}`, `{"best": candidate}` (the
-    others are worse, so not right), and `{"score": number}` of the answer that was returned: right above 0, wrong
-    below. Who said it is the feedback's `user`, where it has one, and otherwise the key the request came with.
+    Feedback takes these forms: `{"correct": [candidates]}` with or without `{"wrong": [candidates]}`,
+    `{"best": candidate}` (the others are then not right), and `{"score": number}` for the answer that was returned
+    (right above 0, wrong below). The user is the feedback's `user`, or else the request's API key.
     """
     every = range(len(trace.candidates))
     for feedback in trace.feedback:
@@ -194,45 +201,46 @@ def _marks(trace: Trace) -> Iterator[tuple[str, dict[int, bool]]]:
         yield f"user {user}" if isinstance(user, str) else f"key {trace.key}", marks
 
 
-def _not_heard(
+def _ignored_users(
     traces: Iterable[Trace], tasks: Mapping[str, Task], min_agreement: float, counts: Counter[str]
 ) -> frozenset[str]:
-    """Users whose marks are borne out less often than `min_agreement`, of at least `_COMPARED`.
+    """Returns the users whose marks agree with the others' less often than `min_agreement`.
 
-    A mark of an answer is compared with what a verifier says of it, or else with what the other users said of the same
-    answer to the same prompt, or else with the judge: of the winner and those that lost to it in both orders. The last
-    is the weakest witness, but it is there for most traces; so nobody is silenced for a few marks against it.
+    A mark of an answer is compared with the verifier's, or else with the other users' marks of the same answer to the
+    same prompt, or else with the judge's: the winner is right, and those that lost to it in both orders are wrong.
+    The judge is the least reliable of the three, but it marks most traces; therefore no user is ignored before
+    `_MIN_COMPARED` marks were compared.
     """
     marks: dict[tuple[str, str], dict[str, bool]] = defaultdict(dict)  # (prompt, answer) → user → mark
-    others: dict[tuple[str, str], bool] = {}  # what a verifier, or else the judge, says of it
+    references: dict[tuple[str, str], bool] = {}  # (prompt, answer) → the verifier's mark, or else the judge's
     for trace in traces:
-        prompt, answers, judged = question(trace.messages), _answers(trace), _by_judge(trace)
-        for user, said in _marks(trace):
-            for index in said.keys() & answers.keys():
+        prompt, answers, judged = as_question(trace.messages), _answers(trace), _by_judge(trace)
+        for user, user_marks in _marks(trace):
+            for index in user_marks.keys() & answers.keys():
                 answer = (prompt, answers[index])
-                marks[answer][user] = said[index]
+                marks[answer][user] = user_marks[index]
                 if (task := tasks.get(prompt)) is not None:
-                    others[answer] = task.verify(answers[index])
+                    references[answer] = task.verify(answers[index])
                 elif index in judged:
-                    others.setdefault(answer, judged[index])
-    borne_out: dict[str, list[bool]] = defaultdict(list)
+                    references.setdefault(answer, judged[index])
+    agreed: dict[str, list[bool]] = defaultdict(list)
     for answer, by_user in marks.items():
         for user, right in by_user.items():
-            rest = [said for other, said in by_user.items() if other != user]
-            if answer[0] not in tasks and rest and 2 * sum(rest) != len(rest):
-                borne_out[user].append(right == (2 * sum(rest) > len(rest)))
-            elif answer in others:
-                borne_out[user].append(right == others[answer])
-    compared = {user: found for user, found in borne_out.items() if len(found) >= _COMPARED}
-    silent = frozenset(user for user, found in compared.items() if sum(found) < min_agreement * len(found))
+            others = [mark for other, mark in by_user.items() if other != user]
+            if answer[0] not in tasks and others and 2 * sum(others) != len(others):
+                agreed[user].append(right == (2 * sum(others) > len(others)))
+            elif answer in references:
+                agreed[user].append(right == references[answer])
+    compared = {user: results for user, results in agreed.items() if len(results) >= _MIN_COMPARED}
+    ignored = frozenset(user for user, results in compared.items() if sum(results) < min_agreement * len(results))
     counts["users"] = len(compared)
-    counts["users_not_heard"] = len(silent)
-    counts["marks_not_heard"] = sum(user in silent for by_user in marks.values() for user in by_user)
-    return silent
+    counts["users_not_heard"] = len(ignored)
+    counts["marks_not_heard"] = sum(user in ignored for by_user in marks.values() for user in by_user)
+    return ignored
 
 
 def _by_judge(trace: Trace) -> dict[int, bool]:
-    """The winner of a judged trace, and those that lost to it in both orders."""
+    """Returns the winner of a judged trace as right, and those that lost to it in both orders as wrong."""
     if trace.winner is None or trace.reason != "judged":
         return {}
     known: dict[int, bool] = {}

@@ -1,9 +1,9 @@
-"""The spool: traces on their way to the database, in files that outlive the process.
+"""The spool: files that hold traces until they are in the database.
 
-A trace is appended to a file before its answer is finished, with one `write`, which puts it into the kernel's hands:
-a process that is killed afterwards loses nothing (a machine that loses power may lose the last seconds). What is in
-the database is taken out of the spool. Each gateway process writes files of its own and holds a lock on them; files
-that nobody holds are left by a process that was killed, and the next gateway to start takes them over.
+A trace is appended to a file with one `write` before its answer ends. A process that is killed afterwards loses
+nothing; a machine that loses power may lose the last seconds. Traces that are in the database leave the spool. Each
+gateway process writes its own files and holds a lock on them. A file without a lock belongs to a process that was
+killed; the next gateway to start takes it over.
 """
 
 import fcntl
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 SEGMENT_BYTES = 8 << 20
-"""A file of this size is closed, and removed as soon as the database has all of it."""
+"""A file of this size is closed, and removed once all its traces are in the database."""
 
 
 @dataclass(eq=False)
@@ -22,11 +22,11 @@ class Segment:
     """One file of the spool.
 
     Attributes:
-        path: Where it lies.
-        handle: Its open file descriptor; holds the lock.
-        size: Bytes in it.
-        waiting: Traces in it that the database has not got yet.
-        full: Nothing more is written to it.
+        path: Its path.
+        handle: Its open file descriptor, which holds the lock.
+        size: Its bytes.
+        waiting: Its traces that are not in the database yet.
+        full: Whether it takes no more traces.
     """
 
     path: Path
@@ -40,10 +40,10 @@ class Spool:
     """The files of this process in a spool folder.
 
     Args:
-        folder: Made where there is none.
+        folder: The folder, created if missing.
 
     Raises:
-        OSError: The folder cannot be made or written.
+        OSError: The folder cannot be created or written.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -53,10 +53,10 @@ class Spool:
         self._segment = self._open()
 
     def append(self, line: bytes) -> Segment:
-        """Writes one line, which ends with its only newline, and returns the file it is in.
+        """Appends one line, which ends with its only newline; returns its file.
 
         Raises:
-            OSError: It cannot be written whole (the disk is full).
+            OSError: The line could not be written completely (the disk is full).
         """
         segment = self._segment
         if segment.size >= SEGMENT_BYTES:
@@ -64,7 +64,7 @@ class Spool:
             self._release(segment)
             segment = self._segment = self._open()
         written = os.write(segment.handle, line)
-        if written != len(line):  # so that the next line does not hang on to half of this one
+        if written != len(line):  # or the next line would be appended to half of this one
             os.ftruncate(segment.handle, segment.size)
             raise OSError(f"{segment.path}: only {written} of {len(line)} bytes could be written")
         segment.size += written
@@ -72,12 +72,12 @@ class Spool:
         return segment
 
     def done(self, segment: Segment) -> None:
-        """Notes that the database has got a trace of this file."""
+        """Notes that one trace of this file is in the database."""
         segment.waiting -= 1
         self._release(segment)
 
     def left_behind(self) -> Iterator[tuple[Segment, list[bytes]]]:
-        """Takes over the files of processes that are gone; yields each with its lines, whole ones only."""
+        """Takes over the files of killed processes; yields each file with its complete lines."""
         for path in sorted(self._folder.glob("*.jsonl")):
             if path == self._segment.path:
                 continue
@@ -85,10 +85,10 @@ class Spool:
                 handle = os.open(path, os.O_RDWR | os.O_APPEND)
             except FileNotFoundError:
                 continue
-            if not _lock(handle) or not path.exists():  # a living process's, or one removed in this moment
+            if not _lock(handle) or not path.exists():  # it belongs to a running process, or was removed just now
                 os.close(handle)
                 continue
-            lines = path.read_bytes().split(b"\n")[:-1]  # a killed process may have left half a line
+            lines = path.read_bytes().split(b"\n")[:-1]  # the last line of a killed process may be incomplete
             segment = Segment(path, handle, waiting=len(lines), full=True)
             self._open_segments.add(segment)
             if lines:
@@ -97,7 +97,7 @@ class Spool:
                 self._release(segment)
 
     def close(self) -> None:
-        """Ends writing; a file that the database has all of is removed, any other waits for the next start."""
+        """Stops writing; removes files whose traces are all in the database and keeps the others for the next start."""
         self._segment.full = True
         self._release(self._segment)
         for segment in self._open_segments:

@@ -1,7 +1,7 @@
-"""The trace store: what each request did, kept in the database, written when nobody waits for it.
+"""The trace store: traces of requests in the database, written in the background.
 
-`TraceStore.add` puts a trace into the spool and returns; a task writes what has gathered into the database, many in
-one transaction. See `mixfuse.fusion.store.spool` for what survives when.
+`TraceStore.add` appends a trace to the spool and returns; a task writes the waiting traces to the database, many in
+one transaction. `mixfuse.fusion.store.spool` says which traces survive a crash.
 """
 
 import asyncio
@@ -30,14 +30,14 @@ Result = TypeVar("Result")
 
 REDACTED = "[redacted]"
 
-# Traces gather for so long before they are written together: a commit costs as much for fifty as for one.
-_GATHER_S = 0.05
+# Traces are collected for this long and written together: a commit of fifty costs as much as a commit of one.
+_COLLECT_S = 0.05
 _BATCH = 200
 _RETRY_S = 1.0
-# So many are kept in memory while the database is away, more in the spool only.
+# This many are kept in memory while the database is unreachable; more are in the spool only.
 _MOST_WAITING = 20_000
 _PURGE_S = 3600.0
-# At the end a database that is away is waited for this long; the rest stays in the spool.
+# At the end an unreachable database is waited for this long; what is left stays in the spool.
 _CLOSE_S = 5.0
 
 _INSERT = text(
@@ -55,7 +55,7 @@ _COUNT_USAGE = text(
 
 
 class _Row(NamedTuple):
-    """A trace as it is written: the columns, and the spool file that holds it meanwhile."""
+    """A trace to write: its columns, and the spool file that holds it until then."""
 
     columns: dict[str, Any]
     segment: Segment | None
@@ -65,9 +65,12 @@ class TraceStore:
     """Traces in the database.
 
     Args:
-        database: Where.
+        database: The database.
         config: Retention, redaction, and the spool's folder.
-        committed: Told of each trace that came with an API key, once it is in the database: (key id, spend).
+        committed: Called for each trace with an API key, once it is in the database: (key id, spend).
+
+    Attributes:
+        failure: Why the database takes no traces; None while it does.
 
     Raises:
         MixfuseError: The spool's folder cannot be written.
@@ -97,16 +100,16 @@ class TraceStore:
 
     @property
     def backlog(self) -> int:
-        """Traces that are not in the database yet; those that only the next start will write among them."""
+        """The number of traces that are not in the database yet, those for the next start included."""
         return len(self._waiting) + self._left_behind
 
     async def start(self) -> None:
-        """Writes what a killed process left in the spool, and begins to remove traces past their time."""
+        """Writes the traces that killed processes left in the spool, and starts to remove expired traces."""
         for segment, lines in self._spool.left_behind():
             rows = [row for line in lines if (row := _row_of(line, segment)) is not None]
             for _ in range(len(lines) - len(rows)):
                 self._spool.done(segment)
-            logger.warning("%d traces of a gateway that was killed are written now", len(rows))
+            logger.warning("writing %d traces of a gateway that was killed", len(rows))
             self._waiting.extend(rows)
             self._added += len(rows)
         if self._waiting:
@@ -115,7 +118,7 @@ class TraceStore:
             self._purging = asyncio.create_task(self._purge(self._config.retention_days))
 
     def add(self, trace: Trace) -> None:
-        """Takes a trace; it survives this process from here on, and is in the database soon."""
+        """Adds a trace: when this returns it survives a crash, and soon it is in the database."""
         if self._redact or not self._config.store_text:
             trace = self._redacted(trace)
         record = trace.model_dump_json()
@@ -123,17 +126,17 @@ class TraceStore:
         try:
             segment = self._spool.append(record.encode() + b"\n")
         except OSError:
-            # The database may still take it; an answer that is paid for is not lost for that.
+            # The database may still take the trace, and the client has paid for its answer.
             logger.exception("trace %s could not be spooled", trace.id)
         if len(self._waiting) >= _MOST_WAITING and segment is not None:
-            self._left_behind += 1  # the next start writes it; memory is not for a database that is away for hours
+            self._left_behind += 1  # the next start writes it; the database may be unreachable for hours
             return
         self._waiting.append(_Row(_columns(trace, record), segment))
         self._added += 1
         self._write_soon()
 
     async def get(self, trace_id: str, *, key_id: str | None = None) -> Trace | None:
-        """Returns the trace of that id, or None; with `key_id` only if it is that key's."""
+        """Returns the trace of that id, or None; with `key_id` only a trace of that API key."""
         await self.written()
         record = await self._read(lambda connection: _record(connection, trace_id, key_id))
         return None if record is None else Trace.model_validate_json(record)
@@ -153,7 +156,7 @@ class TraceStore:
         return [Trace.model_validate_json(record) for record in records]
 
     async def add_feedback(self, trace_id: str, feedback: dict[str, Any], *, key_id: str | None = None) -> Trace | None:
-        """Appends what a user said of the answer; returns the trace with it, or None where there is none."""
+        """Adds a user's feedback to a trace; returns the trace with it, or None if there is no such trace."""
         await self.written()
         feedback = self._scrub(feedback)
 
@@ -179,14 +182,14 @@ class TraceStore:
             raise MixfuseError("the trace database cannot be read now; try again later", kind="trace_db") from error
 
     async def written(self) -> None:
-        """Waits until what has been added is in the database, or until the database refuses it."""
+        """Waits until every trace added so far is in the database, or the database refuses one."""
         last = self._added
         while self._stored < last and self.failure is None:
             self._hurry.set()
             await self._progress.wait()
 
     async def close(self) -> None:
-        """Writes what there is and closes the spool; what the database would not take stays in it."""
+        """Writes the waiting traces and closes the spool; traces that the database does not take stay there."""
         if self._purging is not None:
             self._purging.cancel()
             await asyncio.wait({self._purging})
@@ -204,22 +207,22 @@ class TraceStore:
             self._writing = asyncio.create_task(self._write())
 
     async def _write(self) -> None:
-        """Writes until nothing waits; tries again for as long as the database is away."""
+        """Writes the waiting traces; tries again while the database is unreachable."""
         size = _BATCH
         while self._waiting:
-            await self._gather()
+            await self._collect()
             batch = self._waiting[:size]
             try:
                 await self._database.run(partial(_insert, rows=[row.columns for row in batch]))
             except (OperationalError, InterfaceError) as error:
                 if self.failure is None:
-                    logger.exception("the trace database does not take traces; they wait in the spool")
+                    logger.exception("the trace database takes no traces; they wait in the spool")
                 self.failure = str(error)
-                self._went_on()
+                self._notify_progress()
                 await asyncio.sleep(_RETRY_S)
                 continue
             except SQLAlchemyError:
-                # One of them is at fault: it is found by itself, and the others are written.
+                # One trace of the batch is at fault: written one by one, the others succeed.
                 if size > 1:
                     size = 1
                     continue
@@ -232,41 +235,41 @@ class TraceStore:
             if self.failure is not None:
                 logger.warning("the trace database takes traces again")
                 self.failure = None
-            self._went_on()
+            self._notify_progress()
 
-    async def _gather(self) -> None:
-        """Lets traces gather, unless somebody waits for them."""
+    async def _collect(self) -> None:
+        """Waits for more traces, unless `written` waits for these."""
         try:
-            async with asyncio.timeout(_GATHER_S):
+            async with asyncio.timeout(_COLLECT_S):
                 await self._hurry.wait()
         except TimeoutError:
             pass
         self._hurry.clear()
 
     def _commit(self, batch: Sequence[_Row]) -> None:
-        """Notes that these are in the database."""
+        """Notes that these traces are in the database."""
         for row in batch:
             if row.segment is not None:
                 self._spool.done(row.segment)
             if self._committed is not None and row.columns["key_id"] is not None:
                 self._committed(row.columns["key_id"], Spend(row.columns["cost"], row.columns["total_tokens"]))
 
-    def _went_on(self) -> None:
-        """Wakes who waits in `written`."""
+    def _notify_progress(self) -> None:
+        """Wakes the callers that wait in `written`."""
         self._progress.set()
         self._progress = asyncio.Event()
 
     async def _purge(self, days: float) -> None:
-        """Removes traces past their time, now and every hour."""
+        """Removes expired traces, now and every hour."""
         while True:
             try:
                 await self._database.run(partial(_purge, before=time.time() - days * 86400))
             except SQLAlchemyError:
-                logger.exception("traces past their time could not be removed; tried again in an hour")
+                logger.exception("expired traces could not be removed; next attempt in an hour")
             await asyncio.sleep(_PURGE_S)
 
     def _redacted(self, trace: Trace) -> Trace:
-        """The trace without its texts, or without what the patterns match in them."""
+        """Returns the trace without its texts, or with the redaction patterns' matches replaced."""
         if not self._config.store_text:
             silent = {"text": None, "tool_calls": None, "error": None}
             return trace.model_copy(
@@ -287,7 +290,7 @@ class TraceStore:
         debate = trace.debate
         if debate is not None:
             rounds = [
-                [turn.model_copy(update={"text": self._scrub(turn.text)}) for turn in one] for one in debate.rounds
+                [turn.model_copy(update={"text": self._scrub(turn.text)}) for turn in turns] for turns in debate.rounds
             ]
             debate = debate.model_copy(update={"rounds": rounds})
         fields = ("messages", "parameters", "answer", "tool_calls", "error", "feedback")
@@ -296,15 +299,15 @@ class TraceStore:
         )
 
     def _scrub(self, value: Any) -> Any:
-        """The value with every match of a redaction pattern taken out of its texts."""
+        """Returns the value with every match of a redaction pattern in its texts replaced."""
         if isinstance(value, str):
             for pattern in self._redact:
                 value = pattern.sub(REDACTED, value)
             return value
         if isinstance(value, dict):
-            return {key: self._scrub(one) for key, one in value.items()}
+            return {key: self._scrub(entry) for key, entry in value.items()}
         if isinstance(value, list | tuple):
-            return [self._scrub(one) for one in value]
+            return [self._scrub(entry) for entry in value]
         return value
 
 
@@ -332,13 +335,13 @@ def _row_of(line: bytes, segment: Segment) -> _Row | None:
     try:
         trace = Trace.model_validate_json(line)
     except ValueError:
-        logger.warning("%s holds a line that is no trace; it is left out", segment.path)
+        logger.warning("%s: a line is not a trace; it is skipped", segment.path)
         return None
     return _Row(_columns(trace, line.decode()), segment)
 
 
 def _insert(connection: Connection, rows: Sequence[dict[str, Any]]) -> None:
-    """Writes traces and what they add to their keys' usage; one that is there already changes nothing."""
+    """Writes traces and adds to their keys' usage; a trace that is already there changes nothing."""
     keyed = [row for row in rows if row["key_id"] is not None]
     if keyed:
         ids = [row["id"] for row in keyed]
@@ -369,5 +372,5 @@ def _record(connection: Connection, trace_id: str, key_id: str | None, *, to_cha
     if to_change and connection.dialect.name == "postgresql":  # SQLite lets one writer in at a time anyway
         query += " FOR UPDATE"
     bound = {"id": trace_id} if key_id is None else {"id": trace_id, "key_id": key_id}
-    found = connection.execute(text(query), bound).scalar()
-    return None if found is None else str(found)
+    record = connection.execute(text(query), bound).scalar()
+    return None if record is None else str(record)

@@ -12,9 +12,10 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import httpx
 from rich.console import Console
 
+from mixfuse.app.admin_api import RoleRow
+from mixfuse.app.client import AdminClient, RefusedError
 from mixfuse.contracts import adapter, judge_protocol
 from mixfuse.contracts.adapter import LORA_RANKS, Fingerprint, Manifest, Parity
 from mixfuse.contracts.errors import MixfuseError
@@ -22,16 +23,15 @@ from mixfuse.contracts.files import sha256_json
 from mixfuse.contracts.judge_protocol import Calibration
 from mixfuse.contracts.strict_yaml import load
 from mixfuse.contracts.tasks import Split, Task, make
-from mixfuse.fusion.calls.pool import Endpoint
-from mixfuse.fusion.config import FusedMode, FusionConfig
-from mixfuse.fusion.http.keys import ADMIN_KEY, API_KEY
+from mixfuse.fusion.calls.upstream import Endpoint
+from mixfuse.fusion.config import Agreement, FusedMode, FusionConfig
+from mixfuse.fusion.http.keys import API_KEY
 from mixfuse.fusion.measure import eval_fusion as fusing
 from mixfuse.fusion.measure import eval_judge as judging
 from mixfuse.fusion.measure import fusion_page, judge_page
 from mixfuse.fusion.measure.eval_fusion import FusionReport
 from mixfuse.fusion.measure.eval_judge import JudgeReport
 from mixfuse.fusion.measure.questions import Question, Verifier, matches, read_questions
-from mixfuse.fusion.modes.agreement import How
 from mixfuse.fusion.store.cache import Cache
 from mixfuse.serve.engine import BASE_MODEL_NAME, Engine, EngineConfig
 from mixfuse.serve.roles import BASE
@@ -137,7 +137,7 @@ def eval_judge(
 
     with Cache(cache or (out / "cache.sqlite3" if out else None)) as kept:
         reports = asyncio.run(measure(kept))
-        asked, found = kept.added, kept.found
+        asked, found = kept.added, kept.hits
     own = reports[judge]
     others = {ref: reports[ref] for ref in [*against, *([UNTRAINED] if untrained else [])] if ref != judge}
     report = judging.compared(rows, own, others)
@@ -194,7 +194,7 @@ def eval_fusion(
     sent = {"temperature": temperature, "max_tokens": max_tokens, "seed": seed}
     parameters = {name: value for name, value in sent.items() if value is not None}
     questions, right = _questions(tasks, data, verifier, split=split, count=count, limit=limit, seed=seed)
-    same: How = verifier if verifier in ("exact", "number", "json") else config.modes.agreement
+    same: Agreement = verifier if verifier in ("exact", "number", "json") else config.modes.agreement
     served = {role: revision for role, (revision, _) in _served(url).items()}
     with Cache(cache or (out / "cache.sqlite3" if out else None)) as kept:
         measuring = fusing.evaluate(
@@ -212,7 +212,7 @@ def eval_fusion(
             api_key=os.environ.get(API_KEY),
         )
         report, answers = asyncio.run(measuring)
-        asked, found = kept.added, kept.found
+        asked, found = kept.added, kept.hits
     console = Console()
     console.print(report.table())
     console.print(report.verdict.words, markup=False, highlight=False, soft_wrap=True)
@@ -264,30 +264,25 @@ def _judge_manifest(directory: Path) -> Manifest:
 
 
 def _served(url: str) -> dict[str, tuple[str | None, Calibration | None]]:
-    """Role → (revision, calibration), as far as the server at `url` says; nothing of a gateway that has no roles.
+    """Role → (revision, calibration) of the server at `url`; empty for a gateway that has no roles.
 
     Raises:
-        MixfuseError: Nothing answers there.
+        MixfuseError: Nothing answers there, or the server fails.
     """
-    headers = {"Authorization": f"Bearer {key}"} if (key := os.environ.get(ADMIN_KEY)) else {}
     try:
-        response = httpx.get(f"{url.rstrip('/')}/admin/roles", headers=headers, timeout=30)
-    except httpx.HTTPError as error:
-        raise MixfuseError(
-            f"nothing answers at {url} ({error}); start a server: mixfuse serve CONFIG, or mixfuse gateway CONFIG"
-        ) from None
-    if response.status_code != httpx.codes.OK:
+        rows = AdminClient(url).roles()
+    except RefusedError:
         return {}
-    return {row["role"]: (row["revision"], _calibration(row)) for row in response.json()["roles"]}
+    return {row.role: (row.revision, _calibration(row)) for row in rows}
 
 
-def _calibration(row: Mapping[str, Any]) -> Calibration | None:
-    """A served role's calibration, where its adapter directory can be read from here."""
-    directory = Path(row["directory"]) if row["directory"] else None
+def _calibration(row: RoleRow) -> Calibration | None:
+    """A served role's calibration, if its adapter directory can be read on this machine."""
+    directory = Path(row.directory) if row.directory else None
     if directory is None or not (directory / adapter.MANIFEST).is_file():
         return None
     manifest = adapter.read_manifest(directory)
-    return manifest.calibration if manifest.revision == row["revision"] else None
+    return manifest.calibration if manifest.revision == row.revision else None
 
 
 @asynccontextmanager

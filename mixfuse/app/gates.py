@@ -1,8 +1,9 @@
-"""Gates before a swap: an adapter shows on live requests that it may serve, in their shadow or as a canary.
+"""Gates before a swap: a staged revision must keep limits on live requests before it serves.
 
-Shadow: the staged revision does what the serving one did in N live requests, beside them (`fusion/modes/shadow.py`).
-Canary: a share of the requests is given to it, and the traces are watched. One after the other where both are asked
-for. A limit that is broken ends the gate, and the old revision serves on; at the end the staged one is flipped in.
+Shadow: the staged revision repeats the calls of N live requests beside the serving one (`fusion/measure/shadow.py`).
+Canary: the staged revision serves a share of the requests, and their traces are measured. If both are requested, the
+canary follows the shadow. A broken limit ends the gate, and the old revision serves on. A gate that is passed ends with
+the flip.
 """
 
 import asyncio
@@ -12,47 +13,47 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Any, Literal, Protocol, Self
+from typing import Protocol, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
+from mixfuse.app.admin_api import UNDER_WAY, GateReport, GateState, Ratio, Share, SwapRequest
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.strict_yaml import Strict, validate
 from mixfuse.contracts.trace import Trace
-from mixfuse.fusion.calls.pool import Endpoint, Pool, RoleSource
+from mixfuse.fusion.calls.pool import Pool, RoleSource
+from mixfuse.fusion.calls.upstream import Endpoint
 from mixfuse.fusion.config import FusionConfig
-from mixfuse.fusion.modes.shadow import Comparison, Part, share, side_by_side, watch
-from mixfuse.serve.roles import Revision, RoleTable, Why
+from mixfuse.fusion.measure.shadow import Comparison, Part, share, side_by_side, watch
+from mixfuse.serve.role_record import Reason
+from mixfuse.serve.slots import Revision
+from mixfuse.serve.swap import Swapper
 
 logger = logging.getLogger(__name__)
 
-_LOOK_S = 0.5  # how often a canary's figures are held against the limits
-
-Share = Annotated[float, Field(ge=0, le=1)]
-Ratio = Annotated[float, Field(gt=0)]
+_CHECK_S = 0.5  # seconds between two checks of a canary's limits
 
 
 class GateConfig(Strict):
-    """What a revision has to keep to, beside the one it is to replace; a limit that is null is not looked at.
+    """The limits that a staged revision must keep, compared with the serving one. A null limit is not checked.
 
     Attributes:
-        min_agreement: Of the pairs in which both judges name a winner, the least share in which it is the same. In the
-            shadow only. Not looked at where the old judge is the base model, unless the swap asks for it.
-        min_consistency: The least share of pairs in which a judge names one winner in both orders. Unset: it may not be
-            below the old one's by more than chance (two standard errors).
+        min_agreement: Shadow only. Of the pairs in which both judges name a winner, the least share with the same
+            winner. Not checked if the old judge is the base model, unless the swap sets it.
+        min_consistency: The least share of pairs in which the judge names the same winner in both orders. Null: it may
+            be below the old one's share by chance only (two standard errors).
         max_parse_failures: The largest share of a judge's verdicts that cannot be read.
-        min_answer_agreement: The least share of prompts that both answer alike. In the shadow only.
-        min_preference: The least share of prompts at which the judge prefers the new answer, ties counting half. In the
-            shadow only, and only then is the judge asked.
-        max_failures: The largest share of the new one's calls that fail.
-        max_latency_ratio: The largest ratio of the 95th percentiles of the calls' latencies, new to old; of
-            `min_requests` calls each at least, since one slow call is no figure.
-        max_disliked: The largest share of feedback against the new one's answers, beyond the old one's share. In a
-            canary only.
-        min_requests: A canary's figures decide nothing before so many requests met it, and so many the old one.
-        concurrency: The most requests done again at once in the shadow.
+        min_answer_agreement: Shadow only. The least share of prompts to which both give the same answer.
+        min_preference: Shadow only. The least share of prompts for which the judge prefers the new answer; ties count
+            half. The judge is asked only if this is set.
+        max_failures: The largest share of the new revision's calls that fail.
+        max_latency_ratio: The largest ratio, new to old, of the 95th percentiles of the calls' latencies. Checked once
+            both have `min_requests` calls, since one slow call proves nothing.
+        max_disliked: Canary only. The largest share of negative feedback on the new revision's answers, in excess of
+            the old one's share.
+        min_requests: A canary is not judged before this many requests reached it, and this many the old revision.
+        concurrency: The most requests repeated at once in the shadow.
     """
 
     min_agreement: Share | None = 0.5
@@ -67,64 +68,21 @@ class GateConfig(Strict):
     concurrency: int = Field(default=2, ge=1)
 
 
-class SwapRequest(Strict):
-    """The body of `PUT /admin/roles/ROLE`.
-
-    Attributes:
-        directory: The adapter directory, as the server sees it.
-        shadow: So many live requests are done again by the new revision before it gets any.
-        canary: Then it is given this share of the requests.
-        for_s: How long it is a canary, in seconds.
-        requests: Or until so many requests have met it.
-        timeout_s: The longest to wait for `shadow` or `requests`, in seconds.
-        limits: Instead of the serve config's `gate`, by name.
-    """
-
-    directory: Path
-    shadow: int | None = Field(default=None, ge=1)
-    canary: float | None = Field(default=None, gt=0, lt=1)
-    for_s: Ratio | None = None
-    requests: int | None = Field(default=None, ge=1)
-    timeout_s: Ratio = 600.0
-    limits: dict[str, Any] = {}
-
-    @model_validator(mode="after")
-    def _whole(self) -> "SwapRequest":
-        if self.for_s is not None and self.requests is not None:
-            raise ValueError("a canary has a time (for_s) or a number of requests, not both")
-        if self.canary is None and (self.for_s or self.requests):
-            raise ValueError("for_s and requests go with a canary's share (canary)")
-        if self.canary is not None and not (self.for_s or self.requests):
-            raise ValueError("say how long it is a canary: for_s (seconds) or requests")
-        if self.limits and not self.gated:
-            raise ValueError("limits go with shadow or canary")
-        return self
-
-    @property
-    def gated(self) -> bool:
-        """Whether anything stands before the flip."""
-        return self.shadow is not None or self.canary is not None
-
-
-State = Literal["shadow", "canary", "draining", "promoted", "refused", "stopped", "failed"]
-UNDER_WAY = ("shadow", "canary", "draining")
-
-
 @dataclass
 class Gate:
-    """One gate, under way or ended.
+    """One gate, in progress or ended.
 
     Attributes:
-        role: Whose.
-        old: The revision that serves; None for the base.
-        new: The one that wants to.
-        request: What was asked for.
-        limits: What it has to keep to.
-        state: Where it stands; the last four are ends, and only "promoted" means that the new one serves.
-        reason: Why it ended as it did.
-        shadow: The shadow's figures.
-        canary: The canary's.
-        began: Seconds since 1970.
+        role: The role.
+        old: The serving revision; None for the base.
+        new: The staged revision.
+        request: The request that began the gate.
+        limits: The limits that the staged revision must keep.
+        state: The gate's phase, or how it ended.
+        reason: Why it ended so.
+        shadow: The figures of the shadow; None before it.
+        canary: The figures of the canary; None before it.
+        began: When it began, in seconds since 1970.
     """
 
     role: str
@@ -132,7 +90,7 @@ class Gate:
     new: str
     request: SwapRequest
     limits: GateConfig
-    state: State
+    state: GateState
     reason: str = ""
     shadow: Comparison | None = None
     canary: Comparison | None = None
@@ -143,33 +101,33 @@ class Gate:
         """Whether it has not ended."""
         return self.state in UNDER_WAY
 
-    def report(self) -> dict[str, Any]:
-        """State and figures as JSON."""
-        return {
-            "state": self.state,
-            "reason": self.reason,
-            "old": self.old,
-            "new": self.new,
-            "began": self.began,
-            "asked": self.request.model_dump(mode="json", exclude_none=True),
-            "limits": self.limits.model_dump(exclude_none=True),
-            "shadow": self.shadow and self.shadow.report(),
-            "canary": self.canary and self.canary.report(),
-        }
+    def report(self) -> GateReport:
+        """Returns the gate as the admin API reports it."""
+        return GateReport(
+            state=self.state,
+            reason=self.reason,
+            old=self.old,
+            new=self.new,
+            began=self.began,
+            asked=self.request.model_dump(mode="json", exclude_none=True),
+            limits=self.limits.model_dump(exclude_none=True),
+            shadow=self.shadow.report() if self.shadow else None,
+            canary=self.canary.report() if self.canary else None,
+        )
 
 
 class GateError(MixfuseError):
-    """A revision did not get through its gate; the old one serves on."""
+    """A staged revision did not pass its gate; the old one serves on."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message, kind="gate")
 
 
 class Revisions(RoleSource, Protocol):
-    """The role table as the gateway sees it, and each of its revisions."""
+    """The role table as the gateway uses it, with leases of single revisions."""
 
     def hold(self, revision: Revision) -> AbstractAsyncContextManager[Endpoint]:
-        """Pins this revision, whichever serves the role, for as long as the block runs."""
+        """Leases this revision, serving or staged, while the block runs."""
         ...
 
 
@@ -177,54 +135,54 @@ class Gates:
     """The gates of a server.
 
     Args:
-        table: The server's roles.
-        roles: How their revisions are reached.
-        fusion: What the gateway serves.
+        swapper: Swaps the server's roles.
+        roles: Leases their revisions as endpoints.
+        fusion: The gateway's config.
         limits: The serve config's `gate`.
     """
 
-    def __init__(self, table: RoleTable, roles: Revisions, fusion: FusionConfig, limits: GateConfig) -> None:
-        self._table, self._roles, self._fusion, self._limits = table, roles, fusion, limits
+    def __init__(self, swapper: Swapper, roles: Revisions, fusion: FusionConfig, limits: GateConfig) -> None:
+        self._swapper, self._table = swapper, swapper.table
+        self._roles, self._fusion, self._limits = roles, fusion, limits
         self._gates: dict[str, Gate] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._watches: dict[str, _Shadow | _Canary] = {}
+        self._phases: dict[str, _Shadow | _Canary] = {}
 
     async def close(self) -> None:
-        """Ends what is under way; the old revisions serve on."""
+        """Stops every gate; the old revisions serve on."""
         for role in list(self._tasks):
             await self.stop(role)
 
     def observe(self, trace: Trace) -> None:
-        """Takes a finished trace of the gateway's (`mixfuse.fusion.http.gateway.Observer`)."""
-        for watching in self._watches.values():
-            watching.take(trace)
+        """Measures a finished trace of the gateway (`mixfuse.fusion.http.gateway.Observer`)."""
+        for phase in self._phases.values():
+            phase.observe(trace)
 
     def of(self, role: str) -> Gate | None:
-        """The role's gate, the last one where none is under way."""
+        """The role's gate: the present one, or the last."""
         return self._gates.get(role)
 
     async def begin(self, role: str, request: SwapRequest) -> Gate:
-        """Stages an adapter and has it begin to show what it does; returns then.
+        """Stages an adapter, starts its gate in the background, and returns.
 
         Raises:
-            MixfuseError: A limit is unknown, or as `RoleTable.stage`.
+            MixfuseError: A limit is unknown, or as for `Swapper.stage`.
         """
-        known = {**self._limits.model_dump(), **request.limits}
-        limits = validate(known, GateConfig, source="limits")
-        why: Why = "shadow" if request.canary is None else "canary"
-        revision = await self._table.stage(role, request.directory, why=why)
-        assert revision.revision is not None  # noqa: S101 - what was staged is an adapter
+        limits = validate({**self._limits.model_dump(), **request.limits}, GateConfig, source="limits")
+        why: Reason = "shadow" if request.canary is None else "canary"
+        revision = await self._swapper.stage(role, request.directory, why=why)
+        assert revision.revision is not None  # noqa: S101 - only an adapter can be staged
         old = self._table.serving()[role]
         if old.revision is None and "min_agreement" not in request.limits:
             limits = limits.model_copy(update={"min_agreement": None})
-        state: State = "canary" if request.shadow is None else "shadow"
+        state: GateState = "canary" if request.shadow is None else "shadow"
         gate = self._gates[role] = Gate(role, old.revision, revision.revision, request, limits, state)
         self._tasks[role] = asyncio.create_task(self._run(gate, old, revision))
-        await asyncio.sleep(0)  # a task that is cancelled before it has begun could not clean up
+        await asyncio.sleep(0)  # a task that is cancelled before its first step cannot clean up
         return gate
 
     async def stop(self, role: str) -> Gate | None:
-        """Ends a gate that is under way, and gives the staged revision up; returns the role's gate."""
+        """Stops the role's gate, if it is in progress, and discards the staged revision; returns the role's gate."""
         if task := self._tasks.get(role):
             task.cancel()
             await asyncio.wait({task})
@@ -238,29 +196,29 @@ class Gates:
             if request.canary is not None:
                 await self._canary(gate, old, new)
             gate.state = "draining"
-            swap = await self._table.commit(role, new)
+            swap = await self._swapper.commit(role, new)
             gate.state, gate.reason = "promoted", f"within its limits; {swap.drained} requests finished on the old one"
         except GateError as refusal:
-            await self._give_up(gate, "refused", str(refusal), new)
+            await self._discard(gate, "refused", str(refusal), new)
         except asyncio.CancelledError:
-            # Between flip and end the new one serves already: only the draining is not waited for.
+            # After the flip the new revision serves already: the drain continues in the background.
             if self._table.serving()[role] is new:
                 gate.state, gate.reason = "promoted", "within its limits"
             else:
-                await self._give_up(gate, "stopped", "it was stopped; the old revision serves on", new)
+                await self._discard(gate, "stopped", "it was stopped; the old revision serves on", new)
         except Exception as error:
             if not isinstance(error, MixfuseError):
-                logger.exception("the gate of role %s failed in a way it should not", role)
-            await self._give_up(gate, "failed", str(error), new)
+                logger.exception("the gate of role %s failed unexpectedly", role)
+            await self._discard(gate, "failed", str(error), new)
         finally:
             del self._tasks[role]
             logger.info("gate of role %s: %s: %s (%s)", role, gate.new, gate.state, gate.reason)
 
-    async def _give_up(self, gate: Gate, state: State, reason: str, revision: Revision) -> None:
-        why: Why = "canary-rollback" if gate.canary is not None else "shadow-rollback"
+    async def _discard(self, gate: Gate, state: GateState, reason: str, revision: Revision) -> None:
+        why: Reason = "canary-rollback" if gate.canary is not None else "shadow-rollback"
         try:
-            await self._table.discard(revision, why=why, reason=reason)
-        except MixfuseError as error:  # the engine is gone, and the adapter with it
+            await self._swapper.discard(revision, why=why, reason=reason)
+        except MixfuseError as error:  # the engine is gone, and its adapters with it
             logger.warning("%s could not be unloaded: %s", revision.model, error)
         gate.state, gate.reason = state, reason
 
@@ -268,12 +226,12 @@ class Gates:
         gate.state, gate.shadow = "shadow", Comparison()
         wanted, timeout_s = gate.request.shadow or 0, gate.request.timeout_s
         async with (
-            Pool(_Pinned(self._roles, gate.role, old)) as old_pool,
-            Pool(_Pinned(self._roles, gate.role, new)) as new_pool,
+            Pool(_FixedRevision(self._roles, gate.role, old)) as old_pool,
+            Pool(_FixedRevision(self._roles, gate.role, new)) as new_pool,
             _Shadow(gate, self._part(gate), old.model, old_pool, new_pool) as shadow,
         ):
             try:
-                with self._watching(gate.role, shadow):
+                with self._observing(gate.role, shadow):
                     async with asyncio.timeout(timeout_s):
                         await shadow.done.wait()
             except TimeoutError:
@@ -286,27 +244,27 @@ class Gates:
 
     async def _canary(self, gate: Gate, old: Revision, new: Revision) -> None:
         gate.state, gate.canary = "canary", Comparison()
-        request, seen = gate.request, gate.canary
+        request, figures = gate.request, gate.canary
         least = min(gate.limits.min_requests, request.requests or gate.limits.min_requests)
-        canary = _Canary(self._part(gate), old.model, new.model, seen, request.requests)
+        canary = _Canary(self._part(gate), old.model, new.model, figures, request.requests)
         self._table.set_canary(gate.role, new, request.canary or 0.0)
         end = time.monotonic() + (request.for_s or request.timeout_s)
         try:
-            with self._watching(gate.role, canary):
-                while not canary.done.is_set() and (left := end - time.monotonic()) > 0:
+            with self._observing(gate.role, canary):
+                while not canary.done.is_set() and (left_s := end - time.monotonic()) > 0:
                     with suppress(TimeoutError):
-                        async with asyncio.timeout(min(left, _LOOK_S)):
+                        async with asyncio.timeout(min(left_s, _CHECK_S)):
                             await canary.done.wait()
-                    if limit := broken(gate.limits, seen, least=least):
+                    if limit := broken(gate.limits, figures, least=least):
                         raise GateError(
-                            f"rolled back: as a canary, in {seen.new.requests} requests, {limit}; "
+                            f"rolled back: as a canary, in {figures.new.requests} requests, {limit}; "
                             "the old revision serves all again"
                         )
         finally:
             self._table.clear_canary(gate.role)
-        if seen.new.requests < (request.requests or least):
+        if figures.new.requests < (request.requests or least):
             raise GateError(
-                f"rolled back: within {request.for_s or request.timeout_s:g} s {seen.new.requests} requests met the "
+                f"rolled back: within {request.for_s or request.timeout_s:g} s {figures.new.requests} requests met the "
                 f"canary, {request.requests or least} are needed; the old revision serves all again"
             )
 
@@ -314,25 +272,25 @@ class Gates:
         return Part.of(gate.role, self._fusion)
 
     @contextmanager
-    def _watching(self, role: str, watching: "_Shadow | _Canary") -> Iterator[None]:
-        """Has traces handed to `watching` while the block runs."""
-        self._watches[role] = watching
+    def _observing(self, role: str, phase: "_Shadow | _Canary") -> Iterator[None]:
+        """Passes finished traces to `phase` while the block runs."""
+        self._phases[role] = phase
         try:
             yield
         finally:
-            del self._watches[role]
+            del self._phases[role]
 
 
 class _Shadow:
-    """A shadow at work; an async context manager that cancels what still runs at its end.
+    """The shadow phase: repeats live requests. An async context manager that cancels unfinished ones at its end.
 
     Attributes:
-        done: Set when as many requests as were wanted have been done again.
+        done: Set when the wanted number of requests has been repeated.
     """
 
     def __init__(self, gate: Gate, part: Part, model: str, old: Pool, new: Pool) -> None:
         self._gate, self._part, self._model, self._old, self._new = gate, part, model, old, new
-        self._working: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._compared = 0
         self.done = asyncio.Event()
 
@@ -342,23 +300,23 @@ class _Shadow:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for task in self._working:
+        for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._working, return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def take(self, trace: Trace) -> None:
-        """Begins to do a request again, unless enough are being done already, or have been."""
+    def observe(self, trace: Trace) -> None:
+        """Repeats a request in the background, unless enough are being repeated or have been."""
         wanted = self._gate.request.shadow or 0
         at_once = min(self._gate.limits.concurrency, wanted - self._compared)
-        if trace.feedback or len(self._working) >= at_once or not self._part.calls(trace, self._model):
+        if trace.feedback or len(self._tasks) >= at_once or not self._part.calls(trace, self._model):
             return
-        task = asyncio.create_task(self._work(trace))
-        self._working.add(task)
-        task.add_done_callback(self._working.discard)
+        task = asyncio.create_task(self._repeat(trace))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
-    async def _work(self, trace: Trace) -> None:
-        met = self._gate.shadow
-        assert met is not None  # noqa: S101 - the gate is in the shadow
+    async def _repeat(self, trace: Trace) -> None:
+        figures = self._gate.shadow
+        assert figures is not None  # noqa: S101 - set before the shadow begins
         try:
             self._compared += await side_by_side(
                 trace,
@@ -366,35 +324,35 @@ class _Shadow:
                 self._model,
                 old=self._old,
                 new=self._new,
-                met=met,
+                met=figures,
                 preference=self._gate.limits.min_preference is not None,
             )
         except Exception:
-            logger.exception("trace %s could not be done again in the shadow", trace.id)
+            logger.exception("trace %s could not be repeated in the shadow", trace.id)
         if self._compared >= (self._gate.request.shadow or 0):
             self.done.set()
 
 
 class _Canary:
-    """A canary watched.
+    """The canary phase: measures the traces of live requests.
 
     Attributes:
-        done: Set when it has met as many requests as were wanted, if a number was.
+        done: Set when the wanted number of requests has reached the canary; never if no number is wanted.
     """
 
-    def __init__(self, part: Part, old: str, new: str, seen: Comparison, wanted: int | None) -> None:
-        self._part, self._old, self._new, self._seen, self._wanted = part, old, new, seen, wanted
+    def __init__(self, part: Part, old: str, new: str, figures: Comparison, wanted: int | None) -> None:
+        self._part, self._old, self._new, self._figures, self._wanted = part, old, new, figures, wanted
         self.done = asyncio.Event()
 
-    def take(self, trace: Trace) -> None:
-        """Counts a request."""
-        watch(trace, self._part, self._old, self._new, self._seen)
-        if self._wanted is not None and self._seen.new.requests >= self._wanted:
+    def observe(self, trace: Trace) -> None:
+        """Measures a request."""
+        watch(trace, self._part, self._old, self._new, self._figures)
+        if self._wanted is not None and self._figures.new.requests >= self._wanted:
             self.done.set()
 
 
-class _Pinned:
-    """The roles, one of them pinned to a revision (a `RoleSource`)."""
+class _FixedRevision:
+    """The roles, one of them fixed to a revision (a `RoleSource`)."""
 
     def __init__(self, roles: Revisions, role: str, revision: Revision) -> None:
         self._roles, self._role, self._revision = roles, role, revision
@@ -405,40 +363,40 @@ class _Pinned:
 
     @asynccontextmanager
     async def lease(self, role: str) -> AsyncIterator[Endpoint]:
-        """Yields the revision's endpoint for the one role, and for any other what serves it."""
-        held = self._roles.hold(self._revision) if role == self._role else self._roles.lease(role)
-        async with held as endpoint:
+        """Leases the fixed revision for its role, and the serving revision for any other role."""
+        lease = self._roles.hold(self._revision) if role == self._role else self._roles.lease(role)
+        async with lease as endpoint:
             yield endpoint
 
 
-def broken(limits: GateConfig, met: Comparison, *, least: int = 1) -> str | None:
-    """Says which limit the new revision breaks, and by how much; None where it keeps to all of them.
+def broken(limits: GateConfig, figures: Comparison, *, least: int = 1) -> str | None:
+    """Returns which limit the new revision breaks, and by how much; None if it keeps all of them.
 
     Args:
         limits: The limits.
-        met: The figures.
-        least: Figures of fewer requests than these decide nothing.
+        figures: What both revisions did.
+        least: No limit is checked before this many requests.
     """
-    old, new = met.old, met.new
+    old, new = figures.old, figures.new
     if new.requests < least:
         return None
-    both = old.requests >= least
+    comparable = old.requests >= least
     consistency, before = share(new.consistent, new.pairs), share(old.consistent, old.pairs)
     floor = limits.min_consistency
-    if floor is None and consistency is not None and before is not None and both:
+    if floor is None and consistency is not None and before is not None and comparable:
         chance = math.sqrt(consistency * (1 - consistency) / new.pairs + before * (1 - before) / old.pairs)
         floor = before - 2 * chance
-    timed = both and min(len(old.latencies_ms), len(new.latencies_ms)) >= limits.min_requests
+    timed = comparable and min(len(old.latencies_ms), len(new.latencies_ms)) >= limits.min_requests
     slower = _ratio(new.percentile_ms(95), old.percentile_ms(95)) if timed else None
-    said = new.liked + new.disliked
-    against = share(new.disliked, said) if said >= least else None
-    if against is not None:
-        against -= share(old.disliked, old.liked + old.disliked) or 0.0
+    feedback = new.liked + new.disliked
+    disliked = share(new.disliked, feedback) if feedback >= least else None
+    if disliked is not None:
+        disliked -= share(old.disliked, old.liked + old.disliked) or 0.0
     unread = share(new.parse_failures, 2 * new.pairs)
     failed = share(new.failures, new.calls)
-    agreed, alike = share(met.agreed, met.decided), share(met.same, met.answers)
-    preferred = share(met.preferred, met.preferences)
-    looked_at: list[tuple[str, str, float | None, float | None]] = [
+    agreed, alike = share(figures.agreed, figures.decided), share(figures.same, figures.answers)
+    preferred = share(figures.preferred, figures.preferences)
+    checks: list[tuple[str, str, float | None, float | None]] = [
         ("max_failures", "the share of calls that failed", failed, limits.max_failures),
         ("max_parse_failures", "the share of unreadable verdicts", unread, limits.max_parse_failures),
         ("min_agreement", "the judges' agreement on winners", agreed, limits.min_agreement),
@@ -446,9 +404,9 @@ def broken(limits: GateConfig, met: Comparison, *, least: int = 1) -> str | None
         ("min_answer_agreement", "the share of like answers", alike, limits.min_answer_agreement),
         ("min_preference", "the judge's preference for the new answers", preferred, limits.min_preference),
         ("max_latency_ratio", "the calls' p95 latency over the old one's", slower, limits.max_latency_ratio),
-        ("max_disliked", "feedback against it, beyond the old one's share,", against, limits.max_disliked),
+        ("max_disliked", "feedback against it, beyond the old one's share,", disliked, limits.max_disliked),
     ]
-    for name, measured, value, limit in looked_at:
+    for name, measured, value, limit in checks:
         if value is None or limit is None:
             continue
         if name.startswith("min_") and value < limit:

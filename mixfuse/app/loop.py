@@ -10,23 +10,23 @@ against it.
 """
 
 import fcntl
-import os
 import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
-import httpx
 import yaml
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from rich.console import Console
 
+from mixfuse.app.admin_api import SwapRequest
+from mixfuse.app.client import AdminClient, RefusedError
 from mixfuse.app.preferences import PairsSpec, Source, refuse_password
 from mixfuse.app.preferences import build as build_pairs
 from mixfuse.app.verifiers import ByTasks
@@ -34,7 +34,6 @@ from mixfuse.contracts.database import opened
 from mixfuse.contracts.errors import PREEMPTED, MixfuseError, Preempted
 from mixfuse.contracts.files import atomic_directory, read_json, read_jsonl, write_json, write_jsonl, write_text
 from mixfuse.contracts.strict_yaml import Strict, validate
-from mixfuse.fusion.http.keys import ADMIN_KEY
 from mixfuse.fusion.measure.statistics import Difference
 from mixfuse.fusion.store.export_traces import read as read_traces
 from mixfuse.train.data.pair_filters import Filters
@@ -45,7 +44,6 @@ ROUND = "round.json"
 FEEDBACK = "feedback"
 """What the round's own pairs are called."""
 _POLL_S = 1.0
-_STATES_OF_A_GATE = ("promoted", "refused", "stopped", "failed")
 
 
 class Traces(Strict):
@@ -362,29 +360,28 @@ class _Round:
         server, adapter = self._config.server, str(self._out / "adapter")
         if server is None:
             raise AssertionError("asked only where there is a server")
-        asked: dict[str, Any] = {"directory": adapter}
-        if server.shadow is not None:
-            asked |= {"shadow": server.shadow, "timeout_s": server.timeout_s}
-        row = _role(server)
-        gate = row.get("gate")
-        if row["directory"] == adapter:  # flipped before the step was written down
+        client = AdminClient(server.url)
+        row = client.role(server.role)
+        if row.directory == adapter:  # flipped before the step was written down
             return {"state": "promoted", "reason": "it serves already"}
-        if row["directory"] != self._facts["serving"]["directory"]:
-            now = row["directory"] or "the base"
+        if row.directory != self._facts["serving"]["directory"]:
+            now = row.directory or "the base"
             return {"state": "refused", "reason": f"{now} serves since the round began; it was not compared with that"}
-        if not (isinstance(gate, dict) and gate.get("asked", {}).get("directory") == adapter):
+        if row.gate is None or row.gate.asked.get("directory") != adapter:
             try:
-                answer = _admin(server, "PUT", f"/admin/roles/{server.role}", asked)
-            except _RefusedError as error:
+                if server.shadow is None:
+                    swap = client.swap(server.role, Path(adapter))
+                    return {"state": "promoted", "reason": "", **asdict(swap)}
+                request = SwapRequest(directory=Path(adapter), shadow=server.shadow, timeout_s=server.timeout_s)
+                client.begin_gate(server.role, request)
+            except RefusedError as error:
                 return {"state": "refused", "reason": str(error)}
-            if server.shadow is None:
-                return {"state": "promoted", "reason": "", **answer}
         while True:
-            gate = _role(server).get("gate")
-            if not isinstance(gate, dict):
+            gate = client.role(server.role).gate
+            if gate is None:
                 raise MixfuseError(f"{server.url} was restarted during the gate; run mixfuse loop again to go on")
-            if gate["state"] in _STATES_OF_A_GATE:
-                return gate
+            if not gate.under_way:
+                return asdict(gate)
             time.sleep(_POLL_S)
 
     def _decided(self, decision: Decision, shown: Mapping[str, Any]) -> dict[str, Any]:
@@ -444,8 +441,8 @@ def _begin(config: LoopConfig) -> Path | None:
 def _serves(config: LoopConfig, before: Sequence[Path]) -> dict[str, Any]:
     """Which judge serves now: its adapter directory, None for the base."""
     if config.server is not None:
-        row = _role(config.server)
-        return {"directory": row["directory"], "revision": row["revision"]}
+        row = AdminClient(config.server.url).role(config.server.role)
+        return {"directory": row.directory, "revision": row.revision}
     promoted = [found for folder in before if (found := read_json(folder / DECISION))["promoted"]]
     directory = promoted[-1]["adapter"] if promoted else config.judge and str(config.judge.resolve())
     return {"directory": directory, "revision": None}
@@ -507,34 +504,6 @@ def _run_command(lock: int, log: Path, *arguments: str | Path) -> None:
     last = next((line for line in reversed(said) if line.startswith("mixfuse: ")), said[-1] if said else "nothing said")
     message = f"mixfuse {arguments[0]} {arguments[1]} ended with {done.returncode} (log: {log}): {last}"
     raise Preempted(message) if done.returncode == PREEMPTED else MixfuseError(message)
-
-
-class _RefusedError(MixfuseError):
-    """The server answered, and said no."""
-
-
-def _role(server: Server) -> dict[str, Any]:
-    rows = _admin(server, "GET", "/admin/roles")["roles"]
-    found = next((row for row in rows if row["role"] == server.role), None)
-    if found is None:
-        raise MixfuseError(f"{server.url} serves no role {server.role!r}; name it in its config's roles")
-    return dict(found)
-
-
-def _admin(server: Server, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    headers = {"Authorization": f"Bearer {key}"} if (key := os.environ.get(ADMIN_KEY)) else {}
-    try:
-        response = httpx.request(method, server.url.rstrip("/") + path, json=body, headers=headers, timeout=600)
-        answer = response.json()
-    except (httpx.HTTPError, ValueError) as error:
-        raise MixfuseError(
-            f"no mixfuse server answers at {server.url} ({error}); start it, or set server: null"
-        ) from None
-    if response.is_error:
-        failure = answer.get("error") if isinstance(answer, dict) else None
-        message = failure.get("message") if isinstance(failure, dict) else None
-        raise _RefusedError(str(message or f"{server.url} answered {response.status_code}"))
-    return dict(answer)
 
 
 def lines(decision: Mapping[str, Any]) -> list[str]:

@@ -410,7 +410,7 @@ def _hard(hard: Hard, selection: Selection, seed: int, cache: Path, progress: bo
         for preference, outcome in zip(selection.train, labels.outcomes, strict=True)
         if outcome is None or outcome.winner != "first" or rng.random() < hard.keep
     ]
-    return selection.less(kept, "known to the judge")
+    return selection.with_train(kept, "known to the judge")
 
 
 def _verdicts(out: Path) -> Path:

@@ -1,8 +1,9 @@
-"""The role table's record in the trace database: what serves each role, and everything that ever changed that.
+"""The role record in the trace database: what serves each role, and every change of it.
 
-`roles` holds the present of each role, `role_history` what happened, line by line, never changed. A change is made
-only where the role's version is still the one its maker saw (compare and set), so of two gateways that swap at once
-one is told. A restart, and every other gateway on the same database, comes to the same revisions from here.
+Table `roles` has one row a role, its present state. Table `role_history` only grows: one row an event. A change names
+the version that its author last saw, and is refused if the role has another version by then (compare and set). So of
+two gateways that swap at the same time, one gets a conflict. A restarted gateway, and every other gateway on the same
+database, reads its revisions from here.
 """
 
 import time
@@ -18,31 +19,31 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from mixfuse.contracts.database import Database
 from mixfuse.contracts.errors import MixfuseError
-from mixfuse.serve.roles import Entry, Why
+from mixfuse.serve.role_record import Reason, RoleEntry
 
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class Event:
-    """A line of a role's history.
+    """One line of a role's history.
 
     Attributes:
-        at: When, in seconds since 1970.
+        at: Time of the event, in seconds since 1970.
         role: The role.
-        why: What it was done for: swap, rollback, watch, …
+        why: The reason for the change: swap, rollback, watch, …
         outcome: "ok" or "refused".
         old: The revision that served before; None for the base.
-        new: The one that was to serve; None for the base, or where the adapter could not be read.
-        directory: Where that lies.
-        gateway: Who did it.
-        version: The role's version from then on; None where what serves it did not change.
-        error: Why it was refused.
+        new: The revision that was to serve; None for the base, or if the adapter could not be read.
+        directory: The adapter directory of `new`.
+        gateway: The gateway that made the change.
+        version: The role's version after the change; None if the serving revision did not change.
+        error: Why the change was refused.
     """
 
     at: float
     role: str
-    why: Why
+    why: Reason
     outcome: str
     old: str | None
     new: str | None
@@ -53,77 +54,81 @@ class Event:
 
 
 class StoredRoles:
-    """The record, for one gateway; implements `mixfuse.serve.roles.RoleStore`.
+    """The record, as one gateway uses it; implements `mixfuse.serve.role_record.RoleRecord`.
 
     Args:
-        database: Where it is.
-        gateway: Names this one in the history.
+        database: The trace database.
+        gateway: This gateway's name in the history.
     """
 
     def __init__(self, database: Database, gateway: str) -> None:
         self._database, self._gateway = database, gateway
         self.name = database.name
 
-    async def read(self) -> Mapping[str, Entry]:
-        """All roles that are known."""
+    async def read(self) -> Mapping[str, RoleEntry]:
+        """Returns the entry of each known role."""
         return await self._run(read)
 
-    async def change(self, role: str, expected: int, revision: str | None, directory: Path | None, why: Why) -> Entry:
-        """Records what serves a role from now on; see `change`."""
-        where = None if directory is None else str(directory.resolve())
-        return await self._run(partial(change, new=_new(role, expected, revision, where, self._gateway), why=why))
+    async def change(
+        self, role: str, expected: int, revision: str | None, directory: Path | None, why: Reason
+    ) -> RoleEntry:
+        """Records the revision that serves a role from now on; see the function `change`."""
+        path = None if directory is None else str(directory.resolve())
+        return await self._run(partial(change, new=_new(role, expected, revision, path, self._gateway), why=why))
 
-    async def refused(self, role: str, revision: str | None, directory: Path | None, why: Why, error: str) -> None:
-        """Notes in the history that something was not done."""
-        where = None if directory is None else str(directory.resolve())
+    async def note_refusal(
+        self, role: str, revision: str | None, directory: Path | None, why: Reason, error: str
+    ) -> None:
+        """Adds a line to the history: a change was attempted and refused."""
+        path = None if directory is None else str(directory.resolve())
 
         def note(connection: Connection) -> None:
-            old = read(connection).get(role)
-            now = old.revision if old is not None else None
+            entry = read(connection).get(role)
+            serving = entry.revision if entry is not None else None
             _append(
                 connection,
-                Event(time.time(), role, why, "refused", now, revision, where, self._gateway, None, error),
+                Event(time.time(), role, why, "refused", serving, revision, path, self._gateway, None, error),
             )
 
         await self._run(note)
 
-    async def before(self, role: str) -> Entry:
-        """What a rollback leads to; see `before`."""
-        return await self._run(partial(before, role=role))
+    async def rollback_target(self, role: str) -> RoleEntry:
+        """Returns the entry that a rollback would serve; see the function `rollback_target`."""
+        return await self._run(partial(rollback_target, role=role))
 
-    async def had(self, role: str, revision: str) -> bool:
-        """Whether a revision ever served the role."""
+    async def has_served(self, role: str, revision: str) -> bool:
+        """Whether a revision has ever served the role."""
         query = text("SELECT 1 FROM role_history WHERE role = :role AND new_revision = :new AND version IS NOT NULL")
         return await self._run(
             lambda connection: connection.execute(query, {"role": role, "new": revision}).first() is not None
         )
 
-    async def pin(self, role: str, pinned: bool) -> Entry:
-        """Records whether a role's adapter has to stay loaded.
+    async def pin(self, role: str, pinned: bool) -> RoleEntry:
+        """Records whether a role's adapter stays loaded.
 
         Raises:
             MixfuseError: The record does not know the role (kind "role").
         """
 
-        def work(connection: Connection) -> Entry:
-            known = read(connection).get(role)
-            if known is None:
+        def work(connection: Connection) -> RoleEntry:
+            entry = read(connection).get(role)
+            if entry is None:
                 raise MixfuseError(f"the role table does not know {role!r}", kind="role")
             connection.execute(
                 text("UPDATE roles SET pinned = :pinned WHERE role = :role"), {"pinned": int(pinned), "role": role}
             )
-            why: Why = "pin" if pinned else "unpin"
-            now = known.revision
+            why: Reason = "pin" if pinned else "unpin"
+            serving = entry.revision
             _append(
                 connection,
-                Event(time.time(), role, why, "ok", now, now, known.directory, self._gateway, None, None),
+                Event(time.time(), role, why, "ok", serving, serving, entry.directory, self._gateway, None, None),
             )
             return read(connection)[role]
 
         return await self._run(work)
 
     async def history(self, role: str, limit: int = 100) -> list[Event]:
-        """What happened to a role, newest first."""
+        """Returns the role's newest events, newest first."""
         return await self._run(partial(history, role=role, limit=limit))
 
     async def _run(self, work: Callable[[Connection], Result]) -> Result:
@@ -137,25 +142,25 @@ class StoredRoles:
             ) from error
 
 
-def read(connection: Connection) -> dict[str, Entry]:
-    """What serves each role."""
+def read(connection: Connection) -> dict[str, RoleEntry]:
+    """Returns the entry of each known role."""
     rows = connection.execute(text("SELECT role, version, revision, directory, pinned, since, gateway FROM roles"))
-    return {row["role"]: Entry(**{**row, "pinned": bool(row["pinned"])}) for row in rows.mappings()}
+    return {row["role"]: RoleEntry(**{**row, "pinned": bool(row["pinned"])}) for row in rows.mappings()}
 
 
-def change(connection: Connection, *, new: Entry, why: Why) -> Entry:
-    """Records what serves a role from now on.
+def change(connection: Connection, *, new: RoleEntry, why: Reason) -> RoleEntry:
+    """Records the revision that serves a role from now on.
 
     Args:
-        connection: In a transaction.
-        new: What shall be; its version is that of what is there now and one more. `pinned` is left as it is.
-        why: For the history.
+        connection: A connection within a transaction.
+        new: The new entry. Its version must be one above the version in the table. `pinned` is not written.
+        why: The reason, for the history.
 
     Returns:
-        The entry as it is now.
+        The entry as it is stored now.
 
     Raises:
-        MixfuseError: Somebody else has changed the role meanwhile (kind "conflict").
+        MixfuseError: Another gateway has changed the role meanwhile (kind "conflict").
     """
     old = read(connection).get(new.role)
     values = vars(new) | {"pinned": 0, "expected": new.version - 1}
@@ -170,10 +175,10 @@ def change(connection: Connection, *, new: Entry, why: Why) -> Entry:
             "gateway = :gateway WHERE role = :role AND version = :expected"
         )
     if connection.execute(text(statement), values).rowcount != 1:
-        there = read(connection).get(new.role)
-        found = f"{there.gateway} had it serve {there.revision or 'the base'}" if there is not None else "it is gone"
+        now = read(connection).get(new.role)
+        change_made = f"{now.gateway} swapped it to {now.revision or 'the base'}" if now is not None else "it is gone"
         raise MixfuseError(
-            f"role {new.role!r} was changed by somebody else meanwhile: {found}; look at it, and try again",
+            f"role {new.role!r} was changed by another gateway meanwhile: {change_made}; look at it, and try again",
             kind="conflict",
         )
     _append(
@@ -194,17 +199,17 @@ def change(connection: Connection, *, new: Entry, why: Why) -> Entry:
     return read(connection)[new.role]
 
 
-def before(connection: Connection, *, role: str) -> Entry:
-    """What a rollback of a role leads to, with the version the role has now.
+def rollback_target(connection: Connection, *, role: str) -> RoleEntry:
+    """Returns the entry that a rollback of a role would serve, with the role's present version.
 
-    Each rollback takes the newest change away that is not taken away yet, so several walk back, and a swap after a
-    rollback is undone to what was rolled back to.
+    A rollback undoes the newest change that is not undone yet. Several rollbacks go back step by step; a swap after a
+    rollback is undone to the revision that the rollback served.
 
     Raises:
-        MixfuseError: There is nothing before (kind "conflict"), or the role is not known (kind "role").
+        MixfuseError: Nothing served the role before (kind "conflict"), or the role is unknown (kind "role").
     """
-    now = read(connection).get(role)
-    if now is None:
+    entry = read(connection).get(role)
+    if entry is None:
         raise MixfuseError(f"the role table does not know {role!r}", kind="role")
     query = text(
         "SELECT why, new_revision, directory FROM role_history WHERE role = :role AND version > 0 ORDER BY version"
@@ -218,18 +223,18 @@ def before(connection: Connection, *, role: str) -> Entry:
     if len(stack) < 2:
         raise MixfuseError(f"nothing served {role!r} before; there is nothing to go back to", kind="conflict")
     revision, directory = stack[-2]
-    return Entry(role, now.version, revision, directory, now.pinned, now.since, now.gateway)
+    return RoleEntry(role, entry.version, revision, directory, entry.pinned, entry.since, entry.gateway)
 
 
-def roll_back(database: Database, role: str, gateway: str) -> Entry:
-    """Goes back without a server: what `before` says is recorded. Running gateways follow, others start with it.
+def roll_back(database: Database, role: str, gateway: str) -> RoleEntry:
+    """Records a rollback without a server. Running gateways follow it; others start with it.
 
     Raises:
-        MixfuseError: As `before`, or somebody else changed the role in this moment.
+        MixfuseError: As for `rollback_target`, or another gateway changed the role at the same time.
     """
 
-    def work(connection: Connection) -> Entry:
-        target = before(connection, role=role)
+    def work(connection: Connection) -> RoleEntry:
+        target = rollback_target(connection, role=role)
         new = _new(role, target.version, target.revision, target.directory, gateway)
         return change(connection, new=new, why="rollback")
 
@@ -237,7 +242,7 @@ def roll_back(database: Database, role: str, gateway: str) -> Entry:
 
 
 def history(connection: Connection, *, role: str, limit: int) -> list[Event]:
-    """What happened to a role, newest first."""
+    """Returns the role's newest events, newest first."""
     query = text(
         "SELECT at, role, why, outcome, old_revision AS old, new_revision AS new, directory, gateway, version, error "
         "FROM role_history WHERE role = :role ORDER BY at DESC, version DESC LIMIT :limit"
@@ -245,12 +250,12 @@ def history(connection: Connection, *, role: str, limit: int) -> list[Event]:
     return [Event(**row) for row in connection.execute(query, {"role": role, "limit": limit}).mappings()]
 
 
-def _new(role: str, expected: int, revision: str | None, directory: str | None, gateway: str) -> Entry:
-    return Entry(role, expected + 1, revision, directory, False, time.time(), gateway)
+def _new(role: str, expected: int, revision: str | None, directory: str | None, gateway: str) -> RoleEntry:
+    return RoleEntry(role, expected + 1, revision, directory, False, time.time(), gateway)
 
 
 def _append(connection: Connection, event: Event) -> None:
-    names = [one.name for one in fields(Event)]
+    names = [column.name for column in fields(Event)]
     columns = ", ".join({"old": "old_revision", "new": "new_revision"}.get(name, name) for name in names)
     values = ", ".join(f":{name}" for name in names)
     connection.execute(

@@ -4,9 +4,9 @@ import pytest
 from fake_upstream import FakeUpstream, Script
 from fusion_harness import StartGateway
 
-from mixfuse.fusion.config import Member
-from mixfuse.fusion.modes.agreement import How, distinct, key
-from mixfuse.fusion.modes.request import Candidate
+from mixfuse.fusion.answering.agreement import candidate_key, distinct
+from mixfuse.fusion.answering.candidate import Candidate
+from mixfuse.fusion.config import Agreement, Member
 
 MEMBER = Member(name="m", role="r")
 
@@ -31,8 +31,8 @@ def said(text: str, *calls: tuple[str, str]) -> Candidate:
         ("choice", ["neither of them", "neither of  them"]),
     ],
 )
-def test_these_say_the_same(how: How, texts: list[str]) -> None:
-    assert len({key(said(text), how) for text in texts}) == 1
+def test_these_say_the_same(how: Agreement, texts: list[str]) -> None:
+    assert len({candidate_key(said(text), how) for text in texts}) == 1
     assert len(distinct([said(text) for text in texts], how)) == 1
 
 
@@ -54,15 +54,18 @@ def test_these_say_the_same(how: How, texts: list[str]) -> None:
         ("never", "a", "a"),
     ],
 )
-def test_these_do_not(how: How, one: str, other: str) -> None:
+def test_these_do_not(how: Agreement, one: str, other: str) -> None:
     assert len(distinct([said(one), said(other)], how)) == 2
 
 
 def test_calls_of_tools_are_the_same_whatever_their_spelling() -> None:
-    assert key(said("", ("add", '{"a": 1, "b": 2}')), "exact") == key(said("", ("add", '{"b":2,"a":1}')), "exact")
-    assert key(said("", ("add", '{"a": 1}')), "exact") != key(said("", ("sub", '{"a": 1}')), "exact")
-    assert key(said("", ("add", "{}")), "exact") != key(said("", ("add", "{}"), ("add", "{}")), "exact")
-    assert key(said("add({})"), "exact") != key(said("", ("add", "{}")), "exact")
+    def key(text: str, *calls: tuple[str, str]) -> str:
+        return candidate_key(said(text, *calls), "exact")
+
+    assert key("", ("add", '{"a": 1, "b": 2}')) == key("", ("add", '{"b":2,"a":1}'))
+    assert key("", ("add", '{"a": 1}')) != key("", ("sub", '{"a": 1}'))
+    assert key("", ("add", "{}")) != key("", ("add", "{}"), ("add", "{}"))
+    assert key("add({})") != key("", ("add", "{}"))
 
 
 async def test_a_gateway_reads_answers_as_configured(start_gateway: StartGateway, upstream: FakeUpstream) -> None:

@@ -130,7 +130,7 @@ async def test_a_second_run_asks_nothing_and_one_cut_off_goes_on(
     pool.models["gamma"].hold = None
     with Cache(tmp_path / "cache.sqlite3") as cache:
         first = await evaluated(config(), gateway.url, cache)
-        assert (cache.found, cache.added) == (done, 20 * 3 + 14 * 2 - done)
+        assert (cache.hits, cache.added) == (done, 20 * 3 + 14 * 2 - done)
     asked = len(pool.requests)
     with Cache(tmp_path / "cache.sqlite3") as cache:
         assert await evaluated(config(), gateway.url, cache) == first

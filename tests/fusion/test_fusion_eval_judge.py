@@ -306,13 +306,13 @@ async def test_a_second_run_asks_nothing(upstream: FakeUpstream, tmp_path: Path)
     endpoint = Endpoint(upstream.base_url, "judge", revision="r1")
     with Cache(tmp_path / "deep" / "cache.sqlite3") as cache:
         first = await evaluate(endpoint, PAIRS, progress=False, cache=cache)
-    assert (cache.added, cache.found) == (8, 0)
+    assert (cache.added, cache.hits) == (8, 0)
     with Cache(tmp_path / "deep" / "cache.sqlite3") as cache:
         assert known("r1", PAIRS, cache)
         assert not known("r2", PAIRS, cache)
         assert not known("r1", [*PAIRS, Comparison("new", "x", "y", "first")], cache)
         assert await evaluate(endpoint, PAIRS, progress=False, cache=cache) == first
-        assert (cache.added, cache.found) == (0, 8)
+        assert (cache.added, cache.hits) == (0, 8)
         assert len(upstream.requests) == 8
         other = replace(endpoint, revision="r2")  # a swapped judge is another one
         await evaluate(other, PAIRS[:1], progress=False, cache=cache)
@@ -346,7 +346,7 @@ async def test_a_run_that_is_cut_off_goes_on(upstream: FakeUpstream, tmp_path: P
     judge.hold = None
     with Cache(tmp_path / "cache.sqlite3") as cache:
         await evaluate(endpoint, PAIRS, progress=False, cache=cache)
-        assert (cache.found, cache.added) == (3, 5)
+        assert (cache.hits, cache.added) == (3, 5)
 
 
 async def test_a_failed_call_is_asked_again(upstream: FakeUpstream, tmp_path: Path) -> None:

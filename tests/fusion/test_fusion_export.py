@@ -109,7 +109,7 @@ async def test_other_users_outweigh_the_judge_and_verifiers_both(tmp_path: Path)
 async def test_an_export_of_which_nothing_is_known_is_refused(tmp_path: Path) -> None:
     place = await stored(tmp_path / "traces.sqlite3", [trace(1)])
     with opened(place) as database:
-        with pytest.raises(MixfuseError, match="of 1 traces none says which answers are right"):
+        with pytest.raises(MixfuseError, match="none of 1 traces says which answers are right"):
             export(database, tmp_path / "pool.jsonl")
         assert not (tmp_path / "pool.jsonl").exists()
         assert export(database, tmp_path / "pool.jsonl", label="judge")["rows"] == 1

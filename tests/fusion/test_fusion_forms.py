@@ -125,7 +125,7 @@ def schema(**properties: Any) -> dict[str, Any]:
         ({}, "must be 'text'"),
         ({"type": "json_schema"}, "needs a 'name' and a 'schema'"),
         ({"type": "json_schema", "json_schema": {"name": "x"}}, "needs a 'name' and a 'schema'"),
-        (schema(type="objekt"), "no JSON schema"),
+        (schema(type="objekt"), "not a JSON schema"),
         (schema(properties={"a": {"$ref": "http://127.0.0.1:1/schema.json"}}), "points outside"),
         (schema(properties={"a": {"$ref": "file:///etc/passwd"}}), "points outside"),
     ],
@@ -280,7 +280,7 @@ async def test_images_go_to_the_members_that_take_them(start_gateway: StartGatew
     members = [at("alpha"), at("beta", images=True), at("gamma", images=True)]
     gateway = await start_gateway(members, synthesizer=synthesizer)
     body = (await gateway.post(model=MODES[0], messages=PICTURE)).json()
-    assert body["fusion"]["winner"] == 0 or body["choices"][0]["message"]["content"] == "the answer of beta"
+    assert (body["fusion"]["winner"], body["choices"][0]["message"]["content"]) == (0, "the answer of beta")
     assert body["fusion"]["skipped"] == [{"member": "alpha", "reason": "no_images"}]
     assert upstream.asked("alpha") == []
     assert upstream.asked("beta")[0]["messages"] == PICTURE
@@ -294,6 +294,23 @@ async def test_images_go_to_the_members_that_take_them(start_gateway: StartGatew
     text, image = upstream.asked("synth")[0]["messages"][-1]["content"]
     assert "what is it? [image]" in text["text"]
     assert image == PICTURE[0]["content"][1]
+
+
+async def test_all_images_are_sent(start_gateway: StartGateway, upstream: FakeUpstream) -> None:
+    def at(model: str) -> dict[str, Any]:
+        return {"base_url": upstream.base_url, "model": model, "images": True}
+
+    urls = ["https://images.example/1.png", PIXEL, "https://images.example/3.png"]
+    pictures = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    first = {"role": "user", "content": [{"type": "text", "text": "which? "}, *pictures[:2]]}
+    messages = [first, {"role": "assistant", "content": "of what?"}, {"role": "user", "content": [pictures[2]]}]
+    members = [{"name": name, **at(name)} for name in ("beta", "gamma")]
+    gateway = await start_gateway(members, synthesizer=at("synth"))
+    assert (await gateway.post(model=MODES[1], messages=messages)).status_code == 200
+    assert upstream.asked("beta")[0]["messages"] == messages
+    text, *sent = upstream.asked("synth")[0]["messages"][-1]["content"]
+    assert sent == pictures
+    assert text["text"].count("[image]") == 3
 
 
 async def test_images_that_nobody_takes_are_refused(gateway: Gateway, upstream: FakeUpstream) -> None:

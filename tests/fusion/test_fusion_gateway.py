@@ -78,7 +78,7 @@ async def test_models_are_modes_members_and_roles(start_gateway: StartGateway, u
     upstream.models["domain@r1"] = Script("from the domain adapter")
     gateway = await start_gateway(roles=FakeRoles(upstream, "base", "domain", "alpha"))
     names = [model.id async for model in await gateway.client.models.list()]
-    modes = ["fusion/best-of", "fusion/merge", "fusion/debate"]
+    modes = ["fusion/best-of", "fusion/debate", "fusion/merge"]
     assert names == [*modes, "alpha", "beta", "gamma", "base", "domain"]
     answer = await gateway.client.chat.completions.create(model="domain", messages=HELLO)
     assert answer.choices[0].message.content == "from the domain adapter"

@@ -10,9 +10,9 @@ from fusion_harness import FakeRoles, StartGateway, prefers, summed
 
 from mixfuse.contracts.judge_protocol import Calibration
 from mixfuse.contracts.trace import Verdict
+from mixfuse.fusion.answering.candidate import Candidate
+from mixfuse.fusion.answering.pairwise_judge import FINALISTS, knock_out_pairs, ranking, survivors
 from mixfuse.fusion.config import Member
-from mixfuse.fusion.modes.judge import FINALISTS, knock_out_pairs, ranking, survivors
-from mixfuse.fusion.modes.request import Candidate
 
 ASK: dict[str, Any] = {"model": "fusion/best-of", "messages": [{"role": "user", "content": "why?"}]}
 MEMBER = Member(name="m", role="r")

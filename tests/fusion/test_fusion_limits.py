@@ -13,7 +13,7 @@ from fusion_harness import Gateway, StartGateway
 from mixfuse.contracts.trace import Call, Usage
 from mixfuse.fusion.calls.failures import CallError
 from mixfuse.fusion.calls.ledger import UNLIMITED_COMPLETION, Budget, Ledger, Spend, most, prompt_tokens
-from mixfuse.fusion.calls.limits import Circuit, Guard
+from mixfuse.fusion.calls.model_limits import Circuit, Guard
 from mixfuse.fusion.calls.upstream import Endpoint, Purpose, call, http_client
 from mixfuse.fusion.config import Breaker, ModelConfig, Price, Retry
 
@@ -222,7 +222,7 @@ def test_one_call_at_a_time_finds_out_whether_a_model_is_well() -> None:
     breaker.admit()
     breaker.report("timeout")
     assert breaker.circuit is Circuit.OPEN
-    with pytest.raises(CallError, match="left alone") as caught:
+    with pytest.raises(CallError, match="calls to it resume in") as caught:
         breaker.admit()
     assert caught.value.kind == "circuit_open"
     assert caught.value.retry_after_s == pytest.approx(1.0)

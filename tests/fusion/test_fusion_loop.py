@@ -27,7 +27,7 @@ from test_gates import House, database, house
 
 from mixfuse.app import loop
 from mixfuse.app.loop import LoopConfig, Promote, Tools, decide
-from mixfuse.app.roles_admin import routes
+from mixfuse.app.roles_routes import routes
 from mixfuse.app.roles_store import StoredRoles
 from mixfuse.cli.entry import main
 from mixfuse.contracts.database import opened
@@ -469,7 +469,7 @@ async def test_a_better_judge_is_swapped_in_if_it_stands_beside_the_old_one_on_l
 
     await store(tmp_path / "fed.sqlite3", traces(30, at_random(0.0), seed=1))
     with opened(tmp_path / "roles.sqlite3") as database:
-        admin = Starlette(routes=routes(house.table, StoredRoles(database, "test"), house.gates))
+        admin = Starlette(routes=routes(house.swapper, StoredRoles(database, "test"), house.gates))
         async with serving_app(admin) as url:
             settings = config(
                 tmp_path,
@@ -499,14 +499,14 @@ async def test_a_judge_is_not_swapped_for_one_it_was_not_compared_with(
     running = asyncio.get_running_loop()
 
     def train(recipe: Path, overrides: Sequence[str], log: Path) -> None:
-        asyncio.run_coroutine_threadsafe(house.table.swap("judge", other), running).result(60)
+        asyncio.run_coroutine_threadsafe(house.swapper.swap("judge", other), running).result(60)
         real.train(recipe, overrides, log)
 
     def evaluate(new: Path, _old: Path | None, data: Sequence[Path], out: Path, log: Path) -> None:
         real.evaluate(new, None, data, out, log)
 
     with opened(tmp_path / "roles.sqlite3") as database:
-        admin = Starlette(routes=routes(house.table, StoredRoles(database, "test"), house.gates))
+        admin = Starlette(routes=routes(house.swapper, StoredRoles(database, "test"), house.gates))
         async with serving_app(admin) as url:
             settings = config(
                 tmp_path,

@@ -18,7 +18,8 @@ from mixfuse.contracts.errors import MixfuseError
 from mixfuse.fusion.calls.ledger import Spend
 from mixfuse.fusion.config import FusionConfig
 from mixfuse.fusion.http.gateway import create_app
-from mixfuse.fusion.http.keys import KeyBudget, KeyRing, create, revoke
+from mixfuse.fusion.http.key_limits import KeyBudget
+from mixfuse.fusion.http.keys import KeyRing, create, revoke
 
 HELLO: list[Any] = [{"role": "user", "content": "why?"}]
 BEST: dict[str, Any] = {"model": "fusion/best-of", "messages": HELLO}
@@ -226,7 +227,7 @@ async def test_not_ready_while_the_engine_is_not_well(config: Callable[..., Fusi
         assert (await gateway.http.get("/readyz")).status_code == 200
         well[0] = False
         response = await gateway.http.get("/readyz")
-        assert (response.status_code, response.json()["problems"]) == (503, ["engine is not well"])
+        assert (response.status_code, response.json()["problems"]) == (503, ["engine does not work"])
         await gateway.close()
 
 

@@ -1,4 +1,4 @@
-"""What a request may set for itself: presets, field-wise overrides, what is exposed, OpenRouter's way of asking."""
+"""What a request may set for itself: presets, field-wise overrides, what is exposed, OpenRouter's form of requests."""
 
 import asyncio
 from typing import Any
@@ -47,7 +47,7 @@ async def test_a_request_overrides_a_preset_field_by_field(start_gateway: StartG
     [
         ({"alpha": {}}, "preset 'alpha': that name is a member's"),
         ({"fusion/mine": {}}, "preset 'fusion/mine'"),
-        ({"x": {"members": ["delta"]}}, "names the member 'delta'"),
+        ({"x": {"members": ["delta"]}}, "there is no member 'delta'"),
         ({"x": {"rounds": 2}}, "did you mean"),
     ],
 )
@@ -137,7 +137,7 @@ async def test_a_model_by_name_takes_expose_and_nothing_else(gateway: Gateway) -
     assert (response.status_code, response.json()["error"]["param"]) == (400, "fusion")
 
 
-# OpenRouter's way of asking
+# OpenRouter's form of requests
 
 
 async def test_openrouters_fusion_is_understood_where_it_is_allowed(

@@ -10,17 +10,10 @@ from fake_upstream import FakeUpstream, Script
 from fusion_harness import Gateway, StartGateway
 
 from mixfuse.contracts.trace import Usage
-from mixfuse.fusion.calls.pool import HttpRoles, Pool, fan_out, http_client
-from mixfuse.fusion.calls.upstream import (
-    CallError,
-    Client,
-    Endpoint,
-    Ledger,
-    Purpose,
-    Reply,
-    call,
-    first_token_logprobs,
-)
+from mixfuse.fusion.calls.failures import CallError
+from mixfuse.fusion.calls.ledger import Ledger
+from mixfuse.fusion.calls.pool import HttpRoles, Pool, fan_out
+from mixfuse.fusion.calls.upstream import Client, Endpoint, Purpose, Reply, call, first_token_logprobs, http_client
 from mixfuse.fusion.config import FusionConfig, Price
 
 HELLO = [{"role": "user", "content": "hello you"}]
@@ -72,6 +65,15 @@ async def test_missing_usage_is_estimated_and_marked(client: Client, upstream: F
     await ask(client, upstream, ledger=ledger, stream=stream)
     assert ledger.calls[0].estimated
     assert ledger.calls[0].usage == Usage(prompt_tokens=3, completion_tokens=5)  # 9 and 19 characters
+
+
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+async def test_a_redirect_is_not_followed(client: Client, upstream: FakeUpstream, status: int) -> None:
+    location = {"location": f"{upstream.base_url}/chat/completions"}
+    upstream.models["alpha"] = Script(status=status, headers=location)
+    with pytest.raises(CallError, match=f"HTTP {status}"):
+        await ask(client, upstream, ledger=Ledger())
+    assert len(upstream.requests) == 1, "the key and the prompt went on to where the redirect points"
 
 
 TOO_LONG = json.dumps({"error": {"message": "This model's maximum context length is 2048 tokens"}}).encode()
@@ -158,7 +160,7 @@ async def test_a_role_nobody_serves_is_unreachable_and_entered(config: Callable[
     ledger = Ledger()
     async with Pool(None) as pool:
         with pytest.raises(CallError) as caught:
-            await pool.ask(member, HELLO, {}, stage="answer", name="d", ledger=ledger)
+            await pool.ask(member, HELLO, {}, purpose=Purpose.of(member, "answer", "d"), ledger=ledger)
     assert caught.value.kind == "unreachable"
     assert [(entry.member, entry.model, entry.outcome) for entry in ledger.calls] == [("d", "domain", "unreachable")]
 

@@ -31,14 +31,14 @@ async def test_the_record_says_what_where_by_whom_and_what_is_before(place: str,
         assert await store.read() == {}
         await store.change("judge", 0, None, None, "config")
         await store.change("judge", 1, "aaa", tmp_path / "a", "swap")
-        await store.refused("judge", None, tmp_path / "b", "watch", "tampered with")
+        await store.note_refusal("judge", None, tmp_path / "b", "watch", "tampered with")
         await store.pin("judge", True)
         entry = (await store.read())["judge"]
         assert (entry.version, entry.revision, entry.directory, entry.pinned, entry.gateway) == (
             *(2, "aaa", str(tmp_path / "a"), True, "one"),
         )
-        assert await store.had("judge", "aaa")
-        assert not await store.had("judge", "bbb")
+        assert await store.has_served("judge", "aaa")
+        assert not await store.has_served("judge", "bbb")
         assert roll_back(database, "judge", "two").revision is None
         assert (await store.read())["judge"].pinned
         events = [(event.why, event.outcome, event.old, event.new) for event in await store.history("judge", limit=3)]

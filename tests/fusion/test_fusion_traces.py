@@ -121,10 +121,7 @@ async def test_what_a_killed_process_left_is_written_by_the_next(place: str, tmp
     assert list((tmp_path / "spool").iterdir()) == []
 
 
-async def test_a_database_that_is_away_is_waited_for(
-    server: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("mixfuse.fusion.store.traces._RETRY_S", 0.01)
+async def test_a_database_that_is_away_is_waited_for(server: Postgres, tmp_path: Path) -> None:
     async with store(emptied(server), tmp_path) as traces:
         one = trace()
         await asyncio.to_thread(server.stop)
@@ -284,9 +281,9 @@ def test_what_is_no_database_is_refused_in_one_line(tmp_path: Path, where: str) 
 
 def test_a_url_of_something_else_and_a_bad_pattern_are_refused() -> None:
     members = [{"name": "a", "base_url": "http://127.0.0.1:1/v1", "model": "m"}]
-    with pytest.raises(MixfuseError, match="'trace_db': it is a path, a sqlite:///"):
+    with pytest.raises(MixfuseError, match="'trace_db': use a path, a sqlite:///"):
         validate({"members": members, "trace_db": "mysql://localhost/x"}, FusionConfig, source="c")
-    with pytest.raises(MixfuseError, match=r"'traces.redact': '\[' is no regular expression"):
+    with pytest.raises(MixfuseError, match=r"'traces.redact': '\[' is not a regular expression"):
         validate({"members": members, "traces": {"redact": ["["]}}, FusionConfig, source="c")
 
 

@@ -20,8 +20,9 @@ from fusion_harness import Gateway, prefers
 from safetensors.numpy import save_file
 
 from mixfuse.app.gates import Gate, GateConfig, Gates, SwapRequest, broken
-from mixfuse.app.roles_admin import routes, seconds
-from mixfuse.app.roles_admin import share as share_of
+from mixfuse.app.roles_commands import seconds
+from mixfuse.app.roles_commands import share as share_of
+from mixfuse.app.roles_routes import routes
 from mixfuse.app.roles_store import StoredRoles
 from mixfuse.app.server import LeasedRoles
 from mixfuse.contracts import adapter, judge_protocol
@@ -31,9 +32,11 @@ from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.trace import Call, Trace, Usage, Verdict
 from mixfuse.fusion.config import FusionConfig
 from mixfuse.fusion.http.gateway import create_app
-from mixfuse.fusion.modes.shadow import Comparison, Part, Side, watch
+from mixfuse.fusion.measure.shadow import Comparison, Part, Side, watch
+from mixfuse.serve.admission import Admission
 from mixfuse.serve.engine_group import Address
 from mixfuse.serve.roles import RoleTable
+from mixfuse.serve.swap import Swapper
 
 BASE = Fingerprint(**dict.fromkeys(("config", "tokenizer", "chat_template", "weights"), "0" * 64))
 
@@ -74,9 +77,10 @@ class House:
     """A gateway with a judge and a domain role, and the gates before them."""
 
     def __init__(
-        self, gateway: Gateway, gates: Gates, table: RoleTable, engine: ScriptedEngine, make: Callable[..., Path]
+        self, gateway: Gateway, gates: Gates, swapper: Swapper, engine: ScriptedEngine, make: Callable[..., Path]
     ) -> None:
-        self.gateway, self.gates, self.table, self.engine, self.make = gateway, gates, table, engine, make
+        self.gateway, self.gates, self.engine, self.make = gateway, gates, engine, make
+        self.swapper, self.table = swapper, swapper.table
 
     async def ask(self, model: str = "fusion/best-of", **keys: Any) -> dict[str, Any]:
         response = await self.gateway.post(model=model, messages=[{"role": "user", "content": "why?"}], **keys)
@@ -135,17 +139,19 @@ async def house(
     engine = ScriptedEngine(upstream, scripts)
     halves = cycle([0.1, 0.9])  # of a canary's share of a half: every other lease
     store = StoredRoles(database, "here")
-    table = RoleTable(engine, BASE, ["domain", "judge"], max_rank=8, store=store, draw=lambda: next(halves))
-    await table.swap("judge", make("judge", Script(verdict=prefers("beta"))))
-    await table.swap("domain", make("domain", Script("the expert's answer")))
+    admission = Admission(BASE, max_rank=8)
+    table = RoleTable(engine, ["domain", "judge"], admission, record=store, draw=lambda: next(halves))
+    swapper = Swapper(table)
+    await swapper.swap("judge", make("judge", Script(verdict=prefers("beta"))))
+    await swapper.swap("domain", make("domain", Script("the expert's answer")))
     roles = LeasedRoles(table, engine)
     async with AsyncExitStack() as stack:
-        gates = Gates(table, roles, fusion, GateConfig(max_latency_ratio=None))
-        app = create_app(fusion, roles, observers=[gates.observe], extra_routes=routes(table, store, gates))
+        gates = Gates(swapper, roles, fusion, GateConfig(max_latency_ratio=None))
+        app = create_app(fusion, roles, observers=[gates.observe], extra_routes=routes(swapper, store, gates))
         gateway = Gateway(await stack.enter_async_context(serving(app)))
         stack.push_async_callback(gateway.close)
         stack.push_async_callback(gates.close)
-        yield House(gateway, gates, table, engine, make)
+        yield House(gateway, gates, swapper, engine, make)
 
 
 # Observers
@@ -188,7 +194,7 @@ async def test_a_judge_that_agrees_in_the_shadow_is_swapped_in(house: House, ups
     new = house.make("judge", Script(verdict=prefers("beta")))
     gate = await house.through("judge", SwapRequest(directory=new, shadow=3))
     assert (gate.state, house.serving("judge")) == ("promoted", gate.new)
-    report = gate.report()["shadow"]
+    report = gate.report().shadow
     # beta against both others is decided; alpha against the expert is a tie
     assert (report["agreement"], report["decided"]) == (1.0, 6)
     assert report["old"]["pairs"] == report["new"]["pairs"] == 9
@@ -236,7 +242,7 @@ async def test_both_revisions_of_a_member_and_synthesizer_are_asked_alike(house:
     request = SwapRequest(directory=new, shadow=1, limits={"min_preference": 0.4})
     gate = await house.through("domain", request, "fusion/merge")
     assert gate.state == "promoted", gate.reason
-    report = gate.report()["shadow"]
+    report = gate.report().shadow
     assert (report["answer_agreement"], report["preference"]) == (0.0, 0.5)
     assert report["old"]["calls"] == report["new"]["calls"] == 2  # as a member and as the synthesizer
     assert report["spent_tokens"] == (4 + 4) * 15  # and each pair of answers judged in both orders
@@ -276,7 +282,7 @@ async def test_a_canary_that_does_well_takes_over(house: House) -> None:
     request = SwapRequest(directory=new, canary=0.5, requests=5)
     gate = await house.through("domain", request, "domain")
     assert gate.state == "promoted", gate.reason
-    report = gate.report()["canary"]
+    report = gate.report().canary
     assert report["new"]["requests"] == 5
     assert report["old"]["requests"] in (4, 5)
     assert house.serving("domain") == gate.new
@@ -307,8 +313,8 @@ async def test_a_judge_is_watched_as_a_canary_after_its_shadow(house: House) -> 
     request = SwapRequest(directory=new, shadow=2, canary=0.5, requests=3)
     gate = await house.through("judge", request)
     assert gate.state == "promoted", gate.reason
-    assert gate.report()["shadow"]["new"]["requests"] == 2
-    report = gate.report()["canary"]
+    assert gate.report().shadow["new"]["requests"] == 2
+    report = gate.report().canary
     assert report["new"]["consistency"] == report["old"]["consistency"] == pytest.approx(2 / 3)
 
 

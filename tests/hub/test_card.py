@@ -95,7 +95,7 @@ def test_its_commands_are_ones_that_there_are(measured: ModelCard) -> None:
     ours = [shlex.split(line)[1:] for line in commands if line.startswith("mixfuse")]
     assert [words[:2] for words in ours] == [["adapter", "pull"], ["roles", "swap"]]
     for words in ours:
-        entry._parser().parse_args(words)
+        entry.build_parser().parse_args(words)
     (vllm,) = [shlex.split(line) for line in commands if line.startswith("vllm")]
     config = engine.EngineConfig(base=Path("base"), max_lora_rank=8)
     started = engine.command(config, 1)

@@ -377,9 +377,9 @@ def test_a_second_pull_into_the_same_place_is_refused(mixfuse: Run, hub: Hub, pu
 WATCH = """
 import asyncio, sys
 from pathlib import Path
-from mixfuse.app.server import OnHub
+from mixfuse.app.server import HubSource
 
-source = OnHub({"judge": "org/judge"}, Path(sys.argv[1]), Path(sys.argv[2]))
+source = HubSource({"judge": "org/judge"}, Path(sys.argv[1]), Path(sys.argv[2]))
 for _ in range(2):
     found = asyncio.run(source.newest("judge"))
     print(found.directory, found.state)
@@ -426,4 +426,4 @@ def test_a_signature_travels_and_can_be_demanded(mixfuse: Run, judge: Path, tmp_
     assert not out.exists()
     assert mixfuse("pull", "org/judge", out, "--public-key", tmp_path / "ours.pub").returncode == 0
     renewed = mixfuse("card", judge, "--licence", "mit")
-    assert "its signature was of the old card" in renewed.stderr
+    assert "the new card made the signature invalid" in renewed.stderr

@@ -42,6 +42,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
         "two": _save_adapter(base, root / "two", seed=2, rank=8, modules=ATTENTION, parameters=FUSED_EXPERTS),
         "experts": _save_adapter(base, root / "experts", seed=3, rank=4, modules=[], parameters=FUSED_EXPERTS),
         "attention": _save_adapter(base, root / "attention", seed=5, rank=2, modules=ATTENTION, parameters=[]),
+        "rank 12": _save_adapter(base, root / "r12", seed=6, rank=12, modules=ATTENTION, parameters=FUSED_EXPERTS),
+        "rank 3": _save_adapter(base, root / "r3", seed=7, rank=3, modules=ATTENTION, parameters=FUSED_EXPERTS),
     }
     fused["chosen"] = _save_chosen(base, root / "chosen")
     served = {name: root / f"{name}-served" for name in fused}
@@ -115,9 +117,9 @@ def _save_chosen(base: Path, path: Path) -> Path:
     import torch
     from peft import get_peft_model
 
+    from mixfuse.train.adapters.saving import save_peft
     from mixfuse.train.model.load import load_base, lora_config
     from mixfuse.train.recipe import Lora
-    from mixfuse.train.run import save_peft
 
     lora = Lora(r=4, alpha=8, rslora=True, dropout=0.1, experts={1: (0, 2)})
     model = get_peft_model(load_base(base, torch.float32), lora_config(lora))

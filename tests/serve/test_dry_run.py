@@ -12,7 +12,7 @@ import yaml
 
 from mixfuse.cli.entry import main
 from mixfuse.contracts.errors import MixfuseError
-from mixfuse.contracts.mixtral import Shape, base_parameters
+from mixfuse.contracts.family import Shape, base_parameters
 from mixfuse.serve import engine_plan
 from mixfuse.serve.engine import EngineConfig, Restart
 

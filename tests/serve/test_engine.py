@@ -31,7 +31,6 @@ from mixfuse.serve import engine as engine_module
 from mixfuse.serve import vllm_cpu_moe_lora as plugin
 from mixfuse.serve.engine import Engine, EngineConfig
 from mixfuse.train.adapters import parity
-from mixfuse.train.adapters.ops import compose, prune
 
 TEXTS = ["The quick brown fox jumps over 13 lazy dogs.", "Judge: A or B? Judge: A or B?", "yes"]
 TOLERANCE = 1e-3
@@ -93,24 +92,19 @@ async def test_an_adapter_of_some_experts_of_some_layers(engine: Engine, tiny):
 
 @pytest.mark.engine
 @module_loop
-async def test_adapters_made_of_others_act_as_in_peft(engine: Engine, tiny, tmp_path: Path):
-    """Their ranks are 12 and 3, and their scale is in B."""
-    one, two = tiny.served["one"], tiny.served["two"]
-    compose([(one, 0.5), (two, 1.0)], tmp_path / "composed", method="concat")
-    prune(two, tmp_path / "pruned", rank=3)
+@pytest.mark.parametrize("name", ["rank 12", "rank 3"])
+async def test_a_rank_between_vllms_own_acts_as_in_peft(name: str, engine: Engine, tiny):
+    """vLLM allocates the next of its own ranks."""
     await engine.unload_adapter("two")
     try:
-        for name in ("composed", "pruned"):
-            await engine.load_adapter(name, tmp_path / name)
-            model = parity.peft_model(tmp_path / name, tiny.base)
-            for text in TEXTS[:2]:
-                tokens = AutoTokenizer.from_pretrained(tiny.base)(text).input_ids
-                (wanted,) = parity.logprobs(model, [tokens])
-                assert distance(await logprobs(engine, name, text), wanted) < TOLERANCE
-                assert distance(wanted, tiny.logprobs("two", text)) > 10 * TOLERANCE
-            await engine.unload_adapter(name)
+        await engine.load_adapter(name, tiny.served[name])
+        for text in TEXTS[:2]:
+            served = await logprobs(engine, name, text)
+            assert distance(served, tiny.logprobs(name, text)) < TOLERANCE
+            assert distance(served, tiny.logprobs("two", text)) > 10 * TOLERANCE
     finally:
-        await engine.load_adapter("two", two)
+        await engine.unload_adapter(name)
+        await engine.load_adapter("two", tiny.served["two"])
 
 
 @pytest.mark.engine

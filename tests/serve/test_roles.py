@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 from starlette.applications import Starlette
 
 from mixfuse.app.gates import GateConfig, Gates
-from mixfuse.app.roles_admin import RoleMetrics, routes
+from mixfuse.app.roles_routes import RoleMetrics, routes
 from mixfuse.app.roles_store import StoredRoles, roll_back
 from mixfuse.app.server import ServeConfig
 from mixfuse.contracts import adapter, judge_protocol
@@ -38,7 +38,10 @@ from mixfuse.contracts.adapter import (
 from mixfuse.contracts.database import opened
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.strict_yaml import validate
+from mixfuse.serve.admission import Admission
+from mixfuse.serve.following import RecordFollower
 from mixfuse.serve.roles import RoleTable
+from mixfuse.serve.swap import Swapper
 from mixfuse.serve.watch import Folder, Watcher
 
 BASE = Fingerprint(**dict.fromkeys(("config", "tokenizer", "chat_template", "weights"), "0" * 64))
@@ -133,12 +136,16 @@ def revision(directory: Path) -> str:
     return adapter.read_manifest(directory).revision
 
 
-def table(engine: FakeEngine, *roles: str, **keys) -> RoleTable:
-    return RoleTable(engine, BASE, list(roles) or ["domain"], max_rank=8, **keys)
+def table(
+    engine: FakeEngine, *roles: str, probe_tolerance: float | None = None, store: StoredRoles | None = None, **keys
+) -> Swapper:
+    """The swapper of a fresh role table."""
+    admission = Admission(BASE, 8, probe_tolerance=probe_tolerance)
+    return Swapper(RoleTable(engine, list(roles) or ["domain"], admission, record=store, **keys))
 
 
-async def leased(roles: RoleTable, role: str = "domain") -> str:
-    async with roles.lease(role) as held:
+async def leased(roles: Swapper, role: str = "domain") -> str:
+    async with roles.table.lease(role) as held:
         return held.model
 
 
@@ -157,9 +164,9 @@ async def test_requests_end_on_the_revision_they_began_with(made):
     engine = FakeEngine()
     roles = table(engine)
     await roles.swap("domain", made(1))
-    async with roles.lease("domain") as held:
+    async with roles.table.lease("domain") as held:
         swapping = asyncio.create_task(roles.swap("domain", made(2)))
-        while roles.serving()["domain"] is held:  # noqa: ASYNC110
+        while roles.table.serving()["domain"] is held:  # noqa: ASYNC110
             await asyncio.sleep(0)
         assert await leased(roles) == f"domain@{revision(made(2))}"
         assert held.model in engine.loaded
@@ -198,7 +205,7 @@ async def test_one_swap_of_a_role_at_a_time(made):
         await roles.commit("domain", staged)
     swaps = await asyncio.gather(*(roles.swap("domain", made(number)) for number in (1, 2, 3)))
     assert {swap.new for swap in swaps} == {revision(made(number)) for number in (1, 2, 3)}
-    assert engine.loaded == {roles.serving()[role].model for role in ("domain", "judge")}
+    assert engine.loaded == {roles.table.serving()[role].model for role in ("domain", "judge")}
 
 
 async def test_a_canary_gets_its_share_and_nothing_once_it_is_discarded(made):
@@ -207,14 +214,14 @@ async def test_a_canary_gets_its_share_and_nothing_once_it_is_discarded(made):
     roles = table(engine, draw=lambda: drawn[0])
     await roles.swap("domain", made(1))
     canary = await roles.stage("domain", made(2))
-    roles.set_canary("domain", canary, 0.3)
+    roles.table.set_canary("domain", canary, 0.3)
     given = []
     while drawn:
         given.append(await leased(roles))
         drawn.pop(0)
     assert given.count(canary.model) == 3
     drawn.append(0.0)
-    async with roles.lease("domain") as held:
+    async with roles.table.lease("domain") as held:
         assert held is canary
         discarding = asyncio.create_task(roles.discard(canary))
         await asyncio.sleep(0)
@@ -228,13 +235,13 @@ async def test_going_back_to_a_revision_that_still_drains_does_not_load_it_again
     engine = FakeEngine()
     roles = table(engine)
     await roles.swap("domain", made(1))
-    async with roles.lease("domain") as held:
+    async with roles.table.lease("domain") as held:
         swapping = asyncio.create_task(roles.swap("domain", made(2)))
-        while roles.serving()["domain"] is held:  # noqa: ASYNC110
+        while roles.table.serving()["domain"] is held:  # noqa: ASYNC110
             await asyncio.sleep(0)
         await roles.swap("domain", made(1))
         await swapping  # it waits for a revision no more that stays on
-        assert roles.serving()["domain"] is held
+        assert roles.table.serving()["domain"] is held
     assert engine.calls.count(f"load {held.model}") == 1
     assert engine.loaded == {held.model}
 
@@ -309,7 +316,7 @@ async def test_a_judge_gives_its_stored_verdicts(made, p: float, refused: bool):
 # --- more adapters than places --------------------------------------------------------------------------------------
 
 
-async def three(engine: FakeEngine, made, **keys) -> RoleTable:
+async def three(engine: FakeEngine, made, **keys) -> Swapper:
     """Roles a, b, c, each with an adapter, in an engine of two places."""
     roles = table(engine, "a", "b", "c", max_loaded=2, **keys)
     for number, role in enumerate("abc"):
@@ -331,15 +338,15 @@ async def test_the_least_recently_used_makes_room(made):
     assert present(engine) == {"a", "b"}
     await leased(roles, "c")
     assert present(engine) == {"a", "c"}
-    assert (roles.counts.loads, roles.counts.evictions) == (5, 3)
+    assert (roles.table.counts.loads, roles.table.counts.evictions) == (5, 3)
 
 
 async def test_one_load_for_all_who_wait_and_none_for_who_is_there(made):
     engine = FakeEngine()
     roles = await three(engine, made)
-    before = roles.counts.loads
-    assert set(await asyncio.gather(*(leased(roles, "a") for _ in range(20)))) == {roles.serving()["a"].model}
-    assert roles.counts.loads == before + 1
+    before = roles.table.counts.loads
+    assert set(await asyncio.gather(*(leased(roles, "a") for _ in range(20)))) == {roles.table.serving()["a"].model}
+    assert roles.table.counts.loads == before + 1
 
 
 async def test_who_is_busy_is_not_unloaded_and_cannot_keep_the_others_out(made):
@@ -348,7 +355,7 @@ async def test_who_is_busy_is_not_unloaded_and_cannot_keep_the_others_out(made):
     order = []
 
     async def use(role: str, *, until: asyncio.Event | None = None) -> None:
-        async with roles.lease(role) as held:
+        async with roles.table.lease(role) as held:
             assert held.model in engine.loaded
             order.append(role)
             if until:
@@ -374,14 +381,14 @@ async def test_who_is_busy_is_not_unloaded_and_cannot_keep_the_others_out(made):
 async def test_pinned_roles_stay_and_some_place_is_left(made):
     engine = FakeEngine()
     roles = await three(engine, made)
-    await roles.pin("a", True)
+    await roles.table.pin("a", True)
     for role in "bcbc":
         await leased(roles, role)
         assert "a" in present(engine)
     with pytest.raises(MixfuseError, match="could not be served") as caught:
-        await roles.pin("b", True)
+        await roles.table.pin("b", True)
     assert caught.value.kind == "conflict"
-    await roles.pin("a", False)
+    await roles.table.pin("a", False)
     await leased(roles, "b")
     assert present(engine) == {"b", "c"}
 
@@ -399,7 +406,7 @@ async def test_an_adapter_that_changed_on_the_disk_does_not_come_back(made):
 async def test_a_swap_of_a_role_that_is_not_loaded_needs_no_place_of_the_others(made):
     engine = FakeEngine()
     roles = await three(engine, made)
-    async with roles.lease("b"), roles.lease("c"):
+    async with roles.table.lease("b"), roles.table.lease("c"):
         await roles.swap("a", made(7, "a"))
         await roles.close()
         assert present(engine) == {"b", "c"}, "they are in use; the new one waits on the disk for its first request"
@@ -416,12 +423,12 @@ async def test_requests_swaps_and_evictions_at_once_all_come_to_their_end(made, 
 
     engine._step = slowly
     roles = table(engine, *"abcd", max_loaded=2, store=stores())
-    await roles.start({role: made(number, role) for number, role in enumerate("abcd")})
-    await roles.pin("d", True)
+    await RecordFollower(roles).start({role: made(number, role) for number, role in enumerate("abcd")})
+    await roles.table.pin("d", True)
 
     async def ask() -> None:
         for _ in range(30):
-            async with roles.lease(chance.choice("abcd")) as held:
+            async with roles.table.lease(chance.choice("abcd")) as held:
                 for _ in range(2):
                     assert held.model in engine.loaded
                     await asyncio.sleep(chance.random() / 500)
@@ -437,7 +444,7 @@ async def test_requests_swaps_and_evictions_at_once_all_come_to_their_end(made, 
         group.create_task(swap("d", 20))
     await roles.close()
     assert len(engine.loaded) == 2
-    assert roles.serving()["d"].model in engine.loaded
+    assert roles.table.serving()["d"].model in engine.loaded
 
 
 # --- what outlives the process --------------------------------------------------------------------------------------
@@ -454,29 +461,32 @@ async def test_the_base_is_called_what_the_engine_calls_it_once_it_is_reached(ma
     engine = FakeEngine()
     roles = table(engine)
     engine.base_model_name = "mixtral"
-    await roles.start({"domain": None})
+    await RecordFollower(roles).start({"domain": None})
     assert await leased(roles) == await leased(roles, "base") == "mixtral"
 
 
 async def test_a_restart_comes_back_to_the_same_revisions(made, stores):
     roles = table(FakeEngine(), "domain", "judge", store=stores())
-    assert await roles.start({"domain": made(1), "judge": None}) == {"domain": "config", "judge": "config"}
+    assert await RecordFollower(roles).start({"domain": made(1), "judge": None}) == {
+        "domain": "config",
+        "judge": "config",
+    }
     await roles.swap("domain", made(2))
     again = table(FakeEngine(), "domain", "judge", "new", store=stores())
-    taken = await again.start({"domain": made(1), "judge": made(3, "judge"), "new": None})
+    taken = await RecordFollower(again).start({"domain": made(1), "judge": made(3, "judge"), "new": None})
     assert taken == {"domain": "role table", "judge": "role table", "new": "config"}
-    assert again.serving()["domain"].revision == revision(made(2))
-    assert again.serving()["judge"].revision is None
+    assert again.table.serving()["domain"].revision == revision(made(2))
+    assert again.table.serving()["judge"].revision is None
     anew = table(FakeEngine(), "domain", store=stores())
-    assert await anew.start({"domain": made(1)}, anew=True) == {"domain": "config"}
-    await again.follow()
-    assert again.serving()["domain"].revision == revision(made(1))
+    assert await RecordFollower(anew).start({"domain": made(1)}, from_config=True) == {"domain": "config"}
+    await RecordFollower(again).follow()
+    assert again.table.serving()["domain"].revision == revision(made(1))
 
 
 @pytest.mark.parametrize("how", ["gone", "changed", "another"])
 async def test_an_adapter_that_is_not_what_it_was_ends_the_start_with_the_way_out(made, stores, tmp_path, how: str):
     roles = table(FakeEngine(), store=stores())
-    await roles.start({"domain": made(1)})
+    await RecordFollower(roles).start({"domain": made(1)})
     await roles.swap("domain", made(2))
     directory = made(2)
     first = revision(made(1))
@@ -487,18 +497,18 @@ async def test_an_adapter_that_is_not_what_it_was_ends_the_start_with_the_way_ou
     else:
         made(9, at=directory)
     with pytest.raises(MixfuseError, match=r"mixfuse roles rollback domain --db .*sqlite3\).*roles_from=config"):
-        await table(FakeEngine(), store=stores()).start({"domain": None})
+        await RecordFollower(table(FakeEngine(), store=stores())).start({"domain": None})
     with opened(tmp_path / "traces.sqlite3") as database:
         assert roll_back(database, "domain", "by hand").revision == first
     again = table(FakeEngine(), store=stores())
-    await again.start({"domain": None})
-    assert again.serving()["domain"].revision == first
+    await RecordFollower(again).start({"domain": None})
+    assert again.table.serving()["domain"].revision == first
 
 
 async def test_rollbacks_walk_back_and_a_swap_after_one_is_undone_to_where_it_led(made, stores):
     engine = FakeEngine()
     roles = table(engine, store=stores())
-    await roles.start({"domain": None})
+    await RecordFollower(roles).start({"domain": None})
     for number in (1, 2, 3):
         await roles.swap("domain", made(number))
     went = [(await roles.rollback("domain")).new for _ in range(2)]
@@ -518,13 +528,13 @@ async def test_rollbacks_walk_back_and_a_swap_after_one_is_undone_to_where_it_le
 
 async def test_a_rollback_to_an_adapter_that_is_gone_leaves_the_present_one(made, stores, tmp_path):
     roles = table(FakeEngine(), store=stores())
-    await roles.start({"domain": made(1)})
+    await RecordFollower(roles).start({"domain": made(1)})
     await roles.swap("domain", made(2))
     gone = revision(made(1))
     made(1).rename(tmp_path / "elsewhere")
     with pytest.raises(MixfuseError, match="no such adapter directory"):
         await roles.rollback("domain")
-    assert roles.serving()["domain"].revision == revision(made(2))
+    assert roles.table.serving()["domain"].revision == revision(made(2))
     newest, *_ = await stores().history("domain")
     assert (newest.why, newest.outcome, newest.new) == ("rollback", "refused", gone)
     assert "no such adapter directory" in newest.error
@@ -533,47 +543,48 @@ async def test_a_rollback_to_an_adapter_that_is_gone_leaves_the_present_one(made
 async def test_of_two_gateways_that_swap_at_once_one_is_told_and_follows(made, stores):
     engines = FakeEngine(), FakeEngine()
     one, two = (table(engine, store=stores(name)) for engine, name in zip(engines, ("one", "two"), strict=True))
-    await one.start({"domain": made(1)})
-    await two.start({"domain": made(1)})
+    await RecordFollower(one).start({"domain": made(1)})
+    await RecordFollower(two).start({"domain": made(1)})
     staged = await one.stage("domain", made(2)), await two.stage("domain", made(3))
     await one.commit("domain", staged[0])
-    with pytest.raises(MixfuseError, match=f"one had it serve {revision(made(2))}") as caught:
+    with pytest.raises(MixfuseError, match=f"one swapped it to {revision(made(2))}") as caught:
         await two.commit("domain", staged[1])
     assert caught.value.kind == "conflict"
     assert engines[1].loaded == {f"domain@{revision(made(1))}"}
-    await two.follow()
-    assert two.serving()["domain"].revision == revision(made(2))
+    await RecordFollower(two).follow()
+    assert two.table.serving()["domain"].revision == revision(made(2))
     await two.close()
     assert engines[1].loaded == {f"domain@{revision(made(2))}"}
     assert [event.gateway for event in await stores().history("domain")] == ["one", "one"]
     await two.swap("domain", made(3))  # nobody is in the way now
-    await one.follow()
-    assert one.serving()["domain"].revision == revision(made(3))
+    await RecordFollower(one).follow()
+    assert one.table.serving()["domain"].revision == revision(made(3))
 
 
 async def test_a_gateway_that_cannot_follow_serves_on_and_says_so(made, stores):
     engines = FakeEngine(), FakeEngine()
     one, two = (table(engine, store=stores(name)) for engine, name in zip(engines, ("one", "two"), strict=True))
-    await one.start({"domain": made(1)})
-    await two.start({"domain": made(1)})
+    await RecordFollower(one).start({"domain": made(1)})
+    await RecordFollower(two).start({"domain": made(1)})
     await one.swap("domain", made(2))
     engines[1].fail["load"] = MixfuseError("no room", kind="adapter")
-    await two.follow()
-    await two.follow()
+    follower = RecordFollower(two)
+    await follower.follow()
+    await follower.follow()
     assert await leased(two) == f"domain@{revision(made(1))}"
-    assert "one swapped to" in two.state("domain").problem
+    assert "one swapped to" in two.table.state("domain").problem
     assert engines[1].calls.count(f"load domain@{revision(made(2))}") == 1, "it is not tried at every look"
     await two.rollback("domain")  # to what it serves anyway: only the record changes
-    assert two.state("domain").problem is None
-    await one.follow()
-    assert one.serving()["domain"].revision == revision(made(1))
+    assert two.table.state("domain").problem is None
+    await RecordFollower(one).follow()
+    assert one.table.serving()["domain"].revision == revision(made(1))
 
 
 async def test_a_commit_that_cannot_be_recorded_is_none(made, stores, tmp_path):
     engine = FakeEngine()
     with opened(tmp_path / "other.sqlite3") as database:
         roles = table(engine, store=StoredRoles(database, "one"))
-        await roles.start({"domain": made(1)})
+        await RecordFollower(roles).start({"domain": made(1)})
         staged = await roles.stage("domain", made(2))
         database.run_now(lambda connection: connection.exec_driver_sql("DROP TABLE role_history"))
         with pytest.raises(MixfuseError, match="cannot be reached") as caught:
@@ -586,10 +597,10 @@ async def test_a_commit_that_cannot_be_recorded_is_none(made, stores, tmp_path):
 async def test_who_goes_away_in_a_commit_has_committed(made, stores):
     engine = FakeEngine()
     roles = table(engine, store=stores())
-    await roles.start({"domain": made(1)})
-    async with roles.lease("domain"):
+    await RecordFollower(roles).start({"domain": made(1)})
+    async with roles.table.lease("domain"):
         swapping = asyncio.create_task(roles.swap("domain", made(2)))
-        while roles.serving()["domain"].revision != revision(made(2)):  # noqa: ASYNC110
+        while roles.table.serving()["domain"].revision != revision(made(2)):  # noqa: ASYNC110
             await asyncio.sleep(0.001)
         swapping.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -600,12 +611,12 @@ async def test_who_goes_away_in_a_commit_has_committed(made, stores):
 
 async def test_refusals_and_pins_are_in_the_history_and_pins_last(made, stores):
     roles = table(FakeEngine(), store=stores())
-    await roles.start({"domain": made(1)})
+    await RecordFollower(roles).start({"domain": made(1)})
     with pytest.raises(MixfuseError):
         await roles.swap("domain", made(2, rank=9))
     canary = await roles.stage("domain", made(3))
     await roles.discard(canary, reason="agreement 0.3 is below 0.5")
-    await roles.pin("domain", True)
+    await roles.table.pin("domain", True)
     told = [(event.why, event.outcome, event.new) for event in await stores().history("domain")]
     assert told == [
         ("pin", "ok", revision(made(1))),
@@ -614,8 +625,8 @@ async def test_refusals_and_pins_are_in_the_history_and_pins_last(made, stores):
         ("config", "ok", revision(made(1))),
     ]
     again = table(FakeEngine(), store=stores())
-    await again.start({"domain": None})
-    assert again.state("domain").pinned
+    await RecordFollower(again).start({"domain": None})
+    assert again.table.state("domain").pinned
 
 
 # --- a folder that is watched ---------------------------------------------------------------------------------------
@@ -623,35 +634,35 @@ async def test_refusals_and_pins_are_in_the_history_and_pins_last(made, stores):
 
 async def test_the_newest_adapter_of_a_folder_is_swapped_in_once_it_is_whole(made, stores, tmp_path, caplog):
     roles = table(FakeEngine(), store=stores())
-    await roles.start({"domain": None})
+    await RecordFollower(roles).start({"domain": None})
     watcher = Watcher(roles, Folder(tmp_path / "watched"), "domain")
     place = tmp_path / "watched" / "domain"
-    await watcher.look()
+    await watcher.poll()
 
     made(1, at=place / "first")
-    await watcher.look()
-    assert roles.serving()["domain"].revision is None, "it may still be written"
-    await watcher.look()
-    assert roles.serving()["domain"].revision == revision(place / "first")
+    await watcher.poll()
+    assert roles.table.serving()["domain"].revision is None, "it may still be written"
+    await watcher.poll()
+    assert roles.table.serving()["domain"].revision == revision(place / "first")
 
     made(2, at=place / ".half")
     made(3, at=place / "second")
     whole = (place / "second" / WEIGHTS).read_bytes()
     (place / "second" / WEIGHTS).write_bytes(whole[:-4])
     for _ in range(4):
-        await watcher.look()
-    assert roles.serving()["domain"].revision == revision(place / "first")
+        await watcher.poll()
+    assert roles.table.serving()["domain"].revision == revision(place / "first")
     assert len([record for record in caplog.records if "was changed after export" in record.message]) == 1
     (place / "second" / WEIGHTS).write_bytes(whole)
     for _ in range(2):
-        await watcher.look()
-    assert roles.serving()["domain"].revision == revision(place / "second")
+        await watcher.poll()
+    assert roles.table.serving()["domain"].revision == revision(place / "second")
 
     await roles.rollback("domain")
     for _ in range(2):
-        await Watcher(roles, Folder(tmp_path / "watched"), "domain").look()
-        await watcher.look()
-    assert roles.serving()["domain"].revision == revision(place / "first"), "a rollback lasts"
+        await Watcher(roles, Folder(tmp_path / "watched"), "domain").poll()
+        await watcher.poll()
+    assert roles.table.serving()["domain"].revision == revision(place / "first"), "a rollback lasts"
     assert [event.why for event in await stores().history("domain") if event.outcome == "ok"] == [
         *("rollback", "watch", "watch", "config")
     ]
@@ -660,20 +671,20 @@ async def test_the_newest_adapter_of_a_folder_is_swapped_in_once_it_is_whole(mad
 async def test_an_engine_that_is_away_is_waited_for_but_not_for_ever(made, stores, tmp_path):
     engine = FakeEngine()
     roles = table(engine, store=stores())
-    await roles.start({"domain": None})
+    await RecordFollower(roles).start({"domain": None})
     watcher = Watcher(roles, Folder(tmp_path / "watched"), "domain")
     made(1, at=tmp_path / "watched" / "domain" / "first")
     engine.fail["load"] = MixfuseError("no answer", kind="engine")
     for _ in range(6):
-        await watcher.look()
+        await watcher.poll()
     assert len([call for call in engine.calls if call.startswith("load")]) == 3
     engine.fail.clear()
-    await watcher.look()
-    assert roles.serving()["domain"].revision is None
+    await watcher.poll()
+    assert roles.table.serving()["domain"].revision is None
     made(2, at=tmp_path / "watched" / "domain" / "second")
     for _ in range(2):
-        await watcher.look()
-    assert roles.serving()["domain"].revision == revision(tmp_path / "watched" / "domain" / "second")
+        await watcher.poll()
+    assert roles.table.serving()["domain"].revision == revision(tmp_path / "watched" / "domain" / "second")
 
 
 # --- over HTTP ------------------------------------------------------------------------------------------------------
@@ -683,7 +694,7 @@ async def test_an_engine_that_is_away_is_waited_for_but_not_for_ever(made, store
 async def admin(made, stores):
     """A role table behind its routes, and the client that asks them."""
     roles = table(FakeEngine(), store=stores())
-    await roles.start({"domain": made(1)})
+    await RecordFollower(roles).start({"domain": made(1)})
     app = Starlette(routes=routes(roles, stores(), Gates(roles, None, None, GateConfig())))  # none is begun
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://admin/admin/roles") as client:
         yield roles, client
@@ -741,8 +752,8 @@ async def test_changes_want_the_admin_key(admin, monkeypatch: pytest.MonkeyPatch
 async def test_the_metrics_tell_what_serves_and_who_is_behind(admin, made):
     roles, _ = admin
     registry = CollectorRegistry()
-    registry.register(RoleMetrics(roles))
-    roles.state("domain").problem = "it is not here"
+    registry.register(RoleMetrics(roles.table))
+    roles.table.state("domain").problem = "it is not here"
     text = generate_latest(registry).decode()
     assert f'mixfuse_role_revision{{revision="{revision(made(1))}",role="domain"}} 1.0' in text
     assert 'mixfuse_role_behind{role="domain"} 1.0' in text
@@ -755,4 +766,4 @@ def test_the_documented_config_is_one():
     config = validate(yaml.safe_load(text), ServeConfig, source="docs/operations.md")
     assert config.engine.max_loaded == 6
     documented = set(re.findall(r"`(?:GET|PUT|POST|DELETE) (/admin/[\w/]+)", page))
-    assert documented <= {path.path.replace("{role}", "ROLE") for path in routes(None, None, None)}
+    assert documented <= {path.path.replace("{role}", "ROLE") for path in routes(table(FakeEngine()), None, None)}

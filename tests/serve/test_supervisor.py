@@ -20,8 +20,9 @@ from test_engine import alive, until
 from mixfuse.app.server import LeasedRoles
 from mixfuse.contracts.adapter import Fingerprint
 from mixfuse.contracts.errors import MixfuseError
-from mixfuse.fusion.calls.pool import Endpoint
+from mixfuse.fusion.calls.upstream import Endpoint
 from mixfuse.serve import engine as engine_module
+from mixfuse.serve.admission import Admission
 from mixfuse.serve.engine import EngineConfig, Restart
 from mixfuse.serve.engine_group import EngineGroup, per_replica
 from mixfuse.serve.roles import RoleTable
@@ -149,9 +150,9 @@ async def test_an_engine_that_crashes_again_and_again_is_given_up(group: EngineG
 
 def test_pauses_double_to_a_limit_and_differ(base: Path):
     restart = Restart(first_delay_s=1, max_delay_s=8)
-    replica = EngineGroup(EngineConfig(base=base, restart=restart), logs=base)._own()[0]
+    replica = EngineGroup(EngineConfig(base=base, restart=restart), logs=base)._own_replicas()[0]
     for longest in (1, 2, 4, 8, 8):
-        replica._crashes.append(0)
+        replica._crash_times.append(0)
         pauses = {replica._pause() for _ in range(50)}
         assert len(pauses) > 1
         assert longest / 2 <= min(pauses)
@@ -323,7 +324,7 @@ async def test_engines_of_different_models_are_told_apart(external: EngineConfig
 
 async def test_a_lease_of_a_role_waits_for_the_engine(group: EngineGroup):
     fingerprint = Fingerprint(config="", tokenizer="", chat_template="", weights="")
-    roles = LeasedRoles(RoleTable(group, fingerprint, ["domain"], max_rank=8), group)
+    roles = LeasedRoles(RoleTable(group, ["domain"], Admission(fingerprint, max_rank=8)), group)
     os.kill(server_pid(group), signal.SIGKILL)
     await away(group)
     async with roles.lease("domain") as endpoint:
@@ -339,7 +340,7 @@ async def test_a_missing_key_of_an_external_engine_is_named(external: EngineConf
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"url": "10.0.0.5:8000"}, "no URL"),
+        ({"url": "10.0.0.5:8000"}, "not a URL"),
         ({"url": "http://a", "urls": ["http://b"]}, "not both"),
         ({"urls": ["http://a/v1", "http://a"]}, "twice"),
         ({"url": "http://a", "replicas": 2}, "started here"),

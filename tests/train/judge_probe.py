@@ -4,8 +4,6 @@ Started with the environment of a launcher. Not a test: the tests read what it f
 """
 
 import json
-import os
-import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,10 +13,9 @@ from deepspeed.utils import get_z3_leaf_modules, z3_leaf_module
 from transformers import TrainerCallback
 
 from mixfuse.contracts.strict_yaml import load
-from mixfuse.train import run
 from mixfuse.train.processes import worker
 from mixfuse.train.recipe import JudgeRecipe
-from mixfuse.train.stages import judge_dpo
+from mixfuse.train.stages import core, judge_dpo
 
 
 class Probe(TrainerCallback):
@@ -53,9 +50,6 @@ def chosen_verdicts(trainer: Any, batch: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        os.environ["MASTER_PORT"] = str(free.getsockname()[1])
     recipe = load(Path(sys.argv[1]), JudgeRecipe, sys.argv[2:])
     worker.prepare(recipe.threads, wandb=recipe.wandb)
     trainer = judge_dpo.make_trainer(recipe)
@@ -71,7 +65,7 @@ def main() -> None:
     }
     facts["chosen_by_batch"] = [chosen_verdicts(trainer, batch) for batch in trainer.get_train_dataloader()]
     trainer.add_callback(Probe(trainer, facts))
-    run.train_and_save(trainer, recipe, stage="judge")
+    core.train_and_save(trainer, recipe, stage="judge")
     (recipe.out / "probe.json").write_text(json.dumps(facts))
 
 

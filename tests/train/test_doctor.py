@@ -32,7 +32,7 @@ def test_what_fails_is_named_with_how_to_mend_it(sft_recipe: Path, tmp_path: Pat
     found = report(done)
     assert found["ok"] is False
     assert found["base"]["status"] == "FAIL"
-    assert "is no model folder here" in found["base"]["found"]
+    assert "is not a model folder on this machine" in found["base"]["found"]
     assert found["base"]["mend"]
     assert (found["machines"]["status"], found["machines"]["found"].partition(":")[0]) == ("FAIL", "1 of 2")
 

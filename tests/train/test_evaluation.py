@@ -21,7 +21,7 @@ def held_out_loss(chats: Path, base: Path, adapter: Path | None = None) -> tuple
     from peft import PeftModel
     from transformers import MixtralForCausalLM
 
-    from mixfuse.train.data.labels import encode
+    from mixfuse.train.data.loss_mask import encode
     from mixfuse.train.model.load import load_tokenizer
 
     model = MixtralForCausalLM.from_pretrained(base, dtype=torch.float32)

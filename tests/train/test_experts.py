@@ -22,8 +22,8 @@ from mixfuse.train.adapters.export import export
 from mixfuse.train.model import choose_experts
 from mixfuse.train.model.choose_experts import Load
 from mixfuse.train.model.load import load_base, load_tokenizer
+from mixfuse.train.processes.checkpoint import last_checkpoint
 from mixfuse.train.recipe import JudgeRecipe, Lora, SftRecipe, kind_of, lora_parameters
-from mixfuse.train.run import last_checkpoint
 
 # Layer 0 sends every token to experts 2 and 0, about 3 to 1; layer 1 to 3, and hardly to 1.
 PULL = {0: {2: 0.30, 0: 0.15}, 1: {3: 1.0, 1: 0.2}}
@@ -187,8 +187,8 @@ def test_an_adapter_of_some_experts_means_the_same_everywhere(tiny_base: Path, t
     """In training, as the run saves it, exported per expert, and exported fused: with rsLoRA and after dropout."""
     from peft import get_peft_model
 
+    from mixfuse.train.adapters.saving import save_peft
     from mixfuse.train.model.load import lora_config
-    from mixfuse.train.run import save_peft
 
     lora = Lora(r=4, alpha=8, rslora=True, dropout=0.1, experts={1: (0, 2)})
     wrapped: Any = get_peft_model(load_base(tiny_base, torch.float32), lora_config(lora)).eval()

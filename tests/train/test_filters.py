@@ -1,4 +1,4 @@
-"""What is left out of preference pairs, and the rules that read nothing."""
+"""Filters of preference pairs, and the rules that read no content."""
 
 import random
 from collections import Counter

@@ -25,7 +25,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from mixfuse.contracts import adapter as contract
-from mixfuse.contracts.mixtral import Shape, active_parameters, base_parameters
+from mixfuse.contracts.family import Shape, active_parameters, base_parameters
 from mixfuse.train.adapters.export import export
 from mixfuse.train.model import expert_lora
 from mixfuse.train.model.load import _Checkpoint, lora_config, mark_leaves

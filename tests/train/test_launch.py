@@ -16,7 +16,7 @@ from train_harness import SFT_STEPS, Run
 
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.files import read_jsonl
-from mixfuse.train.launching.launch import read_hostfile
+from mixfuse.train.launching.launchers.deepspeed import read_hostfile
 from mixfuse.train.processes.checkpoint import last_checkpoint
 
 SCRIPT = harness.PROJECT / "scripts" / "launch"
@@ -39,7 +39,7 @@ def test_local_is_torchrun_on_this_machine(sft_recipe: Path) -> None:
     train = ["train", "sft", str(sft_recipe), "out=a b"]
     process = ["--no-python", *PYTHON, "mixfuse", *train]
     assert printed("--local", "4", *train) == [
-        *PYTHON, "mixfuse.train.processes.torchrun", "--nproc-per-node=4", "--standalone", *process
+        *PYTHON, "mixfuse.train.processes.graceful_torchrun", "--nproc-per-node=4", "--standalone", *process
     ]  # fmt: skip
     assert "--nproc-per-node=3" in printed("--local", *train, "processes=3")
 
@@ -51,7 +51,7 @@ def test_torchrun_meets_at_the_first_host() -> None:
     by_name = printed("--torchrun", "--nodes", "3", "--rdzv", "meet:123", "--processes", "8", "doctor")
     assert {"--nnodes=3", "--rdzv-endpoint=meet:123", "--nproc-per-node=8"} <= set(by_name)
     refused = launch("--torchrun", "--dry-run", "doctor")
-    assert (refused.returncode, "who meets where" in refused.stderr) == (2, True)
+    assert (refused.returncode, "meeting point" in refused.stderr) == (2, True)
 
 
 def test_a_host_file_of_other_machines_is_deepspeeds_own_affair(tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_the_sbatch_file_asks_for_a_requeue_and_time_to_save(sft_recipe: Path, t
         ("", "names no host"),
         ("# nothing\n", "names no host"),
         ("here slots=2\nthere\n", "hosts:2: expected `HOST slots=N`, found 'there'"),
-        ("here slots=2\nhere slots=1\n", "hosts:2: here stands there twice"),
+        ("here slots=2\nhere slots=1\n", "hosts:2: here is named twice"),
     ],
 )
 def test_a_bad_host_file_is_one_line(text: str, message: str, tmp_path: Path) -> None:
@@ -211,6 +211,6 @@ def test_slurm_stops_requeues_and_finishes(sft_recipe: Path, runs: Path, sft_by_
     finally:
         subprocess.run(["scancel", number], capture_output=True, check=False)
     text = log.read_text(errors="replace")
-    assert f"requeue: job {number} goes on from its last checkpoint" in text
+    assert f"requeue: job {number} resumes from its last checkpoint" in text
     assert [row["step"] for row in read_jsonl(out / "metrics.jsonl") if "loss" in row] == list(range(1, SFT_STEPS + 1))
     assert Run(out).series("loss") == pytest.approx(sft_by_two.series("loss"), rel=1e-5)

@@ -36,7 +36,7 @@ def test_the_commands_of_the_document_run(elsewhere: Path) -> None:
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert done.stdout.count("all is well") == 2
-    assert done.stdout.count("-m mixfuse.train.processes.torchrun") == 4
+    assert done.stdout.count("-m mixfuse.train.processes.graceful_torchrun") == 4
     assert done.stdout.count("-m deepspeed.launcher.runner") == 1
     assert "#SBATCH --partition=gpu" in done.stdout
 

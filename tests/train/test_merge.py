@@ -103,7 +103,7 @@ def test_an_interrupted_merge_goes_on_with_the_files_that_are_missing(
     other = shutil.copytree(adapter, tmp_path / "judge")
     manifest = json.loads((other / contract.MANIFEST).read_text())
     (other / contract.MANIFEST).write_text(json.dumps(manifest | {"role": "judge"}))
-    with pytest.raises(MixfuseError, match=r"out\.partial is of another merge"):
+    with pytest.raises(MixfuseError, match=r"out\.partial belongs to another merge"):
         merge(other, tmp_path / "out")
 
     begun.clear()
@@ -271,7 +271,7 @@ def test_the_memory_of_a_merge_does_not_grow_with_the_layers(tmp_path: Path) -> 
     peaks = _peak(few), _peak(many)
     assert abs(peaks[1] - peaks[0]) < grown / 3, peaks
     # The formula of docs/adapter-directory.md.
-    assert peaks[1] < 5 * merging._BLOCK + 4 * 4 * (HIDDEN + INNER) * 3 + (64 << 20), peaks
+    assert peaks[1] < 5 * merging._BLOCK_BYTES + 4 * 4 * (HIDDEN + INNER) * 3 + (64 << 20), peaks
     name = f"model.layers.7.block_sparse_moe.experts.{EXPERTS - 1}.w2.weight"
     merged = load_file(tmp_path / "many" / "out" / "model-00007.safetensors")[name]
     assert (merged == 0.5 + 4 * 0.25 * 0.25).all()

@@ -1,13 +1,20 @@
 """The optimizer's keys do what their names say, in the libraries that act on them."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import train_harness as harness
 
+from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.strict_yaml import load
+from mixfuse.train.optimizers import OPTIMIZERS
+from mixfuse.train.planning.training_plan import Hardware, plan
 from mixfuse.train.recipe import SftRecipe
-from mixfuse.train.run import trainer_arguments
+from mixfuse.train.stages.core import trainer_arguments
 
 
 @pytest.fixture
@@ -20,16 +27,16 @@ def arguments(sft_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     def make(**optimizer: Any) -> TrainingArguments:
         keys = {"steps": 100, "batch_size": 24, "micro_batch": 4, **optimizer}
         recipe = load(sft_recipe, SftRecipe, [f"optimizer={keys}", f"out={tmp_path}", "seed=3", "data_seed=5"])
-        given = trainer_arguments(recipe)
-        for ours in ("deepspeed", "max_length"):  # DeepSpeed needs processes; the length is TRL's
-            del given[ours]
+        keywords = trainer_arguments(recipe)
+        for key in ("deepspeed", "max_length"):  # DeepSpeed needs processes; max_length is TRL's
+            del keywords[key]
         monkeypatch.delenv("WORLD_SIZE")
-        return TrainingArguments(**given)
+        return TrainingArguments(**keywords)
 
     return make
 
 
-def test_adamw_is_given_its_keys(arguments: Any) -> None:
+def test_adamw_gets_the_recipes_keys(arguments: Any) -> None:
     import torch
     from transformers import Trainer
 
@@ -76,3 +83,58 @@ def test_the_rate_rises_and_falls_as_the_schedule_says(
     assert rates[60] == pytest.approx(middle)
     assert rates[100] == pytest.approx(end, abs=1e-9)
     assert peak_at == 0 or rates[0] == 0
+
+
+@pytest.mark.parametrize("key", ["betas=[0.8, 0.9]", "eps=1e-6"])
+def test_adams_keys_are_refused_where_they_have_no_effect(key: str, sft_recipe: Path) -> None:
+    with pytest.raises(MixfuseError, match=f"{key.partition('=')[0]} has no effect on sgd; leave it out"):
+        load(sft_recipe, SftRecipe, ["optimizer.name=sgd", f"optimizer.{key}"])
+
+
+def test_an_unknown_optimizer_is_refused_by_the_names_of_the_others(sft_recipe: Path) -> None:
+    with pytest.raises(MixfuseError, match=r"'optimizer\.name': Input should be 'adamw', 'adafactor' or 'sgd'"):
+        load(sft_recipe, SftRecipe, ["optimizer.name=lion"])
+
+
+@pytest.mark.zero3
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "adamw"])  # every other test trains with AdamW
+def test_an_optimizer_trains_on_two_processes(name: str, sft_recipe: Path, runs: Path) -> None:
+    overrides = (f"optimizer.name={name}", "optimizer.steps=2", "processes=2", f"out={runs / name}")
+    run = harness.train("sft", sft_recipe, *overrides)
+    assert len(run.steps) == 2
+    changed = [key for key, weight in run.weights().items() if ".lora_B." in key and weight.any()]
+    assert len(changed) == len([key for key in run.weights() if ".lora_B." in key]), (
+        "B starts at zero, and one still is"
+    )
+    assert run.record["recipe"]["optimizer"]["name"] == name
+
+
+@pytest.mark.zero3
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizer_keeps_as_much_state_as_the_table_says(name: str, sft_recipe: Path, tmp_path: Path) -> None:
+    """Measured by the probe that `benchmarks/plan.py` compares the plan with."""
+    probe = harness.PROJECT / "benchmarks" / "plan_probe.py"
+    overrides = (f"optimizer.name={name}", "optimizer.steps=1", f"out={tmp_path / 'run'}")
+    done = subprocess.run(
+        [sys.executable, str(probe), "sft", str(sft_recipe), str(tmp_path / "facts.json"), *overrides],
+        capture_output=True, text=True, timeout=300, check=False, env={**harness.ENVIRONMENT, **harness.alone()},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-20000:]
+    held = json.loads((tmp_path / "facts.json").read_text())["held"]
+    parameters = held["master"] / 4
+    # Beside it, each partition has a count of its steps.
+    assert held["optimizer"] / parameters == pytest.approx(OPTIMIZERS[name].state_bytes, abs=0.01)
+
+
+def test_a_plan_counts_the_optimizers_state(sft_recipe: Path) -> None:
+    zero3 = json.loads(harness.ZERO3.read_text())
+    config = json.loads((harness.PROJECT / "configs" / "mixtral-8x22b" / "model" / "config.json").read_text())
+    hardware = Hardware(nodes=1, gpus=2, gpu_bytes=80 << 30)
+    held = {
+        name: plan(load(sft_recipe, SftRecipe, [f"optimizer.name={name}"]), config, zero3, hardware).held
+        for name in OPTIMIZERS
+    }
+    trained = held["adamw"]["master"] / 4
+    assert {name: part["optimizer"] for name, part in held.items()} == {
+        "adamw": 8 * trained, "adafactor": 4 * trained, "sgd": 4 * trained
+    }  # fmt: skip

@@ -10,7 +10,7 @@ import torch
 import train_harness as harness
 
 from mixfuse.contracts.errors import MixfuseError
-from mixfuse.train.data.chats import Collator
+from mixfuse.train.data.packing import Collator
 from mixfuse.train.model.attention import check_packing, choose
 
 DOCUMENTS = [
@@ -92,7 +92,7 @@ def test_a_packed_run_has_the_loss_of_its_chats_one_by_one(sft_recipe: Path, run
     """All sixteen chats in the first step of a run, whose adapter does nothing yet."""
     from transformers import MixtralForCausalLM
 
-    from mixfuse.train.data.labels import encode
+    from mixfuse.train.data.loss_mask import encode
     from mixfuse.train.model.load import load_tokenizer
 
     step = "optimizer={steps: 1, batch_size: 1, micro_batch: 1, warmup_steps: 0}"

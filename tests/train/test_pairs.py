@@ -179,8 +179,8 @@ def test_the_real_pool_gives_pairs_of_every_usable_prompt(tmp_path: Path) -> Non
 
 def test_training_keeps_both_orders_of_a_pair_in_one_batch(tiny_base: Path, tmp_path: Path) -> None:
     """The data set is shuffled by pair, the same for one seed, and pairs that would lose their verdict are left out."""
+    from mixfuse.train.data.pair_data import pairs_datasets
     from mixfuse.train.model.load import load_tokenizer
-    from mixfuse.train.stages.judge_dpo import pairs_datasets
 
     entries = [row(number) for number in range(6)]
     entries[3]["prompt"] = "long " * 300
@@ -204,8 +204,8 @@ def test_training_keeps_both_orders_of_a_pair_in_one_batch(tiny_base: Path, tmp_
 
 
 def test_no_pair_that_fits_is_an_error(tiny_base: Path, judge_recipe: Path) -> None:
+    from mixfuse.train.data.pair_data import pairs_datasets
     from mixfuse.train.model.load import load_tokenizer
-    from mixfuse.train.stages.judge_dpo import pairs_datasets
 
     recipe = load(judge_recipe, JudgeRecipe, ["max_length=20"])
     with pytest.raises(MixfuseError, match="no pair fits max_length 20"):
@@ -213,8 +213,8 @@ def test_no_pair_that_fits_is_an_error(tiny_base: Path, judge_recipe: Path) -> N
 
 
 def test_the_judge_mixes_and_holds_out_whole_pairs(tiny_base: Path, judge_recipe: Path, tmp_path: Path) -> None:
+    from mixfuse.train.data.pair_data import pairs_datasets
     from mixfuse.train.model.load import load_tokenizer
-    from mixfuse.train.stages.judge_dpo import pairs_datasets
 
     sources = []
     for name, count in (("small", 4), ("large", 40)):

@@ -8,17 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from memory_tracker import Tracker
 from peft import get_peft_model
 from train_harness import PROJECT, ZERO3, mixfuse
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from mixfuse.contracts.errors import MixfuseError
-from mixfuse.contracts.mixtral import Shape, base_parameters
+from mixfuse.contracts.family import Shape, base_parameters
 from mixfuse.train.model import expert_lora
 from mixfuse.train.model.load import lora_config
 from mixfuse.train.planning import memory, training_plan
 from mixfuse.train.planning.memory import Batch
-from mixfuse.train.planning.tracker import Tracker
 from mixfuse.train.recipe import Lora, SftRecipe
 
 MODEL = PROJECT / "configs" / "mixtral-8x22b" / "model"

@@ -40,8 +40,8 @@ def make_trainer(recipe: JudgeRecipe) -> Any:
     import torch
     from trl import DPOConfig
 
+    from mixfuse.train.data.pair_data import pairs_datasets
     from mixfuse.train.model.load import load_base, load_tokenizer, lora_config
-    from mixfuse.train.stages.judge_dpo import pairs_datasets
     from mixfuse.train.stages.trainers import JudgeTrainer, NamedPairs, Verdicts, verdict_rows
     from mixfuse.train.stages.verdicts import Reference
 

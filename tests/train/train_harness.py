@@ -165,13 +165,18 @@ def on_full_disk(mount: Path, command: list[str], *, kilobytes: int = 64) -> "su
     )
 
 
+def alone() -> dict[str, str]:
+    """The environment that a launcher gives to the only process of a run."""
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", **address}
+
+
 def probe_judge(recipe: Path, out: Path) -> Run:
     """Trains a judge on one process with `judge_probe.py` looking on; what it saw is in `out/probe.json`."""
     probe = Path(__file__).with_name("judge_probe.py")
     command = [sys.executable, str(probe), str(recipe), f"out={out}"]
-    single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env={**ENVIRONMENT, **single}, check=False
+        command, capture_output=True, text=True, timeout=300, env={**ENVIRONMENT, **alone()}, check=False
     )
     assert done.returncode == 0, done.stderr[-20000:]
     return Run(out)

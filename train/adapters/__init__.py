@@ -1,1 +1,1 @@
-"""Adapter files: export, layouts, comparison, merge, parity."""
+"""Adapter files: saving, export, layouts, comparison, merging, parity."""

@@ -1,4 +1,4 @@
-"""How two adapters differ: `mixfuse adapter diff`."""
+"""`mixfuse adapter diff`: how two adapters differ, module by module."""
 
 import math
 from collections import defaultdict
@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mixfuse.contracts.files import atomic_file
-from mixfuse.train.adapters.factors import Factors, Place, inner_product, tracked
+from mixfuse.train.adapters.factors import Factors, Place, inner_product, with_progress
 
 
 class ModuleDifference(NamedTuple):
     """How two adapters change one module.
 
     Attributes:
-        norm_a: ‖Δ‖ under the first; 0 where it leaves the module alone.
-        norm_b: ‖Δ‖ under the second.
-        inner: ⟨Δ, Δ'⟩.
+        place: Where the module is.
+        norm_a: ‖Δ‖ of the first adapter; 0 if it does not change the module.
+        norm_b: ‖Δ‖ of the second.
+        inner: The inner product of the two changes.
     """
 
     place: Place
@@ -35,14 +36,14 @@ class Difference:
     modules: tuple[ModuleDifference, ...]
 
     def grouped(self) -> dict[int, dict[str, ModuleDifference]]:
-        """Layer → "attention" or an expert's number → its modules together."""
+        """Layer → "attention" or an expert's number → the difference over all its modules."""
         groups: dict[tuple[int, str], list[ModuleDifference]] = defaultdict(list)
         for module in self.modules:
             expert = module.place.expert
             groups[module.place.layer, "attention" if expert is None else str(expert)].append(module)
         result: dict[int, dict[str, ModuleDifference]] = defaultdict(dict)
         for (layer, column), members in groups.items():
-            result[layer][column] = together(members)
+            result[layer][column] = combined(members)
         return dict(result)
 
     def to_json(self) -> dict[str, Any]:
@@ -51,7 +52,7 @@ class Difference:
             "a": _described(self.a),
             "b": _described(self.b),
             "same_base": not self.a.manifest.base.differences(self.b.manifest.base),
-            "total": _figures(together(self.modules)),
+            "total": _figures(combined(self.modules)),
             "modules": [{**module.place._asdict(), **_figures(module)} for module in self.modules],
         }
 
@@ -60,21 +61,21 @@ def diff(a: Path, b: Path) -> Difference:
     """Compares two adapter directories.
 
     Raises:
-        MixfuseError: One of them is not right.
+        MixfuseError: One of them is damaged or not an adapter directory.
     """
-    one, other = Factors(a), Factors(b)
-    places = one.places | other.places
+    factors_a, factors_b = Factors(a), Factors(b)
+    places = factors_a.places | factors_b.places
     modules = []
-    for name in tracked(sorted(places, key=lambda name: places[name].order), "comparing"):
-        pairs = [factors[name] if name in factors.places else None for factors in (one, other)]
+    for name in with_progress(sorted(places, key=lambda name: places[name].order), "comparing"):
+        pairs = [factors[name] if name in factors.places else None for factors in (factors_a, factors_b)]
         norms = [math.sqrt(max(inner_product(pair, pair), 0)) if pair else 0.0 for pair in pairs]
         product = inner_product(pairs[0], pairs[1]) if pairs[0] and pairs[1] else 0.0
         modules.append(ModuleDifference(places[name], norms[0], norms[1], product))
-    return Difference(one, other, tuple(modules))
+    return Difference(factors_a, factors_b, tuple(modules))
 
 
-def together(modules: Iterable[ModuleDifference]) -> ModuleDifference:
-    """Several modules as one: squares of norms, and inner products, add up."""
+def combined(modules: Iterable[ModuleDifference]) -> ModuleDifference:
+    """Several modules as one: the squares of norms add up, and so do inner products."""
     members = list(modules)
     norm_a = math.hypot(*(member.norm_a for member in members))
     norm_b = math.hypot(*(member.norm_b for member in members))
@@ -82,7 +83,7 @@ def together(modules: Iterable[ModuleDifference]) -> ModuleDifference:
 
 
 def cosine(module: ModuleDifference) -> float | None:
-    """Of the angle between the two deltas; None where one of them is zero."""
+    """The cosine of the angle between the two changes; None if one of them is zero."""
     product = module.norm_a * module.norm_b
     return max(-1.0, min(1.0, module.inner / product)) if product else None
 
@@ -95,7 +96,7 @@ def print_difference(difference: Difference) -> None:
     facts = Table(title="adapters")
     for heading in ("", "role", "revision", "rank", "alpha/r", "targets", "‖Δ‖"):
         facts.add_column(heading)
-    total = together(difference.modules)
+    total = combined(difference.modules)
     for name, factors, size in (("A", difference.a, total.norm_a), ("B", difference.b, total.norm_b)):
         row = _described(factors)
         targets = " ".join(row["targets"])
@@ -108,7 +109,7 @@ def print_difference(difference: Difference) -> None:
         table.add_column(column, justify="right")
     for layer, cells in groups.items():
         table.add_row(str(layer), *[_cell(cells.get(column)) for column in columns])
-    # Into a file or a pipe, a table is not cut to a terminal that is not there.
+    # In a file or a pipe, the table is as wide as it needs to be.
     console = Console()
     console = console if console.is_terminal else Console(width=max(120, 12 + 24 * len(columns)))
     console.print(facts)
@@ -117,15 +118,15 @@ def print_difference(difference: Difference) -> None:
     words = "" if angle is None else f", cosine {angle:.4f}"
     console.print(f"‖A - B‖ = {_figures(total)['norm_of_difference']:.4g}{words}", highlight=False)
     if difference.a.manifest.base.differences(difference.b.manifest.base):
-        console.print("The two are of different base models.")
+        console.print("The adapters belong to different base models.")
 
 
 def plot_difference(difference: Difference, path: Path) -> None:
     """Writes three heat maps as a PNG: both adapters' norms, and the cosine; layers down, attention and experts across.
 
     Args:
-        difference: What `diff` found.
-        path: The file.
+        difference: The result of `diff`.
+        path: The PNG file.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -168,11 +169,11 @@ def _cell(module: ModuleDifference | None) -> str:
 
 
 def _figures(module: ModuleDifference) -> dict[str, float | None]:
-    apart = module.norm_a**2 + module.norm_b**2 - 2 * module.inner
+    squared = module.norm_a**2 + module.norm_b**2 - 2 * module.inner
     return {
         "norm_a": module.norm_a,
         "norm_b": module.norm_b,
-        "norm_of_difference": math.sqrt(max(apart, 0)),
+        "norm_of_difference": math.sqrt(max(squared, 0)),
         "cosine": cosine(module),
     }
 

@@ -1,14 +1,13 @@
-"""Export: a PEFT adapter becomes an adapter directory whose experts vLLM really applies.
+"""Export: turns a PEFT adapter into an adapter directory whose experts vLLM applies.
 
 PEFT trains Mixtral's experts as two 3-D parameters a layer and saves them fused. vLLM loads that file with "Success"
-and silently ignores the experts (tests/serve/test_engine.py keeps the proof). Written per expert, under the names
-Mixtral's checkpoints use, the same adapter is applied by vLLM and loaded by plain PEFT.
+and silently ignores the experts (proven in tests/serve/test_engine.py). Written per expert, under the names of
+Mixtral's checkpoints, the same adapter works in vLLM and in plain PEFT.
 """
 
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 
 from mixfuse.contracts import adapter as contract
@@ -18,7 +17,7 @@ from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.files import atomic_directory, read_json, write_json, write_text
 from mixfuse.contracts.strict_yaml import validate
 from mixfuse.train.adapters.layouts import Layout, served
-from mixfuse.train.run import libraries
+from mixfuse.train.adapters.saving import check_weights, library_versions
 
 
 def export(
@@ -34,19 +33,19 @@ def export(
     Args:
         source: A finished run's folder, an adapter directory, or any PEFT LoRA folder, its experts fused or per expert.
         out: The folder to create.
-        base: The base model; by default the one the run, the manifest or the adapter's config names.
+        base: The base model; by default the one that the run, the manifest or the adapter's config names.
         role: The role; by default the run's or the manifest's, else "domain".
-        full_hash: Take every tensor of the base into its fingerprint, which reads all of it.
+        full_hash: Hash every tensor of the base for its fingerprint, which reads the whole base.
 
     Returns:
         The manifest.
 
     Raises:
-        MixfuseError: `source` is no LoRA adapter of this base, or is empty, all zero or not finite.
+        MixfuseError: `source` is not a LoRA adapter of this base, or is empty, all zero or not finite.
     """
     if not source.is_dir():
         raise MixfuseError(f"{source}: no such run or adapter folder", kind="adapter")
-    adapter, origin = _origin(source)
+    adapter, origin = _read_origin(source)
     if not (adapter / contract.WEIGHTS).is_file():
         raise MixfuseError(
             f"{source} is neither a run nor a PEFT adapter: it has no {contract.WEIGHTS} "
@@ -57,12 +56,12 @@ def export(
     base = base or Path(origin.get("base") or config.get("base_model_name_or_path") or "")
     if not (base / "config.json").is_file():
         raise MixfuseError(f"{source}: its base model {str(base)!r} is not here; name it with --base", kind="adapter")
-    contract.safetensors_header(adapter / contract.WEIGHTS)  # says so in one line where the file is cut off
+    contract.safetensors_header(adapter / contract.WEIGHTS)  # reports a truncated file in one line
     weights = load_file(adapter / contract.WEIGHTS)
     check_weights(weights, source)
     layout = served(weights, config, base, source=source)
     role = role or origin.get("role") or "domain"
-    # The protocol it was trained with, which need not be today's.
+    # The protocol that it was trained with, which may differ from the current one.
     protocol = (origin.get("judge_protocol") or judge_protocol.describe()) if role == "judge" else None
     facts = {key: origin[key] for key in ("recipe", "metrics", "training_data", "libraries") if origin.get(key)}
     if role == "judge" and origin.get("calibration"):
@@ -86,17 +85,17 @@ def write_directory(
     Args:
         out: The folder to create.
         layout: The adapter.
-        base: The base model's folder; it need not be here.
-        fingerprint: The base's.
+        base: The base model's folder; it may be absent on this machine.
+        fingerprint: The base's fingerprint.
         role: The role.
-        source: Where the adapter came from, for messages.
+        source: Where the adapter comes from, for messages.
         facts: Further keys of the manifest.
 
     Returns:
         The manifest.
 
     Raises:
-        MixfuseError: `out` exists, the disk is full, or a fact is not of the manifest's form.
+        MixfuseError: `out` exists, the disk is full, or a fact does not fit the manifest's schema.
     """
     with atomic_directory(out) as temporary:
         save_file(layout.weights, temporary / contract.WEIGHTS, metadata={"format": "pt"})
@@ -114,7 +113,7 @@ def write_directory(
             "rank": int(layout.config["r"]),
             "experts_trained": layout.has_experts,
             "files": files,
-            "libraries": libraries(),
+            "libraries": library_versions(),
         }
         manifest = validate(keys | facts, Manifest, source=str(source))
         write_text(temporary / model_card.CARD, model_card.render(manifest))
@@ -124,8 +123,8 @@ def write_directory(
     return manifest
 
 
-def _origin(source: Path) -> tuple[Path, dict[str, Any]]:
-    """The PEFT folder in `source`, and what is known of where it comes from."""
+def _read_origin(source: Path) -> tuple[Path, dict[str, Any]]:
+    """The PEFT folder in `source`, and the facts about its origin: base, role, recipe, metrics and so on."""
     if (source / "recipe.json").is_file():
         if not (source / "run.json").is_file():
             raise MixfuseError(f"{source} is a run that has not finished; run its train command again to resume it")
@@ -137,27 +136,8 @@ def _origin(source: Path) -> tuple[Path, dict[str, Any]]:
     return source, {}
 
 
-def check_weights(weights: dict[str, torch.Tensor], source: Path) -> None:
-    """Refuses an adapter that would do nothing or break everything.
-
-    Raises:
-        MixfuseError: No tensors, an empty one, a NaN or infinity, or every B zero (an untrained LoRA).
-    """
-    if not weights or any(tensor.numel() == 0 for tensor in weights.values()):
-        raise MixfuseError(
-            f"{source}: the adapter is empty (ZeRO-3 partitions saved without gathering?)", kind="adapter"
-        )
-    broken = next((name for name, tensor in weights.items() if not torch.isfinite(tensor).all()), None)
-    if broken:
-        raise MixfuseError(f"{source}: {broken} holds NaN or infinity; the training diverged", kind="adapter")
-    if not any(tensor.any() for name, tensor in weights.items() if ".lora_B." in name):
-        raise MixfuseError(
-            f"{source}: every lora_B is zero, so the adapter does nothing; train it first", kind="adapter"
-        )
-
-
 def write_manifest(directory: Path, manifest: Manifest, *, probes: Probes | None = None) -> None:
-    """Renews the manifest of an adapter directory, its model card and, where given, its probes; the revision stays."""
+    """Rewrites the manifest of an adapter directory, its model card and, if passed, its probes; the revision stays."""
     texts = {model_card.CARD: model_card.render(manifest, model_card.named(directory))}
     if probes is not None:
         texts[contract.PROBES] = probes.model_dump_json() + "\n"

@@ -1,8 +1,7 @@
-"""The factors of an adapter directory, read a module at a time, and what can be said of B·A without building it.
+"""The factors of an adapter directory, read a module at a time, and inner products of B·A without building it.
 
 A module's change to the base is Δ = (alpha/r)·B·A, as large as the base's own matrix: 400 MB in float32 for one of
-8x22B's. Its norm, the inner product of two of them and its best approximation of lower rank need matrices of r columns
-alone.
+8x22B's. Its norm, and the inner product of two changes, need only matrices of r columns.
 """
 
 import math
@@ -27,7 +26,7 @@ _MODULE = re.compile(
 
 
 class Place(NamedTuple):
-    """Where in the model a module lies; `expert` is None for attention."""
+    """Where in the model a module is; `expert` is None for attention."""
 
     layer: int
     expert: int | None
@@ -35,12 +34,12 @@ class Place(NamedTuple):
 
     @property
     def order(self) -> tuple[int, int, str]:
-        """Sorts places as the model computes: attention before experts."""
+        """A sort key in the order of computation: attention before experts."""
         return self.layer, -1 if self.expert is None else self.expert, self.projection
 
 
 class Pair(NamedTuple):
-    """The factors of one module, float32; the scale alpha/r is in `b` already.
+    """The factors of one module, float32; `b` includes the scale alpha/r.
 
     Attributes:
         a: (r, in).
@@ -54,10 +53,10 @@ class Pair(NamedTuple):
 class TensorFile:
     """A safetensors file, read tensor by tensor with plain reads.
 
-    Pages of a memory-mapped file would count as this process's memory until the kernel wants them back.
+    Pages of a memory-mapped file would count as this process's memory until the kernel reclaims them.
 
     Raises:
-        MixfuseError: The file is not whole.
+        MixfuseError: The file is truncated or has a broken header.
     """
 
     def __init__(self, path: Path) -> None:
@@ -65,13 +64,13 @@ class TensorFile:
         self.header = contract.safetensors_header(path)
         end = max((tensor["data_offsets"][1] for tensor in self.header.values()), default=0)
         self.data = path.stat().st_size - end
-        """Where the first tensor's bytes begin."""
+        """Offset of the first tensor's bytes."""
 
     def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
-        """Reads a tensor, or some rows of it, in its own dtype.
+        """Reads a tensor, or some of its rows, in its own dtype.
 
         Raises:
-            MixfuseError: It is quantised.
+            MixfuseError: The tensor is quantised.
         """
         tensor = self.header[name]
         height, *inner = tensor["shape"]
@@ -86,10 +85,10 @@ class TensorFile:
         return torch.frombuffer(content, dtype=self.dtype(name)).reshape(stop - start, *inner)
 
     def dtype(self, name: str) -> torch.dtype:
-        """A tensor's type.
+        """A tensor's dtype.
 
         Raises:
-            MixfuseError: It is none of plain floats.
+            MixfuseError: The dtype is not a plain float.
         """
         stored = self.header[name]["dtype"]
         if stored not in _DTYPES:
@@ -101,24 +100,24 @@ class TensorFile:
         return _DTYPES[stored]
 
     def count(self) -> int:
-        """How many numbers the file holds."""
+        """The number of elements in the file."""
         return sum(math.prod(tensor["shape"]) for tensor in self.header.values())
 
 
 class Factors:
-    """An adapter directory, verified; its modules' factors are read when they are asked for.
+    """An adapter directory, verified. A module's factors are read on access.
 
     Args:
         directory: The adapter directory.
 
     Attributes:
         manifest: Its manifest.
-        config: PEFT's.
+        config: PEFT's config.
         scale: alpha/r.
-        places: The name of each module, in PEFT's words and without `.lora_A.weight` → where it lies.
+        places: The name of each module, as PEFT writes it without `.lora_A.weight` → where the module is.
 
     Raises:
-        MixfuseError: The directory is not right.
+        MixfuseError: The directory is damaged, or not an adapter directory.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -141,79 +140,35 @@ class Factors:
         return shape
 
     def _check_experts(self) -> None:
-        found: dict[int, set[tuple[int, str]]] = defaultdict(set)
+        projections: dict[int, set[tuple[int, str]]] = defaultdict(set)
         for place in self.places.values():
             if place.expert is not None:
-                found[place.layer].add((place.expert, place.projection))
-        experts = 1 + max((expert for members in found.values() for expert, _ in members), default=0)
-        for layer, members in found.items():
+                projections[place.layer].add((place.expert, place.projection))
+        experts = 1 + max((expert for members in projections.values() for expert, _ in members), default=0)
+        for layer, members in projections.items():
             if len(members) < 3 * experts:  # exported by the first version of mixfuse
                 raise MixfuseError(
-                    f"{self.directory}: layer {layer} has factors of some experts only; bring it up to date with: "
+                    f"{self.directory}: layer {layer} has factors of some experts only; export it again with: "
                     f"mixfuse adapter export {self.directory} OUT",
                     kind="adapter",
                 )
 
     def _place(self, name: str) -> Place:
-        found = _MODULE.search(name)
-        if found is None:
-            raise MixfuseError(f"{self.directory}: {name} is no module of Mixtral that LoRA is for", kind="adapter")
-        expert = found["expert"]
-        return Place(int(found["layer"]), None if expert is None else int(expert), found["projection"])
+        match = _MODULE.search(name)
+        if match is None:
+            raise MixfuseError(f"{self.directory}: {name} is not a module of Mixtral that LoRA adapts", kind="adapter")
+        expert = match["expert"]
+        return Place(int(match["layer"]), None if expert is None else int(expert), match["projection"])
 
 
-def inner_product(one: Pair, other: Pair) -> float:
+def inner_product(first: Pair, second: Pair) -> float:
     """⟨Δ₁, Δ₂⟩ = Σ (B₁ᵀB₂) ∘ (A₁A₂ᵀ), in float64: the sum runs over r₁·r₂ numbers."""
-    left = one.b.double().T @ other.b.double()
-    right = one.a.double() @ other.a.double().T
+    left = first.b.double().T @ second.b.double()
+    right = first.a.double() @ second.a.double().T
     return float((left * right).sum())
 
 
-def norm(pair: Pair) -> float:
-    """‖Δ‖ (Frobenius), from the factors' triangular parts: differences of equal deltas come out as what they are."""
-    _, left = torch.linalg.qr(pair.b.double(), mode="r")
-    _, right = torch.linalg.qr(pair.a.double().T, mode="r")
-    return float(torch.linalg.matrix_norm(left @ right.T))
-
-
-def stacked(pairs: list[Pair]) -> Pair:
-    """The factors of the sum of these deltas; their ranks add up."""
-    return Pair(torch.cat([pair.a for pair in pairs]), torch.cat([pair.b for pair in pairs], dim=1))
-
-
-class Truncated(NamedTuple):
-    """The nearest delta of a lower rank.
-
-    Attributes:
-        pair: Its factors, float32; ranks that the delta does not have are zero.
-        kept: The square of its norm.
-        total: The square of the norm of what it stands for.
-    """
-
-    pair: Pair
-    kept: float
-    total: float
-
-
-def truncated(pair: Pair, rank: int) -> Truncated:
-    """The best approximation of B·A of that rank (Eckart and Young 1936), without building B·A.
-
-    With B = Q₁R₁ and Aᵀ = Q₂R₂, the singular values of B·A are those of R₁R₂ᵀ, which is r by r. The root of each goes
-    into either factor, so that neither grows.
-    """
-    q_b, r_b = torch.linalg.qr(pair.b.double())
-    q_a, r_a = torch.linalg.qr(pair.a.double().T)
-    left, values, right = torch.linalg.svd(r_b @ r_a.T)
-    keep = min(rank, len(values))
-    root = values[:keep].sqrt()
-    a = pair.a.new_zeros(rank, pair.a.shape[1])
-    b = pair.b.new_zeros(pair.b.shape[0], rank)
-    a[:keep] = (root[:, None] * (right[:keep] @ q_a.T)).float()
-    b[:, :keep] = ((q_b @ left[:, :keep]) * root).float()
-    return Truncated(Pair(a, b), float(values[:keep].square().sum()), float(values.square().sum()))
-
-
-def tracked(names: Iterable[str], doing: str) -> Iterable[str]:
-    """The names, with a progress bar on standard error where that is a terminal."""
+def with_progress(names: Iterable[str], description: str) -> Iterable[str]:
+    """The names, with a progress bar on standard error if that is a terminal."""
     console = Console(stderr=True)
-    return track(list(names), doing, console=console, transient=True, disable=not console.is_terminal)
+    return track(list(names), description, console=console, transient=True, disable=not console.is_terminal)

@@ -16,8 +16,8 @@ import torch
 
 from mixfuse.contracts import adapter as contract
 from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.family import Shape
 from mixfuse.contracts.files import read_json
-from mixfuse.contracts.mixtral import Shape
 
 Weights = dict[str, torch.Tensor]
 

@@ -1,8 +1,8 @@
-"""Merging an adapter into its base: W + (alpha/r)·B·A, file by file, in a memory that does not grow with the model.
+"""Merging an adapter into its base: W + (alpha/r)·B·A, file by file, in memory that does not grow with the model.
 
-The merged checkpoint has the files of the base, with the same tensors in the same places; the bytes of those that the
-adapter changes are replaced as they are copied, some rows at a time. Sums are made in float32 and rounded once, to the
-type that the base has. `docs/adapter-directory.md` has the formula for the memory it takes.
+The merged checkpoint has the base's files, with the same tensors at the same offsets. Tensors that the adapter changes
+are summed while they are copied, a block of rows at a time. Sums are in float32 and rounded once to the base's dtype.
+`docs/adapter-directory.md` has the formula for the memory.
 """
 
 import os
@@ -24,20 +24,20 @@ from mixfuse.train.adapters.factors import Factors, Pair, TensorFile
 
 RECORD = "merge.json"
 _INDEX = "model.safetensors.index.json"
-_BLOCK = 1 << 25  # bytes of float32 that are added to at once
-_PIECE = 1 << 24
+_BLOCK_BYTES = 1 << 25  # of a block of rows in float32
+_COPY_BYTES = 1 << 24  # copied at once
 _COPIED = (".json", ".jinja", ".txt", ".model")
-# Times the base's size in float32: PEFT's copy of a layer's experts, and what loading takes beside the model.
+# Times the base's size in float32: the model, PEFT's copy of a layer's experts, and the overhead of loading.
 _CHECK_MEMORY = 2.5
 
 
 class Check(NamedTuple):
-    """What the merged checkpoint says in plain transformers, beside PEFT on the base; log-probs in nats.
+    """The merged checkpoint in plain transformers compared with PEFT: worst differences of log-probs, in nats.
 
     Attributes:
-        difference: Worst difference to PEFT's own merge, rounded to the base's type.
-        rounding: Worst difference to the adapter that is not merged: what rounding to that type has changed.
-        effect: Worst difference that the adapter makes to the base.
+        difference: To PEFT's own merge, rounded to the base's dtype.
+        rounding: To the adapter without merging, which is the effect of rounding to that dtype.
+        effect: Between the adapter and the base alone.
     """
 
     difference: float
@@ -46,13 +46,13 @@ class Check(NamedTuple):
 
 
 class Merged(NamedTuple):
-    """What `merge` made.
+    """The result of `merge`.
 
     Attributes:
-        tensors: How many it changed.
-        files: How many weight files there are.
-        check: None where it was left out; `skipped` says why.
-        skipped: Why there is no check.
+        tensors: Number of tensors that it changed.
+        files: Number of weight files.
+        check: The comparison with PEFT, or None if it was skipped.
+        skipped: The reason for skipping it.
     """
 
     tensors: int
@@ -62,19 +62,19 @@ class Merged(NamedTuple):
 
 
 def merge(directory: Path, out: Path, *, base: Path | None = None, check: bool | None = None) -> Merged:
-    """Writes the base with an adapter added to it; continues where an interrupted merge has stopped.
+    """Writes the base with an adapter added to it; resumes an interrupted merge.
 
-    Until it is whole it is `OUT.partial`, whose finished files a second call keeps.
+    The folder is `OUT.partial` until the merge is complete. A second call reuses the finished files in it.
 
     Args:
         directory: An adapter directory.
         out: The folder to create: a checkpoint that plain transformers and vLLM load.
-        base: The base model; by default where the manifest says it is.
-        check: Compare log-probabilities with PEFT's; by default where memory allows it.
+        base: The base model; by default the path in the manifest.
+        check: Compare log-probabilities with PEFT's; by default if memory allows it.
 
     Raises:
-        MixfuseError: The directory is not right or of another base, the base is quantised or lacks a tensor, `out`
-            exists, the disk is too small, or the merged model does not do what the adapter does.
+        MixfuseError: The directory is damaged or belongs to another base, the base is quantised or lacks a tensor,
+            `out` exists, the disk is too small, or the merged model differs from PEFT's.
     """
     if out.exists():
         raise MixfuseError(f"{out} exists already; choose another place or remove it first")
@@ -86,9 +86,9 @@ def merge(directory: Path, out: Path, *, base: Path | None = None, check: bool |
     if parts := factors.manifest.base.differences(fingerprint):
         raise MixfuseError(f"{directory}: made on another base model (its {', '.join(parts)} differ)", kind="adapter")
     files = [TensorFile(path) for path in _weight_files(base)]
-    changed = _targets(factors, files)
+    modules_by_tensor = _modules_by_tensor(factors, files)
     partial = out.with_name(out.name + ".partial")
-    _begin(partial, factors, fingerprint.model_dump(mode="json"))
+    _open_partial(partial, factors, fingerprint.model_dump(mode="json"))
     done = {file.path.name for file in files if (partial / file.path.name).is_file()}
     _check_space(partial, sum(file.path.stat().st_size for file in files if file.path.name not in done))
     with _progress() as progress:
@@ -98,52 +98,52 @@ def merge(directory: Path, out: Path, *, base: Path | None = None, check: bool |
                 progress.advance(bar, file.path.stat().st_size)
                 continue
             with atomic_file(partial / file.path.name) as temporary, temporary.open("wb") as stream:
-                _merge_file(file, stream, factors, changed, lambda count: progress.advance(bar, count))
+                _merge_file(file, stream, factors, modules_by_tensor, lambda count: progress.advance(bar, count))
     with disk_errors(partial):
         for path in base.iterdir():
             if path.is_file() and path.suffix in _COPIED and path.name != RECORD:
                 shutil.copyfile(path, partial / path.name)
-    skipped = _why_no_check(files, wanted=check)
-    found = None if skipped else _check(directory, base, partial, files[0])
+    skipped = _reason_to_skip_check(files, check=check)
+    comparison = None if skipped else _compare_with_peft(directory, base, partial, files[0])
     os.replace(partial, out)
-    return Merged(len(changed), len(files), found, skipped)
+    return Merged(len(modules_by_tensor), len(files), comparison, skipped)
 
 
 def _weight_files(base: Path) -> list[Path]:
-    """The files that transformers loads: those of the index, else all."""
+    """The files that transformers loads: those of the index, or all without an index."""
     if (base / _INDEX).is_file():
         names = set(read_json(base / _INDEX).get("weight_map", {}).values())
         return [base / name for name in sorted(names)]
     return sorted(base.glob("*.safetensors"))
 
 
-def _targets(factors: Factors, files: list[TensorFile]) -> dict[str, str]:
+def _modules_by_tensor(factors: Factors, files: list[TensorFile]) -> dict[str, str]:
     """The checkpoint's name of each tensor that changes → the adapter's module.
 
     Raises:
-        MixfuseError: The base lacks one, or it has another shape, or is quantised.
+        MixfuseError: The base lacks a tensor, or it has another shape or is quantised.
     """
-    where = {name: file for file in files for name in file.header}
+    file_of = {name: file for file in files for name in file.header}
     names = {f"{module.removeprefix('base_model.model.')}.weight": module for module in factors.places}
     for name, module in names.items():
-        if name not in where:
+        if name not in file_of:
             raise MixfuseError(
                 f"{factors.directory}: the base has no tensor {name!r}; its checkpoint is not in Mixtral's own names "
                 "(w1, w2, w3 of each expert)",
                 kind="adapter",
             )
         a, b = (factors.shape(module, side) for side in "AB")
-        if where[name].header[name]["shape"] != [b[0], a[1]]:
+        if file_of[name].header[name]["shape"] != [b[0], a[1]]:
             raise MixfuseError(f"{factors.directory}: {module} does not fit the base's {name}", kind="adapter")
-        where[name].dtype(name)  # refuses quantised ones before anything is written
+        file_of[name].dtype(name)  # refuses a quantised tensor before anything is written
     return names
 
 
-def _begin(partial: Path, factors: Factors, base: dict[str, Any]) -> None:
-    """Makes the folder, or finds the one that the same merge has left.
+def _open_partial(partial: Path, factors: Factors, base: dict[str, Any]) -> None:
+    """Creates the folder, or reopens the one of an interrupted merge of the same adapter and base.
 
     Raises:
-        MixfuseError: What is there is of another merge.
+        MixfuseError: The folder belongs to another merge.
     """
     manifest = factors.manifest
     record = {
@@ -155,9 +155,9 @@ def _begin(partial: Path, factors: Factors, base: dict[str, Any]) -> None:
     }
     if partial.exists():
         if not (partial / RECORD).is_file() or read_json(partial / RECORD) != record:
-            raise MixfuseError(f"{partial} is of another merge; remove it, or choose another place")
-        for left in partial.glob(".*.partial"):  # of a process that was killed
-            left.unlink()
+            raise MixfuseError(f"{partial} belongs to another merge; remove it, or choose another place")
+        for leftover in partial.glob(".*.partial"):  # of a process that was killed
+            leftover.unlink()
         return
     with disk_errors(partial):
         partial.mkdir(parents=True)
@@ -174,15 +174,19 @@ def _check_space(folder: Path, needed: int) -> None:
 
 
 def _merge_file(
-    file: TensorFile, out: IO[bytes], factors: Factors, changed: dict[str, str], advance: Callable[[int], object]
+    file: TensorFile,
+    out: IO[bytes],
+    factors: Factors,
+    modules_by_tensor: dict[str, str],
+    advance: Callable[[int], object],
 ) -> None:
-    """Copies a weight file; the header stays, since no name, type or shape changes."""
+    """Copies a weight file, merging as it goes. The header is unchanged, as are names, dtypes and shapes."""
     with file.path.open("rb") as source:
         _copy(source, out, file.data, advance)
         for name, tensor in sorted(file.header.items(), key=lambda item: item[1]["data_offsets"]):
             start, end = tensor["data_offsets"]
-            if name in changed:
-                _merge_tensor(file, name, factors[changed[name]], out)
+            if name in modules_by_tensor:
+                _merge_tensor(file, name, factors[modules_by_tensor[name]], out)
                 advance(end - start)
             else:
                 source.seek(file.data + start)
@@ -191,7 +195,7 @@ def _merge_file(
 
 def _merge_tensor(file: TensorFile, name: str, pair: Pair, out: IO[bytes]) -> None:
     rows, columns = file.header[name]["shape"]
-    step = max(1, _BLOCK // (4 * columns))
+    step = max(1, _BLOCK_BYTES // (4 * columns))
     for start in range(0, rows, step):
         block = slice(start, min(start + step, rows))
         weight = file.read(name, block)
@@ -203,28 +207,28 @@ def _merge_tensor(file: TensorFile, name: str, pair: Pair, out: IO[bytes]) -> No
 
 def _copy(source: IO[bytes], out: IO[bytes], count: int, advance: Callable[[int], object]) -> None:
     while count:
-        if not (piece := source.read(min(count, _PIECE))):
+        if not (data := source.read(min(count, _COPY_BYTES))):
             raise MixfuseError(f"{source.name}: the file became shorter while it was read")
-        out.write(piece)
-        count -= len(piece)
-        advance(len(piece))
+        out.write(data)
+        count -= len(data)
+        advance(len(data))
 
 
-def _why_no_check(files: list[TensorFile], *, wanted: bool | None) -> str | None:
-    if wanted is False:
-        return "it was not asked for"
+def _reason_to_skip_check(files: list[TensorFile], *, check: bool | None) -> str | None:
+    if check is False:
+        return "--no-check"
     needed = _CHECK_MEMORY * 4 * sum(file.count() for file in files)
     free = psutil.virtual_memory().available
-    if wanted is None and needed > free:
+    if check is None and needed > free:
         return f"it would take about {needed / 2**30:.0f} GiB of memory, {free / 2**30:.0f} GiB are free"
     return None
 
 
-def _check(directory: Path, base: Path, merged: Path, file: TensorFile) -> Check:
-    """Compares the merged checkpoint with PEFT, one model in memory at a time, float32.
+def _compare_with_peft(directory: Path, base: Path, merged: Path, file: TensorFile) -> Check:
+    """Compares the merged checkpoint with PEFT's own merge, one model in memory at a time, float32.
 
     Raises:
-        MixfuseError: They differ.
+        MixfuseError: They differ by more than the tolerance.
     """
     from transformers import MixtralForCausalLM
 
@@ -242,22 +246,26 @@ def _check(directory: Path, base: Path, merged: Path, file: TensorFile) -> Check
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.copy_(parameter.to(dtype))
-        wanted = logprobs(model, prompts)
+        peft_merged = logprobs(model, prompts)
         del model
         plain, info = MixtralForCausalLM.from_pretrained(
             merged, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
         if info["missing_keys"] or info["unexpected_keys"]:
-            raise MixfuseError(f"{merged}: transformers does not find every weight in it, or finds others")
-        got = logprobs(plain.eval(), prompts)
-    found = Check(worst_difference(got, wanted), worst_difference(got, adapted), worst_difference(adapted, unadapted))
-    if not found.difference <= PARITY_TOLERANCE:
+            raise MixfuseError(f"{merged}: transformers misses weights in it, or finds unexpected ones")
+        ours = logprobs(plain.eval(), prompts)
+    comparison = Check(
+        difference=worst_difference(ours, peft_merged),
+        rounding=worst_difference(ours, adapted),
+        effect=worst_difference(adapted, unadapted),
+    )
+    if not comparison.difference <= PARITY_TOLERANCE:
         raise MixfuseError(
-            f"{merged}: the merged model's log-probs differ from PEFT's by {found.difference:.1e}, more than "
-            f"{PARITY_TOLERANCE:.0e}; it is left there to be looked at",
+            f"{merged}: the merged model's log-probs differ from PEFT's by {comparison.difference:.1e}, more than "
+            f"{PARITY_TOLERANCE:.0e}; it is left there for inspection",
             kind="parity",
         )
-    return found
+    return comparison
 
 
 def _progress() -> Progress:

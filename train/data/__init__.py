@@ -1,1 +1,1 @@
-"""Rows on disk become what a stage trains on."""
+"""Data: from files on disk to the batches that a stage trains on."""

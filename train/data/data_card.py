@@ -1,4 +1,4 @@
-"""The data card beside a pairs file: where the pairs come from, what was left out, and how biased they are."""
+"""The data card beside a pairs file: the sources of the pairs, the pairs left out, and the bias of the rest."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -20,17 +20,17 @@ def write(
     filters: Filters,
     counts: Mapping[str, int],
 ) -> dict[str, Any]:
-    """Writes `NAME.card.json`, `NAME.card.md` and, where matplotlib is installed, `NAME.card.png`.
+    """Writes `NAME.card.json`, `NAME.card.md` and, if matplotlib is installed, `NAME.card.png`.
 
     Args:
         out: The pairs file.
-        selection: What is in it.
-        sources: What is known of each source: `name`, `kind`, `path`, `sha256`, `licence`, `weight`, `read`.
-        filters: As they were set.
+        selection: The pairs in it.
+        sources: Facts about each source: `name`, `kind`, `path`, `sha256`, `licence`, `weight`, `read`.
+        filters: The filters' settings.
         counts: `train_pairs` and `dev_pairs`: rows written.
 
     Returns:
-        What stands in `NAME.card.json`.
+        The content of `NAME.card.json`.
     """
     card: dict[str, Any] = {
         "pairs": out.name,
@@ -56,19 +56,19 @@ def write(
 
 
 def lines(card: Mapping[str, Any]) -> list[str]:
-    """What `mixfuse pairs build` prints of a card."""
-    said = []
+    """The lines of a card that `mixfuse pairs build` prints."""
+    printed = []
     for source in card["sources"]:
         read = ", ".join(f"{name} {count}" for name, count in source["read"].items())
-        said.append(f"{source['name']} ({source['kind']}): {read}")
+        printed.append(f"{source['name']} ({source['kind']}): {read}")
     taken = [f"{reason} {count}" for reason, count in card["left_out"].items() if count]
-    said.append(f"pairs left out: {', '.join(taken) or 'none'}")
+    printed.append(f"pairs left out: {', '.join(taken) or 'none'}")
     figures = [
         f"{name} {before:.3f}" + (f" -> {card['auc']['after'][name]:.3f}" if card["auc"]["after"].get(name) else "")
         for name, before in card["auc"]["before"].items()
     ]
-    said.append(f"AUC of rules that read nothing, before and after the balance: {', '.join(figures)}")
-    return said
+    printed.append(f"AUC of rules that read no content, before and after balancing: {', '.join(figures)}")
+    return printed
 
 
 def _markdown(out: Path, card: Mapping[str, Any], plotted: bool) -> str:
@@ -103,9 +103,9 @@ def _markdown(out: Path, card: Mapping[str, Any], plotted: bool) -> str:
         "## Left out",
         table(("reason, in the order of the filters", "pairs"), list(card["left_out"].items())),
         "## Bias",
-        "Area under the ROC curve of rules that read nothing: the longer answer, the one with more lines, list items, "
-        "markup or digits, and the author who won more often (counted on these very pairs). 0.5 is chance. Before and "
-        f"after the balance ({', '.join(card['balanced']) or 'none was asked for'}).",
+        "Area under the ROC curve of rules that read no content: they prefer the longer answer, the one with more "
+        "lines, list items, markup or digits, or the author who won more often (counted on these same pairs). 0.5 is "
+        f"chance. Before and after balancing ({', '.join(card['balanced']) or 'nothing was balanced'}).",
         table(("rule", "before", "after"), auc),
     ]
     if plotted:
@@ -114,7 +114,7 @@ def _markdown(out: Path, card: Mapping[str, Any], plotted: bool) -> str:
 
 
 def _plot(selection: Selection, path: Path) -> None:
-    """Writes a histogram: by how many characters the better answer is longer, before and after the balance."""
+    """Writes a histogram: by how many characters the better answer is longer, before and after balancing."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,7 +1,7 @@
-"""What is left out of preference pairs, and how far a rule that reads no content would get on them.
+"""Filters of preference pairs, and how well rules that read no content do on the pairs.
 
-A judge learns whatever tells the better answer of a pair from the worse. Where the better one is nearly always the
-longer, or nearly always one model's, that is what it learns; `auc` measures it and `select` takes it out.
+A judge learns whatever separates the better answer of a pair from the worse. If the better one is nearly always the
+longer, or nearly always one model's, the judge learns just that. `auc` measures such a bias and `select` removes it.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ Trait = Literal["length", "style", "model"]
 
 LENGTH_BINS = 12
 SHINGLE = 3
-"""Words in a row; prompts are alike by the share of these that they have in common."""
+"""Words in a shingle; two prompts are similar by the share of shingles that they have in common."""
 _LIST_ITEM = re.compile(r"^\s*(?:[-*•]|\d+[.)])\s", re.MULTILINE)
 _MARKUP = re.compile(r"\*\*|^#{1,6} |```|`[^`\n]+`|^\|.*\|$", re.MULTILINE)
 
@@ -34,20 +34,21 @@ STYLE: Mapping[str, Callable[[str], int]] = {
     "markup": lambda text: len(_MARKUP.findall(text)),
     "digits": lambda text: sum(map(str.isdigit, text)),
 }
-"""What can be counted of an answer without reading it."""
+"""Features of an answer that can be counted without understanding it."""
 
 
 class Filters(Strict):
-    """What is left out of the pairs.
+    """Which pairs are left out.
 
     Attributes:
         per_prompt: The most pairs of one prompt from one source.
         dev_share: Share of the prompts held out for dev.
-        near: Prompts are near duplicates from this share of common word triples (Jaccard) on; a training prompt near a
-            dev prompt is left out, and any near an evaluation prompt. null: only equal prompts count.
-        balance: What shall not tell the better answer: of two pairs that mirror each other in these, both are kept;
-            what is left without its mirror image goes. See `matched`.
-        min_margin: Preferences weaker than this go.
+        near: Two prompts are near duplicates if they share at least this share of word triples (Jaccard). A training
+            prompt near a dev prompt is left out, and so is any prompt near an evaluation prompt. null: only equal
+            prompts count.
+        balance: Traits that must not predict the better answer. A pair stays only together with a pair that mirrors it
+            in these traits; see `matched`.
+        min_margin: Weaker preferences are left out.
     """
 
     per_prompt: PositiveInt = 2
@@ -59,12 +60,12 @@ class Filters(Strict):
 
 @dataclass(frozen=True)
 class Bias:
-    """How well rules that read nothing do on pairs: areas under the ROC curve, ½ is chance.
+    """How well rules that read no content do on pairs: areas under the ROC curve, ½ is chance.
 
     Attributes:
-        pairs: How many pairs.
-        auc: By rule: each of `STYLE`, the longer answer (or more lines, …) taken for the better one, and `model`, the
-            author with the greater share of pairs won, where all authors are known.
+        pairs: Number of pairs.
+        auc: By rule. Each rule of `STYLE` prefers the longer answer (or more lines, …). `model` prefers the author with
+            the greater share of pairs won, if all authors are known.
     """
 
     pairs: int
@@ -73,15 +74,15 @@ class Bias:
 
 @dataclass(frozen=True)
 class Selection:
-    """What the filters left.
+    """The pairs after all filters.
 
     Attributes:
         train: The training pairs.
-        dev: The dev pairs: of other prompts.
-        left_out: How many pairs each filter took, in the order in which they work.
-        before: The bias of the pairs that came to the balance.
-        after: The bias of what is left of them.
-        lengths: Characters that the better answer has more than the worse, of each pair before and after the balance.
+        dev: The dev pairs, of other prompts.
+        left_out: Number of pairs that each filter removed, in the order of the filters.
+        before: The bias of the pairs before balancing.
+        after: The bias after it.
+        lengths: By how many characters the better answer is longer, for each pair before and after balancing.
     """
 
     train: list[Preference]
@@ -91,16 +92,16 @@ class Selection:
     after: Bias
     lengths: tuple[list[int], list[int]] = field(repr=False)
 
-    def less(self, kept: list[Preference], reason: str) -> "Selection":
-        """The selection with only these of its training pairs; the others are counted under the reason."""
-        left = [*kept, *self.dev]
+    def with_train(self, train: list[Preference], reason: str) -> "Selection":
+        """The selection with only these of its training pairs; the others count as left out for the reason."""
+        pairs = [*train, *self.dev]
         return Selection(
-            train=kept,
+            train=train,
             dev=self.dev,
-            left_out={**self.left_out, reason: len(self.train) - len(kept)},
+            left_out={**self.left_out, reason: len(self.train) - len(train)},
             before=self.before,
-            after=bias(left),
-            lengths=(self.lengths[0], [_longer(pair) for pair in left]),
+            after=bias(pairs),
+            lengths=(self.lengths[0], [_extra_length(pair) for pair in pairs]),
         )
 
 
@@ -112,15 +113,15 @@ def select(
     weights: Mapping[str, float] | None = None,
     seed: int = 0,
 ) -> Selection:
-    """Leaves out what should not be learned from, and splits by prompt.
+    """Applies all filters and splits by prompt.
 
     Args:
-        preferences: From all sources.
-        filters: What to leave out.
+        preferences: The pairs of all sources.
+        filters: The filters' settings.
         against: Prompts of evaluation sets.
-        weights: By source: their pairs are brought into this proportion by leaving some out; a source that is not
-            named, or none at all: every pair.
-        seed: Of every choice.
+        weights: By source. Pairs are left out until the sources' numbers of pairs have this proportion. A source that
+            is not named keeps every pair.
+        seed: Seed of every random choice.
     """
     left_out: Counter[str] = Counter()
     pairs = _distinct(preferences, left_out)
@@ -141,28 +142,28 @@ def select(
         for _, group in itertools.groupby(sorted(side, key=_origin), key=_origin):
             own = list(group)
             most = matched(own, (), filters.per_prompt, seed)
-            kept = matched(own, filters.balance, filters.per_prompt, seed) if filters.balance else most
-            units.append(kept)
+            balanced = matched(own, filters.balance, filters.per_prompt, seed) if filters.balance else most
+            units.append(balanced)
             lost.append(len(own) - len(most))
             left_out["above the cap per prompt"] += len(own) - len(most)
-            left_out["without a mirror image"] += len(most) - sum(map(len, kept))
+            left_out["without a mirror image"] += len(most) - sum(map(len, balanced))
             capped += [pair for unit in most for pair in unit]
         units, beyond = _weighted(units, weights or {})
         left_out["above the source's weight"] += beyond
-        sides.append([pair for unit in _by_chance(itertools.chain(*units), seed) for pair in unit])
-    kept_pairs = [*sides[0], *sides[1]]
+        sides.append([pair for unit in _shuffled(itertools.chain(*units), seed) for pair in unit])
+    remaining = [*sides[0], *sides[1]]
     return Selection(
         train=sides[0],
         dev=sides[1],
         left_out=dict(left_out),
         before=bias(capped),
-        after=bias(kept_pairs),
-        lengths=([_longer(pair) for pair in capped], [_longer(pair) for pair in kept_pairs]),
+        after=bias(remaining),
+        lengths=([_extra_length(pair) for pair in capped], [_extra_length(pair) for pair in remaining]),
     )
 
 
 def bias(pairs: Sequence[Preference]) -> Bias:
-    """How well rules that read nothing do on these pairs."""
+    """How well rules that read no content do on these pairs."""
     figures = {name: auc([count(pair.better) - count(pair.worse) for pair in pairs]) for name, count in STYLE.items()}
     if pairs and all(pair.models for pair in pairs):
         figures["model"] = auc(_by_author(pairs))
@@ -172,12 +173,12 @@ def bias(pairs: Sequence[Preference]) -> Bias:
 def auc(leanings: Sequence[float]) -> float:
     """The area under the ROC curve of a rule that judges pairs.
 
-    Each pair is two examples: shown better first, the rule's score is its leaning; shown worse first, the leaning with
-    the other sign. The area is the probability that an example of the first kind scores above one of the second, ties
-    counting half; ½ where there is nothing to measure.
+    Each pair is two examples. With the better answer first, the rule's score is its preference; with the worse first,
+    the negated preference. The area is the probability that an example of the first kind scores above one of the
+    second; ties count half. Without pairs it is ½.
 
     Args:
-        leanings: By pair: how far the rule prefers the better answer (below 0: the worse).
+        leanings: For each pair, how strongly the rule prefers the better answer (below 0: the worse).
     """
     if not leanings:
         return 0.5
@@ -194,31 +195,32 @@ def auc(leanings: Sequence[float]) -> float:
 def matched(
     pairs: Sequence[Preference], traits: Sequence[Trait], per_prompt: int, seed: int
 ) -> list[tuple[Preference, ...]]:
-    """Keeps pairs in twos that mirror each other, and those that are their own mirror image.
+    """Selects pairs in twos that mirror each other, and pairs that are their own mirror image.
 
-    A pair's place is: by how many characters its better answer is longer or shorter (the size in one of `LENGTH_BINS`
-    bins of equal content, and the sign), whether it has more or less markup and lists, who beat whom. Its mirror image
-    has every sign the other way round and the authors exchanged. From each two opposite places equally many are
-    taken, so that no rule on these traits is right more often than wrong; a pair without an opposite is left out.
+    A pair's cell is: by how many characters its better answer is longer or shorter (the sign, and the size in one of
+    `LENGTH_BINS` bins of equal counts), whether it has more or less markup and lists, and who beat whom. In the
+    mirrored cell every sign is reversed and the authors are exchanged. Equally many pairs are taken from each two
+    mirrored cells, so that no rule on these traits is right more often than wrong. A pair without a counterpart is left
+    out.
 
     Args:
-        pairs: Of one source.
-        traits: What has to be mirrored; none: every pair stands for itself.
-        per_prompt: The most of one prompt.
-        seed: Of the choice where there are too many.
+        pairs: The pairs of one source.
+        traits: The traits to mirror; without any, every pair is a unit.
+        per_prompt: The most pairs of one prompt.
+        seed: Seed of the choice among too many pairs.
 
     Returns:
-        Units of one or two pairs; leaving out a unit keeps the balance.
+        Units of one or two pairs. Leaving out a whole unit preserves the balance.
     """
-    place = _places(pairs, traits)
+    cells_of = _cells(pairs, traits)
     cells: dict[tuple[object, ...], list[Preference]] = defaultdict(list)
-    for pair in _by_chance(((pair,) for pair in pairs), seed):
-        cells[place(pair[0])[0]].append(pair[0])
+    for pair in _shuffled(((pair,) for pair in pairs), seed):
+        cells[cells_of(pair[0])[0]].append(pair[0])
     taken: Counter[str] = Counter()
     units: list[tuple[Preference, ...]] = []
 
     def unit_of(queues: Sequence[list[Preference]]) -> tuple[Preference, ...]:
-        """The next pair of each queue whose prompt has room; nothing where one has none left."""
+        """The next pair of each queue whose prompt is below the cap; empty if a queue has none left."""
         unit: list[Preference] = []
         for queue in queues:
             while queue and taken[queue[-1].prompt] >= per_prompt:
@@ -231,10 +233,10 @@ def matched(
             return ()
         return tuple(unit)
 
-    opposite = {own: place(group[0])[1] for own, group in cells.items()}
-    # Each two opposite places once, and one unit of each at a time, so that every place has its share of the cap.
+    opposite = {own: cells_of(group[0])[1] for own, group in cells.items()}
+    # Each two mirrored cells once, and one unit of each in turn, so that every cell gets its share of the cap.
     couples = sorted(
-        {frozenset((own, other)) for own, other in opposite.items()}, key=lambda one: sorted(map(repr, one))
+        {frozenset((own, other)) for own, other in opposite.items()}, key=lambda cells: sorted(map(repr, cells))
     )
     queues = [[cells.get(cell, []) for cell in sorted(couple, key=repr)] for couple in couples]
     while queues:
@@ -245,38 +247,38 @@ def matched(
 
 
 def near(prompts: Iterable[str], others: Iterable[str], threshold: float | None) -> set[str]:
-    """Which of `others` are equal to one of `prompts`, or share with it so many of their word triples.
+    """Those of `others` that equal one of `prompts`, or share enough of their word triples with one.
 
     Exact, not estimated: two sets whose Jaccard index is at least t share an element among the first n - ⌈tn⌉ + 1 of
     each, in any common order (prefix filtering: Bayardo, Ma and Srikant, WWW 2007, section 4), so only those are
     indexed, the rarest first.
 
     Args:
-        prompts: What must not come back.
-        others: Where it is looked for.
-        threshold: The Jaccard index from which on two prompts are near; None: only equal ones, white space and case
-            aside.
+        prompts: The prompts to keep apart from.
+        others: The prompts to search.
+        threshold: The Jaccard index at which two prompts are near. None: only equal ones count, ignoring white space
+            and case.
     """
     known, searched = {text: _shingles(text) for text in prompts}, {text: _shingles(text) for text in others}
     if threshold is None:
         equal = {" ".join(text.lower().split()) for text in known}
         return {text for text in searched if " ".join(text.lower().split()) in equal}
-    frequency = Counter(shingle for sets in (known, searched) for found in sets.values() for shingle in found)
+    frequency = Counter(shingle for sets in (known, searched) for shingles in sets.values() for shingle in shingles)
 
-    def prefix(found: frozenset[str]) -> list[str]:
-        ordered = sorted(found, key=lambda shingle: (frequency[shingle], shingle))
+    def prefix(shingles: frozenset[str]) -> list[str]:
+        ordered = sorted(shingles, key=lambda shingle: (frequency[shingle], shingle))
         return ordered[: len(ordered) - math.ceil(threshold * len(ordered)) + 1]
 
     index: dict[str, list[frozenset[str]]] = defaultdict(list)
-    for found in set(known.values()):
-        for shingle in prefix(found):
-            index[shingle].append(found)
+    for shingles in set(known.values()):
+        for shingle in prefix(shingles):
+            index[shingle].append(shingles)
 
-    def is_near(found: frozenset[str]) -> bool:
-        candidates = {one for shingle in prefix(found) for one in index.get(shingle, ())}
-        return any(len(found & one) >= threshold * len(found | one) for one in candidates)
+    def is_near(shingles: frozenset[str]) -> bool:
+        candidates = {other for shingle in prefix(shingles) for other in index.get(shingle, ())}
+        return any(len(shingles & other) >= threshold * len(shingles | other) for other in candidates)
 
-    return {text for text, found in searched.items() if is_near(found)}
+    return {text for text, shingles in searched.items() if is_near(shingles)}
 
 
 def _shingles(text: str) -> frozenset[str]:
@@ -287,31 +289,31 @@ def _shingles(text: str) -> frozenset[str]:
 
 
 def _distinct(preferences: Iterable[Preference], left_out: Counter[str]) -> list[Preference]:
-    """One of each pair; none where it is preferred both ways round, nor where the answers cannot be told apart."""
-    found: dict[tuple[str, str, str], Preference] = {}
+    """Each pair once, without pairs preferred both ways round, and without empty or equal answers."""
+    distinct: dict[tuple[str, str, str], Preference] = {}
     for pair in preferences:
         prompt, better, worse = (" ".join(text.split()) for text in (pair.prompt, pair.better, pair.worse))
         if not better or not worse or better == worse:
             left_out["empty or equal answers"] += 1
-        elif (prompt, better, worse) in found:
+        elif (prompt, better, worse) in distinct:
             left_out["duplicates"] += 1
         else:
-            found[prompt, better, worse] = pair
-    both_ways = {key for key in found if (key[0], key[2], key[1]) in found}
+            distinct[prompt, better, worse] = pair
+    both_ways = {key for key in distinct if (key[0], key[2], key[1]) in distinct}
     left_out["preferred both ways round"] += len(both_ways)
-    return [pair for key, pair in found.items() if key not in both_ways]
+    return [pair for key, pair in distinct.items() if key not in both_ways]
 
 
 def _without(
     pairs: list[Preference], left_out: Counter[str], reason: str, refused: Callable[[Preference], bool]
 ) -> list[Preference]:
-    kept = [pair for pair in pairs if not refused(pair)]
-    left_out[reason] += len(pairs) - len(kept)
-    return kept
+    remaining = [pair for pair in pairs if not refused(pair)]
+    left_out[reason] += len(pairs) - len(remaining)
+    return remaining
 
 
 def _namer(pairs: Sequence[Preference]) -> Callable[[str], bool]:
-    """Whether a text names one of the models. A name that is a plain word ("domain") may be said without naming it."""
+    """A test whether a text names one of the models. Names that are plain words ("domain") do not count."""
     names = {name for pair in pairs for name in pair.models or () if len(name) > 2 and not name.isalpha()}
     if not names:
         return lambda _: False
@@ -319,14 +321,14 @@ def _namer(pairs: Sequence[Preference]) -> Callable[[str], bool]:
     return lambda text: pattern.search(text) is not None
 
 
-def _places(
+def _cells(
     pairs: Sequence[Preference], traits: Sequence[Trait]
 ) -> Callable[[Preference], tuple[tuple[object, ...], tuple[object, ...]]]:
-    """Returns what says where a pair stands, and where its mirror image would."""
-    sizes = sorted(abs(_longer(pair)) for pair in pairs if _longer(pair))
+    """A function from a pair to its cell and the mirrored cell."""
+    sizes = sorted(abs(_extra_length(pair)) for pair in pairs if _extra_length(pair))
     edges = sorted({sizes[len(sizes) * bin_ // LENGTH_BINS] for bin_ in range(1, LENGTH_BINS)}) if sizes else []
 
-    def place(pair: Preference) -> tuple[tuple[object, ...], tuple[object, ...]]:
+    def cells_of(pair: Preference) -> tuple[tuple[object, ...], tuple[object, ...]]:
         own: list[object] = []
         mirrored: list[object] = []
         for trait in traits:
@@ -334,7 +336,7 @@ def _places(
                 own.append(pair.models)
                 mirrored.append(pair.models and pair.models[::-1])
             elif trait == "length":
-                longer = _longer(pair)
+                longer = _extra_length(pair)
                 signed = int(math.copysign(1 + bisect_left(edges, abs(longer)), longer)) if longer else 0
                 own.append(signed)
                 mirrored.append(-signed)
@@ -345,23 +347,23 @@ def _places(
                 mirrored.append(-sign)
         return tuple(own), tuple(mirrored)
 
-    return place
+    return cells_of
 
 
 def _origin(pair: Preference) -> str:
-    """The source, without what stands behind a colon: what was done to its answers."""
+    """The source without the part after a colon, which says how its answers were altered."""
     return pair.source.partition(":")[0]
 
 
-def _longer(pair: Preference) -> int:
+def _extra_length(pair: Preference) -> int:
     return len(pair.better) - len(pair.worse)
 
 
 def _by_author(pairs: Sequence[Preference]) -> list[float]:
-    """How far each pair's better answer has the author that won more often, counted on these very pairs.
+    """How strongly a rule on authors prefers each pair's better answer: the difference of the authors' shares of wins.
 
-    In sample: there are few authors and many pairs, and counted on other folds the rule falls below chance on pairs
-    that are balanced exactly.
+    Shares are counted on the same pairs. There are few authors and many pairs; with shares from other folds, the rule
+    would fall below chance on exactly balanced pairs.
     """
     won = Counter(pair.models[0] for pair in pairs if pair.models)
     met = Counter(name for pair in pairs for name in pair.models or ())
@@ -374,15 +376,15 @@ def _by_author(pairs: Sequence[Preference]) -> list[float]:
 def _weighted(
     by_source: list[list[tuple[Preference, ...]]], weights: Mapping[str, float]
 ) -> tuple[list[list[tuple[Preference, ...]]], int]:
-    """The units of each source, so many that their pairs are as the weights; and how many pairs that left out."""
+    """The units of each source, cut to the proportion of the weights, and the number of pairs left out."""
     sizes = [(_origin(units[0][0]), sum(map(len, units))) for units in by_source if units]
     shares = [size / weights[name] for name, size in sizes if name in weights]
-    kept: list[list[tuple[Preference, ...]]] = []
+    selected: list[list[tuple[Preference, ...]]] = []
     beyond = 0
     for units in by_source:
         weight = weights.get(_origin(units[0][0])) if units else None
         if weight is None:
-            kept.append(units)
+            selected.append(units)
             continue
         room = round(weight * min(shares))
         own: list[tuple[Preference, ...]] = []
@@ -392,10 +394,10 @@ def _weighted(
                 room -= len(unit)
             else:
                 beyond += len(unit)
-        kept.append(own)
-    return kept, beyond
+        selected.append(own)
+    return selected, beyond
 
 
-def _by_chance(units: Iterable[tuple[Preference, ...]], seed: int) -> list[tuple[Preference, ...]]:
-    """In an order that has nothing to do with the content and is the same every time."""
+def _shuffled(units: Iterable[tuple[Preference, ...]], seed: int) -> list[tuple[Preference, ...]]:
+    """The units in an order that is independent of the content and reproducible."""
     return sorted(units, key=lambda unit: hashlib.sha256(f"{seed}:{unit[0].key}".encode()).hexdigest())

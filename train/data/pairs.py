@@ -2,8 +2,8 @@
 
 A pair is one comparison of a better with a worse answer: the prompt is the comparison, `chosen` the verdict for the
 better answer, `rejected` the other verdict. Every pair is written in both orders, in two neighbouring rows, so that
-training can keep them in one batch and a preference for a position earns nothing. Who wrote an answer is known up to
-here, for the filters and the data card; no name is written.
+training can put them into one batch, where a preference for a position earns nothing. The authors' names serve the
+filters and the data card; they are not written to the file.
 """
 
 import hashlib
@@ -16,11 +16,11 @@ from typing import Any
 from mixfuse.contracts import judge_protocol
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.files import read_jsonl, write_jsonl
-from mixfuse.train.data.chats import rows
+from mixfuse.train.data.sources import rows
 from mixfuse.train.recipe import DataSource
 
 POOL = "pool"
-"""The source of pairs whose source was not named."""
+"""The default source of a pair."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +28,12 @@ class Preference:
     """One better and one worse answer to a prompt.
 
     Attributes:
-        prompt: What was asked.
+        prompt: The question.
         better: The better answer.
-        worse: The other.
+        worse: The worse answer.
         source: Where the preference comes from, for counts and weights.
-        margin: How strong it is, in (0, 1]: the votes' majority, a stronger judge's confidence; 1 for a checked answer.
-        models: Who wrote the better and the worse answer, where known. Never written.
+        margin: Its strength in (0, 1]: the majority of votes, a stronger judge's confidence; 1 for a verified answer.
+        models: The authors of the better and the worse answer, if known. Never written to a file.
     """
 
     prompt: str
@@ -45,37 +45,37 @@ class Preference:
 
     @property
     def id(self) -> str:
-        """The prompt's: all pairs of a prompt have one id, and it names nobody."""
+        """A hash of the prompt: all pairs of a prompt share it, and it names no model."""
         return _digest(self.prompt)[:16]
 
     @property
     def key(self) -> str:
-        """The pair's own: what any choice of pairs is drawn by, so that it is the same every time."""
+        """A hash of the pair. Random choices among pairs are drawn by it, so that they are reproducible."""
         return _digest("\0".join((self.prompt, self.better, self.worse)))
 
 
 def is_dev(prompt: str, share: float) -> bool:
-    """Whether a prompt belongs to the dev side; the same whatever else is in the data."""
+    """Whether a prompt belongs to the dev side, whatever else is in the data."""
     return int(_digest(f"dev:{prompt}")[:8], 16) / 16**8 < share
 
 
 def build(pool: Path, out: Path, *, per_prompt: int = 2, dev_share: float = 0.1, seed: int = 0) -> dict[str, int]:
-    """Builds preference pairs from pool responses, nothing left out but what cannot be judged.
+    """Builds preference pairs from pool responses without filters.
 
     `mixfuse.app.preferences.build` does the same for several sources, with filters.
 
     Args:
         pool: JSONL of `{id, prompt, reference, responses: [{model, text, correct}]}`.
-        out: Where the training pairs go; the dev pairs go beside it, as `NAME.dev.jsonl`.
+        out: The file of training pairs; the dev pairs go beside it, as `NAME.dev.jsonl`.
         per_prompt: At most this many pairs of answers a prompt, so that no prompt dominates.
-        dev_share: Share of the *prompts* held out for dev; a prompt never stands on both sides.
-        seed: Of the choice of pairs, their order and the fence nonces.
+        dev_share: Share of the *prompts* held out for dev; a prompt is never on both sides.
+        seed: Seed of the choice of pairs, their order and the fence nonces.
 
     Returns:
         Counts: `prompts`, `usable_prompts`, `train_pairs`, `dev_pairs` (rows; two a pair of answers).
 
     Raises:
-        MixfuseError: A row is not of that shape, or no prompt has both a right and a wrong answer.
+        MixfuseError: A row has another shape, or no prompt has both a right and a wrong answer.
     """
     prompts = read_pool(pool)
     sides: dict[bool, list[Preference]] = {False: [], True: []}
@@ -92,10 +92,10 @@ def build(pool: Path, out: Path, *, per_prompt: int = 2, dev_share: float = 0.1,
 
 
 def of_pool(row: Mapping[str, Any], *, source: str = POOL) -> list[Preference]:
-    """Every distinct right answer of a pool row against every distinct wrong one, in a settled order."""
+    """Every distinct right answer of a pool row against every distinct wrong one, in a reproducible order."""
     right, wrong = (
-        {one["text"]: one.get("model") for one in reversed(row["responses"]) if one["correct"] is mark}
-        for mark in (True, False)
+        {answer["text"]: answer.get("model") for answer in reversed(row["responses"]) if answer["correct"] is correct}
+        for correct in (True, False)
     )
     return [
         Preference(row["prompt"], good, bad, source, models=(str(author), str(other)) if author and other else None)
@@ -115,13 +115,13 @@ def write(out: Path, train: Sequence[Preference], dev: Sequence[Preference], *, 
         MixfuseError: There is no training pair, or a file cannot be written.
     """
     if not train:
-        raise MixfuseError(f"{out}: every usable prompt fell to dev; collect more prompts or lower --dev-share")
+        raise MixfuseError(f"{out}: every usable prompt is in dev; collect more prompts or lower --dev-share")
     dev_rows = write_jsonl(dev_path(out), _both_orders(dev, seed))
     return {"train_pairs": write_jsonl(out, _both_orders(train, seed)), "dev_pairs": dev_rows}
 
 
 def dev_path(out: Path) -> Path:
-    """Where the dev pairs of a pairs file lie."""
+    """The file of the dev pairs that belongs to a pairs file."""
     return out.with_name(f"{out.stem}.dev.jsonl")
 
 
@@ -130,7 +130,7 @@ def read_pool(path: Path, *, marked: bool = True) -> list[dict[str, Any]]:
 
     Args:
         path: The file.
-        marked: Whether each response must say whether it is correct.
+        marked: Whether each response must have `correct`.
 
     Raises:
         MixfuseError: The file is missing, empty, or a row has another shape.
@@ -152,7 +152,7 @@ def read_pool(path: Path, *, marked: bool = True) -> list[dict[str, Any]]:
 
 
 def read_pairs(source: Path | DataSource) -> list[dict[str, Any]]:
-    """Reads what `write` wrote: an even number of rows, the two orders of each pair in neighbouring ones.
+    """Reads a pairs file: an even number of rows, the two orders of each pair in neighbouring rows.
 
     Raises:
         MixfuseError: The data set is missing or empty, was written with another judge protocol, or an order is missing.
@@ -167,32 +167,32 @@ def read_pairs(source: Path | DataSource) -> list[dict[str, Any]]:
         )
     for number in range(0, len(read), 2):
         orders = read[number : number + 2]
-        if len(orders) < 2 or not _twins(*orders):
+        if len(orders) < 2 or not _is_one_pair(*orders):
             raise MixfuseError(
-                f"{source.name}: row {number + 1} stands without the other order of its pair; build them again"
+                f"{source.name}: row {number + 1} lacks the other order of its pair; build the pairs again"
             )
     return read
 
 
-def _twins(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether they are one pair in both orders: of verdicts, what is right in one is wrong in the other."""
-    verdicts = {row[side][-1]["content"] for row in (one, other) for side in ("chosen", "rejected")}
-    turned = one["chosen"] == other["rejected"] or not verdicts <= set(judge_protocol.VERDICTS)
-    return turned and bool(one["id"] == other["id"])
+def _is_one_pair(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    """Whether two rows are one pair in both orders: the verdict that is right in one is wrong in the other."""
+    verdicts = {row[side][-1]["content"] for row in (first, second) for side in ("chosen", "rejected")}
+    swapped = first["chosen"] == second["rejected"] or not verdicts <= set(judge_protocol.VERDICTS)
+    return swapped and bool(first["id"] == second["id"])
 
 
 def check_pairs(sources: Sequence[DataSource]) -> None:
-    """Reads every pair once, keeping none.
+    """Reads every pair once and keeps none.
 
     Raises:
-        MixfuseError: As `read_pairs`.
+        MixfuseError: The same as `read_pairs`.
     """
     for source in sources:
         read_pairs(source)
 
 
 def _both_orders(preferences: Iterable[Preference], seed: int) -> Iterator[dict[str, Any]]:
-    """Two rows a pair; which order comes first is drawn."""
+    """Two rows a pair; which order comes first is random, by the seed and the pair."""
     for pair in preferences:
         rng = random.Random(f"{seed}:{pair.key}")  # noqa: S311 - a reproducible choice, not a secret
         nonce = judge_protocol.new_nonce(pair.prompt, pair.better, pair.worse, draw=rng.randbytes)

@@ -1,4 +1,4 @@
-"""Which comparisons each step of a judge's training takes, and the rounds that take what the judge still gets wrong."""
+"""Which comparisons each step of a judge's training takes; rounds that take only the pairs it still gets wrong."""
 
 import itertools
 import random
@@ -13,7 +13,7 @@ from mixfuse.contracts.files import read_json, write_json
 from mixfuse.train.recipe import JudgeRecipe
 
 FILE = "data/rounds.json"
-"""In a run's folder until it ends: the pairs of each round after the first, by their numbers."""
+"""The numbers of the pairs of each round after the first, in a run's folder until the run ends."""
 
 
 def schedule(
@@ -24,18 +24,18 @@ def schedule(
     only: Collection[int] | None = None,
     first_pass: int = 0,
 ) -> list[int]:
-    """Which rows each optimiser step takes, in their order, for so many steps.
+    """The rows that the optimiser steps take, in order.
 
-    Every pass over the data after the first is shuffled anew, by pair where both orders are trained. Within a step the
-    longest pairs come first, so that a micro batch holds comparisons of about one length; what a step learns from is
-    the same in any order.
+    Every pass over the data after the first is shuffled again, by pair if both orders are trained. Within a step the
+    longest pairs come first, so that a micro batch holds comparisons of similar length; the order within a step does
+    not change what it learns.
 
     Args:
-        recipe: Its `optimizer.batch_size`, `orders` and seed.
+        recipe: The run's recipe; its `optimizer.batch_size`, `orders` and seed count.
         lengths: Tokens of each row's prompt.
-        steps: By default the recipe's `optimizer.steps`.
-        only: The pairs that are taken, by number; by default all.
-        first_pass: How many passes came before.
+        steps: Number of steps; by default the recipe's `optimizer.steps`.
+        only: Numbers of the pairs to take; by default all.
+        first_pass: Number of passes before.
     """
     side_by_side = 2 if recipe.orders == "both" else 1
     pairs = [tuple(range(start, start + side_by_side)) for start in range(0, len(lengths), side_by_side)]
@@ -58,14 +58,14 @@ def schedule(
 
 
 class Rounds(TrainerCallback):
-    """Trains in rounds: each after the first takes the pairs that the judge gets wrong or flips when it begins.
+    """Trains in rounds: each after the first takes the pairs that the judge gets wrong or flips when the round begins.
 
-    It stands for the trainer's data set, too: row by row what the steps take, in their order. The trainer reads one
-    micro batch ahead, so the first micro batch of a round is still of the round before.
+    It is also the trainer's data set: the rows in the order of the steps. The trainer reads one micro batch ahead, so
+    the first micro batch of a round still belongs to the round before.
 
     Args:
-        trainer: A judge's, on verdicts; its reference knows every row.
-        recipe: The run's; its `rounds`.
+        trainer: A judge's trainer on verdict pairs, whose reference knows every row.
+        recipe: The run's recipe.
         rows: The tokenised comparisons, the two orders of a pair side by side.
         lengths: Tokens of each row's prompt.
     """
@@ -86,10 +86,10 @@ class Rounds(TrainerCallback):
         return self._recipe.out / FILE
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """A run that is resumed finds the rounds that it has begun.
+        """Restores the rounds that a resumed run has begun.
 
         Raises:
-            MixfuseError: They are not there.
+            MixfuseError: They are not in the run's folder.
         """
         begun = [step for step in range(self._steps, state.max_steps, self._steps) if step <= state.global_step]
         stored = read_json(self._path) if begun and self._path.is_file() else {}
@@ -99,7 +99,7 @@ class Rounds(TrainerCallback):
             self._begin(step, stored[str(step)])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Every process takes part."""
+        """Begins the next round at the last step of a round. Every process takes part."""
         step = state.global_step
         if step % self._steps or step >= state.max_steps:
             return
@@ -107,16 +107,16 @@ class Rounds(TrainerCallback):
         pairs = list(zip(log_odds[::2], log_odds[1::2], strict=True))
         wrong = [number for number, pair in enumerate(pairs) if min(pair) <= 0]
         self._trainer.print_once(f"step {step}: {len(wrong)} of {len(pairs)} pairs are judged wrong, or flip")
-        self._trainer.note("wrong_pairs", len(wrong))
+        self._trainer.record("wrong_pairs", len(wrong))
         self._begin(step, wrong)
         if state.is_world_process_zero:
             stored = read_json(self._path) if self._path.is_file() else {}
             write_json(self._path, {**stored, str(step): wrong})
 
     def _begin(self, step: int, pairs: Sequence[int]) -> None:
-        """Sets what the steps after `step` take; all pairs, where none is left."""
+        """Sets the rows of the steps after `step`; all pairs, if `pairs` is empty."""
         optimizer = self._recipe.optimizer
-        taken = schedule(
+        order = schedule(
             self._recipe,
             self._lengths,
             steps=optimizer.steps - step,
@@ -124,4 +124,4 @@ class Rounds(TrainerCallback):
             first_pass=step // self._steps,
         )
         ahead = optimizer.micro_batch * self._trainer.args.world_size
-        self._order[step * optimizer.batch_size + ahead :] = taken[ahead:]
+        self._order[step * optimizer.batch_size + ahead :] = order[ahead:]

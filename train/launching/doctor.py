@@ -1,8 +1,8 @@
-"""`mixfuse doctor`: looks at each machine and at what lies between them, before a run finds out by hanging.
+"""`mixfuse doctor`: checks each machine and the network between them, before a run hangs because of either.
 
-Alone it looks at this machine. Under a launcher (`mixfuse launch … doctor`) every process looks, the machines are
-compared, and a real all-reduce goes over the network that training will use. Each check is one line; what fails says
-how to mend it.
+Alone it checks this machine. Under a launcher (`mixfuse launch … doctor`) every process checks its own, the machines
+are compared, and a real all-reduce goes over the network that training will use. Each check is one line, and a failed
+one says how to fix it.
 """
 
 import json
@@ -30,23 +30,23 @@ from mixfuse.train.recipe import TrainRecipe, kind_of, lora_parameters
 
 STACK = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "deepspeed", "mixfuse")
 GIB = 1 << 30
-JOIN_SECONDS = 120  # how long the others are waited for
-SHARED_MEMORY = "/dev/shm"  # noqa: S108 - NCCL's own place
-PROBE_BYTES = 64 << 20  # of the all-reduce
-# Bytes a trainable parameter takes in a checkpoint: the float32 master, Adam's two moments, the adapter itself.
-CHECKPOINT_BYTES = 16
+JOIN_SECONDS = 120  # how long to wait for the other processes
+SHARED_MEMORY = "/dev/shm"  # noqa: S108 - NCCL uses this path
+PROBE_BYTES = 64 << 20  # size of the all-reduce
+# Bytes of a trainable parameter in a checkpoint beside the optimizer's state: the float32 master, the adapter itself.
+CHECKPOINT_BYTES = 8
 
 Status = Literal["ok", "note", "FAIL"]
 
 
 class Check(NamedTuple):
-    """One finding.
+    """The result of one check.
 
     Attributes:
-        name: What was looked at.
-        status: `note` is worth reading and no failure.
-        found: What was found.
-        mend: What to do about it, where it failed.
+        name: What was checked.
+        status: `note` is worth reading but not a failure.
+        found: The finding. The name is a key of `--json`.
+        mend: How to fix a failure.
     """
 
     name: str
@@ -59,14 +59,14 @@ class Machine(NamedTuple):
     """What one process sees of its machine; compared between machines.
 
     Attributes:
-        host: Its name.
-        rank: Of the process that looked.
-        versions: The stack's, and Python's.
-        gpus: Names.
+        host: The machine's name.
+        rank: The rank of the process.
+        versions: Versions of the libraries in `STACK`, of Python, and of CUDA and NCCL.
+        gpus: Names of the GPUs.
         gpu_memory: Bytes of the smallest GPU, 0 without one.
-        driver: NVIDIA's, or nothing.
+        driver: Version of NVIDIA's driver, or an empty string.
         memory: Bytes of main memory available now.
-        infiniband: Active ports.
+        infiniband: Number of active InfiniBand ports.
     """
 
     host: str
@@ -79,48 +79,48 @@ class Machine(NamedTuple):
     infiniband: int
 
 
-def run(recipe_path: Path | None, overrides: Sequence[str], *, nodes: int | None, as_json: bool) -> int:
+def examine_machines(recipe_path: Path | None, overrides: Sequence[str], *, nodes: int | None, as_json: bool) -> int:
     """Runs `mixfuse doctor`.
 
     Args:
-        recipe_path: A training recipe, whose base, `out` and processes are looked at.
+        recipe_path: A training recipe; its base, `out` and processes are checked, too.
         overrides: `key=value` strings.
-        nodes: How many machines there should be.
-        as_json: One JSON object on the last line, instead of a line a check.
+        nodes: The expected number of machines.
+        as_json: Print one JSON object instead of a line for each check.
 
     Returns:
-        0, or 1 where a check failed; rank 0 says which.
+        0, or 1 if a check failed; only rank 0 prints and fails.
 
     Raises:
         MixfuseError: The recipe is bad, or the other processes cannot be reached.
     """
     recipe = load(recipe_path, kind_of(recipe_path, list(overrides)), overrides) if recipe_path else None
     with _joined() as (rank, world):
-        seen = _gather(machine(rank))
+        machines = _gather(inspect_machine(rank))
         checks = _gather(local_checks(recipe))
-        everywhere = [*_compared(seen, nodes), *_reachable(recipe, rank, world), *_network(rank, world)]
+        shared = [*_compared(machines, nodes), *_same_files(recipe, rank, world), *_network(rank, world)]
     if rank:
         return 0
-    lines = [*_by_host(seen, checks), *everywhere]
+    lines = [*_by_host(machines, checks), *shared]
     failed = [check for check in lines if check.status == "FAIL"]
     if as_json:
-        machines = [entry._asdict() for entry in _one_a_host(seen)]
-        print(json.dumps({"ok": not failed, "machines": machines, "checks": [check._asdict() for check in lines]}))
+        hosts = [entry._asdict() for entry in _by_hostname(machines)]
+        print(json.dumps({"ok": not failed, "machines": hosts, "checks": [check._asdict() for check in lines]}))
     else:
         width = max(len(check.name) for check in lines)
         for check in lines:
-            mend = f"; {check.mend}" if check.mend and check.status != "ok" else ""
-            print(f"{check.status:4}  {check.name:{width}}  {check.found}{mend}")
+            fix = f"; {check.mend}" if check.mend and check.status != "ok" else ""
+            print(f"{check.status:4}  {check.name:{width}}  {check.found}{fix}")
         print(f"{len(failed)} of {len(lines)} checks failed" if failed else "all is well")
     return 1 if failed else 0
 
 
 @contextmanager
 def _joined() -> Iterator[tuple[int, int]]:
-    """Joins the processes a launcher started; yields rank and world size, (0, 1) where there is none.
+    """Joins the processes of a launcher; yields rank and world size, (0, 1) without a launcher.
 
     Raises:
-        MixfuseError: The others did not come.
+        MixfuseError: The other processes cannot be reached.
     """
     if not worker.launched():
         yield 0, 1
@@ -128,13 +128,13 @@ def _joined() -> Iterator[tuple[int, int]]:
     from torch import distributed
 
     try:
-        # gloo, also where there are GPUs: what is compared is in main memory. `_network` tries NCCL.
+        # gloo even with GPUs, because the compared values are in main memory. `_network` tests NCCL.
         distributed.init_process_group("gloo", timeout=timedelta(seconds=JOIN_SECONDS))
         distributed.monitored_barrier()
     except (RuntimeError, ValueError) as error:
         raise MixfuseError(
             f"rank {os.environ['RANK']} on {socket.gethostname()} cannot join the others at "
-            f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: {str(error).splitlines()[0]}; see that the "
+            f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: {str(error).splitlines()[0]}; check that the "
             "machines reach each other (firewall, host names) and choose the interface: GLOO_SOCKET_IFNAME and "
             "NCCL_SOCKET_IFNAME"
         ) from None
@@ -145,7 +145,7 @@ def _joined() -> Iterator[tuple[int, int]]:
 
 
 def _gather(value: Any) -> list[Any]:
-    """Every rank's value, in the order of ranks."""
+    """The values of all ranks, in the order of ranks."""
     from torch import distributed
 
     if not worker.launched():
@@ -161,8 +161,8 @@ def _cuda() -> bool:
     return bool(torch.cuda.is_available())
 
 
-def machine(rank: int) -> Machine:
-    """Looks at this machine."""
+def inspect_machine(rank: int) -> Machine:
+    """Collects what there is to know about this machine."""
     import torch
 
     versions = {"python": platform.python_version()}
@@ -190,7 +190,7 @@ def machine(rank: int) -> Machine:
 
 
 def _smi(field: str) -> str:
-    """A field of nvidia-smi for the first GPU, or nothing."""
+    """A field of nvidia-smi for the first GPU, or an empty string."""
     try:
         done = subprocess.run(
             ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"], capture_output=True, text=True, check=True
@@ -207,7 +207,7 @@ def _available_memory() -> int:
 
 
 def local_checks(recipe: TrainRecipe | None) -> list[Check]:
-    """What can be told by this process alone; the same on every process of a machine."""
+    """The checks that need no other process; the same on every process of a machine."""
     checks = [_stack(), *_gpus(), _memory(recipe), _files()]
     if recipe is not None:
         checks += [_base(recipe), _disk(recipe)]
@@ -235,7 +235,7 @@ def _gpus() -> list[Check]:
                 Check(
                     "GPU",
                     "FAIL",
-                    f"an NVIDIA driver is here, but torch {torch.__version__} sees no GPU",
+                    f"an NVIDIA driver is installed, but torch {torch.__version__} sees no GPU",
                     "install the CUDA build (scripts/setup --gpu), check CUDA_VISIBLE_DEVICES and nvidia-smi",
                 )
             ]
@@ -255,15 +255,17 @@ def _gpus() -> list[Check]:
                     f"GPU {index} memory",
                     "FAIL",
                     f"{free / GIB:.0f} of {total / GIB:.0f} GiB free",
-                    "something else uses it: nvidia-smi names the process",
+                    "another process uses it: nvidia-smi names it",
                 )
             )
-    apart = [
+    no_access = [
         f"{a}-{b}" for a in range(count) for b in range(a + 1, count) if not torch.cuda.can_device_access_peer(a, b)
     ]
     if count > 1:
-        words = "all GPUs reach one another" if not apart else f"no peer access between GPUs {', '.join(apart)}"
-        checks.append(Check("peer access", "note" if apart else "ok", words))
+        words = "all GPUs reach one another"
+        if no_access:
+            words = f"no peer access between GPUs {', '.join(no_access)}"
+        checks.append(Check("peer access", "note" if no_access else "ok", words))
     shared = shutil.disk_usage(SHARED_MEMORY).total
     if count > 1 and shared < GIB:
         checks.append(
@@ -283,7 +285,7 @@ def _memory(recipe: TrainRecipe | None) -> Check:
     total, available = psutil.virtual_memory().total, _available_memory()
     found = f"{available / GIB:.1f} of {total / GIB:.1f} GiB available, {os.cpu_count()} cores"
     if recipe is not None and not _cuda():
-        # On a CPU the base lies in main memory, once a machine's share: all of it where there is one machine.
+        # On a CPU the base is in main memory, divided among the machines; with one machine, all of it.
         need = sum(file.stat().st_size for file in recipe.base.glob("*.safetensors"))
         if need > available:
             return Check(
@@ -304,7 +306,12 @@ def _files() -> Check:
 
 def _base(recipe: TrainRecipe) -> Check:
     if not (recipe.base / "config.json").is_file():
-        return Check("base", "FAIL", f"{recipe.base} is no model folder here", "copy it here, or mount the shared path")
+        return Check(
+            "base",
+            "FAIL",
+            f"{recipe.base} is not a model folder on this machine",
+            "copy it here, or mount the shared path",
+        )
     size = sum(file.stat().st_size for file in recipe.base.glob("*.safetensors"))
     if not size:
         return Check("base", "FAIL", f"{recipe.base} holds no .safetensors", "download the weights as safetensors")
@@ -312,21 +319,21 @@ def _base(recipe: TrainRecipe) -> Check:
 
 
 def _disk(recipe: TrainRecipe) -> Check:
-    place = next(folder for folder in (recipe.out, *recipe.out.absolute().parents) if folder.is_dir())
-    probe = place / f".mixfuse-doctor-{secrets.token_hex(8)}"
+    folder = next(folder for folder in (recipe.out, *recipe.out.absolute().parents) if folder.is_dir())
+    probe = folder / f".mixfuse-doctor-{secrets.token_hex(8)}"
     try:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        return Check("disk", "FAIL", f"{place} cannot be written: {error.strerror}", "choose another `out`")
-    free = shutil.disk_usage(place).free
-    need = (KEEP + 1) * CHECKPOINT_BYTES * _trainable(recipe)
-    found = f"{free / GIB:.1f} GiB free at {place}; checkpoints take up to {need / GIB:.2f}"
-    return Check("disk", "ok" if free > need else "FAIL", found, "free some, or choose another `out`")
+        return Check("disk", "FAIL", f"{folder} cannot be written: {error.strerror}", "choose another `out`")
+    free = shutil.disk_usage(folder).free
+    need = (KEEP + 1) * (CHECKPOINT_BYTES + recipe.optimizer.entry.state_bytes) * _trainable(recipe)
+    found = f"{free / GIB:.1f} GiB free at {folder}; checkpoints take up to {need / GIB:.2f}"
+    return Check("disk", "ok" if free > need else "FAIL", found, "free some space, or choose another `out`")
 
 
 def _trainable(recipe: TrainRecipe) -> int:
-    """Trainable parameters; none where the base is not here."""
+    """The number of trainable parameters; 0 if the base is not on this machine."""
     try:
         config = json.loads((recipe.base / "config.json").read_text(encoding="utf-8"))
     except OSError:
@@ -334,13 +341,14 @@ def _trainable(recipe: TrainRecipe) -> int:
     return sum(layer.attention + layer.experts for layer in lora_parameters(config, recipe.lora))
 
 
-def _one_a_host(seen: list[Machine]) -> list[Machine]:
-    return list({entry.host: entry for entry in reversed(seen)}.values())[::-1]
+def _by_hostname(machines: list[Machine]) -> list[Machine]:
+    """The first rank's entry of each host."""
+    return list({entry.host: entry for entry in reversed(machines)}.values())[::-1]
 
 
-def _by_host(seen: list[Machine], checks: list[list[Check]]) -> list[Check]:
-    """Each machine's checks once; its name in front where there are several."""
-    hosts = _one_a_host(seen)
+def _by_host(machines: list[Machine], checks: list[list[Check]]) -> list[Check]:
+    """Each machine's checks once; with several machines, the host's name in front."""
+    hosts = _by_hostname(machines)
     lines: list[Check] = []
     for entry in hosts:
         front = f"{entry.host}: " if len(hosts) > 1 else ""
@@ -348,27 +356,27 @@ def _by_host(seen: list[Machine], checks: list[list[Check]]) -> list[Check]:
     return lines
 
 
-def _compared(seen: list[Machine], nodes: int | None) -> list[Check]:
-    """What must be the same on all machines."""
-    hosts = _one_a_host(seen)
+def _compared(machines: list[Machine], nodes: int | None) -> list[Check]:
+    """Checks that the machines are alike, and as many as expected."""
+    hosts = _by_hostname(machines)
     checks = []
     if nodes is not None:
         fits = len(hosts) == nodes
         found = f"{len(hosts)} of {nodes}: {', '.join(entry.host for entry in hosts)}"
         checks.append(
-            Check("machines", "ok" if fits else "FAIL", found, "start doctor by the launcher, on every machine")
+            Check("machines", "ok" if fits else "FAIL", found, "start doctor with the launcher, on every machine")
         )
     if len(hosts) == 1:
         return checks
     first = hosts[0]
-    looks: dict[str, Callable[[Machine], Any]] = {
+    read: dict[str, Callable[[Machine], Any]] = {
         **{f"{name} version": lambda entry, name=name: entry.versions.get(name) for name in first.versions},  # type: ignore[misc]
         "GPUs": lambda entry: entry.gpus,
         "driver": lambda entry: entry.driver,
     }
     differing = 0
-    for name, look in looks.items():
-        values = {entry.host: look(entry) for entry in hosts}
+    for name, value_of in read.items():
+        values = {entry.host: value_of(entry) for entry in hosts}
         other = next((host for host, value in values.items() if value != values[first.host]), None)
         if other is not None:
             differing += 1
@@ -384,71 +392,73 @@ def _compared(seen: list[Machine], nodes: int | None) -> list[Check]:
     return checks
 
 
-def _reachable(recipe: TrainRecipe | None, rank: int, world: int) -> list[Check]:
-    """Whether all processes see the same `out` and the same base."""
+def _same_files(recipe: TrainRecipe | None, rank: int, world: int) -> list[Check]:
+    """Checks that all processes see the same `out` and the same base."""
     if recipe is None or world == 1:
         return []
     checks = []
     token = f".mixfuse-doctor-{worker.agree(secrets.token_hex(8))}"
-    place = worker.agree(next(str(f) for f in (recipe.out, *recipe.out.absolute().parents) if f.is_dir()))
-    file = Path(place) / token
+    folder = worker.agree(next(str(f) for f in (recipe.out, *recipe.out.absolute().parents) if f.is_dir()))
+    file = Path(folder) / token
     if rank == 0:
         file.touch()
     _gather(None)
-    blind = _blind(file.exists)
+    failing = _failing_hosts(file.exists)
     if rank == 0:
         file.unlink()
-    mend = "training needs one path that all machines share: put `out` on it"
-    checks.append(_shared("shared out", place, blind, mend))
+    fix = "training needs one path that all machines share: put `out` on it"
+    checks.append(_shared("shared out", folder, failing, fix))
     digest = worker.agree(_digest(recipe.base))
-    blind = _blind(lambda: _digest(recipe.base) == digest)
-    checks.append(_shared("same base", str(recipe.base), blind, "copy the same weights everywhere, or share the path"))
+    failing = _failing_hosts(lambda: _digest(recipe.base) == digest)
+    checks.append(
+        _shared("same base", str(recipe.base), failing, "copy the same weights everywhere, or share the path")
+    )
     return checks
 
 
-def _blind(look: Callable[[], bool]) -> list[str]:
-    """The hosts where something is not so."""
-    seen = _gather((socket.gethostname(), look()))
-    return sorted({host for host, fits in seen if not fits})
+def _failing_hosts(test: Callable[[], bool]) -> list[str]:
+    """The hosts on which a test fails on some process."""
+    results = _gather((socket.gethostname(), test()))
+    return sorted({host for host, passed in results if not passed})
 
 
-def _shared(name: str, path: str, blind: list[str], mend: str) -> Check:
-    if blind:
-        return Check(name, "FAIL", f"{path} is another one on {', '.join(blind)}", mend)
+def _shared(name: str, path: str, failing: list[str], fix: str) -> Check:
+    if failing:
+        return Check(name, "FAIL", f"{path} is not the same on {', '.join(failing)}", fix)
     return Check(name, "ok", f"every process sees {path}")
 
 
 def _digest(base: Path) -> str:
-    """Of the config, and of the weights' names and sizes: enough to tell two models or a half copy, in no time."""
+    """A digest of the config and of the weights' names and sizes: enough to tell models, or half a copy, apart."""
     config = base / "config.json"
     sizes = [(file.name, file.stat().st_size) for file in sorted(base.glob("*.safetensors"))]
     return f"{sha256_file(config) if config.is_file() else None} {sizes}"
 
 
 def _network(rank: int, world: int) -> list[Check]:
-    """An all-reduce over all processes, on the GPUs where there are some, checked and timed."""
+    """Runs, checks and times an all-reduce over all processes, on the GPUs if there are any."""
     if world == 1:
-        return [Check("network", "note", "one process: nothing to reach; under `mixfuse launch` it is tried")]
+        return [Check("network", "note", "one process, so nothing to test; `mixfuse launch` tests it")]
     import torch
     from torch import distributed
 
-    where = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if _cuda() else torch.device("cpu")
-    if where.type == "cuda":
-        torch.cuda.set_device(where)
-    name = "NCCL all-reduce" if where.type == "cuda" else "gloo all-reduce"
-    mend = "see NCCL_DEBUG=INFO; choose the interface: NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME"
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if _cuda() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    name = "NCCL all-reduce" if device.type == "cuda" else "gloo all-reduce"
+    fix = "see NCCL_DEBUG=INFO; choose the interface: NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME"
     seconds = []
     try:
-        group = distributed.new_group(backend="nccl" if where.type == "cuda" else "gloo")
+        group = distributed.new_group(backend="nccl" if device.type == "cuda" else "gloo")
         for _ in range(3):
-            values = torch.full((PROBE_BYTES // 4,), float(rank + 1), device=where)
+            values = torch.full((PROBE_BYTES // 4,), float(rank + 1), device=device)
             began = time.monotonic()
             distributed.all_reduce(values, group=group)
             right = bool((values == world * (world + 1) / 2).all())  # waits for the device, too
             seconds.append(time.monotonic() - began)
     except RuntimeError as error:
-        return [Check(name, "FAIL", str(error).splitlines()[0], mend)]
-    if _blind(lambda: right):
+        return [Check(name, "FAIL", str(error).splitlines()[0], fix)]
+    if _failing_hosts(lambda: right):
         return [Check(name, "FAIL", "the sum is wrong on some rank", "a GPU or its link is broken: dcgmi diag -r 3")]
     moved = 2 * (world - 1) / world * PROBE_BYTES / min(seconds)  # bus bandwidth, as nccl-tests count it
     return [Check(name, "ok", f"{world} processes, {PROBE_BYTES >> 20} MiB at {moved / 1e9:.2f} GB/s (bus)")]

@@ -8,7 +8,7 @@ import torch
 from transformers import MixtralConfig, MixtralModel
 
 from mixfuse.contracts.errors import MixfuseError
-from mixfuse.train.data.chats import pack_batch
+from mixfuse.train.data.packing import pack_batch
 
 
 def choose(wanted: str, base: Path, dtype: torch.dtype, *, packing: bool = False) -> str:

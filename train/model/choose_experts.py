@@ -12,18 +12,16 @@ Dimensions in names: L layers, E experts, T tokens, K experts a token.
 # ruff: noqa: N803, N806 - tensors are named with their dimensions
 
 import random
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock, MixtralTopKRouter
 
 from mixfuse.contracts.errors import MixfuseError
-from mixfuse.contracts.files import atomic_file, read_json, write_json
-from mixfuse.train.recipe import JudgeRecipe, SftRecipe, TrainRecipe, kind_of, lora_parameters
+from mixfuse.contracts.files import read_json, write_json
+from mixfuse.train.recipe import TrainRecipe, lora_parameters
 
 RECORD = "experts.json"
 Chosen = tuple[tuple[int, ...], ...]
@@ -194,108 +192,6 @@ def summary(load: Load, chosen: Chosen) -> str:
         f"{count} of {total} experts carry the share asked for, over {load.tokens} tokens; the busiest expert of any "
         f"layer has {busiest:.0%} of its gate weight, an even load would be {even:.0%}{words}"
     )
-
-
-def profile(recipe_path: Path, overrides: list[str], out: Path | None) -> dict[str, Any]:
-    """Runs `mixfuse experts profile`: measures, prints a table, writes `experts.json` and `experts.png`.
-
-    Started alone it loads the base whole; started by torchrun it takes part in a partitioned one, as training does.
-
-    Args:
-        recipe_path: An SFT or a judge recipe.
-        overrides: `dotted.key=value` strings.
-        out: The folder to write into; by default beside the recipe's `out`, with `-experts` added.
-
-    Returns:
-        What `experts.json` holds.
-
-    Raises:
-        MixfuseError: The recipe or its data is bad.
-    """
-    from mixfuse.contracts.strict_yaml import load as load_recipe
-    from mixfuse.train.model.load import load_base, load_tokenizer
-    from mixfuse.train.processes import worker
-    from mixfuse.train.run import check_recipe, trainer_arguments
-
-    kind = kind_of(recipe_path, overrides)
-    recipe = load_recipe(recipe_path, kind, overrides)
-    check_recipe(recipe)
-    alive = None
-    if worker.launched():
-        worker.prepare(recipe.threads, wandb=recipe.wandb)
-        from trl import SFTConfig
-
-        alive = SFTConfig(**trainer_arguments(recipe))  # makes the ZeRO-3 config alive while the base is loaded
-    tokenizer = load_tokenizer(recipe.base)
-    out = out or recipe.out.with_name(recipe.out.name + "-experts")
-    rows = _rows(recipe, tokenizer, out)
-    model: Any = load_base(recipe.base, getattr(torch, recipe.dtype))
-    if alive is None and torch.cuda.is_available():
-        model = model.to("cuda")
-    load = measure(model, sample(rows, tokenizer, recipe), micro_batch=recipe.optimizer.micro_batch)
-    chosen = choose(load, recipe.lora.expert_share)
-    record = describe(recipe, load, chosen, model.config)
-    if _rank() == 0:
-        _print_table(load, chosen, recipe.lora.expert_share)
-        print(summary(load, chosen))
-        write_json(out / RECORD, record)
-        plot(load, chosen, out / "experts.png")
-        shutil.rmtree(out / "data", ignore_errors=True)
-        print(f"{out}: {RECORD}, experts.png")
-    return record
-
-
-def plot(load: Load, chosen: Chosen, path: Path) -> None:
-    """Writes a heat map of the gate weight, layers down and experts across, the chosen ones framed."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
-
-    layers, experts = len(load.gate_share), len(load.gate_share[0])
-    figure = Figure(figsize=(2.5 + 0.6 * experts, 1.8 + 0.22 * layers), layout="constrained")
-    axes = figure.add_subplot()
-    image = axes.imshow(load.gate_share, aspect="auto", cmap="viridis", vmin=0)
-    for layer, numbers in enumerate(chosen):
-        for expert in numbers:
-            axes.add_patch(Rectangle((expert - 0.46, layer - 0.42), 0.92, 0.84, fill=False, edgecolor="white"))
-    axes.set(xlabel="expert", ylabel="layer", title=f"share of gate weight, {load.tokens} tokens\n(framed: chosen)")
-    axes.set_xticks(range(experts))
-    figure.colorbar(image)
-    with atomic_file(path) as temporary:
-        FigureCanvasAgg(figure).print_figure(temporary, format="png", dpi=120)
-
-
-def _print_table(load: Load, chosen: Chosen, share: float) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"gate weight % (tokens %), * chosen to carry {share:.0%}")
-    table.add_column("layer", justify="right")
-    for expert in range(len(load.gate_share[0])):
-        table.add_column(str(expert), justify="right")
-    for layer, (gates, tokens) in enumerate(zip(load.gate_share, load.token_share, strict=True)):
-        cells = [
-            f"{100 * gate:.1f} ({100 * token:.0f}){'*' if expert in chosen[layer] else ' '}"
-            for expert, (gate, token) in enumerate(zip(gates, tokens, strict=True))
-        ]
-        table.add_row(str(layer), *cells)
-    console = Console()
-    # Into a file or a pipe, a table is not cut to a terminal that is not there.
-    console.print(table, width=None if console.is_terminal else 12 + 16 * len(load.gate_share[0]))
-
-
-def _rows(recipe: TrainRecipe, tokenizer: Any, out: Path) -> Sequence[Any]:
-    """The rows that training would read; chats' tokens are written below `out`."""
-    rows: Any
-    if isinstance(recipe, SftRecipe):
-        from mixfuse.train.data.chats import chat_data
-
-        rows = chat_data(recipe.model_copy(update={"out": out}), tokenizer).table
-    else:
-        from mixfuse.train.stages.judge_dpo import pairs_datasets
-
-        rows = pairs_datasets(cast(JudgeRecipe, recipe), tokenizer).train
-    return cast(Sequence[Any], rows)
 
 
 @contextmanager

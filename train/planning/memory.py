@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from mixfuse.contracts.mixtral import Shape
+from mixfuse.contracts.family import Shape
 from mixfuse.train.planning.zero3_gathers import Gathered, Module, Parameter, Visit
 from mixfuse.train.recipe import Lora
 

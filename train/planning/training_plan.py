@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.family import Shape, active_parameters, base_parameters
 from mixfuse.contracts.files import read_json
-from mixfuse.contracts.mixtral import Shape, active_parameters, base_parameters
 from mixfuse.train.planning import memory
 from mixfuse.train.planning.memory import FP32, Batch, Moment
 from mixfuse.train.planning.zero3_gathers import Gathered, Parameter, Thresholds, replay
@@ -219,7 +219,11 @@ def plan(
         "lora": 0 if zero.offload_parameters != "none" else trained * w,
         "secondary": 0 if zero.secondary == 1 else sum(-(-p.numel // zero.secondary) for p in parameters) * w,
     }
-    states = {"master": trained * FP32, "optimizer": trained * 2 * FP32, "gradients": trained * w}
+    states = {
+        "master": trained * FP32,
+        "optimizer": trained * recipe.optimizer.entry.state_bytes,
+        "gradients": trained * w,
+    }
     if zero.offload_optimizer == "none":
         on_gpu |= states
     on_gpu["buckets"] = zero.reduce_bucket * w if zero.contiguous else 0

@@ -1,1 +1,1 @@
-"""One rank among several: joining, checkpoints, signals, dead ranks."""
+"""The processes of a run: joining, checkpoints, signals, dead ranks."""

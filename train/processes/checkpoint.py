@@ -1,9 +1,9 @@
-"""Checkpoints: which of them are whole, which run may go on from them, and which are kept.
+"""Checkpoints: which are whole, which run may resume from them, and which stay on disk.
 
-The trainer writes a checkpoint into its final place, every process its own files of it, and rank 0 is done first. So a
-checkpoint counts only once it is marked: when every process has written and flushed its part, rank 0 leaves a list of
-the files with their sizes in it, under a temporary name that is then renamed. What bears no mark, or does not agree
-with it, is never loaded, and is removed when the run goes on.
+transformers writes a checkpoint straight into its final folder; every process writes its own files, and rank 0 is done
+first. So a checkpoint counts only once it is marked: when every process has written and flushed its part, rank 0 writes
+a list of the files with their sizes, atomically. A checkpoint without this mark, or that differs from it, is never
+loaded, and is removed when the run resumes.
 """
 
 import json
@@ -16,37 +16,44 @@ from typing import TYPE_CHECKING, Any
 
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.files import read_json, write_json
+from mixfuse.train.processes import worker
+from mixfuse.train.recipe import TrainRecipe
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
-WHOLE = "whole.json"  # the mark of a checkpoint that is
-KEEP = 2  # whole checkpoints that stay: the newest, and one more should the disk have spoiled it
-# What a resumed run may change: nothing here alters a weight.
+WHOLE = "whole.json"  # the mark of a whole checkpoint
+KEEP = 2  # whole checkpoints on disk: the newest, and one more in case the disk damages it
+# Keys that a resumed run may change, because none of them alters a weight.
 FREE_ON_RESUME = (
     "threads", "data_processes", "save_every", "log_every", "wandb", "wandb_project", "wandb_entity", "resume"
 )  # fmt: skip
 
 
 def last_checkpoint(out: Path) -> Path | None:
-    """The newest whole checkpoint of the run in `out`."""
+    """The newest whole checkpoint of the run in `out`, or None."""
     return next(iter(_whole(out)), None)
 
 
-def check_resume(out: Path, described: dict[str, Any], *, resume: str) -> None:
-    """Checks that a run to be resumed is still the same run.
+def recipe_record(recipe: TrainRecipe) -> dict[str, Any]:
+    """The recipe as `recipe.json` holds it, with the number of processes that really run."""
+    return {**recipe.model_dump(mode="json"), "processes": worker.world_size(recipe.processes)}
 
-    A ZeRO-3 checkpoint holds one file a process, cut by the world size, so the number of processes is fixed; and half a
-    run with another data set or rank is no run of any recipe.
+
+def check_resume(out: Path, record: dict[str, Any], *, resume: str) -> None:
+    """Checks that the recipe of a run to resume has not changed.
+
+    A ZeRO-3 checkpoint holds one file for each process, partitioned by the world size, so the number of processes is
+    fixed. A run whose second half used other data or another rank would match no recipe.
 
     Args:
         out: The run's folder.
-        described: The recipe as `recipe.json` would keep it now.
-        resume: The recipe's key: "auto" goes on from a checkpoint, "never" refuses to where there is one.
+        record: The recipe as `recipe.json` would hold it now (`recipe_record`).
+        resume: The recipe's key: "auto" resumes from a checkpoint, "never" refuses to.
 
     Raises:
-        MixfuseError: There is a checkpoint, and a key of the recipe or the number of processes has changed since, or it
-            is not to be used.
+        MixfuseError: There is a checkpoint, and `resume` is "never", or a key of the recipe or the number of processes
+            has changed since.
     """
     last = last_checkpoint(out)
     if last is None:
@@ -54,19 +61,19 @@ def check_resume(out: Path, described: dict[str, Any], *, resume: str) -> None:
     if resume == "never":
         raise MixfuseError(
             f"{out} holds an unfinished run (step {step(last)}) and resume is never; choose another `out`, remove the "
-            "folder to start over, or set resume=auto to go on"
+            "folder to start over, or set resume=auto to resume it"
         )
     before = read_json(out / "recipe.json")
-    described = json.loads(json.dumps(described))  # as it was written: JSON's keys are text
-    changed = next((key for key in described if before.get(key) != described[key] and key not in FREE_ON_RESUME), None)
+    record = json.loads(json.dumps(record))  # as it was written: JSON's keys are text
+    changed = next((key for key in record if before.get(key) != record[key] and key not in FREE_ON_RESUME), None)
     if changed == "processes":
         raise MixfuseError(
-            f"{out} holds a run to resume whose 'processes' is {before[changed]}, not {described[changed]}: its "
+            f"{out} holds a run to resume whose 'processes' is {before[changed]}, not {record[changed]}: its "
             f"checkpoints hold one ZeRO-3 part for each process; start {before[changed]}, or choose another `out`"
         )
     if changed:
         raise MixfuseError(
-            f"{out} holds a run to resume whose {changed!r} is {before.get(changed)!r}, not {described[changed]!r}; "
+            f"{out} holds a run to resume whose {changed!r} is {before.get(changed)!r}, not {record[changed]!r}; "
             "set it back, choose another `out`, or remove the folder to start over"
         )
 
@@ -77,10 +84,10 @@ def step(checkpoint: Path) -> int:
 
 
 def checkpoints() -> "TrainerCallback":
-    """A callback that marks every checkpoint as it is finished, and removes what is half-written or no longer needed.
+    """A callback that marks every finished checkpoint, and removes half-written and old ones.
 
-    The trainer's own rotation (`save_total_limit`) must be off: it runs on rank 0 while others still write, and counts
-    half-written checkpoints.
+    transformers' own rotation (`save_total_limit`) must be off: it runs on rank 0 while other ranks still write, and
+    counts half-written checkpoints.
     """
     import torch
     from transformers import TrainerCallback
@@ -108,7 +115,7 @@ def checkpoints() -> "TrainerCallback":
                 for old in _whole(folder.parent)[KEEP:]:
                     if old.resolve() != best:
                         shutil.rmtree(old)
-            torch.distributed.barrier()  # whoever goes on, or ends the process, does so with a marked checkpoint
+            torch.distributed.barrier()  # no rank continues, or ends its process, before the mark is written
 
     return Checkpoints()
 
@@ -142,7 +149,7 @@ def _files(checkpoint: Path) -> Iterator[Path]:
 
 
 def _flush(checkpoint: Path) -> None:
-    """Has the system write a checkpoint's files, and its folders' entries, to the disk."""
+    """Flushes a checkpoint's files and folder entries to the disk."""
     for path in (checkpoint, *checkpoint.rglob("*")):
         handle = os.open(path, os.O_RDONLY)
         try:

@@ -1,10 +1,10 @@
-"""Dead ranks: a process that no longer answers ends the run, instead of leaving the others to wait for it.
+"""Dead ranks: the run ends when a process no longer responds, instead of waiting for it.
 
-A launcher sees the processes of its own machine die, and gloo sees a closed connection. But a collective over NCCL
+A launcher notices when a process of its own machine dies, and gloo notices a closed connection. But an NCCL collective
 whose peer on another machine is gone waits for its time-out, which is half an hour here because loading a large model
-may take as long. So each process counts aloud in a store of its own (`torch.distributed.TCPStore`, not the one that
-collectives use); rank 0 listens, and when one has been silent too long, or the store itself is gone with rank 0's
-machine, every process ends.
+may take that long. So each process writes an increasing count into a separate store (`torch.distributed.TCPStore`, not
+the one that collectives use), and rank 0 reads the counts. When one has not changed for too long, or when the store is
+gone with rank 0's machine, every process ends.
 """
 
 import os
@@ -18,19 +18,19 @@ from datetime import timedelta
 from typing import Any
 
 BEAT = 5.0  # seconds between beats
-SILENCE = 40.0  # seconds without one: with a beat and its reading on top, a dead rank ends the job within a minute
-EXIT_CODE = 76  # a process that ends because another is dead
+SILENCE = 40.0  # seconds without a beat; with the delays of beating and reading, a dead rank ends the job in a minute
+EXIT_CODE = 76  # of a process that ends because another is dead
 
 _LOST = "lost"
 
 
 @contextmanager
 def heartbeat(*, beat: float = BEAT, silence: float = SILENCE) -> Iterator[None]:
-    """Watches over all ranks while the block runs. All ranks must enter it; torch.distributed must be up.
+    """Monitors all ranks while the block runs. All ranks must enter it; torch.distributed must be initialised.
 
     Args:
         beat: Seconds between a rank's beats.
-        silence: Seconds without a beat after which a rank is taken for dead.
+        silence: Seconds without a beat after which a rank counts as dead.
     """
     import torch
     from torch import distributed
@@ -50,66 +50,66 @@ def heartbeat(*, beat: float = BEAT, silence: float = SILENCE) -> Iterator[None]
     distributed.broadcast(port, 0)
     store = distributed.TCPStore(host, int(port.item()), is_master=False, wait_for_workers=False, timeout=wait)
     store.set(f"host{rank}", socket.gethostname())
-    distributed.barrier()  # every rank has one
-    talk = _Talk(store, rank, world, beat, silence)
-    for loop in (talk.beat_on, talk.listen):
+    distributed.barrier()  # every rank is connected
+    monitor = _Monitor(store, rank, world, beat, silence)
+    for loop in (monitor.send_beats, monitor.watch_store):
         threading.Thread(target=loop, name="heartbeat", daemon=True).start()
     try:
         yield
     finally:
-        talk.stop.set()
+        monitor.stop.set()
 
 
-class _Talk:
-    """One rank's part: a thread that beats, and one that sees whether that thread still gets answers.
+class _Monitor:
+    """One rank's two threads: one sends beats, the other checks that the first still gets answers from the store.
 
-    Two, because a call to a store whose process is frozen or whose machine is gone may never return.
+    Two threads, because a call to a store whose process is frozen or whose machine is gone may never return.
     """
 
     def __init__(self, store: Any, rank: int, world: int, beat: float, silence: float) -> None:
         self.stop = threading.Event()
         self._store, self._rank, self._beat, self._silence = store, rank, beat, silence
-        self._heard = dict.fromkeys(range(world), (0, time.monotonic()))
+        self._last_beats = dict.fromkeys(range(world), (0, time.monotonic()))
         self._answered = time.monotonic()
 
-    def beat_on(self) -> None:
-        """Counts; ends when the store does, which `listen` notices."""
+    def send_beats(self) -> None:
+        """Writes this rank's count; on rank 0 checks the others. Returns when the store is gone (see `watch_store`)."""
         count = 0
         while not self.stop.wait(self._beat):
             count += 1
             try:
                 self._store.set(f"beat{self._rank}", str(count))
                 if self._rank == 0:
-                    self._look_for_silence()
+                    self._check_beats()
                 elif self._store.check([_LOST]):
                     os._exit(EXIT_CODE)
-            except RuntimeError:  # torch's type of error for a store that is gone; a launcher may see to it meanwhile
+            except RuntimeError:  # what torch raises when the store is gone; a launcher may already be ending the run
                 return
             self._answered = time.monotonic()
 
-    def listen(self) -> None:
+    def watch_store(self) -> None:
         """Ends this process when the store has not answered for too long."""
         while not self.stop.wait(self._beat):
             if time.monotonic() - self._answered > self._silence:
                 self._end(f"rank 0 on {os.environ['MASTER_ADDR']}")
 
-    def _look_for_silence(self) -> None:
-        now = time.monotonic()  # times are rank 0's own: machines' clocks differ
-        for rank, (last, since) in self._heard.items():
+    def _check_beats(self) -> None:
+        now = time.monotonic()  # rank 0's clock alone: machines' clocks differ
+        for rank, (last, since) in self._last_beats.items():
             key = f"beat{rank}"
             count = int(self._store.get(key)) if self._store.check([key]) else 0
             if count != last:
-                self._heard[rank] = (count, now)
+                self._last_beats[rank] = (count, now)
             elif now - since > self._silence:
                 self._store.set(_LOST, str(rank))
-                time.sleep(2 * self._beat)  # the others read it from this process
+                time.sleep(2 * self._beat)  # the other ranks read the mark from this process's store
                 self._end(f"rank {rank} on {self._store.get(f'host{rank}').decode()}")
 
     def _end(self, who: str) -> None:
-        """Says why and ends the process: its main thread is inside a collective, where no exception would reach it."""
+        """Prints the reason and ends the process: no exception would reach the main thread inside a collective."""
         print(
-            f"mixfuse: error: {who} has not answered for {self._silence:.0f} s; the run ends here; see what it or its "
-            "machine wrote last, then run the same command again",
+            f"mixfuse: error: {who} has not answered for {self._silence:.0f} s; the run ends here; see the last lines "
+            "of its output, then run the same command again",
             file=sys.stderr,
             flush=True,
         )

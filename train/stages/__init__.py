@@ -1,1 +1,1 @@
-"""SFT and the judge's DPO: what one run trains, measures and leaves."""
+"""The stages, SFT and the judge's DPO: what one run trains, measures and writes."""

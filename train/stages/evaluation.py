@@ -1,4 +1,4 @@
-"""What follows from the held-out loss: the best adapter is kept, and training stops when nothing gets better."""
+"""What follows from the held-out loss: the best adapter is saved, and training stops when the loss stops falling."""
 
 import json
 from pathlib import Path
@@ -8,6 +8,7 @@ import torch
 from transformers import TrainerCallback
 
 from mixfuse.contracts.files import atomic_directory, read_json, write_json
+from mixfuse.train.adapters.saving import gather_adapter, save_peft
 from mixfuse.train.recipe import Evaluation
 
 BEST = "best"
@@ -15,15 +16,15 @@ FACTS = "best.json"
 
 
 class KeepBest(TrainerCallback):
-    """Keeps the adapter of the best evaluation in `OUT/best`, and ends a run whose loss has stopped falling.
+    """Saves the adapter of the best evaluation in `OUT/best`, and ends a run whose loss has stopped falling.
 
-    What it knows is in the evaluations of `metrics.jsonl`, so a resumed run knows it too. The trainer's own way, a
-    checkpoint for every evaluation and the best of them loaded at the end, would write optimiser states to throw them
-    away.
+    Its state is the evaluations in `metrics.jsonl`, so a resumed run has it too. transformers' own method writes a
+    checkpoint for every evaluation and loads the best at the end, which would write optimiser states only to delete
+    them.
 
     Args:
-        trainer: Whose adapter it is.
-        evaluation: The recipe's.
+        trainer: The trainer of the adapter.
+        evaluation: The recipe's `evaluation`.
         out: The run's folder.
     """
 
@@ -32,24 +33,24 @@ class KeepBest(TrainerCallback):
         self._best, self._best_step, self._worse = float("inf"), 0, 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Reads what evaluations there have been before this step."""
+        """Reads the evaluations before this step."""
         path = self._out / "metrics.jsonl"
         if not path.is_file():
             return
         for line in path.read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
             if "eval_loss" in row and 0 < row["step"] <= state.global_step:
-                self._judge(row["eval_loss"], row["step"])
+                self._is_best(row["eval_loss"], row["step"])
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any) -> None:
-        """Keeps this adapter or counts one more without progress. Every process takes part."""
+        """Saves this adapter, or counts one more evaluation without progress. Every process takes part."""
         if not state.global_step:  # the adapter does nothing yet
             return
-        # Rank 0 decides: a difference in the last bit would leave the others waiting in a collective.
+        # Rank 0 decides: if ranks differed in the last bit, some would wait in a collective for ever.
         loss = torch.tensor(metrics["eval_loss"], dtype=torch.float64, device=args.device)
         torch.distributed.broadcast(loss, 0)
-        if self._judge(float(loss), state.global_step) and self._evaluation.keep_best:
-            self._keep(state)
+        if self._is_best(float(loss), state.global_step) and self._evaluation.keep_best:
+            self._save_best(state)
         if self._evaluation.patience and self._worse >= self._evaluation.patience:
             if state.is_world_process_zero:
                 print(
@@ -58,17 +59,15 @@ class KeepBest(TrainerCallback):
                 )
             control.should_training_stop = True
 
-    def _judge(self, loss: float, step: int) -> bool:
-        """Whether this is the best yet. The step that was the best before a run was cut off is so again."""
+    def _is_best(self, loss: float, step: int) -> bool:
+        """Counts an evaluation; whether it is the best so far. A resumed run may repeat its best step."""
         if loss < self._best - self._evaluation.min_delta or step == self._best_step:
             self._best, self._best_step, self._worse = loss, step, 0
             return True
         self._worse += 1
         return False
 
-    def _keep(self, state: Any) -> None:
-        from mixfuse.train.run import gather_adapter, save_peft
-
+    def _save_best(self, state: Any) -> None:
         weights = gather_adapter(self._trainer)
         if state.is_world_process_zero:
             with atomic_directory(self._out / BEST, replace=True) as temporary:
@@ -77,6 +76,6 @@ class KeepBest(TrainerCallback):
 
 
 def best_evaluation(out: Path) -> dict[str, Any] | None:
-    """`{step, eval_loss}` of the evaluation whose adapter `OUT/best` holds; nothing where none was kept."""
+    """`{step, eval_loss}` of the evaluation whose adapter is in `OUT/best`, or None."""
     path = out / BEST / FACTS
     return dict(read_json(path)) if path.is_file() else None

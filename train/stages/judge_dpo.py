@@ -1,37 +1,34 @@
 """The judge: TRL's DPOTrainer on verdict pairs, LoRA on attention and experts, under ZeRO-3.
 
-The reference is the policy with the adapter disabled. Handing TRL a plain model and a PEFT config, rather than a PEFT
-model, is what makes it so: for a PEFT model TRL copies the adapter as the reference (TRL #6043, #6591).
+The reference is the policy with the adapter disabled. That holds only if TRL gets a plain model and a PEFT config: for
+a PEFT model TRL copies the adapter as the reference (TRL #6043, #6591).
 """
 
-import random
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
-from datasets import Dataset
 from transformers import set_seed
 from trl import DPOConfig
 
 from mixfuse.contracts.adapter import fingerprint
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.files import sha256_json
-from mixfuse.train.data.chats import is_held_out, mixed
-from mixfuse.train.data.pairs import read_pairs
+from mixfuse.train.data.pair_data import pairs_datasets
 from mixfuse.train.data.schedule import Rounds, schedule
 from mixfuse.train.model import attention, choose_experts
 from mixfuse.train.model.load import load_base, load_tokenizer, lora_config
 from mixfuse.train.processes.checkpoint import last_checkpoint
-from mixfuse.train.recipe import DataSource, JudgeRecipe, TrainRecipe
-from mixfuse.train.run import train_and_save, trainer_arguments
+from mixfuse.train.recipe import JudgeRecipe, TrainRecipe
+from mixfuse.train.stages.core import train_and_save, trainer_arguments
 from mixfuse.train.stages.trainers import JudgeTrainer, NamedPairs, Verdicts, verdict_rows
 from mixfuse.train.stages.verdicts import Reference
 
 REFERENCE = "data/reference.json"
-"""In a run's folder until it ends: what the reference says of its comparisons."""
+"""The reference's log-probabilities, in a run's folder until the run ends."""
 
 
 def train(recipe: TrainRecipe) -> None:
-    """Trains the recipe's judge and leaves its run folder (see `mixfuse.train.run.train_and_save`)."""
+    """Trains the recipe's judge and leaves its run folder (see `train/stages/core.py: train_and_save`)."""
     trainer = make_trainer(cast(JudgeRecipe, recipe))
     train_and_save(trainer, recipe, stage="judge", examples=trainer.examples)
 
@@ -40,8 +37,8 @@ def make_trainer(recipe: JudgeRecipe) -> JudgeTrainer:
     """Builds the trainer; at step 0 its reference log-probabilities equal the policy's.
 
     Raises:
-        MixfuseError: No pair fits `max_length`, the completions are not what the recipe says, or as `read_pairs` and
-            `load_base`.
+        MixfuseError: No pair fits `max_length`, the completions are not what the recipe says, or the data or the base
+            cannot be read.
     """
     dtype = getattr(torch, recipe.dtype)
     tokenizer = load_tokenizer(recipe.base)
@@ -85,89 +82,23 @@ def make_trainer(recipe: JudgeRecipe) -> JudgeTrainer:
 
 
 def verdicts_of(recipe: JudgeRecipe, dataset: Any) -> Verdicts:
-    """What training on verdicts needs.
+    """Collects what training on verdict pairs needs.
 
     Args:
-        recipe: The run's.
+        recipe: The run's recipe.
         dataset: Every comparison that may be trained on, tokenised.
 
     Raises:
-        MixfuseError: A pair's completions begin with the same token, so the verdict is not what comes first.
+        MixfuseError: A pair's completions begin with the same token, so the verdict does not come first.
     """
     rows = verdict_rows(dataset)
     if any(row.chosen == row.rejected for row in rows):
         raise MixfuseError("a pair's completions begin with the same token; set completion: rationale for such pairs")
     margins = dataset["margin"] if recipe.margin else []
-    # An offset δ of the rewards β (policy - reference) is δ / β of the reference's log-probability.
+    # Rewards are β (policy - reference), so an offset δ of the reward is δ / β in the reference's log-probability.
     offsets = {row.key: recipe.margin * margin / recipe.beta for row, margin in zip(rows, margins, strict=False)}
-    own = recipe.out / REFERENCE
-    # The policy that a warm start leaves is the run's alone.
-    path = own if recipe.warm_start or recipe.reference_cache is None else recipe.reference_cache
-    whose = sha256_json([fingerprint(recipe.base).model_dump(), recipe.dtype])
-    return Verdicts(rows, Reference(path, whose), recipe.warm_start, offsets, recipe.consistency)
-
-
-class PairData(NamedTuple):
-    """What the judge trains on: TRL's preference data sets, each row with its `id`.
-
-    Attributes:
-        train: Shuffled by pair: the two orders of a pair are neighbours, where both are trained.
-        evaluation: Held out, or nothing.
-    """
-
-    train: Dataset
-    evaluation: Dataset | None
-
-
-def pairs_datasets(recipe: JudgeRecipe, tokenizer: Any) -> PairData:
-    """Makes TRL's preference data sets, the two orders of a pair side by side.
-
-    So an even micro batch holds both orders of every pair in it, and a preference for a position earns nothing. A pair
-    longer than `max_length` in either order is left out: truncated, it would lose its verdict.
-
-    Raises:
-        MixfuseError: No pair fits, or none is left on a side of the split.
-    """
-    evaluation = recipe.evaluation
-    kept = [_fitting(source, recipe, tokenizer) for source in recipe.data]
-    held_out: list[_Pair] = []
-    if evaluation and evaluation.share is not None:
-        share = evaluation.share
-        held_out = [pair for pairs in kept for pair in pairs if is_held_out(pair[0]["id"], share)]
-        kept = [[pair for pair in pairs if not is_held_out(pair[0]["id"], share)] for pairs in kept]
-        if not held_out or not all(kept):
-            side = "training" if held_out else "the held-out share"
-            raise MixfuseError(f"no pair fell to {side}; change evaluation.share or name evaluation.data")
-    for source in (evaluation.data if evaluation else None) or ():
-        held_out += _fitting(source, recipe, tokenizer)
-    everything = [pair for pairs in kept for pair in pairs]
-    weights = [source.weight for source in recipe.data]
-    order = list(mixed([len(pairs) for pairs in kept], weights, recipe.order_seed))
-    random.Random(recipe.order_seed).shuffle(order)  # noqa: S311 - a reproducible order, not a secret
-    orders = 2 if recipe.orders == "both" else 1
-    train = Dataset.from_list([row for number in order for row in everything[number][:orders]])
-    if evaluation and evaluation.limit:
-        held_out = held_out[: max(1, evaluation.limit // 2)]
-    rows = [row for pair in held_out for row in pair]
-    return PairData(train, Dataset.from_list(rows) if rows else None)
-
-
-_Pair = tuple[dict[str, Any], dict[str, Any]]
-
-
-def _fitting(source: DataSource, recipe: JudgeRecipe, tokenizer: Any) -> list[_Pair]:
-    """The pairs of a data set that fit `max_length` in both orders."""
-    keys = ("id", "prompt", "chosen", "rejected")
-    rows = [{**{key: row[key] for key in keys}, "margin": float(row.get("margin", 1.0))} for row in read_pairs(source)]
-    pairs = list(zip(rows[::2], rows[1::2], strict=True))
-
-    def fits(row: dict[str, Any]) -> bool:
-        ids = tokenizer.apply_chat_template([*row["prompt"], *row["chosen"]], tokenize=True, return_dict=False)
-        return len(ids) <= recipe.max_length
-
-    kept = [pair for pair in pairs if all(map(fits, pair))]
-    if not kept:
-        raise MixfuseError(f"{source.name}: no pair fits max_length {recipe.max_length}; raise it")
-    if left_out := len(pairs) - len(kept):
-        print(f"{source.name}: left out {left_out} of {len(pairs)} pairs longer than {recipe.max_length} tokens")
-    return kept
+    run_file = recipe.out / REFERENCE
+    # After a warm start the reference is this run's own policy, so no other run can share its file.
+    path = run_file if recipe.warm_start or recipe.reference_cache is None else recipe.reference_cache
+    identity = sha256_json([fingerprint(recipe.base).model_dump(), recipe.dtype])
+    return Verdicts(rows, Reference(path, identity), recipe.warm_start, offsets, recipe.consistency)

@@ -6,17 +6,18 @@ import torch
 from transformers import set_seed
 from trl import SFTConfig
 
-from mixfuse.train.data.chats import Collator, chat_data
+from mixfuse.train.data.chat_data import chat_data
+from mixfuse.train.data.packing import Collator
 from mixfuse.train.model import attention, choose_experts
 from mixfuse.train.model.load import load_base, load_tokenizer, lora_config
 from mixfuse.train.processes.checkpoint import last_checkpoint
 from mixfuse.train.recipe import SftRecipe, TrainRecipe
-from mixfuse.train.run import train_and_save, trainer_arguments
+from mixfuse.train.stages.core import train_and_save, trainer_arguments
 from mixfuse.train.stages.trainers import SftTrainer
 
 
 def train(recipe: TrainRecipe) -> None:
-    """Trains the recipe's adapter and leaves its run folder (see `mixfuse.train.run.train_and_save`)."""
+    """Trains the recipe's adapter and leaves its run folder (see `train/stages/core.py: train_and_save`)."""
     recipe = cast(SftRecipe, recipe)
     dtype = getattr(torch, recipe.dtype)
     tokenizer = load_tokenizer(recipe.base)
@@ -25,13 +26,13 @@ def train(recipe: TrainRecipe) -> None:
     data = chat_data(recipe, tokenizer, resuming=resuming)
     arguments = SFTConfig(
         **trainer_arguments(recipe),
-        dataset_kwargs={"skip_prepare_dataset": True},  # `chat_data` has
-        completion_only_loss=False,  # the labels say where the loss is
+        dataset_kwargs={"skip_prepare_dataset": True},  # `chat_data` has prepared it
+        completion_only_loss=False,  # the labels mark where the loss is
         router_aux_loss_coef=recipe.router_aux_loss_coef,
     )
     model = load_base(recipe.base, dtype, attention=implementation)
     chosen = choose_experts.settle(recipe, model, data.table, tokenizer, resuming=resuming)
-    set_seed(recipe.seed)  # the adapter's start depends on the seed alone, not on what loading drew before
+    set_seed(recipe.seed)  # the adapter's initial values depend on the seed alone, not on what loading drew
     trainer = SftTrainer(
         model=model,
         args=arguments,

@@ -1,6 +1,6 @@
-"""What both trainers add to TRL's: batches whose examples are named, and an evaluation that is exact.
+"""What both trainers add to TRL's: batches that carry their examples' ids, and an exact evaluation.
 
-TRL stays the trainer; these classes stand before it in the order of method resolution.
+TRL does the training; these classes come before it in the method resolution order.
 """
 
 import math
@@ -21,14 +21,14 @@ from mixfuse.train.stages.verdicts import Logprobs, OnePass, Reference, VerdictR
 
 
 class NamedExamples:
-    """Keeps the ids of the examples of the optimiser step that is under way.
+    """Remembers the ids of the current optimiser step's examples.
 
-    The collators give each batch `ids`, a list of the examples' ids. The step's batches pass through
-    `get_batch_samples` before the first of them is computed; there the ids are taken out and kept.
+    The collators put `ids`, a list of the examples' ids, into each batch. The step's batches pass through
+    `get_batch_samples` before the first of them is computed, where the ids are taken out.
 
     Attributes:
-        step_ids: A list of ids for each micro batch of the step, on this process. What stops at a loss that is not
-            finite names its examples from here.
+        step_ids: A list of ids for each micro batch of the step, on this process. `processes/guard.py` names these
+            examples when a loss is not finite.
     """
 
     step_ids: list[list[str]]
@@ -40,7 +40,7 @@ class NamedExamples:
         return batches, count
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """The loss; no model takes ids."""
+        """The loss, of the batch without its ids, which no model takes."""
         inputs.pop("ids", None)
         return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
 
@@ -52,10 +52,10 @@ class SftTrainer(NamedExamples, SFTTrainer):
 
     @torch.no_grad()
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
-        """Computes the held-out loss, in nats a token, and the share of tokens whose most likely one is right.
+        """Computes the held-out loss, in nats a token, and the share of tokens that are the most likely ones.
 
-        Every process takes every world-size-th batch. Under ZeRO-3 each forward pass is a collective, so those with
-        nothing left compute a batch whose labels are all ignored.
+        Every process takes every world-size-th batch. Under ZeRO-3 each forward pass is a collective, so a process with
+        no batch left computes one whose labels are all ignored.
         """
         data = eval_dataset or self.eval_dataset
         size, world, rank = self.args.eval_batch_size, self.args.world_size, self.args.process_index
@@ -87,10 +87,10 @@ class SftTrainer(NamedExamples, SFTTrainer):
 
 
 class JudgeTrainer(NamedExamples, DPOTrainer):
-    """TRL's DPO. On verdict pairs (`read_verdicts`), each is one pass over the prompt, and the evaluation is a judge's.
+    """TRL's DPO. After `read_verdicts`, each pair is one pass over the prompt, and evaluation measures a judge.
 
     Attributes:
-        examples: Comparisons there are to train on; `train_dataset` holds each as often as the steps take it.
+        examples: Number of training comparisons; `train_dataset` holds each as often as the steps take it.
     """
 
     control: Any
@@ -100,10 +100,10 @@ class JudgeTrainer(NamedExamples, DPOTrainer):
     _verdicts: "Verdicts | None" = None
 
     def read_verdicts(self, verdicts: "Verdicts") -> None:
-        """Takes chosen and rejected from one pass, and the reference's log-probabilities from what `verdicts` knows.
+        """Switches to verdict pairs: one pass for chosen and rejected, stored reference log-probabilities.
 
-        Call it once, before training. What the reference is not known to say is computed here: the model is not
-        wrapped yet, and its adapter is put aside.
+        Call it once, before training. Missing reference log-probabilities are computed here, with the adapter disabled;
+        the model is not wrapped yet.
         """
         self._verdicts = verdicts
         self.precompute_ref_logps = True
@@ -111,11 +111,11 @@ class JudgeTrainer(NamedExamples, DPOTrainer):
         if not verdicts.warm_start:
             adapter = self.accelerator.unwrap_model(self.model)
             with adapter.disable_adapter(), gathered_by_block(adapter):
-                self._reference_of(verdicts.rows, adapter)
+                self.reference_logprobs(verdicts.rows, adapter)
         self.add_callback(_WarmStart(self, verdicts))
 
-    def _reference_of(self, rows: Sequence[VerdictRow], model: Any = None) -> list[Logprobs]:
-        """What the reference says of rows; what is not known yet, `model`, by default the policy, says now.
+    def reference_logprobs(self, rows: Sequence[VerdictRow], model: Any = None) -> list[Logprobs]:
+        """The reference's log-probabilities of rows; missing ones are computed with `model`, by default the policy.
 
         All processes take part.
         """
@@ -123,25 +123,25 @@ class JudgeTrainer(NamedExamples, DPOTrainer):
         reference = self._verdicts.reference
         if missing := reference.missing(rows):
             self.print_once(f"reference: {len(missing)} of {len(rows)} comparisons to compute")
-            found = self._logprobs(model or self.model_wrapped, missing, self.args.per_device_eval_batch_size)
-            reference.add(missing, found, write=self.is_world_process_zero())
+            computed = self._logprobs(model or self.model_wrapped, missing, self.args.per_device_eval_batch_size)
+            reference.add(missing, computed, write=self.is_world_process_zero())
         return [reference[row.key] for row in rows]
 
     def log_odds(self, dataset: Any) -> list[float]:
-        """Of the right verdict over the wrong one, in nats, as the policy has it now; all processes take part.
+        """The policy's log-odds of the right verdict over the wrong one, in nats; all processes take part.
 
         Args:
             dataset: Tokenised comparisons.
         """
         rows = verdict_rows(dataset)
         if self.state.global_step:
-            found = self._logprobs(self.model_wrapped, rows, self.args.per_device_eval_batch_size)
+            logprob_pairs = self._logprobs(self.model_wrapped, rows, self.args.per_device_eval_batch_size)
         else:  # the adapter does nothing yet
-            found = self._reference_of(rows)
-        return [chosen - rejected for chosen, rejected in found]
+            logprob_pairs = self.reference_logprobs(rows)
+        return [chosen - rejected for chosen, rejected in logprob_pairs]
 
-    def note(self, name: str, value: float) -> None:
-        """Adds to what the step that is under way will log."""
+    def record(self, name: str, value: float) -> None:
+        """Adds a value to the metrics that the current step will log."""
         self._metrics["train"][name].append(value)
 
     def print_once(self, text: str) -> None:
@@ -153,11 +153,11 @@ class JudgeTrainer(NamedExamples, DPOTrainer):
         was_training = model.training
         model.eval()
         with self.compute_loss_context_manager():
-            found = logprobs(
+            result = logprobs(
                 model, rows, micro_batch=micro_batch, pad=self.processing_class.pad_token_id, device=self.args.device
             )
         model.train(was_training)
-        return found
+        return result
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         keys, verdicts = inputs.pop("keys", None), self._verdicts
@@ -167,28 +167,28 @@ class JudgeTrainer(NamedExamples, DPOTrainer):
         self.loss_types, self.loss_weights = (["sft"], [1.0]) if warm else self._trained_loss
         count = len(inputs["input_ids"]) // 2
         if warm:  # there is no reference yet; the rewards are then the policy's own log-probabilities
-            none = torch.zeros(count, device=self.args.device)
-            inputs |= {"ref_chosen_logps": none, "ref_rejected_logps": none}
+            zeros = torch.zeros(count, device=self.args.device)
+            inputs |= {"ref_chosen_logps": zeros, "ref_rejected_logps": zeros}
         else:
             inputs |= verdicts.reference.of(keys, verdicts.offsets, self.args.device)
-        # TRL counts the tokens of the mask: those of the prompts, once.
+        # TRL counts the mask's tokens, so the mask holds each prompt once and no completion.
         mask = inputs["attention_mask"] * (1 - inputs["completion_mask"])
         mask[count:] = 0
         policy = OnePass(model)
-        found = super()._compute_loss(policy, {**inputs, "attention_mask": mask}, return_outputs)
+        loss = super()._compute_loss(policy, {**inputs, "attention_mask": mask}, return_outputs)
         if not verdicts.consistency or warm:
-            return found
+            return loss
         bias = position_bias(policy.log_odds)
-        self.note("position_bias", bias.abs().mean().item())
+        self.record("position_bias", bias.abs().mean().item())
         penalty = verdicts.consistency * (self.beta * bias).square().mean()
-        return (found[0] + penalty, *found[1:]) if return_outputs else found + penalty
+        return (loss[0] + penalty, *loss[1:]) if return_outputs else loss + penalty
 
     @torch.no_grad()
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
-        """Judges the held-out pairs in both orders; TRL's evaluation where the completions are more than a verdict.
+        """Judges the held-out pairs in both orders; TRL's own evaluation if the completions are more than a verdict.
 
         The loss is the negative log-likelihood of the order-averaged probability at the temperature that fits these
-        pairs best: the same measure before and after a warm start, and for every beta.
+        pairs best. It measures the same before and after a warm start, and for every beta.
         """
         if self._verdicts is None:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
@@ -214,14 +214,14 @@ class JudgeTrainer(NamedExamples, DPOTrainer):
 
 @dataclass(frozen=True)
 class Verdicts:
-    """What training on verdict pairs needs beside the batches.
+    """What training on verdict pairs needs besides the batches.
 
     Attributes:
         rows: Every comparison that will be trained on.
-        reference: What the reference says of them.
-        warm_start: For so many steps the loss is the chosen verdict's negative log-likelihood; the policy they leave is
-            DPO's reference.
-        offsets: By a row's key: what is added to the reference's log-probability of the chosen verdict.
+        reference: The reference's log-probabilities of them.
+        warm_start: Number of first steps whose loss is the chosen verdict's negative log-likelihood. The policy after
+            them is DPO's reference.
+        offsets: By a row's key: added to the reference's log-probability of the chosen verdict.
         consistency: Weight of the penalty on preferring a position.
     """
 
@@ -239,38 +239,42 @@ def verdict_rows(dataset: Any) -> list[VerdictRow]:
 
 
 class _WarmStart(TrainerCallback):
-    """Makes the policy that a warm start leaves the reference of the steps after it."""
+    """Makes the policy at the end of a warm start the reference of the steps after it."""
 
     def __init__(self, trainer: JudgeTrainer, verdicts: Verdicts) -> None:
         self._trainer, self._verdicts = trainer, verdicts
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """A run resumed after the warm start finds what the reference said in its file; before it, nothing counts."""
+        """Reads the reference's file in a run resumed after the warm start; before that, no stored value is valid.
+
+        Raises:
+            MixfuseError: The file lacks comparisons.
+        """
         verdicts = self._verdicts
         if state.global_step < verdicts.warm_start:
-            verdicts.reference.forget()
+            verdicts.reference.clear()
         elif state.global_step < state.max_steps and (missing := verdicts.reference.missing(verdicts.rows)):
             raise MixfuseError(f"the run's reference lacks {len(missing)} comparisons; remove the run to start over")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Every process takes part."""
+        """Computes the new reference's log-probabilities at the last step of the warm start, on every process."""
         if state.global_step == self._verdicts.warm_start < state.max_steps:
-            self._verdicts.reference.forget()  # of an evaluation before the first step
-            self._trainer._reference_of(self._verdicts.rows)
+            self._verdicts.reference.clear()  # an evaluation before the first step may have filled it
+            self._trainer.reference_logprobs(self._verdicts.rows)
 
 
 @dataclass
 class NamedPairs(DataCollatorForPreference):
-    """TRL's collator of preference pairs, and what names its rows.
+    """TRL's collator of preference pairs, with the ids of its rows.
 
     Attributes:
-        verdicts: Keep the first token of each completion, and add `keys`, the rows' contents as `Reference` files them.
+        verdicts: Cut each completion to its first token, and add `keys`, under which `Reference` stores the rows.
     """
 
     verdicts: bool = False
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """The batch, its chosen completions above its rejected ones, and `ids`."""
+        """The batch, chosen completions above rejected ones, with `ids`."""
         ids = [str(example["id"]) for example in examples]
         if not self.verdicts:
             return {**super().torch_call(examples), "ids": ids}

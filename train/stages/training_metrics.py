@@ -1,4 +1,4 @@
-"""What a run says of itself while it trains: `metrics.jsonl` and `metrics.png` always, Weights & Biases where asked."""
+"""A run's metrics: `metrics.jsonl` and `metrics.png` always, Weights & Biases if the recipe says so."""
 
 import json
 import os
@@ -15,8 +15,8 @@ from mixfuse.train.recipe import TrainRecipe
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
-# What is drawn, in this order: title, and the rows' keys that share one picture.
-PICTURES = (
+# The plots, in this order: title, and the keys of the rows that share one plot.
+PLOTS = (
     ("loss", ("loss", "eval_loss")),
     ("learning rate", ("learning_rate",)),
     ("gradient norm", ("grad_norm",)),
@@ -30,19 +30,19 @@ PICTURES = (
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a `metrics.jsonl`; none where there is no file."""
+    """The rows of a `metrics.jsonl`; an empty list if there is no file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
 
 def metrics_log(path: Path, *, resumed: bool) -> "TrainerCallback":
-    """A callback that measures, and appends every logged dict to a JSONL file, on rank 0.
+    """A callback that appends every logged dict to a JSONL file, on rank 0, with measurements of its own.
 
-    It adds to what is logged, in place, so it stands before other callbacks (see `watch`):
+    It adds these to the logged dict in place, so it must come before other callbacks (see `add_metrics_log`):
 
-    - `tokens_per_second`: tokens without padding, of all processes, by the time since the last row, evaluations and
-      checkpoints aside.
-    - `expert_load_max`, `expert_load_min`: the share of token-expert pairs that the busiest and the idlest expert of a
-      layer got, times the number of experts, in the mean over layers; padding included.
+    - `tokens_per_second`: tokens of all processes, without padding, over the time since the last row, without
+      evaluations and checkpoints.
+    - `expert_load_max`, `expert_load_min`: the share of token-expert pairs of the busiest and the idlest expert of a
+      layer, times the number of experts, averaged over layers; padding counts.
     """
     from transformers import TrainerCallback
 
@@ -50,34 +50,34 @@ def metrics_log(path: Path, *, resumed: bool) -> "TrainerCallback":
         def __init__(self) -> None:
             self._load = _ExpertLoad()
             self._tokens = 0.0
-            self._since = self._worked = time.monotonic()
-            self._other = 0.0  # seconds since the last row that were no training
+            self._row_at = self._trained_at = time.monotonic()
+            self._paused = 0.0  # seconds of evaluations and checkpoints since the last row
 
         def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
             self._load.watch(model)
-            self._since = self._worked = time.monotonic()
+            self._row_at = self._trained_at = time.monotonic()
             if not state.is_world_process_zero:
                 return
-            # A killed run may have logged steps beyond its last checkpoint; they will be done again.
-            kept = [row for row in read_rows(path) if resumed and row["step"] <= state.global_step]
-            write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+            # A killed run may have logged steps beyond its last checkpoint; they will be repeated.
+            done = [row for row in read_rows(path) if resumed and row["step"] <= state.global_step]
+            write_text(path, "".join(json.dumps(row) + "\n" for row in done))
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self._worked = time.monotonic()
+            self._trained_at = time.monotonic()
 
         def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self._pause()
-            self._load.clear()  # of the held-out data
+            self._add_pause()
+            self._load.clear()  # counts of held-out data
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self._pause()
+            self._add_pause()
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
             if "loss" in logs:
                 now = time.monotonic()
                 tokens = logs.get("num_tokens", 0.0)
-                logs["tokens_per_second"] = round((tokens - self._tokens) / (now - self._since - self._other), 1)
-                self._tokens, self._since, self._worked, self._other = tokens, now, now, 0.0
+                logs["tokens_per_second"] = round((tokens - self._tokens) / (now - self._row_at - self._paused), 1)
+                self._tokens, self._row_at, self._trained_at, self._paused = tokens, now, now, 0.0
                 logs |= self._load.take()
             if state.is_world_process_zero:
                 row = {"step": state.global_step, "time": round(time.time(), 3)}
@@ -86,18 +86,18 @@ def metrics_log(path: Path, *, resumed: bool) -> "TrainerCallback":
                     stream.write(json.dumps(row) + "\n")
 
         def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self._load.forget()
+            self._load.remove_hooks()
 
-        def _pause(self) -> None:
+        def _add_pause(self) -> None:
             now = time.monotonic()
-            self._other += now - self._worked
-            self._worked = now
+            self._paused += now - self._trained_at
+            self._trained_at = now
 
     return MetricsLog()
 
 
 class _ExpertLoad:
-    """Counts how many tokens each expert of each layer was given, on the device, by hooks on the routers."""
+    """Counts the tokens routed to each expert of each layer, on the device, by hooks on the routers."""
 
     def __init__(self) -> None:
         self._counts: dict[str, Any] = {}
@@ -109,8 +109,8 @@ class _ExpertLoad:
 
         def hook(name: str) -> Any:
             def count(router: Any, _: Any, output: Any) -> None:
-                counted = torch.bincount(output[2].detach().flatten(), minlength=router.num_experts)
-                self._counts[name] = counted + self._counts[name] if name in self._counts else counted
+                counts_E = torch.bincount(output[2].detach().flatten(), minlength=router.num_experts)  # noqa: N806
+                self._counts[name] = counts_E + self._counts[name] if name in self._counts else counts_E
 
             return count
 
@@ -119,7 +119,7 @@ class _ExpertLoad:
                 self._hooks.append(module.register_forward_hook(hook(name)))
 
     def take(self) -> dict[str, float]:
-        """The load since the last call, over all processes (each must call); nothing without routers."""
+        """The load since the last call, over all processes, each of which must call; empty without routers."""
         import torch
 
         if not self._counts:
@@ -137,28 +137,28 @@ class _ExpertLoad:
     def clear(self) -> None:
         self._counts.clear()
 
-    def forget(self) -> None:
+    def remove_hooks(self) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
 
 
-def watch(trainer: Any, out: Path, *, resumed: bool) -> None:
-    """Puts the metrics callback before the trainer's others: what it measures is in what they log."""
+def add_metrics_log(trainer: Any, out: Path, *, resumed: bool) -> None:
+    """Puts the metrics callback before the trainer's others, so that they log its measurements too."""
     trainer.callback_handler.callbacks.insert(0, metrics_log(out / "metrics.jsonl", resumed=resumed))
 
 
 def draw(out: Path) -> None:
-    """Draws `metrics.jsonl` into `metrics.png`, a picture for each thing that was logged.
+    """Draws `metrics.jsonl` as `metrics.png`, a plot for each entry of `PLOTS` that was logged.
 
     Args:
-        out: The run's folder; without a row nothing is drawn.
+        out: The run's folder. Without rows nothing is drawn.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     rows = read_rows(out / "metrics.jsonl")
-    pictures = [(title, series) for title, keys in PICTURES if (series := _series(rows, keys))]
+    pictures = [(title, series) for title, keys in PLOTS if (series := _series(rows, keys))]
     if not pictures:
         return
     across = min(3, len(pictures))
@@ -178,14 +178,14 @@ def draw(out: Path) -> None:
 
 
 def _series(rows: Sequence[dict[str, Any]], keys: Sequence[str]) -> dict[str, tuple[list[int], list[float]]]:
-    found = {key: [row for row in rows if key in row] for key in keys}
-    return {key: ([r["step"] for r in there], [r[key] for r in there]) for key, there in found.items() if there}
+    logged = {key: [row for row in rows if key in row] for key in keys}
+    return {key: ([r["step"] for r in own], [r[key] for r in own]) for key, own in logged.items() if own}
 
 
 def start_wandb(recipe: TrainRecipe, *, resumed: bool) -> None:
-    """Starts the Weights & Biases run on rank 0, before transformers would; a resumed run goes on in its own.
+    """Starts the Weights & Biases run on rank 0, before transformers would; a resumed run continues its own.
 
-    The run's files lie in `OUT/wandb`; `wandb sync` uploads what was written offline.
+    The run's files are in `OUT/wandb`; `wandb sync` uploads a run that was written offline.
 
     Raises:
         MixfuseError: It cannot start: no key, no network, or no such project.
@@ -203,7 +203,7 @@ def start_wandb(recipe: TrainRecipe, *, resumed: bool) -> None:
             entity=recipe.wandb_entity,
             name=recipe.out.name,
             id=run_id,
-            resume="allow" if recipe.wandb == "online" else None,  # offline, the same id is what joins them
+            resume="allow" if recipe.wandb == "online" else None,  # offline, the same id joins the parts
             dir=str(recipe.out),
             mode=recipe.wandb,
             config={"recipe": recipe.model_dump(mode="json")},
@@ -215,7 +215,7 @@ def start_wandb(recipe: TrainRecipe, *, resumed: bool) -> None:
 
 
 def end_wandb(*, failed: bool = False) -> None:
-    """Writes out what Weights & Biases still holds, where a run of it is open in this process."""
+    """Flushes and ends the Weights & Biases run, if one is open in this process."""
     import sys
 
     wandb = sys.modules.get("wandb")

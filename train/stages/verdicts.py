@@ -1,10 +1,10 @@
-"""Verdict pairs: chosen and rejected differ in one token, so one pass over the prompt says all that DPO asks.
+"""Verdict pairs: chosen and rejected differ in one token, so DPO needs only one pass over the prompt.
 
-TRL runs a pair as two sequences, each twice: under the policy and under the reference. Where the completions are one
-token, both log-probabilities stand at the prompt's last position. `OnePass` reads them there and hands them to TRL in
-the shape it expects, so every loss and every metric stays TRL's own; `Reference` keeps the reference's once computed.
-The token that ends the judge's turn is not trained: a verdict is read from the first token alone
-(`contracts/judge_protocol.py`).
+TRL runs a pair as two sequences, each twice: under the policy and under the reference. If the completions are one
+token, both log-probabilities are at the prompt's last position. `OnePass` reads them there and hands them to TRL in the
+shape it expects, so every loss and metric stays TRL's own. `Reference` stores the reference's log-probabilities, which
+are computed once. The token that ends the judge's turn is not trained, because a verdict is read from the first token
+alone (`contracts/judge_protocol.py`).
 
 Dimensions in names: B comparisons, L tokens of the longest prompt, V vocabulary.
 """
@@ -25,17 +25,17 @@ from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.files import read_json, write_json
 
 Logprobs = tuple[float, float]
-"""Of the chosen and the rejected verdict, in nats."""
+"""Log-probabilities of the chosen and the rejected verdict, in nats."""
 
 
 class OnePass:
-    """Stands for the model in TRL's DPO loss: called with B chosen above B rejected sequences, it runs B prompts.
+    """Replaces the model in TRL's DPO loss: called with B chosen above B rejected sequences, it runs B prompts.
 
     Args:
         model: The policy, wrapped or not.
 
     Attributes:
-        log_odds: After a call: of the chosen verdict over the rejected one, (B,), in nats.
+        log_odds: (B,), after a call: the log-odds of the chosen verdict over the rejected one, in nats.
     """
 
     log_odds: Tensor
@@ -44,34 +44,34 @@ class OnePass:
         self._model = model
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, **_: Any) -> FusedCausalLMOutput:
-        """What TRL's fused head returns: a value at each verdict, zero elsewhere; all (2B, L)."""
+        """Returns what TRL's fused head returns, all (2B, L): a value at each verdict, zero elsewhere."""
         count = len(input_ids) // 2
-        at_B = (labels[:count] != -100).int().argmax(1)
-        logits_BV = next_logits(self._model, input_ids[:count, :-1], attention_mask[:count, :-1], at_B - 1)
+        verdict_at_B = (labels[:count] != -100).int().argmax(1)
+        logits_BV = next_logits(self._model, input_ids[:count, :-1], attention_mask[:count, :-1], verdict_at_B - 1)
         logprobs_BV = logits_BV.log_softmax(-1)
-        tokens_2B = input_ids.gather(1, at_B.repeat(2)[:, None])[:, 0]
-        picked = logprobs_BV.repeat(2, 1).gather(1, tokens_2B[:, None])[:, 0]
-        self.log_odds = picked[:count] - picked[count:]
+        tokens_2B = input_ids.gather(1, verdict_at_B.repeat(2)[:, None])[:, 0]
+        verdict_logprobs_2B = logprobs_BV.repeat(2, 1).gather(1, tokens_2B[:, None])[:, 0]
+        self.log_odds = verdict_logprobs_2B[:count] - verdict_logprobs_2B[count:]
         entropy_B = -(logprobs_BV.exp() * logprobs_BV).sum(-1).detach()
 
-        def placed(values_2B: Tensor) -> Tensor:
+        def at_verdicts(values_2B: Tensor) -> Tensor:
             empty = values_2B.new_zeros(2 * count, labels.shape[1] - 1)
-            return empty.scatter(1, (at_B.repeat(2) - 1)[:, None], values_2B[:, None])
+            return empty.scatter(1, (verdict_at_B.repeat(2) - 1)[:, None], values_2B[:, None])
 
         return FusedCausalLMOutput(
-            log_probs=placed(picked),
-            entropy=placed(entropy_B.repeat(2)),
-            mean_logits=placed(logits_BV.mean(-1).detach().repeat(2)),
-            is_top1=placed(logits_BV.argmax(-1).repeat(2) == tokens_2B),
+            log_probs=at_verdicts(verdict_logprobs_2B),
+            entropy=at_verdicts(entropy_B.repeat(2)),
+            mean_logits=at_verdicts(logits_BV.mean(-1).detach().repeat(2)),
+            is_top1=at_verdicts(logits_BV.argmax(-1).repeat(2) == tokens_2B),
         )
 
 
 def next_logits(model: Any, input_ids: Tensor, attention_mask: Tensor, last_B: Tensor) -> Tensor:
-    """The logits (B, V) after each prompt, in float32; the output layer works on those positions alone.
+    """The logits (B, V) after each prompt, in float32; the output layer runs on those positions alone.
 
     Args:
         model: A causal language model of transformers', wrapped or not.
-        input_ids: (B, L), filled up on the right.
+        input_ids: (B, L), padded on the right.
         attention_mask: (B, L).
         last_B: (B,) the position of each prompt's last token.
     """
@@ -83,11 +83,11 @@ def next_logits(model: Any, input_ids: Tensor, attention_mask: Tensor, last_B: T
 
 
 def position_bias(log_odds_B: Tensor) -> Tensor:
-    """The log-odds for the answer shown first, whatever it says: (B/2,), in nats.
+    """The part of the log-odds that favours the answer shown first, whatever its content: (B/2,), in nats.
 
     Args:
-        log_odds_B: Of the right verdict, the two orders of a pair side by side. What speaks for an answer has one sign
-            in both orders and cancels here; what speaks for a position changes sign, and stays.
+        log_odds_B: The log-odds of the right verdict, the two orders of a pair side by side. A preference for an answer
+            has the same sign in both orders and cancels here; a preference for a position changes sign and remains.
     """
     return (log_odds_B[::2] - log_odds_B[1::2]) / 2
 
@@ -97,8 +97,8 @@ class VerdictRow(NamedTuple):
 
     Attributes:
         prompt: Token ids.
-        chosen: The right verdict's.
-        rejected: The other's.
+        chosen: The right verdict's token id.
+        rejected: The other verdict's token id.
     """
 
     prompt: Sequence[int]
@@ -107,7 +107,7 @@ class VerdictRow(NamedTuple):
 
     @property
     def key(self) -> str:
-        """Its content's hash: what it is filed under."""
+        """A hash of the content, under which `Reference` stores the row."""
         content = json.dumps([list(self.prompt), self.chosen, self.rejected], separators=(",", ":"))
         return hashlib.sha256(content.encode()).hexdigest()[:32]
 
@@ -117,14 +117,14 @@ def logprobs(
 ) -> list[Logprobs]:
     """The log-probabilities of both verdicts of each row, without gradients.
 
-    Each process computes its part, and all return everything. All make the same number of passes, since a pass over a
-    partitioned model gathers it; the longest rows come first.
+    Each process computes its share, and all return the whole result. All make the same number of passes, because a pass
+    over a partitioned model is a collective. The longest rows come first.
 
     Args:
-        forward: The model, able to run as it is (an engine, or gathered block by block).
+        forward: The model, ready to run (a DeepSpeed engine, or gathered block by block).
         rows: The comparisons, the same on every process.
         micro_batch: Comparisons a pass.
-        pad: Token id to fill up with.
+        pad: Token id of the padding.
         device: Where the model runs.
     """
     parallel = _parallel()
@@ -133,26 +133,26 @@ def logprobs(
     mine: dict[int, Logprobs] = {}
     for start in range(0, len(order), world * micro_batch):
         begin = start + rank * micro_batch
-        # A process without rows of its own goes along with some that it does not count.
+        # A process without rows left runs one that it does not count, so that the collective is complete.
         numbers = order[begin : begin + micro_batch]
-        run = [rows[number] for number in numbers or order[:1]]
-        length = max(len(row.prompt) for row in run)
-        ids = torch.full((len(run), length), pad, device=device)
+        batch = [rows[number] for number in numbers or order[:1]]
+        length = max(len(row.prompt) for row in batch)
+        ids = torch.full((len(batch), length), pad, device=device)
         mask = torch.zeros_like(ids)
-        for place, row in enumerate(run):
+        for place, row in enumerate(batch):
             ids[place, : len(row.prompt)] = torch.tensor(list(row.prompt), device=device)
             mask[place, : len(row.prompt)] = 1
         with torch.no_grad():
-            found_BV = next_logits(forward, ids, mask, mask.sum(1) - 1).log_softmax(-1)
+            logprobs_BV = next_logits(forward, ids, mask, mask.sum(1) - 1).log_softmax(-1)
         for place, number in enumerate(numbers):
             row = rows[number]
-            mine[number] = float(found_BV[place, row.chosen]), float(found_BV[place, row.rejected])
+            mine[number] = float(logprobs_BV[place, row.chosen]), float(logprobs_BV[place, row.rejected])
     parts: list[Any] = [mine]
     if parallel:
         parts = [None] * world
         torch.distributed.all_gather_object(parts, mine)
-    everything = {number: found for part in parts for number, found in part.items()}
-    return [everything[number] for number in range(len(rows))]
+    by_number = {number: pair for part in parts for number, pair in part.items()}
+    return [by_number[number] for number in range(len(rows))]
 
 
 def _parallel() -> bool:
@@ -160,56 +160,58 @@ def _parallel() -> bool:
 
 
 class Reference:
-    """What the reference says of each row, kept in a file under the rows' content: runs of one base may share it.
+    """The reference's log-probabilities of each row, stored by the rows' content; runs on one base can share it.
 
     Args:
-        path: A JSON file; written by process 0.
-        whose: What identifies the reference: its base and dtype.
+        path: A JSON file; process 0 writes it.
+        identity: A digest that identifies the reference model: its base and dtype.
 
     Raises:
-        MixfuseError: The file holds what another reference says.
+        MixfuseError: The file holds log-probabilities of another reference.
     """
 
-    def __init__(self, path: Path, whose: str) -> None:
-        self._path, self._whose = path, whose
+    def __init__(self, path: Path, identity: str) -> None:
+        self._path, self._identity = path, identity
         box = [self._stored()]
-        if _parallel():  # what one process finds there, all must: the passes that follow are collective
+        if _parallel():  # every process must know the same rows, because the passes that follow are collective
             torch.distributed.broadcast_object_list(box, src=0)
-        self._known: dict[str, Logprobs] = {key: (float(one), float(two)) for key, (one, two) in box[0].items()}
+        self._known: dict[str, Logprobs] = {
+            key: (float(chosen), float(rejected)) for key, (chosen, rejected) in box[0].items()
+        }
 
     def _stored(self) -> dict[str, Any]:
         if not self._path.is_file():
             return {}
         stored = read_json(self._path)
-        if stored["reference"] != self._whose:
-            raise MixfuseError(f"{self._path} is of another base or dtype; name another file or remove it")
+        if stored["reference"] != self._identity:
+            raise MixfuseError(f"{self._path} belongs to another base or dtype; name another file or remove it")
         return dict(stored["logprobs"])
 
-    def forget(self) -> None:
-        """Drops what is known: the policy that will be the reference is not trained yet."""
+    def clear(self) -> None:
+        """Drops every stored log-probability: the policy that will be the reference is not trained yet."""
         self._known.clear()
 
     def __getitem__(self, key: str) -> Logprobs:
         return self._known[key]
 
     def missing(self, rows: Sequence[VerdictRow]) -> list[VerdictRow]:
-        """Those of the rows that are not known, each once."""
+        """The rows that are not stored yet, each once."""
         return list({key: row for row in rows if (key := row.key) not in self._known}.values())
 
-    def add(self, rows: Sequence[VerdictRow], found: Sequence[Logprobs], *, write: bool) -> None:
-        """Takes what was computed; `write` on one process only."""
-        self._known.update({row.key: logprobs for row, logprobs in zip(rows, found, strict=True)})
+    def add(self, rows: Sequence[VerdictRow], computed: Sequence[Logprobs], *, write: bool) -> None:
+        """Stores computed log-probabilities; `write` them to the file on one process only."""
+        self._known.update({row.key: pair for row, pair in zip(rows, computed, strict=True)})
         if write and rows:
-            # Another run may have added to it.
-            write_json(self._path, {"reference": self._whose, "logprobs": self._stored() | self._known})
+            # Another run may have added rows to the file.
+            write_json(self._path, {"reference": self._identity, "logprobs": self._stored() | self._known})
 
     def of(self, keys: Sequence[str], shift: Mapping[str, float], device: Any) -> dict[str, Tensor]:
         """TRL's `ref_chosen_logps` and `ref_rejected_logps`, (B,) each.
 
         Args:
-            keys: The rows'.
-            shift: What is added to the chosen one's, by key: an offset that the policy must overcome.
-            device: Where they are wanted.
+            keys: The rows' keys.
+            shift: By key: added to the chosen verdict's log-probability, an offset that the policy must overcome.
+            device: The device of the result.
         """
         chosen = [self._known[key][0] + shift.get(key, 0.0) for key in keys]
         rejected = [self._known[key][1] for key in keys]

@@ -1,0 +1,255 @@
+"""`mixfuse adapter …`: adapter directories."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mixfuse.cli import options
+from mixfuse.contracts.errors import MixfuseError
+
+if TYPE_CHECKING:
+    from mixfuse.contracts.adapter import Manifest
+
+
+def register(commands: options.Commands) -> None:
+    """Adds the parsers."""
+    adapter = options.add_group(commands, "adapter", "export, check, publish, compare and sign adapter directories")
+    _register_export_and_verify(adapter)
+    _register_hub(adapter)
+    _register_signing(adapter)
+    _register_operations(adapter)
+
+
+def _register_export_and_verify(adapter: options.Commands) -> None:
+    export = options.add_command(
+        adapter, "export", _export, "write an adapter directory that both PEFT and vLLM can apply"
+    )
+    export.add_argument("src", type=Path, metavar="SRC", help="a training run, or any PEFT adapter directory")
+    export.add_argument("out", type=Path, metavar="OUT", help="the adapter directory to create")
+    export.add_argument("--base", type=Path, metavar="DIR", help="the base model (default: the run's own)")
+    export.add_argument("--role", help="what the adapter is for (default: the run's own role, else domain)")
+    _add_full_hash(export)
+    verify = options.add_command(
+        adapter,
+        "verify",
+        _verify,
+        "check an adapter directory: hashes, signature, shapes and base model",
+        "With --base it also compares the log-probabilities of vLLM with those of PEFT.",
+    )
+    verify.add_argument("dir", type=Path, metavar="DIR", help="the adapter directory")
+    verify.add_argument("--base", type=Path, metavar="DIR", help="the base model; compares vLLM with PEFT on it")
+    _add_public_key(verify)
+    _add_full_hash(verify)
+
+
+def _register_hub(adapter: options.Commands) -> None:
+    card = options.add_command(adapter, "card", _card, "rewrite and print the model card")
+    card.add_argument("dir", type=Path, metavar="DIR", help="the adapter directory")
+    card.add_argument("--base-model", metavar="ORG/NAME", help="the base model's name on the Hugging Face Hub")
+    card.add_argument("--licence", metavar="ID", help="the adapter's licence, as the Hub spells it (apache-2.0)")
+    push = options.add_command(
+        adapter,
+        "push",
+        _push,
+        "publish an adapter directory on the Hugging Face Hub",
+        "Makes one commit, and a tag with the adapter's revision.",
+    )
+    push.add_argument("dir", type=Path, metavar="DIR", help="the adapter directory")
+    push.add_argument("repo", metavar="ORG/NAME", help="the repository on the Hub; it is created if it does not exist")
+    push.add_argument("--private", action="store_true", help="make the repository private")
+    push.add_argument("--revision", default="main", metavar="BRANCH", help="the branch to commit to (default: main)")
+    push.add_argument("--force", action="store_true", help="replace whatever the branch holds")
+    push.add_argument("--dry-run", action="store_true", help="print what would be sent, and send nothing")
+    pull = options.add_command(
+        adapter, "pull", _pull, "download an adapter directory from the Hugging Face Hub and verify it"
+    )
+    pull.add_argument("source", metavar="ORG/NAME[@REVISION]", help="a branch, tag, commit or adapter revision")
+    pull.add_argument("out", type=Path, metavar="OUT", help="the folder to create")
+    pull.add_argument("--base", type=Path, metavar="DIR", help="refuse an adapter that was made for another base model")
+    _add_public_key(pull)
+
+
+def _register_signing(adapter: options.Commands) -> None:
+    keygen = options.add_command(
+        adapter, "keygen", _keygen, "create an Ed25519 key pair for signatures: FILE and FILE.pub"
+    )
+    keygen.add_argument("file", type=Path, metavar="FILE", help="the private key to create")
+    sign = options.add_command(
+        adapter,
+        "sign",
+        _sign,
+        "sign the manifest of an adapter directory",
+        "The manifest holds the hash of every file, so the signature covers them all.",
+    )
+    sign.add_argument("dir", type=Path, metavar="DIR", help="the adapter directory")
+    sign.add_argument("--key", type=Path, required=True, metavar="FILE", help="an Ed25519 private key (PEM)")
+
+
+def _register_operations(adapter: options.Commands) -> None:
+    diff = options.add_command(
+        adapter, "diff", _diff, "compare two adapters: ranks, targets, norms and angles by layer and expert"
+    )
+    diff.add_argument("a", type=Path, metavar="A", help="an adapter directory")
+    diff.add_argument("b", type=Path, metavar="B", help="another adapter directory")
+    diff.add_argument("--plot", type=Path, metavar="FILE", help="write heat maps to this PNG")
+    options.add_json(diff)
+    merge = options.add_command(
+        adapter, "merge", _merge, "add an adapter to its base model and write a plain checkpoint"
+    )
+    merge.add_argument("dir", type=Path, metavar="DIR", help="the adapter directory")
+    merge.add_argument("out", type=Path, metavar="OUT", help="the folder to create")
+    merge.add_argument("--base", type=Path, metavar="DIR", help="the base model (default: as in the manifest)")
+    merge.add_argument(
+        "--check",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="compare log-probabilities with PEFT's (default: if memory allows)",
+    )
+
+
+def _add_full_hash(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--full-hash", action="store_true", help="hash every tensor of the base model, which reads all of its weights"
+    )
+
+
+def _add_public_key(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--public-key",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="accept only an adapter signed with this key; repeatable",
+    )
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from mixfuse.train.adapters.export import export
+
+    manifest = export(
+        arguments.src, arguments.out, base=arguments.base, role=arguments.role, full_hash=arguments.full_hash
+    )
+    print(f"{arguments.out}: {_summary(manifest)}")
+
+
+def _summary(manifest: "Manifest") -> str:
+    trained = "attention and experts" if manifest.experts_trained else "attention"
+    return f"{manifest.role} adapter, revision {manifest.revision}, rank {manifest.rank}, {trained}"
+
+
+def _verify(arguments: argparse.Namespace) -> None:
+    from mixfuse.contracts.adapter import fingerprint, read_manifest, verify
+
+    base = arguments.base or Path(read_manifest(arguments.dir).base_path)
+    known = None
+    if arguments.base is not None or (base / "config.json").is_file():
+        known = fingerprint(base, exact=arguments.full_hash)
+    manifest = verify(arguments.dir, base=known, trusted=arguments.public_key)
+    if arguments.full_hash and (known is None or manifest.base.tensors is None):
+        raise MixfuseError(
+            f"{arguments.dir}: no full hash to compare: "
+            + (f"{base} is not here" if known is None else "it was exported without --full-hash")
+        )
+    if arguments.base is None:
+        checks = "hashes, shapes and base are right" if known else f"hashes and shapes are right ({base} is not here)"
+        signer = f"; signed with key {manifest.signature.public_key[:16]}…" if manifest.signature else ""
+        print(f"{arguments.dir}: revision {manifest.revision}: {checks}{signer}")
+        return
+    from mixfuse.app.evaluate import verify_parity
+
+    parity = verify_parity(arguments.dir, arguments.base)
+    print(
+        f"{arguments.dir}: log-probs in vLLM and PEFT differ by at most {parity.max_abs_logprob_difference:.1e} "
+        f"(tolerance {parity.tolerance:.0e}) over {parity.tokens} tokens; the adapter moves them by up to "
+        f"{parity.adapter_effect:.2g}"
+        + (f", its experts by {parity.expert_effect:.2g}" if parity.expert_effect else "")
+    )
+
+
+def _card(arguments: argparse.Namespace) -> None:
+    from mixfuse.contracts.adapter import verify
+    from mixfuse.contracts.model_card import CARD, Named, renew
+
+    manifest = verify(arguments.dir)
+    renew(arguments.dir, manifest, Named(arguments.base_model, arguments.licence))
+    print((arguments.dir / CARD).read_text(encoding="utf-8"), end="")
+    if manifest.signature:
+        print(
+            "note: the new card made the signature invalid; sign again with: mixfuse adapter sign DIR --key FILE",
+            file=sys.stderr,
+        )
+
+
+def _push(arguments: argparse.Namespace) -> None:
+    from mixfuse.app.hub import push, report
+    from mixfuse.contracts.model_card import named
+
+    pushed = push(
+        arguments.dir,
+        arguments.repo,
+        private=arguments.private,
+        branch=arguments.revision,
+        force=arguments.force,
+        dry_run=arguments.dry_run,
+    )
+    print(report(pushed))
+    for field, value in named(arguments.dir)._asdict().items():
+        if value is None:
+            option = f"--{field.replace('_', '-')}"
+            print(
+                f"note: the card names no {option[2:]}; add it with: mixfuse adapter card DIR {option} …",
+                file=sys.stderr,
+            )
+
+
+def _pull(arguments: argparse.Namespace) -> None:
+    from mixfuse.app.hub import pull
+
+    pulled = pull(arguments.source, arguments.out, base=arguments.base, trusted=arguments.public_key)
+    manifest = pulled.manifest
+    origin = f"from {arguments.source} at commit {pulled.commit}" if pulled.commit else "was here already"
+    print(f"{arguments.out}: {manifest.role} adapter, revision {manifest.revision}, {origin}")
+
+
+def _keygen(arguments: argparse.Namespace) -> None:
+    from mixfuse.contracts.signing import generate
+
+    public = generate(arguments.file)
+    print(f"{arguments.file}: the private key, keep it secret; {public}: the public key, for everyone who verifies")
+
+
+def _sign(arguments: argparse.Namespace) -> None:
+    from mixfuse.contracts.adapter import sign
+
+    manifest = sign(arguments.dir, arguments.key)
+    key = manifest.signature.public_key[:16] if manifest.signature else ""
+    print(f"{arguments.dir}: revision {manifest.revision} signed with key {key}…")
+
+
+def _diff(arguments: argparse.Namespace) -> None:
+    from mixfuse.train.adapters.diff import diff, plot_difference, print_difference
+
+    difference = diff(arguments.a, arguments.b)
+    print_difference(difference)
+    if arguments.plot:
+        plot_difference(difference, arguments.plot)
+        print(f"{arguments.plot}: heat maps")
+    if arguments.json:
+        print(json.dumps(difference.to_json()))
+
+
+def _merge(arguments: argparse.Namespace) -> None:
+    from mixfuse.train.adapters.merge_into_base import merge
+
+    merged = merge(arguments.dir, arguments.out, base=arguments.base, check=arguments.check)
+    print(f"{arguments.out}: {merged.tensors} tensors changed, in {merged.files} weight files")
+    if merged.check is None:
+        print(f"not compared with PEFT: {merged.skipped}")
+        return
+    print(
+        f"log-probs in transformers and PEFT differ by at most {merged.check.difference:.1e}; rounding to the base's "
+        f"type moved them by up to {merged.check.rounding:.1e}, the adapter by {merged.check.effect:.2g}"
+    )

@@ -1,0 +1,28 @@
+"""`mixfuse base …`: the small base model that comes with mixfuse."""
+
+import argparse
+from pathlib import Path
+
+from mixfuse.cli import options
+
+
+def register(commands: options.Commands) -> None:
+    """Adds the parsers."""
+    base = options.add_group(commands, "base", "make the small base model that comes with mixfuse")
+    build = options.add_command(
+        base, "build", _build, "turn SmolLM2-135M into a Mixtral", "Each MLP is copied into every expert of its layer."
+    )
+    build.add_argument("out", type=Path, metavar="OUT", help="the folder to create")
+    build.add_argument("--experts", type=int, default=4, help="experts per layer (default: 4)")
+    build.add_argument("--tiny", action="store_true", help="make a random two-layer Mixtral for fast tests instead")
+    build.add_argument("--seed", type=int, default=0, help="seed of the random weights (default: 0)")
+
+
+def _build(arguments: argparse.Namespace) -> None:
+    from mixfuse.train.model.embedded_base import build
+
+    facts = build(arguments.out, experts=arguments.experts, tiny=arguments.tiny, seed=arguments.seed)
+    difference = facts.get("max_logit_difference")
+    equality = f"; logits equal the dense model's to {difference:.1e}" if difference is not None else ""
+    size = f"{facts['parameters'] / 1e6:.0f} M parameters"
+    print(f"{arguments.out}: Mixtral with {arguments.experts} experts, {size}{equality}")

@@ -1,0 +1,45 @@
+"""`mixfuse pool …`: answers of the pool of models."""
+
+import argparse
+from pathlib import Path
+
+from mixfuse.cli import options
+
+
+def register(commands: options.Commands) -> None:
+    """Adds the parsers."""
+    pool = options.add_group(commands, "pool", "collect answers of the models in the pool")
+    collect = options.add_command(
+        pool, "collect", _collect, "ask every member and mark the answers with the tasks' verifiers"
+    )
+    collect.add_argument("config", type=Path, metavar="CONFIG", help="the fusion config that names the members (YAML)")
+    collect.add_argument("--tasks", type=Path, required=True, metavar="FILE", help="a task file (YAML)")
+    collect.add_argument("--out", type=Path, required=True, metavar="FILE", help="the JSONL file to write")
+    options.add_tasks_options(collect, split="pool")
+    collect.add_argument("--samples", type=int, default=2, help="answers per member and task (default: 2)")
+    collect.add_argument("--temperature", type=float, default=0.8, help="sampling temperature (default: 0.8)")
+    collect.add_argument("--max-tokens", type=int, default=64, help="most tokens of an answer (default: 64)")
+    collect.add_argument("--concurrency", type=int, default=8, help="requests at once (default: 8)")
+    options.add_url(collect)
+
+
+def _collect(arguments: argparse.Namespace) -> None:
+    from mixfuse.contracts.strict_yaml import load
+    from mixfuse.contracts.tasks import Task, make
+    from mixfuse.fusion.config import FusionConfig
+    from mixfuse.fusion.labels.collect import run
+
+    config = load(arguments.config, FusionConfig)
+    tasks = make(arguments.tasks, arguments.split, arguments.count, seed=arguments.seed)
+    run(
+        config,
+        arguments.url,
+        tasks,
+        samples=arguments.samples,
+        temperature=arguments.temperature,
+        max_tokens=arguments.max_tokens,
+        out=arguments.out,
+        concurrency=arguments.concurrency,
+        verify=Task.verify,
+        seed=arguments.seed,
+    )

@@ -1,0 +1,1 @@
+"""The main job, end to end, through the `mixfuse` command: see scripts/demo."""

@@ -1,0 +1,108 @@
+"""The demo's figures, put together from what its steps left: the content of results.json."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scipy.stats import binomtest
+
+from mixfuse.contracts.files import read_jsonl
+from mixfuse.contracts.tasks import Task
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the steps measured.
+
+    Attributes:
+        heldout: The held-out tasks.
+        answers: The file of the members' greedy answers to them.
+        untrained: `mixfuse eval judge --json` of the base.
+        trained: The same of the trained judge.
+        fusion: `mixfuse eval fusion --json`.
+        swap: Requests during the hot swap, and those that failed.
+        parity: By role: the worst difference of a log-probability between vLLM and PEFT, in nats.
+    """
+
+    heldout: Sequence[Task]
+    answers: Path
+    untrained: dict[str, Any]
+    trained: dict[str, Any]
+    fusion: dict[str, Any]
+    swap: dict[str, Any]
+    parity: dict[str, float]
+
+
+def results(measured: Measured) -> dict[str, Any]:
+    """The content of results.json, less what the demo took."""
+    strict, lenient = _marks(measured.heldout, measured.answers)
+    return {
+        "base_accuracy": share(strict["base"]),
+        "base_accuracy_interval": wilson(strict["base"]),
+        "base_accuracy_lenient": share(lenient["base"]),
+        "domain_accuracy": share(strict["domain"]),
+        "domain_accuracy_interval": wilson(strict["domain"]),
+        "domain_accuracy_lenient": share(lenient["domain"]),
+        "heldout_tasks": len(measured.heldout),
+        "judge": _judge(measured.untrained, measured.trained),
+        "fusion": _fusion(measured.fusion),
+        "swap": measured.swap,
+        "parity": measured.parity,
+    }
+
+
+def _marks(tasks: Sequence[Task], answers: Path) -> tuple[dict[str, list[bool]], dict[str, list[bool]]]:
+    """By member: whether each answer is right, and whether it is with the answer taken out of its sentence."""
+    by_id = {task.id: task for task in tasks}
+    strict: dict[str, list[bool]] = {}
+    lenient: dict[str, list[bool]] = {}
+    for row in read_jsonl(answers):
+        for response in row["responses"]:
+            strict.setdefault(response["model"], []).append(response["correct"])
+            lenient.setdefault(response["model"], []).append(by_id[row["id"]].verify_lenient(response["text"]))
+    return strict, lenient
+
+
+def _judge(untrained: dict[str, Any], trained: dict[str, Any]) -> dict[str, Any]:
+    both = trained["both_orders_correct"]
+    return {
+        "untrained_both_orders": untrained["both_orders_correct"]["value"],
+        "untrained_consistency": untrained["consistency"]["value"],
+        "trained_both_orders": both["value"],
+        "trained_both_orders_interval": [both["low"], both["high"]],
+        "consistency": trained["consistency"]["value"],
+        "first_order": trained["first_order"]["value"],
+        "random": trained["baselines"]["random"]["both_orders_correct"],
+        "baselines": trained["baselines"],
+        "n": trained["n"],
+    }
+
+
+def _fusion(fused: dict[str, Any]) -> dict[str, Any]:
+    best_single, n = fused["best_member"], fused["tasks"]
+    best_of = fused["modes"]["best_of"]["accuracy"]["value"]
+    return {
+        "best_of_accuracy": best_of,
+        "best_of_interval": wilson([place < round(best_of * n) for place in range(n)]),
+        "best_single_accuracy": fused["members"][best_single]["accuracy"]["value"],
+        "best_single": best_single,
+        "self_fusion_accuracy": fused["self_fusion"]["best_of"]["accuracy"]["value"],
+        "oracle_accuracy": fused["baselines"]["oracle"]["accuracy"]["value"],
+        "gap_closed": fused["gap_closed"]["best_of"],
+        "verdict": fused["verdict"]["words"],
+        "n": n,
+    }
+
+
+def share(marks: Sequence[bool]) -> float:
+    """The share of marks that are true; 0 of none."""
+    return sum(marks) / len(marks) if marks else 0.0
+
+
+def wilson(marks: Sequence[bool]) -> list[float]:
+    """Wilson's 95 % interval of a share: sound near 0 and 1, where the base is."""
+    if not marks:
+        return [0.0, 1.0]
+    interval = binomtest(sum(marks), len(marks)).proportion_ci(method="wilson")
+    return [float(interval.low), float(interval.high)]

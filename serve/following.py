@@ -1,0 +1,112 @@
+"""Following the shared record: what serves each role at the start, and after another gateway has changed it."""
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+from mixfuse.contracts.errors import MixfuseError
+from mixfuse.serve.role_record import RoleEntry
+from mixfuse.serve.roles import BASE, RoleState
+from mixfuse.serve.swap import Swapper
+
+logger = logging.getLogger(__name__)
+
+RETRY_S = 60.0
+"""Seconds until a revision that could not be served here is tried again; its files may still be on their way."""
+
+
+class RecordFollower:
+    """Keeps a role table where the shared record has it.
+
+    Args:
+        swapper: Swaps the roles of the table.
+    """
+
+    def __init__(self, swapper: Swapper) -> None:
+        self._swapper, self._table = swapper, swapper.table
+        self._failed: dict[str, tuple[int, float]] = {}  # role → the version that failed, and when
+
+    async def start(self, seeds: Mapping[str, Path | None], *, from_config: bool = False) -> dict[str, str]:
+        """Serves every role as the record says, or as the config says if the record does not know the role.
+
+        Args:
+            seeds: Role → adapter directory, or None for the base, from the config.
+            from_config: Take every role from the config, and write that to the record.
+
+        Returns:
+            The source of each role's revision: "config" or "role table".
+
+        Raises:
+            MixfuseError: An adapter cannot be served. The error is that of the first one, and says what to do.
+        """
+        table, record = self._table, self._table.record
+        table.base.model = table.engine.base_model_name  # an external engine names its base only once it is reached
+        entries = dict(await record.read()) if record is not None else {}
+        sources = {}
+        for role, directory in seeds.items():
+            state = table.swappable(role)
+            if from_config or role not in entries:
+                try:
+                    await self._seed(state, directory)
+                    sources[role] = "config"
+                    continue
+                except MixfuseError as error:
+                    if error.kind != "conflict" or record is None:
+                        raise
+                    entries = dict(await record.read())  # another gateway that starts wrote first
+            await self._start_from_record(state, entries[role])
+            sources[role] = "role table"
+        return sources
+
+    async def follow(self) -> None:
+        """Brings each role to where the record has it, if another gateway has changed it.
+
+        A role that cannot follow keeps its revision, and says why in `RoleState.problem`.
+
+        Raises:
+            MixfuseError: The record cannot be read.
+        """
+        table, record = self._table, self._table.record
+        if record is None:
+            return
+        names = set(table.names()) - {BASE}
+        for role, entry in (await record.read()).items():
+            if role not in names:
+                continue
+            state = table.state(role)
+            state.pinned = entry.pinned
+            if entry.version == state.version or state.lock.locked():
+                continue
+            now = asyncio.get_running_loop().time()
+            version, failed_at = self._failed.get(role, (0, 0.0))
+            if version == entry.version and now < failed_at + RETRY_S:
+                continue
+            try:
+                async with state.lock:
+                    await self._swapper.adopt(state, entry)
+            except MixfuseError as error:
+                self._failed[role] = (entry.version, now)
+                state.problem = f"{entry.gateway} swapped to {entry.revision or BASE}, which cannot serve here: {error}"
+                logger.warning("role %s: %s", role, state.problem)
+
+    async def _seed(self, state: RoleState, directory: Path | None) -> None:
+        """Serves a role as the config says, and records that."""
+        if directory is not None:
+            await self._swapper.swap(state.name, directory, why="config")
+        elif (record := self._table.record) is not None:
+            entry = (await record.read()).get(state.name)
+            version = entry.version if entry is not None else 0
+            state.follow(await record.change(state.name, version, None, None, "config"))
+
+    async def _start_from_record(self, state: RoleState, entry: RoleEntry) -> None:
+        try:
+            await self._swapper.adopt(state, entry)
+        except MixfuseError as error:
+            role, database = state.name, self._table.record.name if self._table.record is not None else ""
+            raise MixfuseError(
+                f"role {role!r} cannot be served as the role table says: {error}. Put that right, or go back to "
+                f"the revision before (mixfuse roles rollback {role} --db {database}), or start from the config "
+                "(roles_from=config)",
+                kind=error.kind,
+            ) from None

@@ -1,0 +1,154 @@
+"""The admin client before a real server: what it returns, and the one line for each way the server can fail it."""
+
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager
+from pathlib import Path
+
+import pytest
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, RedirectResponse, Response
+from starlette.routing import Route
+from test_roles import FakeEngine, made, revision, stores, table  # noqa: F401 - `made` and `stores` are fixtures
+
+from mixfuse.app.admin_api import SwapRequest
+from mixfuse.app.client import AdminClient, RefusedError, ServerFailedError
+from mixfuse.app.evaluate import _served
+from mixfuse.app.gates import GateConfig, Gates
+from mixfuse.app.roles_routes import routes
+from mixfuse.app.server import LeasedRoles
+from mixfuse.contracts.errors import MixfuseError
+from mixfuse.fusion.config import FusionConfig
+from mixfuse.serve.following import RecordFollower
+
+
+@contextmanager
+def running(app: Starlette) -> Iterator[str]:
+    """Serves an app from another thread, since the client blocks; yields its URL."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical", lifespan="on"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture
+def client(made: Callable[..., Path], stores) -> Iterator[AdminClient]:  # noqa: F811
+    """The client of a server whose role `domain` is served by adapter 1."""
+    swapper = table(FakeEngine(), store=stores())
+    fusion = FusionConfig.model_validate({"members": [{"name": "a", "role": "domain"}], "trace_db": "unused"})
+    gates = Gates(swapper, LeasedRoles(swapper.table, FakeEngine()), fusion, GateConfig())
+
+    @asynccontextmanager
+    async def lifespan(_app: Starlette) -> AsyncIterator[None]:
+        await RecordFollower(swapper).start({"domain": made(1)})
+        yield
+        await gates.close()
+
+    app = Starlette(routes=routes(swapper, stores(), gates), lifespan=lifespan)
+    with running(app) as url:
+        yield AdminClient(url)
+
+
+def test_the_client_reads_what_the_routes_write(client: AdminClient, made: Callable[..., Path]):  # noqa: F811
+    base, domain = client.roles()
+    assert (base.role, base.revision, domain.revision) == ("base", None, revision(made(1)))
+    swap = client.swap("domain", made(2))
+    assert (swap.role, swap.old, swap.new, swap.drained) == ("domain", revision(made(1)), revision(made(2)), 0)
+    assert client.pin("domain", True).pinned
+    assert not client.pin("domain", False).pinned
+    assert client.rollback("domain").new == revision(made(1))
+    assert client.role("domain").version == 3
+    assert [event.why for event in client.history("domain", limit=2)] == ["rollback", "unpin"]
+
+
+def test_a_gate_is_begun_seen_and_stopped(client: AdminClient, made: Callable[..., Path]):  # noqa: F811
+    begun = client.begin_gate("domain", SwapRequest(directory=made(2), shadow=5))
+    assert (begun.state, begun.new, begun.under_way) == ("shadow", revision(made(2)), True)
+    assert begun.asked == {"directory": str(made(2)), "shadow": 5, "timeout_s": 600.0, "limits": {}}
+    row = client.role("domain")
+    assert row.gate == begun
+    assert (row.staged.revision, row.staged.share) == (revision(made(2)), 0.0)
+    stopped = client.stop_gate("domain")
+    assert (stopped.state, stopped.under_way) == ("stopped", False)
+    assert client.role("domain").staged is None
+    assert client.role("base").gate is client.stop_gate("base") is None
+
+
+def test_a_refusal_is_the_servers_own_line(client: AdminClient, tmp_path: Path):
+    with pytest.raises(RefusedError, match="no such adapter directory"):
+        client.swap("domain", tmp_path / "nowhere")
+    with pytest.raises(RefusedError, match="unknown role 'nobody'") as caught:
+        client.rollback("nobody")
+    assert caught.value.kind == "role"
+    with pytest.raises(MixfuseError, match="serves no role 'nobody'"):
+        client.role("nobody")
+
+
+def answering(response: Callable[[], Response]) -> Starlette:
+    async def answer(_request: Request) -> Response:
+        return response()
+
+    return Starlette(routes=[Route("/admin/roles{rest:path}", answer, methods=["GET", "PUT", "POST", "DELETE"])])
+
+
+def failed() -> Response:
+    return Response("Internal Server Error", status_code=500)
+
+
+def away() -> Response:
+    return JSONResponse({"error": {"type": "engine", "message": "no engine is ready"}}, status_code=503)
+
+
+def no_roles() -> Response:
+    return JSONResponse({"error": {"type": "not_found", "message": "no"}}, status_code=404)
+
+
+@pytest.mark.parametrize(
+    ("response", "kind", "words"),
+    [
+        (failed, ServerFailedError, r"the server at http\S+ failed \(status 500\); see its log"),
+        (away, ServerFailedError, "no engine is ready"),
+        (no_roles, RefusedError, r"serves no roles \(it answered with status 404\)"),
+        (lambda: Response("<html>"), MixfuseError, "is no mixfuse server of this version"),
+        (lambda: JSONResponse({"roles": [{"role": "x"}]}), MixfuseError, "is no mixfuse server of this version"),
+    ],
+)
+def test_each_failure_of_the_list_is_one_line(response: Callable[[], Response], kind: type[MixfuseError], words: str):
+    with running(answering(response)) as url, pytest.raises(MixfuseError, match=words) as caught:
+        AdminClient(url).roles()
+    assert type(caught.value) is kind
+
+
+def test_a_redirect_is_not_followed_with_the_admin_key(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MIXFUSE_ADMIN_KEY", "secret")
+    seen = []
+
+    async def elsewhere(request: Request) -> Response:
+        seen.append(request.headers.get("authorization"))
+        return JSONResponse({"roles": []})
+
+    with ExitStack() as stack:
+        other = stack.enter_context(running(Starlette(routes=[Route("/admin/roles", elsewhere)])))
+        url = stack.enter_context(running(answering(lambda: RedirectResponse(f"{other}/admin/roles"))))
+        with pytest.raises(MixfuseError, match=r"it answered with status 307"):
+            AdminClient(url).roles()
+    assert not seen
+
+
+def test_an_evaluation_takes_404_for_no_roles_and_nothing_else():
+    with running(answering(no_roles)) as url:
+        assert _served(url) == {}
+    with running(answering(failed)) as url, pytest.raises(ServerFailedError):
+        _served(url)
+    with pytest.raises(MixfuseError, match=r"no mixfuse server answers at http://127\.0\.0\.1:1 "):
+        _served("http://127.0.0.1:1")

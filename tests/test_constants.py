@@ -1,0 +1,153 @@
+"""Durations, tolerances and limits that stand in the code lie within bounds that have a reason.
+
+No behaviour test notices such a constant when it is far off: a retry after 1e9 seconds passes every test that sets the
+constant to a hundredth of a second, and a tolerance of 50 passes every test with an adapter that fits. So the values
+are read from the files. A new duration or tolerance needs an entry here.
+"""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import uvicorn
+
+ROOT = Path(__file__).parent.parent
+FILES = [
+    path
+    for folder in ("contracts", "fusion", "serve", "train", "mixfuse/app", "mixfuse/cli", "mixfuse/sandbox")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+]
+MUST_BE_LISTED = re.compile(r"_S$|_SECONDS$|TOLERANCE|^BEAT$|^SILENCE$")
+UVICORN_KEEP_ALIVE_S = uvicorn.Config("").timeout_keep_alive
+"""vLLM and our own gateway are served by uvicorn: it closes a connection that is idle for so long."""
+
+
+class Bounds(NamedTuple):
+    """The least and the greatest value, and why."""
+
+    least: float
+    most: float
+    reason: str
+
+
+BOUNDS = {
+    # The gateway and its upstreams.
+    "upstream._KEEP_ALIVE_S": Bounds(1, UVICORN_KEEP_ALIVE_S - 0.5, "closed before the other end closes it"),
+    "upstream._CONNECT_S": Bounds(
+        2, 30, "a lost SYN is sent again after 1 s and 3 s; a dead host must not use up 120 s"
+    ),
+    "upstream.LONGEST_RESPONSE": Bounds(1 << 20, 1 << 28, "bytes; a long answer fits, a hundred of them fit in memory"),
+    "gateway._LEAVE_S": Bounds(1, 10, "probes of Kubernetes and of load balancers give up after some seconds"),
+    "keys._REFRESH_S": Bounds(0.1, 2, "docs/operations.md: a revoked key is refused within two seconds"),
+    "server._KEEP_ALIVE_S": Bounds(61, 600, "longer than the 60 s of load balancers"),
+    # Traces.
+    "traces._COLLECT_S": Bounds(0.001, 1, "a trace is in the database soon"),
+    "traces._GATHER_S": Bounds(0.001, 1, "a trace is in the database soon"),
+    "traces._RETRY_S": Bounds(0.1, 10, "a database that is back is used again within seconds"),
+    "traces._PURGE_S": Bounds(60, 86_400, "the retention is given in days"),
+    "traces._CLOSE_S": Bounds(1, 15, "Docker kills a process 10 s after SIGTERM, Kubernetes after 30 s"),
+    "traces._BATCH": Bounds(10, 10_000, "rows of one transaction"),
+    "traces._MOST_WAITING": Bounds(1000, 200_000, "traces of some 10 KB that are held in memory"),
+    "spool.SEGMENT_BYTES": Bounds(1 << 16, 1 << 28, "one file of the spool is read into memory at the start"),
+    # The engine and its roles.
+    "engine._STOP_GRACE_S": Bounds(5, 60, "vLLM takes some seconds to give its GPU memory back"),
+    "following.RETRY_S": Bounds(10, 600, "a version that could not be followed is tried again within minutes"),
+    "roles._RETRY_S": Bounds(10, 600, "a version that could not be followed is tried again within minutes"),
+    "watch._MOST_TRIES": Bounds(2, 10, "an adapter that the engine refuses is not loaded for ever"),
+    "watch._MAX_TRIES": Bounds(2, 10, "an adapter that the engine refuses is not loaded for ever"),
+    "probes._TIMES_NOISE": Bounds(1.5, 10, "an adapter that the engine ignores moves nothing beyond the noise"),
+    "probes._LEAST_EFFECT": Bounds(1e-7, 1e-3, "nats; below PARITY_TOLERANCE, which an adapter's effect exceeds"),
+    "probes._MOST_VERDICT_OFF": Bounds(0.02, 0.2, "a probability"),
+    "server._TOLERANCE_BELOW_FLOAT32": Bounds(0.2, 1, "nats; an unlikely token is a few tenths off in bfloat16"),
+    "server._HUB_POLL_S": Bounds(10, 600, "the Hugging Face Hub limits the rate of requests"),
+    "hub._ANSWER_S": Bounds(2, 60, "a Hub that is away is reported, not waited for"),
+    "client._READ_S": Bounds(5, 120, "reading the role table takes no time"),
+    "client._CHANGE_S": Bounds(60, 3600, "a swap answers once the old revision is drained"),
+    "gates._LOOK_S": Bounds(0.05, 5, "a canary that breaks its limits is stopped within seconds"),
+    "roles_commands._POLL_S": Bounds(0.05, 5, "a person waits in front of the command"),
+    "roles_admin._POLL_S": Bounds(0.05, 5, "a person waits in front of the command"),
+    "loop._POLL_S": Bounds(0.05, 30, "a gate takes minutes"),
+    # Training.
+    "adapter.PARITY_TOLERANCE": Bounds(1e-5, 1e-2, "float32 against float32"),
+    "embedded_base.LOGIT_TOLERANCE": Bounds(1e-5, 1e-2, "float32 against float32"),
+    "heartbeat.BEAT": Bounds(1, 10, "several beats within SILENCE"),
+    "heartbeat.SILENCE": Bounds(20, 50, "a dead process ends the job within a minute; a busy disk does not"),
+    "doctor.JOIN_SECONDS": Bounds(30, 600, "the machines of a job start minutes apart at most"),
+}
+
+
+def value_of(node: ast.expr | None) -> float | None:
+    """The number that an expression of numbers comes to, such as `64 << 20`."""
+    if node is None or not all(
+        isinstance(part, ast.Constant | ast.BinOp | ast.UnaryOp | ast.operator | ast.unaryop) for part in ast.walk(node)
+    ):
+        return None
+    value = eval(compile(ast.Expression(node), "", "eval"), {"__builtins__": {}})
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def assignments(body: list[ast.stmt]) -> Iterator[tuple[str, float]]:
+    """Names and numbers that the statements of a module or a class assign."""
+    for statement in body:
+        targets = statement.targets if isinstance(statement, ast.Assign) else []
+        if isinstance(statement, ast.AnnAssign):
+            targets = [statement.target]
+        for target in targets:
+            assert isinstance(statement, ast.Assign | ast.AnnAssign)
+            value = value_of(statement.value)
+            if isinstance(target, ast.Name) and value is not None:
+                yield target.id, value
+
+
+TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
+CONSTANTS = [(f"{path.stem}.{name}", value) for path, tree in TREES.items() for name, value in assignments(tree.body)]
+
+
+def test_every_duration_and_tolerance_has_bounds() -> None:
+    listed = [name for name, _ in CONSTANTS if MUST_BE_LISTED.search(name.partition(".")[2])]
+    assert len(listed) > 15
+    assert not set(listed) - BOUNDS.keys()
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, value in CONSTANTS if name in BOUNDS])
+def test_a_constant_is_within_its_bounds(name: str, value: float) -> None:
+    least, most, reason = BOUNDS[name]
+    assert least <= value <= most, reason
+
+
+def test_a_dead_process_ends_the_job_within_a_minute() -> None:
+    beat, silence = dict(CONSTANTS)["heartbeat.BEAT"], dict(CONSTANTS)["heartbeat.SILENCE"]
+    assert 3 * beat < silence
+    assert silence + 2 * beat < 60
+
+
+def waits() -> Iterator[tuple[str, float]]:
+    """Every duration given as a number: `sleep(0.2)`, `timeout=5`, the default of a field or an argument."""
+    for path, tree in TREES.items():
+        for node in ast.walk(tree):
+            named: list[tuple[str, ast.expr | None]] = []
+            if isinstance(node, ast.Call):
+                function = ast.unparse(node.func).rpartition(".")[2]
+                named = [(keyword.arg or "", keyword.value) for keyword in node.keywords]
+                if function in ("sleep", "timeout") and node.args:
+                    named.append(("timeout", node.args[0]))
+            elif isinstance(node, ast.AnnAssign):
+                named = [(ast.unparse(node.target), node.value)]
+            elif isinstance(node, ast.arguments):
+                positional = [*node.posonlyargs, *node.args]
+                with_default = positional[len(positional) - len(node.defaults) :]
+                named = [(a.arg, default) for a, default in zip(with_default, node.defaults, strict=True)]
+                named += [(a.arg, default) for a, default in zip(node.kwonlyargs, node.kw_defaults, strict=True)]
+            for name, expression in named:
+                value = value_of(expression)
+                if value is not None and re.search(r"(^|_)(timeout|delay)$|_m?s$", name):
+                    yield f"{path.relative_to(ROOT)}:{name}", value / (1000 if name.endswith("_ms") else 1)
+
+
+def test_no_wait_is_longer_than_an_hour() -> None:
+    found = list(waits())
+    assert len(found) > 20
+    assert not [(where, seconds) for where, seconds in found if not 0 <= seconds <= 3600]

@@ -1,0 +1,204 @@
+"""What both stages share: the trainer's arguments, training itself, and the run folder it leaves."""
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from mixfuse.contracts import judge_protocol
+from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.files import atomic_directory, disk_errors, write_json
+from mixfuse.train.adapters.saving import check_weights, gather_adapter, library_versions, save_peft
+from mixfuse.train.data.sources import describe_source
+from mixfuse.train.processes import guard, worker
+from mixfuse.train.processes.checkpoint import checkpoints, last_checkpoint, recipe_record
+from mixfuse.train.recipe import TrainRecipe
+from mixfuse.train.stages.training_metrics import add_metrics_log, draw, end_wandb, read_rows, start_wandb
+
+
+def trainer_arguments(recipe: TrainRecipe) -> dict[str, Any]:
+    """The arguments that SFTConfig and DPOConfig share.
+
+    Constructing either config activates transformers' ZeRO-3 integration, which loading the base relies on.
+    """
+    import torch
+
+    world = worker.world_size(recipe.processes)
+    optimizer, evaluation = recipe.optimizer, recipe.evaluation
+    cosine_end = {"min_lr": optimizer.min_learning_rate} if optimizer.min_learning_rate else None
+    return {
+        "output_dir": str(recipe.out / "checkpoints"),
+        "max_steps": optimizer.steps,
+        "per_device_train_batch_size": optimizer.micro_batch,
+        "gradient_accumulation_steps": optimizer.batch_size // (optimizer.micro_batch * world),
+        "learning_rate": optimizer.learning_rate,
+        "warmup_steps": optimizer.warmup,
+        "lr_scheduler_type": "cosine_with_min_lr" if cosine_end else optimizer.schedule,
+        "lr_scheduler_kwargs": cosine_end or {},
+        "optim": optimizer.entry.transformers_name,
+        "optim_args": optimizer.entry.arguments,
+        "adam_beta1": optimizer.betas[0],
+        "adam_beta2": optimizer.betas[1],
+        "adam_epsilon": optimizer.eps,
+        "weight_decay": optimizer.weight_decay,
+        "max_grad_norm": optimizer.max_grad_norm,
+        "max_length": recipe.max_length,
+        "seed": recipe.seed,
+        "data_seed": recipe.order_seed,
+        "bf16": recipe.dtype == "bfloat16",
+        "use_cpu": not torch.cuda.is_available(),
+        "deepspeed": str(recipe.deepspeed),
+        "gradient_checkpointing": recipe.gradient_checkpointing,
+        "logging_steps": min(recipe.log_every, optimizer.steps),  # every run logs a loss
+        "save_strategy": "steps" if recipe.save_every else "no",
+        "save_steps": recipe.save_every or 500,
+        "logging_nan_inf_filter": False,  # the filter would log other steps' average in place of a NaN loss
+        "eval_strategy": "steps" if evaluation else "no",
+        "eval_steps": evaluation.every if evaluation else None,
+        "per_device_eval_batch_size": (evaluation and evaluation.micro_batch) or optimizer.micro_batch,
+        "remove_unused_columns": False,  # a batch carries the ids of its examples
+        "report_to": [] if recipe.wandb == "disabled" else ["wandb"],
+        "run_name": recipe.out.name,
+        "disable_tqdm": False,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "ddp_timeout": 1800,
+    }
+
+
+def train_and_save(trainer: Any, recipe: TrainRecipe, *, stage: str, examples: int | None = None) -> None:
+    """Trains, resuming from the last whole checkpoint if there is one, and leaves the run folder.
+
+    The folder's `run.json` is written last: a run without it is unfinished.
+
+    Args:
+        trainer: TRL's trainer with this project's additions (`train/stages/trainers.py`).
+        recipe: The run's recipe.
+        stage: "sft" or "judge".
+        examples: Number of training examples; by default the rows of the trainer's data set.
+
+    Raises:
+        MixfuseError: A base weight became trainable, the disk is full, or the trained adapter is empty, does nothing or
+            is not finite.
+    """
+    from mixfuse.train.model.expert_lora import assert_in_force
+
+    _check_only_lora_trains(trainer.model)
+    assert_in_force(trainer.model)
+    disable_reentrant_checkpointing(trainer)
+    started = time.time()
+    _train(trainer, recipe)
+    # Under ZeRO-3 every rank takes part in gathering the adapter; rank 0 writes it.
+    weights = gather_adapter(trainer)
+    if trainer.is_world_process_zero():
+        best = _save_adapter(trainer, recipe.out, weights)
+        draw(recipe.out)
+        losses = [row["loss"] for row in read_rows(recipe.out / "metrics.jsonl") if "loss" in row]
+        tail = losses[-10:]
+        metrics = {
+            "first_loss": losses[0],
+            "last_loss": sum(tail) / len(tail),
+            "steps": trainer.state.global_step,
+            "examples": examples or len(trainer.train_dataset),
+            "processes": worker.world_size(recipe.processes),
+            "trainable_parameters": sum(tensor.numel() for tensor in weights.values()),
+            "seconds": round(time.time() - started, 1),
+            **({"best_step": best["step"], "best_eval_loss": best["eval_loss"]} if best else {}),
+        }
+        _write_run(recipe, stage, metrics)
+    trainer.accelerator.wait_for_everyone()
+
+
+def _train(trainer: Any, recipe: TrainRecipe) -> None:
+    """Adds the callbacks and trains from the last whole checkpoint, or from the start."""
+    from mixfuse.train.stages.evaluation import KeepBest
+
+    out = recipe.out
+    leads = trainer.is_world_process_zero()
+    last = worker.agree(last_checkpoint(out))
+    with disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        if leads and last is None:
+            write_json(out / "recipe.json", recipe_record(recipe))
+        start_wandb(recipe, resumed=last is not None)
+        add_metrics_log(trainer, out, resumed=last is not None)
+        trainer.add_callback(checkpoints())
+        if recipe.evaluation:
+            trainer.add_callback(KeepBest(trainer, recipe.evaluation, out))
+            trainer.args.eval_on_start = last is None
+        trainer.add_callback(guard.guard(trainer, out))  # after the callbacks that save: it may end the run
+        try:
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
+        except BaseException:
+            if leads:
+                draw(out)  # the plots may show why
+            end_wandb(failed=True)
+            raise
+        end_wandb()
+
+
+def _save_adapter(trainer: Any, out: Path, weights: dict[str, Any]) -> dict[str, Any] | None:
+    """Writes `OUT/adapter`: the best evaluation's adapter if one was kept, else the last.
+
+    Returns:
+        `{step, eval_loss}` of the best evaluation, or None.
+    """
+    from safetensors.torch import load_file
+
+    from mixfuse.train.stages.evaluation import BEST, FACTS, best_evaluation
+
+    best = best_evaluation(out)
+    check_weights(load_file(out / BEST / "adapter_model.safetensors") if best else weights, out)
+    with atomic_directory(out / "adapter", replace=True) as temporary:
+        if best:
+            shutil.copytree(out / BEST, temporary, dirs_exist_ok=True, ignore=shutil.ignore_patterns(FACTS))
+        else:
+            save_peft(trainer.accelerator.unwrap_model(trainer.model), weights, temporary)
+    return best
+
+
+def _write_run(recipe: TrainRecipe, stage: str, metrics: dict[str, Any]) -> None:
+    """Writes `run.json` and removes what only an unfinished run needs."""
+    from mixfuse.train.stages.evaluation import BEST
+
+    write_json(
+        recipe.out / "run.json",
+        {
+            "stage": stage,
+            "role": recipe.role,
+            "base": str(recipe.base),
+            "recipe": recipe.model_dump(mode="json"),
+            "metrics": metrics,
+            "libraries": library_versions(),
+            "judge_protocol": judge_protocol.describe() if stage == "judge" else None,
+            "calibration": _calibration_at(recipe.out, metrics.get("best_step", metrics["steps"])),
+            "training_data": [describe_source(source) for source in recipe.data],
+        },
+    )
+    for folder in ("checkpoints", "data", BEST):
+        shutil.rmtree(recipe.out / folder, ignore_errors=True)
+
+
+def _calibration_at(out: Path, step: int) -> dict[str, float] | None:
+    """The calibration that a judge's evaluation at `step` fitted (`train/stages/trainers.py`), or None."""
+    rows = [row for row in read_rows(out / "metrics.jsonl") if row["step"] == step and "eval_temperature" in row]
+    if not rows:
+        return None
+    return {"temperature": rows[-1]["eval_temperature"], "tie_margin": rows[-1]["eval_tie_margin"]}
+
+
+def disable_reentrant_checkpointing(trainer: Any) -> None:
+    """Makes gradient checkpointing non-reentrant.
+
+    TRL 1.16 forces reentrant checkpointing on LoRA under ZeRO-3. With it, DeepSpeed 0.19.8 keeps the frozen parameters
+    of every recomputed layer until the whole backward pass ends: it files them under the last module whose backward
+    pass has begun, which is the model. Each process ends up with the whole base gathered, 281 GB at 8x22B. Without
+    reentry that module is the layer's own MoE block. `tests/train/test_plan.py` measures it.
+    """
+    if trainer.args.gradient_checkpointing:
+        trainer.args.gradient_checkpointing_kwargs = {"use_reentrant": False}
+
+
+def _check_only_lora_trains(model: Any) -> None:
+    wrong = [name for name, parameter in model.named_parameters() if parameter.requires_grad and "lora_" not in name]
+    if wrong:
+        raise MixfuseError(f"{len(wrong)} base weights are trainable, e.g. {wrong[0]!r}; only LoRA weights may be")
