@@ -1,12 +1,13 @@
-"""More adapters than places in the engine: what a request waits for its role's adapter, beside one that is loaded.
+"""More adapters than places in the engine: how long a request waits for its role's adapter to be loaded.
 
     python benchmarks/role_slots.py [--base DIR] [--rounds 20] [--json]
 
-Three roles on one real vLLM, asked in turn for one token. `all loaded` has a place for each. `two places` is the worst
-there is for "least recently used": whichever role is asked next has just made room, so every request loads its adapter
-first. `two places, asked twice` asks each role twice before the next, so half of the requests load. `pinned` is a role
-that stays, asked between two that take turns in the place left. Rounds are interleaved; ratios are to `all loaded` of
-the same round. The share that is hashing the adapter's files again, and the loads and evictions, are printed, too.
+Three roles on one real vLLM are asked in turn for one token. `all loaded` has a place for each. `two places` is the
+worst case of "least recently used": the next role has always just been evicted, so every request loads its adapter
+first. `two places, asked twice` asks each role twice before the next, so half of the requests load. `pinned` measures a
+role that stays loaded while two others take turns in the second place. Rounds are interleaved; ratios are to `all
+loaded` of the same round. The loads, the evictions, and the share of time that hashes the adapter's files again are
+printed too.
 """
 
 import argparse
@@ -55,7 +56,7 @@ async def measure(base: Path, adapters: Path, rounds: int) -> dict[str, Any]:
             hashing.append(time.perf_counter() - began)
 
     try:
-        found: dict[str, dict[str, Any]] = {}
+        counts: dict[str, dict[str, Any]] = {}
         seconds: dict[str, list[float]] = {name: [] for name in CASES}
         for number in range(rounds + 1):
             for name, (places, order) in CASES.items():
@@ -77,7 +78,7 @@ async def measure(base: Path, adapters: Path, rounds: int) -> dict[str, Any]:
                         spent.append(time.perf_counter() - began)
                 if number:  # the first round warms up
                     seconds[name].append(statistics.fmean(spent))
-                    found[name] = {
+                    counts[name] = {
                         "requests": len(order),
                         "loads": roles.counts.loads - before[0],
                         "evictions": roles.counts.evictions - before[1],
@@ -88,7 +89,7 @@ async def measure(base: Path, adapters: Path, rounds: int) -> dict[str, Any]:
                     if revision_.loaded and revision_.revision:
                         await engine.unload_adapter(revision_.model)
         return {
-            name: {**found[name], "ms": [1000 * one for one in spent], "ratio": ratios(spent, seconds["all loaded"])}
+            name: {**counts[name], "ms": [1000 * s for s in spent], "ratio": ratios(spent, seconds["all loaded"])}
             for name, spent in seconds.items()
         }
     finally:
@@ -110,7 +111,7 @@ def main() -> None:
         making = get_context("spawn").Process(target=make_adapters, args=(base, Path(folder), 2))
         making.start()
         making.join()
-        found = asyncio.run(measure(base, Path(folder), arguments.rounds))
+        cases = asyncio.run(measure(base, Path(folder), arguments.rounds))
         size = sum(file.stat().st_size for file in (Path(folder) / "domain-0").rglob("*")) / 1e6
         note(f"adapter {revision(Path(folder) / 'domain-0')}: {size:.1f} MB")
     table(
@@ -119,17 +120,17 @@ def main() -> None:
         [
             (
                 name,
-                spread(one["ms"], 1),
-                spread(one["ratio"]),
-                f"{one['loads']} of {one['requests']}",
-                one["evictions"],
-                f"{one['hashing_share']:.2f}",
+                spread(case["ms"], 1),
+                spread(case["ratio"]),
+                f"{case['loads']} of {case['requests']}",
+                case["evictions"],
+                f"{case['hashing_share']:.2f}",
             )
-            for name, one in found.items()
+            for name, case in cases.items()
         ],
     )
     if arguments.json:
-        print(json.dumps(found))
+        print(json.dumps(cases))
 
 
 if __name__ == "__main__":

@@ -1,18 +1,18 @@
-"""The adapter directory: what training leaves and serving takes.
+"""The adapter directory: training writes it, serving loads it.
 
 ```
 DIR/
   adapter_config.json        per-expert layout: what vLLM applies and plain PEFT loads
   adapter_model.safetensors
-  peft/                      PEFT's own fused layout, to train on from, where the adapter has one
-  manifest.json              who it is: role, base fingerprint, hashes, recipe, metrics, parity, judge protocol
-  probes.json                what a swap asks it, with the answers; once parity was measured
+  peft/                      PEFT's own fused layout, to continue training from, if the adapter has one
+  manifest.json              role, base fingerprint, hashes, recipe, metrics, parity, judge protocol
+  probes.json                prompts with expected answers, which a swap checks; written with the parity
   README.md                  the model card
 ```
 
 `docs/adapter-directory.md` is the contract. An adapter's *revision* is a digest of the hashes of its weights and
-configs: equal files have equal revisions wherever they lie.
-This module reads safetensors headers itself and imports no torch: the server verifies adapters with it.
+configs, so equal files have equal revisions everywhere.
+This module parses safetensors headers itself and imports no torch, because the server verifies adapters with it.
 """
 
 import hashlib
@@ -39,15 +39,15 @@ CONFIG = "adapter_config.json"
 PROBES = "probes.json"
 PARITY_TOLERANCE = 1e-3
 LoraRank = Literal[1, 8, 16, 32, 64, 128, 256, 320, 512]
-"""What vLLM's `max_lora_rank` may be."""
+"""The values that vLLM accepts for `max_lora_rank`."""
 LORA_RANKS: tuple[LoraRank, ...] = get_args(LoraRank)
-# Everything an adapter may change. vLLM's default adds the router, which no recipe trains, and the output
+# All modules that an adapter may change. vLLM's default adds the router, which no recipe trains, and the output
 # layer, with which the engine dies at the first batch where one of several requests asks for prompt
 # log-probabilities (vLLM issue 16668).
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "experts")
 _SAMPLE = 1 << 16
 _PIECE = 1 << 24
-# What transformers, peft or the user's disk write into a config without changing the model.
+# Keys of a config that do not change the model: written by transformers, by peft, or for a local path.
 _VOLATILE = (
     "transformers_version",
     "_name_or_path",
@@ -60,16 +60,16 @@ ALLOWED_SUFFIXES = (".safetensors", ".json", ".md")
 
 
 class Fingerprint(Strict):
-    """Which base model an adapter belongs to, mostly in hex SHA-256.
+    """Identifies the base model of an adapter; each part is a hex SHA-256 unless stated otherwise.
 
     Attributes:
-        config: Of `config.json`, less the keys that do not change the model.
+        config: Of `config.json` without the keys that do not change the model.
         tokenizer: Of `tokenizer.json`.
         chat_template: Of the chat template.
         weights: Of every tensor's name, type and shape and of samples of the bytes (64 KiB from the start, the middle
-            and the end of every file): cheap at 281 GB, and two models of one shape still differ.
-        weight_files: Each weight file's name → its size in bytes; None in manifests of version 1.
-        tensors: Of every byte of every tensor, whichever file it lies in; None unless asked for: it reads all of them.
+            and the end of every file). Cheap at 281 GB, and it still tells two models of one shape apart.
+        weight_files: Name of each weight file → its size in bytes; None in manifests of version 1.
+        tensors: Of every byte of every tensor, in whichever file it is. None by default, because it reads all weights.
     """
 
     config: str
@@ -80,24 +80,25 @@ class Fingerprint(Strict):
     tensors: str | None = None
 
     def differences(self, other: "Fingerprint") -> list[str]:
-        """The parts in which two bases differ; a part that one of them does not know is passed over."""
+        """The parts in which two bases differ; a part that is None in one of them is ignored."""
         pairs = {part: (getattr(self, part), getattr(other, part)) for part in Fingerprint.model_fields}
         return [part for part, values in pairs.items() if None not in values and values[0] != values[1]]
 
 
 class Parity(Strict):
-    """How an adapter in vLLM was compared with the same adapter in PEFT.
+    """The comparison of an adapter in vLLM with the same adapter in PEFT.
 
     Attributes:
-        max_abs_logprob_difference: Worst over all prompt tokens, in nats.
-        tolerance: What it had to stay within.
-        adapter_effect: Worst difference the whole adapter makes to the base, in nats: what the gate could have seen.
-        expert_effect: Worst difference the expert part makes; None where no experts are trained.
-        tokens: How many prompt tokens were compared.
-        dtype: Of both sides.
+        max_abs_logprob_difference: Largest difference over all prompt tokens, in nats.
+        tolerance: Largest difference allowed, in nats.
+        adapter_effect: Largest difference between the base with and without the adapter, in nats. Above the
+            tolerance, an engine that ignores the adapter fails the comparison.
+        expert_effect: Largest difference that the expert part makes, in nats; None if no experts are trained.
+        tokens: Number of prompt tokens compared.
+        dtype: Number format on both sides.
         engine: The engine and its version.
-        platform: The system, its processor and the device it ran on; None in manifests of version 1.
-        measured_at: When, in UTC (ISO 8601); None in manifests of version 1.
+        platform: The system, its processor and the device used; None in manifests of version 1.
+        measured_at: Time of the measurement, in UTC (ISO 8601); None in manifests of version 1.
     """
 
     max_abs_logprob_difference: float
@@ -112,11 +113,11 @@ class Parity(Strict):
 
 
 class LogprobProbe(Strict):
-    """A stored prompt with what the adapter says of it.
+    """A stored prompt with its log-probabilities under the adapter.
 
     Attributes:
         tokens: The prompt's token ids.
-        logprobs: Of its tokens but the first, each given those before it, in nats; float32, under the adapter.
+        logprobs: Log-probability of every token after the first, given the tokens before it, in nats; float32.
     """
 
     tokens: list[int] = Field(min_length=2)
@@ -136,12 +137,12 @@ class VerdictProbe(Strict):
 
 
 class Probes(Strict):
-    """`probes.json`: what a swap asks a freshly loaded adapter before it serves, with the answers it must give.
+    """`probes.json`: prompts and expected answers with which a swap checks a freshly loaded adapter.
 
     Attributes:
-        tolerance: How far a log-probability may be off in float32, in nats; engines of less precision take more.
-        logprobs: From the parity run.
-        verdicts: Of a judge.
+        tolerance: Allowed error of a log-probability in float32, in nats; engines of lower precision get more.
+        logprobs: Prompts of the parity run.
+        verdicts: Comparisons with a judge's verdicts.
     """
 
     tolerance: float
@@ -153,10 +154,10 @@ class TrainingData(Strict):
     """One data set an adapter was trained on.
 
     Attributes:
-        name: The file's name, or the data set's on the Hub.
-        sha256: Of the file; None for a data set on the Hub.
-        rows: How many.
-        licence: As its owner states it; None where nothing was stated.
+        name: Name of the file, or of the data set on the Hub.
+        sha256: SHA-256 of the file; None for a data set on the Hub.
+        rows: Number of rows.
+        licence: The licence that its owner states; None if none is stated.
     """
 
     name: str
@@ -166,14 +167,14 @@ class TrainingData(Strict):
 
 
 class Signature(Strict):
-    """Who vouches for a manifest: an Ed25519 signature over the manifest's canonical JSON without this group.
+    """An Ed25519 signature of the manifest's canonical JSON without this group.
 
     Canonical is UTF-8 with sorted keys and no spaces between them. The manifest holds every file's hash, so the
     signature covers the files too.
 
     Attributes:
-        algorithm: The only one there is.
-        public_key: Of who signed, 32 bytes in hex. It tells keys apart; what is trusted is named by who verifies.
+        algorithm: The signature algorithm.
+        public_key: The signer's public key, 32 bytes in hex. Whoever verifies decides which keys to trust.
         value: The signature, 64 bytes in hex.
     """
 
@@ -186,22 +187,22 @@ class Manifest(Strict):
     """`manifest.json`.
 
     Attributes:
-        schema_version: Of this layout. Version 1 is read, too, and upgraded in memory.
-        role: What the adapter is for: `domain`, `judge`, `synthesizer` or a name of one's own.
-        revision: 12 hex digits over the hashes of the weights and their configs: equal files, equal revisions.
-        base: The model it belongs to.
-        base_path: Where that model lay when the directory was made.
-        rank: r of every factor in it.
+        schema_version: Version of this schema. Version 1 is read too, and upgraded in memory.
+        role: Purpose of the adapter: `domain`, `judge`, `synthesizer` or any other name.
+        revision: 12 hex digits over the hashes of the weights and their configs; equal files have equal revisions.
+        base: The base model.
+        base_path: Path of the base model at the time of the export.
+        rank: LoRA rank r of every factor.
         experts_trained: Whether it holds factors of experts.
-        files: Every file's path in the directory → its SHA-256; this file aside.
-        libraries: Versions of what it was made with.
-        recipe: The training run's recipe, or how it was made of other adapters.
-        metrics: Whatever was measured when it was made.
-        parity: How it does in vLLM what it did in training; None where that was not measured yet.
-        judge_protocol: The protocol a judge was trained with; None for any other role.
-        calibration: How a judge's probabilities are to be read; None where that was not measured.
-        training_data: What it was trained on.
-        signature: Who vouches for all this; None where nobody does.
+        files: Path of every file in the directory, except this one → its SHA-256.
+        libraries: Versions of the libraries that made it.
+        recipe: Recipe of the training run.
+        metrics: Metrics of the training run.
+        parity: The comparison of vLLM with PEFT; None if it was not measured yet.
+        judge_protocol: The protocol that a judge was trained with; None for any other role.
+        calibration: Calibration of a judge's probabilities; None if it was not measured.
+        training_data: The data sets of the training.
+        signature: The signature; None if nobody signed.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -233,10 +234,10 @@ def fingerprint(base: Path, *, exact: bool = False) -> Fingerprint:
 
     Args:
         base: The folder.
-        exact: Hash every tensor, too: reads all of the weights, with a progress bar on a terminal.
+        exact: Also hash every tensor. This reads all weights, with a progress bar on a terminal.
 
     Raises:
-        MixfuseError: A part of it is missing.
+        MixfuseError: A file is missing.
     """
     config = read_json(base / "config.json")
     files = sorted(base.glob("*.safetensors"))
@@ -267,7 +268,7 @@ def fingerprint(base: Path, *, exact: bool = False) -> Fingerprint:
 
 
 def _tensors_digest(files: Sequence[Path]) -> str:
-    """A digest of every tensor's name, type, shape and bytes, whichever file it lies in."""
+    """A digest of every tensor's name, type, shape and bytes, independent of the split into files."""
     from rich.console import Console
     from rich.progress import Progress
 
@@ -294,13 +295,13 @@ def read_manifest(directory: Path) -> Manifest:
     """Reads and validates an adapter directory's manifest.
 
     Raises:
-        MixfuseError: There is none, or it is not of this schema (`kind` "adapter").
+        MixfuseError: There is no manifest, or it has another schema (`kind` "adapter").
     """
     return _read_manifest(directory)[0]
 
 
 def _read_manifest(directory: Path) -> tuple[Manifest, bytes]:
-    """The manifest, and what a signature of it is of: its canonical JSON as it lies there, whatever its version."""
+    """The manifest, and the bytes that a signature covers: its canonical JSON as stored, of any version."""
     path = directory / MANIFEST
     if not directory.is_dir():
         raise MixfuseError(f"{directory}: no such adapter directory", kind="adapter")
@@ -311,40 +312,40 @@ def _read_manifest(directory: Path) -> tuple[Manifest, bytes]:
         )
     data = read_json(path)
     version = data.get("schema_version") if isinstance(data, dict) else None
-    if version not in (1, SCHEMA_VERSION):  # before the keys: those of another schema differ
+    if version not in (1, SCHEMA_VERSION):  # checked first, because another schema has other keys
         raise _bad(
             directory,
             f"{MANIFEST} has schema version {version!r}, this version of mixfuse reads up to {SCHEMA_VERSION}",
         )
     signed = canonical_json({key: value for key, value in data.items() if key != "signature"})
-    # Version 2 only added keys: those a manifest of version 1 lacks have defaults.
+    # Version 2 only added keys, all with defaults.
     return validate({**data, "schema_version": SCHEMA_VERSION}, Manifest, source=str(path)), signed
 
 
 def read_probes(directory: Path) -> Probes | None:
-    """Reads an adapter directory's stored probes; None where it has none.
+    """Reads an adapter directory's stored probes; None if it has none.
 
     Raises:
-        MixfuseError: The file is not of that shape (`kind` "adapter").
+        MixfuseError: The file has another shape (`kind` "adapter").
     """
     path = directory / PROBES
     return validate(read_json(path), Probes, source=str(path)) if path.is_file() else None
 
 
 def verify(directory: Path, *, base: Fingerprint | None = None, trusted: Sequence[bytes | Path] = ()) -> Manifest:
-    """Checks an adapter directory: signature, every file's hash, nothing beside them, shapes against rank, the base.
+    """Checks an adapter directory: signature, hash of every file, no further files, shapes, rank and base model.
 
     Args:
         directory: The adapter directory.
-        base: Fingerprint of the model it shall be applied to, where that is known.
-        trusted: Ed25519 public keys, as PEM or the files that hold it. One of them must have signed the manifest;
-            where there are none, no signature is demanded, but one that is there must be right.
+        base: Fingerprint of the base model to apply it to, if known.
+        trusted: Ed25519 public keys, as PEM or as PEM files. One of them must have signed the manifest. Without any, an
+            unsigned adapter is accepted, but an existing signature must be valid.
 
     Returns:
         The manifest.
 
     Raises:
-        MixfuseError: The first thing that is wrong (`kind` "adapter"), or a trusted key cannot be read.
+        MixfuseError: The first check that fails (`kind` "adapter"), or a trusted key that cannot be read.
     """
     manifest, signed = _read_manifest(directory)
     _check_signature(directory, manifest, signed, trusted)
@@ -358,18 +359,18 @@ def verify(directory: Path, *, base: Fingerprint | None = None, trusted: Sequenc
 
 
 def rewrite(directory: Path, manifest: Manifest, texts: Mapping[str, str]) -> Manifest:
-    """Renews a directory's manifest and text files beside the weights; a signature ends with what it was of.
+    """Rewrites a directory's manifest and text files beside the weights; removes a signature, which would be invalid.
 
-    All are written before the first is renamed into place. Only these files' hashes are taken anew: taking the others'
-    would bless a file that was changed since `verify`.
+    All files are written before the first is renamed into place. Only their hashes are computed anew; computing the
+    others too would accept a file that was changed since `verify`.
 
     Args:
         directory: The adapter directory.
-        manifest: What it shall say, the hashes of these files aside.
-        texts: The name of each file → its text. None of them may be part of the revision.
+        manifest: The new manifest; the hashes of these files are filled in.
+        texts: File name → text. None of the files may be part of the revision.
 
     Returns:
-        The manifest as it was written.
+        The manifest as written.
     """
     hashes = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
     manifest = manifest.model_copy(update={"files": {**manifest.files, **hashes}, "signature": None})
@@ -382,14 +383,14 @@ def rewrite(directory: Path, manifest: Manifest, texts: Mapping[str, str]) -> Ma
 
 
 def sign(directory: Path, key: Path) -> Manifest:
-    """Signs the manifest of a directory that is right with an Ed25519 private key; replaces an earlier signature.
+    """Checks a directory and signs its manifest with an Ed25519 private key; replaces an earlier signature.
 
     Args:
         directory: The adapter directory.
         key: A PEM file.
 
     Raises:
-        MixfuseError: The directory is not right (an earlier signature aside), or the file holds no such key.
+        MixfuseError: A check fails (the earlier signature is not checked), or the file holds no such key.
     """
     from mixfuse.contracts.signing import sign as sign_with
 
@@ -438,7 +439,7 @@ def safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
     """Reads a safetensors file's header: tensor name → `{dtype, shape, data_offsets}`.
 
     Raises:
-        MixfuseError: The file is truncated or no safetensors file.
+        MixfuseError: The file is truncated or not a safetensors file.
     """
     try:
         with path.open("rb") as stream:
@@ -463,17 +464,17 @@ _EXPONENTS = {
     "F16": ("<u2", 0x1F << 10),
     "BF16": ("<u2", 0xFF << 7),
 }
-"""How each floating-point type lies in a file, and the bits that are all set in a NaN or an infinity."""
+"""Each floating-point type → its integer type in a file, and the exponent bits, all set in NaN and infinity."""
 
 
 def check_finite(directory: Path) -> None:
-    """Makes sure that every weight of an adapter directory is a finite number; reads them all, a tensor at a time.
+    """Checks that every weight of an adapter directory is finite; reads all of them, one tensor at a time.
 
-    In an engine a NaN does not stay with its own requests: what it leaves in the cache of keys and values can reach
-    others of the same batch (benchmarks/hot_swap.py saw a judge's verdict lost to it).
+    In an engine a NaN spreads beyond its own requests: through the cache of keys and values it can reach other requests
+    of the same batch (benchmarks/hot_swap.py saw a judge's verdict lost to it).
 
     Raises:
-        MixfuseError: One is not (`kind` "adapter").
+        MixfuseError: A weight is NaN or infinite (`kind` "adapter").
     """
     import numpy
 
@@ -493,7 +494,7 @@ def check_finite(directory: Path) -> None:
 
 
 def file_hashes(directory: Path) -> dict[str, str]:
-    """SHA-256 of every file below an adapter directory but its manifest, by relative path."""
+    """Relative path of every file of an adapter directory, except the manifest → its SHA-256."""
     return {
         str(path.relative_to(directory)): sha256_file(path)
         for path in sorted(directory.rglob("*"))

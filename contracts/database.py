@@ -1,8 +1,8 @@
-"""The database beside the gateways: what outlives a process. SQLite by default, PostgreSQL where several share one.
+"""The database of the gateways: traces, API keys and roles. SQLite by default; PostgreSQL if several gateways share it.
 
-One schema in numbered steps, brought up to date when it is opened; a table of a new room is a new step at the end of
-`MIGRATIONS`. All work is done in one thread, a transaction at a time and in the order in which it was asked for, so
-the event loop never waits for a disk and a reader sees what was written before.
+The schema is a list of numbered steps, `MIGRATIONS`; opening the database runs the missing ones, and a new table is a
+new step at the end. All work runs in one thread, one transaction after the other in the order of the calls. So the
+event loop never waits for a disk, and a reader sees everything that was written before.
 """
 
 import asyncio
@@ -92,7 +92,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
     ),
 )
 
-# Any number will do, as long as all gateways take the same.
+# An arbitrary number that all gateways share.
 _MIGRATION_LOCK = 0x6D697866
 
 
@@ -100,12 +100,12 @@ class Database:
     """An open database, its schema up to date.
 
     Args:
-        where: The path of a SQLite file, made with its folder where there is none; or a URL, `sqlite:///…` or
-            `postgresql://…`.
-        create: Whether a SQLite file may be made.
+        where: The path of a SQLite file, which is created with its folder if it does not exist; or a URL, `sqlite:///…`
+            or `postgresql://…`.
+        create: Whether a SQLite file may be created.
 
     Raises:
-        MixfuseError: It cannot be opened, is no database, or was written by a newer version (kind "trace_db").
+        MixfuseError: It cannot be opened, is not a database, or was written by a newer version (kind "trace_db").
     """
 
     def __init__(self, where: str | Path, *, create: bool = True) -> None:
@@ -136,23 +136,23 @@ class Database:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mixfuse-database")
 
     async def run(self, work: Callable[[Connection], Result]) -> Result:
-        """Runs `work` in one transaction, after all that was asked for before; it is committed if nothing is raised."""
+        """Runs `work` in one transaction, after all earlier calls; commits unless it raises."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, self.run_now, work)
 
     def run_now(self, work: Callable[[Connection], Result]) -> Result:
-        """As `run`, in this thread."""
+        """As `run`, but in the calling thread."""
         with self._engine.connect() as connection, connection.begin():
             return work(connection)
 
     def close(self) -> None:
-        """Waits for what was asked for, and closes."""
+        """Waits for all earlier calls, then closes the database."""
         self._thread.shutdown()
         self._engine.dispose()
 
 
 @contextmanager
 def opened(where: str | Path, *, create: bool = True) -> Iterator[Database]:
-    """An open database for as long as the block runs; arguments and errors as `Database`'s."""
+    """Opens a database for the duration of a block; arguments and errors as for `Database`."""
     database = Database(where, create=create)
     try:
         yield database
@@ -161,7 +161,7 @@ def opened(where: str | Path, *, create: bool = True) -> Iterator[Database]:
 
 
 def probe(connection: Connection) -> None:
-    """Finds out whether the database can be written: writes nothing that stays."""
+    """Checks that the database can be written; the write is rolled back."""
     with connection.begin_nested() as inside:
         connection.execute(text("UPDATE schema_version SET version = version"))
         inside.rollback()
@@ -183,7 +183,7 @@ def _url(where: str | Path) -> URL:
 
 def _engine(url: URL) -> Engine:
     if url.get_backend_name() != "sqlite":
-        # One thread, one connection; tried before use, as a server may have been restarted in between.
+        # One thread needs one connection. It is tested before each use, because the server may have been restarted.
         return sqlalchemy.create_engine(
             url, pool_size=1, max_overflow=1, pool_pre_ping=True, connect_args={"connect_timeout": 10}
         )
@@ -191,20 +191,20 @@ def _engine(url: URL) -> Engine:
 
     @sqlalchemy.event.listens_for(engine, "connect")
     def _prepare(connection: Any, _record: object) -> None:
-        connection.isolation_level = None  # transactions begin where we say, not where the driver guesses
+        connection.isolation_level = None  # we begin transactions ourselves; the driver would guess where
         connection.execute("PRAGMA journal_mode=WAL")  # readers beside the writer
-        connection.execute("PRAGMA synchronous=NORMAL")  # safe with WAL; a power cut loses the last few
+        connection.execute("PRAGMA synchronous=NORMAL")  # safe with WAL; a power cut may lose the last transactions
 
     @sqlalchemy.event.listens_for(engine, "begin")
     def _begin(connection: Connection) -> None:
-        # At once for writing: a reader that becomes a writer cannot wait for another process, it fails.
+        # Lock for writing at once: a reader that becomes a writer would fail instead of waiting for another process.
         connection.exec_driver_sql("BEGIN IMMEDIATE")
 
     return engine
 
 
 def _migrate(connection: Connection, name: str) -> None:
-    if connection.dialect.name == "postgresql":  # gateways that start together do not build together
+    if connection.dialect.name == "postgresql":  # several gateways may start at the same time
         connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _MIGRATION_LOCK})
     connection.execute(text("CREATE TABLE IF NOT EXISTS schema_version (version INTEGER NOT NULL)"))
     version = connection.execute(text("SELECT version FROM schema_version")).scalar()

@@ -1,4 +1,4 @@
-"""The one error type a user sees, and the exit code it leads to."""
+"""The error type that users see, and the exit status of a command."""
 
 import json
 import os
@@ -8,17 +8,17 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, run it again
+PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: the run was only interrupted, run it again
 
 
 class MixfuseError(Exception):
-    """Something the user can mend: bad input, a missing file, a port in use, an adapter of another base.
+    """An error that the user can fix: bad input, a missing file, a port in use, an adapter of another base.
 
-    The message is one line that names what is wrong and how to mend it. The command line prints it and exits with
-    `exit_code`; the gateway answers with a typed 4xx or 5xx.
+    The message is one line that says what is wrong and how to fix it. The command line prints it and exits with
+    `exit_code`; the gateway answers with a typed status of 4xx or 5xx.
 
     Attributes:
-        kind: A short stable name of the failure (`invalid_request`, `adapter`, `engine`, …), used as the HTTP error
+        kind: A short, stable name of the failure (`invalid_request`, `adapter`, `engine`, …), used as the HTTP error
             `type`.
         exit_code: What the command exits with.
     """
@@ -30,8 +30,8 @@ class MixfuseError(Exception):
         self.kind = kind
 
 
-class Preempted(MixfuseError):  # noqa: N818 - nothing is wrong
-    """A run was asked to stop by SIGTERM and has: the same command goes on from where it is."""
+class Preempted(MixfuseError):  # noqa: N818 - it is not a failure
+    """A run stopped after SIGTERM. The same command continues it."""
 
     exit_code = PREEMPTED
 
@@ -40,29 +40,29 @@ class Preempted(MixfuseError):  # noqa: N818 - nothing is wrong
 
 
 def exit_code(command: Callable[[], int | None]) -> int:
-    """Runs a command; an error becomes one line on standard error, from one process of a run.
+    """Runs a command; prints an error as one line on standard error, from one process of a distributed run.
 
     Returns:
-        What the command returned, the error's exit code (2 for something the user can mend, 75 after SIGTERM), or 130
+        The command's own exit status, the error's (2 for an error that the user can fix, 75 after SIGTERM), or 130
         after Ctrl-C.
     """
     try:
         return command() or 0
     except MixfuseError as error:
         _tell_launcher(str(error))
-        # One line, not one from every process of a training run; but a disk can be full for one of them alone.
+        # Only rank 0 of a training run prints, so that there is one line; a full disk may concern another rank alone.
         if os.environ.get("RANK", "0") == "0" or error.kind == "disk":
             print(f"mixfuse: {'' if isinstance(error, Preempted) else 'error: '}{error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        if "WORLD_SIZE" not in os.environ:  # the command itself, not the processes it launched
+        if "WORLD_SIZE" not in os.environ:  # only the command itself prints, not the processes it launched
             print("mixfuse: interrupted; the same command continues where it can", file=sys.stderr)
         return 130
 
 
 def _tell_launcher(message: str) -> None:
-    """Leaves the reason where torchrun looks for it, so that it can be the last thing said, below all tracebacks."""
+    """Writes the reason where torchrun looks for it, which lets the launcher print it last, below all tracebacks."""
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         error = {"message": message, "timestamp": str(int(time.time()))}
-        with suppress(OSError):  # the disk may be what the message is about
+        with suppress(OSError):  # the error may be about this very disk
             Path(file).write_text(json.dumps(error), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Reading and writing files so that nothing is half-written and every bad line is named."""
+"""Reads and writes files: a file is written whole or not at all, and an error names the file and the line."""
 
 import errno
 import hashlib
@@ -40,8 +40,8 @@ def atomic_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yields an empty temporary folder beside `path` and renames it into place when the block succeeds.
 
     Args:
-        path: Where the folder shall stand in the end.
-        replace: Take the place of a folder that stands there; otherwise an existing one is refused.
+        path: The final path of the folder.
+        replace: Replace an existing folder; otherwise an existing one is refused.
 
     Raises:
         MixfuseError: `path` exists and `replace` is false, or the disk is full; nothing is left behind.
@@ -57,7 +57,7 @@ def atomic_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
         try:
             yield temporary
             for file in temporary.rglob("*"):
-                # safetensors writes files only their owner can read; a server may run as someone else.
+                # safetensors makes files readable for their owner only, but a server may run as another user.
                 file.chmod((0o777 if file.is_dir() else 0o666) & ~_umask())
             if replace and path.exists():
                 os.replace(path, old)
@@ -74,10 +74,10 @@ def atomic_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turns a full disk or a forbidden place, met while `path` is written, into one line.
+    """Turns a full disk or a missing permission while `path` is written into one line.
 
     Raises:
-        MixfuseError: No space is left (kind "disk"), or the place cannot be written.
+        MixfuseError: No space is left, or the path cannot be written (kind "disk").
     """
     try:
         yield
@@ -85,8 +85,8 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise
     except Exception as error:
         code = error.errno if isinstance(error, OSError) else None
-        # safetensors reports the system's error as a type of its own, so the text is all there is; torch.save says
-        # nothing of the cause, only that its archive (inline_container) did not get what was written.
+        # safetensors wraps the system's error in its own type, which leaves only the text. torch.save does not name the
+        # cause; it only reports that its archive (inline_container) could not be written.
         torch_writer = isinstance(error, RuntimeError) and "inline_container" in str(error)
         if code in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error) or torch_writer:
             raise MixfuseError(f"no disk space left to write {path}; free some and run again", kind="disk") from error
@@ -128,7 +128,7 @@ def read_json(path: Path) -> Any:
     """Reads one JSON document.
 
     Raises:
-        MixfuseError: The file is missing, cannot be read, or is no JSON.
+        MixfuseError: The file is missing, cannot be read, or is not JSON.
     """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
@@ -181,7 +181,7 @@ def iter_jsonl(path: Path, *, required: Iterable[str] = ()) -> Iterator[tuple[in
 
 
 def read_jsonl(path: Path, *, required: Iterable[str] = ()) -> list[dict[str, Any]]:
-    """Reads a JSONL file of objects whole.
+    """Reads all rows of a JSONL file of objects.
 
     Raises:
         MixfuseError: As `iter_jsonl`, or the file is empty.

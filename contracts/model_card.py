@@ -1,7 +1,7 @@
 """The model card of an adapter directory: its `README.md`, as the Hugging Face Hub renders it.
 
-All of it is taken from the manifest, but for two things that only a person knows: the base's name on the Hub and the
-adapter's licence. They stand in the card's metadata and stay there when the card is renewed.
+Everything comes from the manifest, except for two facts that only a person knows: the base's name on the Hub and the
+adapter's licence. They are stored in the card's metadata and survive a rewrite of the card.
 
 The metadata's keys are the Hub's: https://github.com/huggingface/hub-docs/blob/main/modelcard.md
 """
@@ -21,12 +21,12 @@ CARD = "README.md"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _LICENCE = re.compile(r"[a-z0-9][a-z0-9.-]*")
 _FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
-# Metrics of a run that were measured on held-out data: a prefix, then what was measured.
+# Names of metrics measured on held-out data: a prefix, then the metric.
 _MEASURED = re.compile(r"(?:best_)?(?:eval|dev|test|heldout)_(?P<metric>\w+)")
 
 
 class Named(NamedTuple):
-    """What a person said of an adapter.
+    """The facts about an adapter that only a person knows.
 
     Attributes:
         base_model: The base's name on the Hub, `org/name`.
@@ -43,7 +43,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def named(directory: Path) -> Named:
-    """What the card of an adapter directory says that its manifest does not know."""
+    """Reads these facts from the card of an adapter directory."""
     path = directory / CARD
     found = _FRONT_MATTER.match(path.read_text(encoding="utf-8")) if path.is_file() else None
     try:
@@ -60,50 +60,50 @@ def named(directory: Path) -> Named:
     )
 
 
-def renew(directory: Path, manifest: Manifest, said: Named | None = None) -> Manifest:
-    """Renews the model card and the manifest of an adapter directory; weights and revision stay, a signature ends.
+def renew(directory: Path, manifest: Manifest, facts: Named | None = None) -> Manifest:
+    """Rewrites the model card and the manifest; keeps weights and revision, removes a signature.
 
     Args:
         directory: The adapter directory.
-        manifest: What the manifest shall say, but for the card's hash.
-        said: What a person says of it; a part left out stays as the card says it.
+        manifest: The new manifest; the card's hash is filled in.
+        facts: Facts from a person; a fact that is None stays as it is in the card.
 
     Returns:
         The manifest as written.
 
     Raises:
-        MixfuseError: A name is none of the Hub's, or the disk is full.
+        MixfuseError: A name or licence is not written as on the Hub, or the disk is full.
     """
-    old, new = named(directory), said or Named()
-    for given, fits, what in (
+    old, new = named(directory), facts or Named()
+    for value, is_valid, kind in (
         (new.base_model, is_hub_id, "a model's name on the Hub, like mistralai/Mixtral-8x22B-v0.1"),
         (new.licence, _LICENCE.fullmatch, "a licence as the Hub spells it, like apache-2.0 (or other)"),
     ):
-        if given is not None and not fits(given):
-            raise MixfuseError(f"{given!r} is not {what}")
+        if value is not None and not is_valid(value):
+            raise MixfuseError(f"{value!r} is not {kind}")
     merged = Named(new.base_model or old.base_model, new.licence or old.licence)
     return rewrite(directory, manifest, {CARD: render(manifest, merged)})
 
 
-def render(manifest: Manifest, said: Named | None = None) -> str:
+def render(manifest: Manifest, facts: Named | None = None) -> str:
     """The model card: metadata in YAML, then Markdown."""
-    said = said or Named()
-    parts = [_what_it_is(manifest, said), _use(manifest, said)]
+    facts = facts or Named()
+    parts = [_what_it_is(manifest, facts), _use(manifest, facts)]
     if manifest.role == "judge":
         parts.append(_judging(manifest))
-    parts += [_training(manifest, said), _metrics(manifest), _parity(manifest), _limits(manifest)]
-    front = yaml.safe_dump(metadata(manifest, said), sort_keys=False, allow_unicode=True, width=1000)
+    parts += [_training(manifest, facts), _metrics(manifest), _parity(manifest), _limits(manifest)]
+    front = yaml.safe_dump(metadata(manifest, facts), sort_keys=False, allow_unicode=True, width=1000)
     return f"---\n{front}---\n\n" + "\n\n".join(parts) + "\n"
 
 
-def metadata(manifest: Manifest, said: Named) -> dict[str, Any]:
-    """What the Hub reads: base model, licence, data sets, tags, and results where they fit its schema."""
+def metadata(manifest: Manifest, facts: Named) -> dict[str, Any]:
+    """The metadata for the Hub: base model, licence, data sets, tags, and results that fit its schema."""
     tags = ["mixfuse", "lora", "mixtral", manifest.role, *(["llm-as-a-judge"] if manifest.role == "judge" else [])]
     result: dict[str, Any] = {"library_name": "peft", "pipeline_tag": "text-generation"}
-    if said.licence:
-        result["license"] = said.licence
-    if said.base_model:
-        result |= {"base_model": said.base_model, "base_model_relation": "adapter"}
+    if facts.licence:
+        result["license"] = facts.licence
+    if facts.base_model:
+        result |= {"base_model": facts.base_model, "base_model_relation": "adapter"}
     if on_hub := [data.name for data in manifest.training_data if data.sha256 is None and is_hub_id(data.name)]:
         result["datasets"] = on_hub
     result["tags"] = list(dict.fromkeys(tags))
@@ -113,7 +113,7 @@ def metadata(manifest: Manifest, said: Named) -> dict[str, Any]:
 
 
 def _model_index(manifest: Manifest) -> list[dict[str, Any]]:
-    """The results measured on held-out data; the Hub's schema wants each with the data set it was measured on."""
+    """The results measured on held-out data; the Hub's schema requires the data set of each."""
     data = _evaluated_on(manifest.recipe)
     metrics = [
         {"type": found["metric"], "value": value, "name": name}
@@ -135,7 +135,7 @@ def _evaluated_on(recipe: dict[str, Any]) -> list[str]:
     evaluation = recipe.get("evaluation")
     if not isinstance(evaluation, dict):
         return []
-    sources = evaluation.get("data") or recipe.get("data")  # without data of its own, on a share of the training's
+    sources = evaluation.get("data") or recipe.get("data")  # default: a share of the training data
     if not isinstance(sources, list):
         return []
     return [str(source.get("hub") or Path(str(source.get("path"))).stem) for source in sources]
@@ -148,11 +148,11 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _what_it_is(manifest: Manifest, said: Named) -> str:
+def _what_it_is(manifest: Manifest, facts: Named) -> str:
     trained = "attention and experts" if manifest.experts_trained else "attention"
     base = (
-        f"[{said.base_model}](https://huggingface.co/{said.base_model})"
-        if said.base_model
+        f"[{facts.base_model}](https://huggingface.co/{facts.base_model})"
+        if facts.base_model
         else f"`{_base(manifest)}`, a Mixtral"
     )
     fused = "; `peft/` holds PEFT's fused layout of the same weights, to train on from" if _has_fused(manifest) else ""
@@ -162,8 +162,8 @@ A LoRA adapter of rank {manifest.rank} on {trained} of {base}, for the role `{ma
 Safetensors only. The experts' tensors are per expert, which vLLM applies and PEFT loads{fused}."""
 
 
-def _use(manifest: Manifest, said: Named) -> str:
-    base = said.base_model or "BASE"
+def _use(manifest: Manifest, facts: Named) -> str:
+    base = facts.base_model or "BASE"
     rank = next((rank for rank in LORA_RANKS[1:] if rank >= manifest.rank), manifest.rank)
     return f"""## How to use it
 
@@ -220,7 +220,7 @@ A comparison is written as below; the verdict is read from the log-probabilities
 ````"""
 
 
-def _training(manifest: Manifest, said: Named) -> str:
+def _training(manifest: Manifest, facts: Named) -> str:
     rows = [
         f"| {_cell(data.name)} | {'' if data.rows is None else data.rows} | {_cell(data.licence or 'not stated')} | "
         f"{_where(data)} |"
@@ -231,7 +231,7 @@ def _training(manifest: Manifest, said: Named) -> str:
         if rows
         else "What it was trained on is not recorded."
     )
-    licence = said.licence or "not stated; what the base's and the data's licences ask for holds in any case"
+    licence = facts.licence or "not stated; what the base's and the data's licences ask for holds in any case"
     made = ", ".join(f"{name} {version}" for name, version in manifest.libraries.items())
     return f"## Training data and licence\n\n{table}\n\nLicence of the adapter: {licence}." + (
         f"\n\nMade with {made}." if made else ""

@@ -1,4 +1,4 @@
-"""Ed25519 signatures with keys in PEM files, as `openssl genpkey -algorithm ed25519` writes them, too."""
+"""Ed25519 signatures with keys in PEM files, the format of `openssl genpkey -algorithm ed25519`."""
 
 import os
 from pathlib import Path
@@ -19,10 +19,10 @@ from mixfuse.contracts.files import disk_errors, write_text
 
 
 def generate(path: Path) -> Path:
-    """Makes a key pair: the private key at `path`, readable by its owner alone, the public one beside it as `.pub`.
+    """Creates a key pair: the private key at `path`, readable by its owner only, and the public key beside it (`.pub`).
 
     Returns:
-        Where the public key is.
+        The path of the public key.
 
     Raises:
         MixfuseError: Either file exists already, or cannot be written.
@@ -48,7 +48,7 @@ def sign(message: bytes, key: Path) -> tuple[str, str]:
         The public key and the signature, in hex.
 
     Raises:
-        MixfuseError: The file is missing or no unencrypted Ed25519 private key.
+        MixfuseError: The file is missing or not an unencrypted Ed25519 private key.
     """
     try:
         private = load_pem_private_key(_read(key), password=None)
@@ -63,7 +63,7 @@ def public_key(source: bytes | Path) -> Ed25519PublicKey:
     """Reads a public key: PEM, from a file or as bytes.
 
     Raises:
-        MixfuseError: The file is missing or no Ed25519 public key.
+        MixfuseError: The file is missing or not an Ed25519 public key.
     """
     try:
         key = load_pem_public_key(source if isinstance(source, bytes) else _read(source))
@@ -81,7 +81,7 @@ def from_hex(key: str) -> Ed25519PublicKey:
 
 
 def is_signed(message: bytes, signature: str, by: Ed25519PublicKey) -> bool:
-    """Whether the signature, in hex, is this key's of this message."""
+    """Whether the key made this signature (in hex) of this message."""
     try:
         by.verify(bytes.fromhex(signature), message)
     except (InvalidSignature, ValueError):

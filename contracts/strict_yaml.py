@@ -1,7 +1,7 @@
-"""The recipe contract: strict YAML, one file a job, `key=value` overrides.
+"""The config contract: strict YAML, one file per job, with `key=value` overrides.
 
-Each room defines its own pydantic models on `Strict` (training recipes, the serve config, the fusion config); this
-module loads them and turns every mistake into one line that names the key and the nearest right one.
+Each room defines its own pydantic models on `Strict` (training recipes, the serve config, the fusion config). This
+module loads them and turns every mistake into one line that names the key and the nearest known key.
 """
 
 import difflib
@@ -29,12 +29,12 @@ def load(path: Path, model: type[Model], overrides: Iterable[str] = ()) -> Model
 
     Args:
         path: The YAML file.
-        model: What to validate against.
-        overrides: `dotted.key=value` strings; the value is read as YAML. (YAML 1.1 reads 1e-4 as a string; where
-            `model` wants a number, pydantic makes it one.)
+        model: The model to validate against.
+        overrides: `dotted.key=value` strings; the value is parsed as YAML. (YAML 1.1 parses 1e-4 as a string; pydantic
+            converts it where `model` has a number.)
 
     Raises:
-        MixfuseError: The file is missing or no YAML mapping, a key is unknown or missing, or a value does not fit.
+        MixfuseError: The file is missing or not a YAML mapping, a key is unknown or missing, or a value does not fit.
     """
     try:
         data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -56,15 +56,15 @@ def override(data: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     """Sets `dotted.key=value` strings in parsed data, which is changed and returned.
 
     Raises:
-        MixfuseError: One is not of that form.
+        MixfuseError: An override does not have this form.
     """
-    for one in overrides:
-        _override(data, one)
+    for assignment in overrides:
+        _override(data, assignment)
     return data
 
 
 def validate(data: Any, model: type[Model], *, source: str) -> Model:
-    """Validates parsed data; `source` opens the error line.
+    """Validates parsed data; the error line begins with `source`.
 
     Raises:
         MixfuseError: As in `load`.
@@ -76,9 +76,9 @@ def validate(data: Any, model: type[Model], *, source: str) -> Model:
 
 
 def describe(error: ValidationError, model: type[BaseModel]) -> str:
-    """Says in one line what is wrong first, with the nearest right key for an unknown one."""
+    """Describes the first mistake in one line; for an unknown key it names the nearest known one."""
     errors = error.errors()
-    # A mistyped key is also a missing one; the mistyping is what the user can see.
+    # A mistyped key is reported twice, as unknown and as missing; the unknown one is what the user wrote.
     first = next((entry for entry in errors if entry["type"] == "extra_forbidden"), errors[0])
     location = [part for part in first["loc"] if not (isinstance(part, str) and part.startswith("function-"))]
     dotted = ".".join(str(part) for part in location)
@@ -113,7 +113,7 @@ def _override(data: dict[str, Any], override: str) -> None:
 
 
 def _fields_at(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:
-    """The field names of the model that a validation error's location lies in."""
+    """The field names of the model at the location of a validation error."""
     current: type[BaseModel] | None = model
     for part in location:
         if current is None or isinstance(part, int):

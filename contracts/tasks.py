@@ -1,7 +1,7 @@
 """Tasks with verifiers, from the package `reasoning-gym` (Apache-2.0), split by prompt.
 
-A task file names the kinds of task and their settings. Every prompt belongs to exactly one split by the hash of its
-text, so nothing trained on can come back in the held-out tasks, however the generator repeats itself.
+A task file names the kinds of task and their settings. The hash of a prompt decides its split, so a prompt of the
+training tasks can never appear among the held-out ones, even if the generator repeats itself.
 """
 
 import hashlib
@@ -29,9 +29,9 @@ class TaskKind(Strict):
     """One reasoning-gym data set.
 
     Attributes:
-        name: reasoning-gym's name of it.
-        weight: Its share of the tasks, relative to the other kinds'.
-        settings: Passed to reasoning-gym as they are.
+        name: Its name in reasoning-gym.
+        weight: Its share of the tasks, relative to the other kinds.
+        settings: Passed to reasoning-gym unchanged.
     """
 
     name: str
@@ -51,13 +51,13 @@ class TaskFile(Strict):
 
 @dataclass(frozen=True)
 class Task:
-    """One task: what is asked, and what its verifier needs.
+    """One task: the prompt, and the data for its verifier.
 
     Attributes:
-        id: Stable: the hash of the prompt.
-        prompt: What is asked.
+        id: The hash of the prompt; stable.
+        prompt: The question.
         reference: A right answer.
-        kind: reasoning-gym's name of the data set.
+        kind: The data set's name in reasoning-gym.
         entry: reasoning-gym's own record, for its verifier.
     """
 
@@ -73,36 +73,36 @@ class Task:
         return {"id": self.id, "messages": [user, assistant]}
 
     def verify(self, text: str) -> bool:
-        """Whether reasoning-gym's verifier gives the text full marks, white space around it aside."""
+        """Whether reasoning-gym's verifier gives the text full marks; white space around it is ignored."""
         return bool(_scorer(self.kind).score_answer(text.strip(), self.entry) >= 1.0)
 
     def verify_lenient(self, text: str) -> bool:
-        """Whether the last number or word of the text, punctuation aside, gets full marks: the answer in a sentence."""
-        found = re.findall(r"-?\d+|[A-Za-z]+", text)
-        return self.verify(text) or (bool(found) and self.verify(found[-1]))
+        """As `verify`, but also accepts an answer in a sentence: its last number or word may get full marks."""
+        words = re.findall(r"-?\d+|[A-Za-z]+", text)
+        return self.verify(text) or (bool(words) and self.verify(words[-1]))
 
 
 def make(path: Path, split: Split, count: int, *, seed: int = 0) -> list[Task]:
-    """Makes `count` distinct tasks of one split, the same for the same arguments.
+    """Makes `count` distinct tasks of one split; equal arguments give equal tasks.
 
     Args:
         path: A task file.
-        split: Which side of the split by prompt.
-        count: How many; fewer where a kind has no more distinct prompts.
-        seed: Of the generators.
+        split: The split.
+        count: Number of tasks; the result is shorter if a kind has no more distinct prompts.
+        seed: Seed of the generators.
 
     Raises:
-        MixfuseError: The file is bad, a kind is unknown, or its settings are refused.
+        MixfuseError: The file is wrong, a kind is unknown, or reasoning-gym refuses its settings.
     """
     kinds = load(path, TaskFile).tasks
     if not kinds:
         raise MixfuseError(f"{path}: no tasks are listed")
     total = sum(kind.weight for kind in kinds)
-    # Rounded so that the shares add up to `count`: each kind gets what the kinds up to it are due, less what they have.
+    # Cumulative rounding, so that the shares add up to `count`.
     ends = [round(count * sum(kind.weight for kind in kinds[:end]) / total) for end in range(len(kinds) + 1)]
     shares = [end - start for start, end in itertools.pairwise(ends)]
     by_kind = [list(_of_kind(path, kind, split, share, seed)) for kind, share in zip(kinds, shares, strict=True)]
-    # Interleaved, so that any prefix of the list has every kind in it.
+    # Interleaved, so that every prefix of the list holds all kinds.
     tasks = [task for place in range(count) for tasks in by_kind for task in tasks[place : place + 1]]
     if not tasks:
         raise MixfuseError(f"{path}: the settings leave no prompt for the split {split!r}; widen them")
@@ -117,15 +117,15 @@ def _of_kind(path: Path, kind: TaskKind, split: Split, count: int, seed: int) ->
     except (ValueError, AssertionError, TypeError) as error:
         raise MixfuseError(f"{path}: reasoning-gym refuses {kind.name!r}: {error}") from None
     seen: set[str] = set()
-    barren = 0
+    misses = 0
     for entry in dataset:
         digest = hashlib.sha256(entry["question"].encode()).hexdigest()
-        if len(seen) >= count or barren >= ATTEMPTS_PER_TASK:
+        if len(seen) >= count or misses >= ATTEMPTS_PER_TASK:
             return
         if int(digest, 16) % 10 not in SPLITS[split] or digest in seen:
-            barren += 1
+            misses += 1
             continue
-        barren = 0
+        misses = 0
         seen.add(digest)
         yield Task(digest[:16], entry["question"], str(entry["answer"]), kind.name, entry)
 
@@ -134,7 +134,7 @@ _scorers: dict[str, Any] = {}
 
 
 def _scorer(kind: str) -> Any:
-    """reasoning-gym's verifiers are methods of the data set; any instance of the kind will do."""
+    """The verifier of a kind. It is a method of reasoning-gym's data set; any instance serves."""
     if kind not in _scorers:
         _scorers[kind] = _import_reasoning_gym().create_dataset(kind, size=1, seed=0)
     return _scorers[kind]

@@ -1,6 +1,6 @@
-"""The trace record: what one fused request did.
+"""The trace: the record of one fused request.
 
-Written by the gateway, read by `mixfuse pairs build` and by people. Everything a preference pair needs is in it.
+The gateway writes it; `mixfuse pairs build` and people read it. It holds everything that a preference pair needs.
 """
 
 import time
@@ -27,19 +27,22 @@ class Usage(Strict):
 
 
 class Call(Strict):
-    """One attempt at one model, failed and cancelled ones too.
+    """One attempt to call one model; failed and cancelled attempts are recorded too.
 
     Attributes:
-        stage: What the call was for.
-        member: The member's (or judge's, synthesizer's) name in the config.
-        model: The model name sent upstream; for a role it is revision-qualified.
-        revision: The adapter revision that answered, where the member is a role.
-        candidate: Which candidate (0-based) the call produced, for answers and revisions.
-        attempt: Which attempt at the same call this was, from 1; retries and hedges count on.
+        stage: The purpose of the call.
+        member: The name of the member, judge or synthesizer in the config.
+        model: The model name sent upstream; for a role it names the adapter revision.
+        revision: The adapter revision that answered, if the member is a role.
+        candidate: The candidate that the call produced, counted from 0; for answers and revisions.
+        attempt: The number of the attempt at this call, from 1; retries and hedges are counted.
         outcome: "ok", or the type of the failure (`timeout`, `upstream_error`, …); see docs/failures.md.
-        text: What came back, whole or as far as it came.
-        estimated: The usage was estimated because the upstream sent none.
-        cost: Dollars.
+        error: The failure's message.
+        text: The answer, or the part of it that arrived.
+        tool_calls: The tools that the answer calls.
+        usage: Tokens of the call.
+        estimated: Whether the usage was estimated because the upstream sent none.
+        cost: The call's cost in dollars.
         started_ms: Milliseconds since the request began.
         duration_ms: How long the attempt took, in milliseconds.
     """
@@ -62,10 +65,16 @@ class Call(Strict):
 
 
 class Verdict(Strict):
-    """What the judge said of one pair of candidates, both orders together (see `judge_protocol.combine`).
+    """The judge's verdict on one pair of candidates, both orders combined (see `judge_protocol.combine`).
 
     Attributes:
-        read: From what: the log-probabilities of its first token, or a written verdict where there are none.
+        first: One candidate, counted from 0.
+        second: The other candidate.
+        winner: The better one of the two, or "tie".
+        score: Probability that the first is better, averaged over the orders.
+        consistent: Whether both orders name the same winner.
+        parse_failures: How many of the two verdicts could not be read.
+        read: How the verdict was read: from the log-probabilities of the first token, or from its text.
     """
 
     first: int
@@ -78,18 +87,18 @@ class Verdict(Strict):
 
 
 class Turn(Strict):
-    """What one candidate of a debate said in one round."""
+    """The text of one candidate in one round of a debate."""
 
     candidate: int
     text: str
 
 
 class Debate(Strict):
-    """How a debate went.
+    """The transcript of a debate.
 
     Attributes:
-        rounds: What the candidates said: first their answers, then each round of revisions.
-        stopped: Why there was no further round.
+        rounds: The candidates' texts: first their answers, then each round of revisions.
+        stopped: Why the debate ended.
     """
 
     rounds: list[list[Turn]]
@@ -97,7 +106,7 @@ class Debate(Strict):
 
 
 class Citation(Strict):
-    """Which candidates the synthesizer says a paragraph of its answer drew on."""
+    """The candidates that a paragraph of the answer uses, as the synthesizer states them."""
 
     paragraph: int
     candidates: list[int]
@@ -107,14 +116,14 @@ class Trace(Strict):
     """One fused request.
 
     Attributes:
-        key: The id of the API key the request came with; never the key itself.
-        winner: The candidate whose text was returned, for `best_of`.
-        candidates: Member names by candidate index.
-        debate: The transcript, for `debate`.
-        citations: What each paragraph drew on, for a `merge` that was to say so.
-        tool_calls: The answer's, where it calls tools.
-        reason: Why the answer is what it is: `judged`, `agreement`, `lone_survivor`, `judge_failed`, `synthesis`, …
-        feedback: What users said of the answer later.
+        key: The id of the request's API key, never the key itself.
+        candidates: The member's name of each candidate.
+        debate: The transcript, in mode `debate`.
+        citations: The candidates that each paragraph uses, if citations were requested in mode `merge`.
+        winner: The candidate whose text was returned, in mode `best_of`.
+        reason: How the answer was chosen: `judged`, `agreement`, `lone_survivor`, `judge_failed`, `synthesis`, …
+        tool_calls: The tools that the answer calls.
+        feedback: Feedback that users gave later.
     """
 
     id: str = Field(default_factory=lambda: f"trace-{uuid.uuid4().hex}")
@@ -141,7 +150,7 @@ class Trace(Strict):
 
     @property
     def usage(self) -> Usage:
-        """The sum over all calls: what the client is shown."""
+        """Tokens of all calls together, as the client sees them."""
         return Usage(
             prompt_tokens=sum(call.usage.prompt_tokens for call in self.calls),
             completion_tokens=sum(call.usage.completion_tokens for call in self.calls),
@@ -149,5 +158,5 @@ class Trace(Strict):
 
     @property
     def cost(self) -> float:
-        """Dollars of all calls."""
+        """The cost of all calls together, in dollars."""
         return sum(call.cost for call in self.calls)

@@ -1,8 +1,8 @@
 """Following the shared record: what serves each role at the start, and after another gateway has changed it."""
 
-import asyncio
 import logging
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from mixfuse.contracts.errors import MixfuseError
@@ -21,10 +21,11 @@ class RecordFollower:
 
     Args:
         swapper: Swaps the roles of the table.
+        clock: Returns seconds; a test passes its own.
     """
 
-    def __init__(self, swapper: Swapper) -> None:
-        self._swapper, self._table = swapper, swapper.table
+    def __init__(self, swapper: Swapper, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._swapper, self._table, self._clock = swapper, swapper.table, clock
         self._failed: dict[str, tuple[int, float]] = {}  # role → the version that failed, and when
 
     async def start(self, seeds: Mapping[str, Path | None], *, from_config: bool = False) -> dict[str, str]:
@@ -78,7 +79,7 @@ class RecordFollower:
             state.pinned = entry.pinned
             if entry.version == state.version or state.lock.locked():
                 continue
-            now = asyncio.get_running_loop().time()
+            now = self._clock()
             version, failed_at = self._failed.get(role, (0, 0.0))
             if version == entry.version and now < failed_at + RETRY_S:
                 continue

@@ -125,7 +125,7 @@ def test_other_shells_get_a_script(shell: str, capsys: pytest.CaptureFixture[str
 def test_init_writes_a_project_whose_commands_and_paths_fit(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    from mixfuse.app.preferences import PairsSpec
+    from mixfuse.app.pairs_spec import PairsSpec
     from mixfuse.app.server import ServeConfig
     from mixfuse.contracts.strict_yaml import load
     from mixfuse.contracts.tasks import TaskFile

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from mixfuse.app.config_reference import meanings, models_in, rewritten
-from mixfuse.app.preferences import PairsSpec
+from mixfuse.app.pairs_spec import PairsSpec
 from mixfuse.app.server import ServeConfig
 from mixfuse.contracts.strict_yaml import Strict, load
 from mixfuse.contracts.tasks import TaskFile

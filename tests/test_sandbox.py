@@ -1,6 +1,6 @@
 """Programs that a model wrote, run where they can do little harm."""
 
-import os
+import re
 import socket
 import subprocess
 import sys
@@ -63,9 +63,8 @@ def test_it_sees_no_file_but_the_libraries_and_writes_only_in_its_own_folder(tmp
     secret.chmod(0o666)
     for path in (secret, "/etc/passwd", "/proc/1/environ"):
         assert "No such file" in run(f"print(open({str(path)!r}).read())").said
-    assert (
-        "denied" in run("import os; open(os.__file__, 'a')").said or "Read-only" in run("open(os.__file__, 'a')").said
-    )
+    # Which of the two depends on who owns the file: the owner is checked before the mount.
+    assert re.search("Permission denied|Read-only", run("import os; open(os.__file__, 'a')").said)
     assert run("open('notes', 'w').write('x'); assert open('/tmp/notes').read() == 'x'").passed
     assert run("import os; assert os.listdir('/tmp') == []").passed, "what another program wrote is still there"
 
@@ -76,7 +75,7 @@ def test_it_has_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_it_cannot_be_or_become_root() -> None:
-    assert run("import os; assert os.getuid() != 0").passed or os.getuid() != 0
+    assert run("import os; assert 0 not in (os.getuid(), os.geteuid(), os.getgid(), os.getegid())").passed
     assert "not permitted" in run("import os; os.setuid(0)").said
     assert "not permitted" in run("import os; os.chroot('/tmp')").said
 

@@ -1,59 +1,83 @@
-"""`mixfuse plan`: finds out whose plan a file asks for and on what hardware, asks the room, and prints the plan."""
+"""`mixfuse plan` and `mixfuse serve --dry-run`: plans a training recipe or a serve config, and prints the plan."""
 
 import argparse
 import json
 import re
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.strict_yaml import load
 
+if TYPE_CHECKING:
+    from mixfuse.serve.engine_plan import Change, ServePlan
+
 _UNITS = {"": 1, "b": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
 _UNITS |= {"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
 
 
+class Planned(NamedTuple):
+    """A plan in three forms.
+
+    Attributes:
+        result: For `--json`.
+        text: For people.
+        header: The memory line of a recipe's header.
+    """
+
+    result: dict[str, Any]
+    text: str
+    header: str
+
+
 def size(text: str) -> int:
-    """Reads `80GiB`, `80GB` or a number of bytes.
+    """Parses `80GiB`, `80GB` or a number of bytes.
+
+    Returns:
+        The size in bytes.
 
     Raises:
-        MixfuseError: It is no size.
+        MixfuseError: The text is not a size.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?", text.strip().lower())
     if not match or match[2] not in _UNITS or match[2] == "i":
-        raise MixfuseError(f"{text!r} is no size; write 80GiB, 80GB or a number of bytes")
+        raise MixfuseError(f"{text!r} is not a size; write 80GiB, 80GB or a number of bytes")
     return int(float(match[1]) * _UNITS[match[2]])
 
 
-def run(arguments: Any) -> None:
-    """Plans a training recipe or a serve config, and prints the plan; its last line is JSON where that is asked for.
+def print_plan(arguments: Any) -> None:
+    """Plans a training recipe or a serve config and prints the plan; with `--json` its last line is JSON.
+
+    Args:
+        arguments: The options of `mixfuse plan`.
 
     Raises:
-        MixfuseError: The file, an override, a size or the base's config is bad.
+        MixfuseError: The file, an override, a size or the base's config is wrong.
     """
     if arguments.nodes < 1 or arguments.gpus_per_node < 1:
-        raise MixfuseError("--nodes and --gpus-per-node are at least 1")
-    if _is_serving(arguments.recipe):
-        result, text, line = _serving(arguments)
-    else:
-        result, text, line = _training(arguments)
-    print(line if arguments.header else text)
+        raise MixfuseError("--nodes and --gpus-per-node must be at least 1")
+    planned = _plan_serving(arguments) if _is_serve_config(arguments.recipe) else _plan_training(arguments)
+    print(planned.header if arguments.header else planned.text)
     if arguments.json:
-        print(json.dumps(result))
+        print(json.dumps(planned.result))
 
 
 def dry_run(arguments: Any) -> int:
     """`mixfuse serve --dry-run`: prints the command of each engine and its memory plan, and starts nothing.
 
+    Args:
+        arguments: The options of `mixfuse serve`.
+
     Returns:
-        0 where it fits, 1 where it does not.
+        0 if the plan fits, 1 if it does not.
 
     Raises:
-        MixfuseError: As for `mixfuse serve` before it starts anything.
+        MixfuseError: The config or the adapters are wrong, as for `mixfuse serve`.
     """
     from mixfuse.app.server import configs
     from mixfuse.serve.engine import command, cpu_build, environment
@@ -61,22 +85,22 @@ def dry_run(arguments: Any) -> int:
 
     config, _ = configs(arguments.config, arguments.overrides)
     if others := config.engine.external:
-        print(f"{arguments.config}: the engine is someone else's ({', '.join(others)}); nothing would be started")
+        print(f"{arguments.config}: the engine runs elsewhere ({', '.join(others)}); nothing would be started")
         return 0
     device = arguments.device or ("cpu" if cpu_build() else "cuda")
     cpu = device == "cpu"
     for engine in per_replica(config.engine, cpu=cpu):
         settings = [f"{name}={value}" for name, value in environment(engine, cpu=cpu).items()]
         print(_shell([*settings, "VLLM_API_KEY=", *command(engine, engine.port or 0, cpu=cpu)]), end="\n\n")
-    print("VLLM_API_KEY is another at every start" + ("" if config.engine.port else "; port 0 stands for a free one"))
+    print("VLLM_API_KEY is new at every start" + ("" if config.engine.port else "; port 0 stands for a free port"))
     plan = vars(arguments) | {"recipe": arguments.config, "device": device, "concurrency": None}
-    result, text, _ = _serving(argparse.Namespace(**plan))
-    print(text)
-    return 0 if result["fits"] else 1
+    planned = _plan_serving(argparse.Namespace(**plan))
+    print(planned.text)
+    return 0 if planned.result["fits"] else 1
 
 
 def _shell(words: list[str]) -> str:
-    """A line for the shell, without the values of what is named like a secret."""
+    """A line for the shell, without the values of options and variables that are named like secrets."""
     shown, hide = [], False
     for word in words:
         name, equals, value = word.partition("=")
@@ -89,15 +113,15 @@ def _shell(words: list[str]) -> str:
     return " ".join(shown)
 
 
-def _is_serving(path: Path) -> bool:
+def _is_serve_config(path: Path) -> bool:
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return False  # `load` says what is wrong with it
+        return False  # `load` reports what is wrong with the file
     return isinstance(data, dict) and "engine" in data
 
 
-def _training(arguments: Any) -> tuple[dict[str, Any], str, str]:
+def _plan_training(arguments: Any) -> Planned:
     from mixfuse.contracts.files import read_json
     from mixfuse.train.planning import training_plan
     from mixfuse.train.recipe import kind_of
@@ -117,8 +141,8 @@ def _training(arguments: Any) -> tuple[dict[str, Any], str, str]:
     )
     zero3 = read_json(recipe.deepspeed)
     training_plan.count_on_meta(config)
-    made = training_plan.plan(recipe, config, zero3, hardware, source=f"{arguments.recipe} ({where})")
-    advice = [] if made.fits else training_plan.advise(recipe, config, zero3, hardware)
+    plan = training_plan.plan(recipe, config, zero3, hardware, source=f"{arguments.recipe} ({where})")
+    advice = [] if plan.fits else training_plan.advise(recipe, config, zero3, hardware)
     bandwidth = arguments.bandwidth or (50.0 if arguments.nodes > 1 else 450.0)
     assumed = {
         "peak TFLOP/s a GPU": arguments.tflops,
@@ -128,13 +152,12 @@ def _training(arguments: Any) -> tuple[dict[str, Any], str, str]:
     estimate = None
     if cuda:
         estimate = training_plan.speed(
-            made, tflops=arguments.tflops, utilisation=arguments.utilisation, bandwidth=bandwidth * 1e9
+            plan, tflops=arguments.tflops, utilisation=arguments.utilisation, bandwidth=bandwidth * 1e9
         )
-    line = f"{training_plan.header(made)}: `{_command(arguments)}`"
-    return (
-        training_plan.to_json(made, advice, estimate, assumed),
-        training_plan.to_text(made, advice, estimate, assumed),
-        line,
+    return Planned(
+        training_plan.to_json(plan, advice, estimate, assumed),
+        training_plan.to_text(plan, advice, estimate, assumed),
+        f"{training_plan.header(plan)}: `{_command(arguments)}`",
     )
 
 
@@ -147,57 +170,72 @@ def _command(arguments: Any) -> str:
     return shlex.join(words)
 
 
-def _serving(arguments: Any) -> tuple[dict[str, Any], str, str]:
+def _plan_serving(arguments: Any) -> Planned:
     from mixfuse.app.server import ServeConfig
     from mixfuse.contracts.files import read_json
     from mixfuse.serve import engine_plan
 
     engine = load(arguments.recipe, ServeConfig, arguments.overrides).engine
-    places = (
-        [arguments.model] if arguments.model else [engine.weights or engine.base, arguments.recipe.parent / "model"]
-    )
-    files = [place if place.is_file() else place / "config.json" for place in places]
-    file = next((file for file in files if file.is_file()), None)
-    if file is None:
-        raise MixfuseError(f"no config.json in {' or '.join(map(str, places))}; name a folder with one: --model DIR")
+    file = _find_config(arguments.model, engine.weights or engine.base, arguments.recipe.parent / "model")
     config = read_json(file)
     cpu = arguments.device == "cpu"
     hardware = {"gpus": arguments.nodes * arguments.gpus_per_node, "gpu_bytes": size(arguments.gpu_memory)}
     concurrency = arguments.concurrency or 1
-    made = engine_plan.plan(engine, config, **hardware, concurrency=concurrency, cpu=cpu)
-    advice = [] if made.fits or cpu else engine_plan.advise(engine, config, **hardware, concurrency=concurrency)
-    parts = {**made.parts, "kv_cache": made.kv_needed}
-    result = {
+    plan = engine_plan.plan(engine, config, **hardware, concurrency=concurrency, cpu=cpu)
+    advice = [] if plan.fits or cpu else engine_plan.advise(engine, config, **hardware, concurrency=concurrency)
+    header = (
+        f"{_gib(sum(plan.parts.values()))} a {'process' if cpu else 'GPU'}, "
+        f"{_gib(max(0, plan.kv_room))} left for keys and values: `{_command(arguments)}`"
+    )
+    text = _serving_text(plan, advice, f"{arguments.recipe} ({file})", "process" if cpu else "GPU")
+    return Planned(_serving_json(plan, advice, arguments.recipe), text, header)
+
+
+def _find_config(model: Path | None, *folders: Path | str) -> Path:
+    """The `config.json` of the base: of `--model` if given, else of the first folder that holds one.
+
+    Raises:
+        MixfuseError: There is none.
+    """
+    places = [Path(place) for place in ([model] if model else folders)]
+    files = [place if place.is_file() else place / "config.json" for place in places]
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        raise MixfuseError(f"no config.json in {' or '.join(map(str, places))}; name a folder with one: --model DIR")
+    return file
+
+
+def _serving_json(plan: "ServePlan", advice: Sequence["Change"], recipe: Path) -> dict[str, Any]:
+    return {
         "kind": "serving",
-        "recipe": str(arguments.recipe),
-        "base_parameters": made.parameters,
-        "tensor_parallel": made.split.t,
-        "pipeline_parallel": made.split.p,
-        "per_gpu_bytes": {**parts, "total": made.total},
-        "kv_bytes_per_token": made.kv_per_token,
-        "kv_room_bytes": made.kv_room,
-        "concurrency": made.concurrency,
-        "length": made.length,
-        "most_at_once": made.most,
-        "fits": made.fits,
-        "problems": list(made.problems),
+        "recipe": str(recipe),
+        "base_parameters": plan.parameters,
+        "tensor_parallel": plan.split.t,
+        "pipeline_parallel": plan.split.p,
+        "per_gpu_bytes": {**plan.parts, "kv_cache": plan.kv_needed, "total": plan.total},
+        "kv_bytes_per_token": plan.kv_per_token,
+        "kv_room_bytes": plan.kv_room,
+        "concurrency": plan.concurrency,
+        "length": plan.length,
+        "most_at_once": plan.most,
+        "fits": plan.fits,
+        "problems": list(plan.problems),
         "advice": [change._asdict() for change in advice],
     }
-    unit = "process" if cpu else "GPU"
+
+
+def _serving_text(plan: "ServePlan", advice: Sequence["Change"], source: str, unit: str) -> str:
+    parts = {**plan.parts, "kv_cache": plan.kv_needed, "total": plan.total}
     lines = [
-        f"{arguments.recipe} ({file}): TP {made.split.t} x PP {made.split.p}, {made.parameters / 1e9:.2f} B parameters",
-        f"per {unit}, with {made.concurrency} x {made.length} tokens in the cache:",
-        *(f"  {name:14} {_gib(count):>10}" for name, count in {**parts, "total": made.total}.items()),
-        f"room for keys and values: {_gib(max(0, made.kv_room))}, {made.kv_per_token:,} bytes a token: "
-        f"{made.most} requests of {made.length} tokens at once",
-        "fits" if made.fits else "does NOT fit: " + "; ".join(made.problems),
+        f"{source}: TP {plan.split.t} x PP {plan.split.p}, {plan.parameters / 1e9:.2f} B parameters",
+        f"per {unit}, with {plan.concurrency} x {plan.length} tokens in the cache:",
+        *(f"  {name:14} {_gib(count):>10}" for name, count in parts.items()),
+        f"room for keys and values: {_gib(max(0, plan.kv_room))}, {plan.kv_per_token:,} bytes a token: "
+        f"{plan.most} requests of {plan.length} tokens at once",
+        "fits" if plan.fits else "does NOT fit: " + "; ".join(plan.problems),
         *(f"  fits with {change.change}: {_gib(change.gpu_bytes)} a {unit}" for change in advice),
     ]
-    line = (
-        f"{_gib(sum(made.parts.values()))} a {unit}, {_gib(max(0, made.kv_room))} left for keys and values: "
-        f"`{_command(arguments)}`"
-    )
-    return result, "\n".join(lines), line
+    return "\n".join(lines)
 
 
 def _gib(count: int) -> str:

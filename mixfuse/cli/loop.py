@@ -22,11 +22,13 @@ def register(commands: options.Commands) -> None:
 
 
 def _loop(arguments: argparse.Namespace) -> None:
-    from mixfuse.app import loop
+    from mixfuse.app.loop import run_round
+    from mixfuse.app.loop_config import LoopConfig
+    from mixfuse.app.promotion import summary_lines
     from mixfuse.contracts.strict_yaml import load
 
-    decision = loop.run(load(arguments.config, loop.LoopConfig, arguments.overrides))
-    for line in loop.lines(decision) if decision else ():
+    decision = run_round(load(arguments.config, LoopConfig, arguments.overrides))
+    for line in summary_lines(decision) if decision else ():
         print(line)
     if arguments.json:
         print(json.dumps(decision))

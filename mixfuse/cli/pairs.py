@@ -62,7 +62,8 @@ def register(commands: options.Commands) -> None:
 
 
 def _build(arguments: argparse.Namespace) -> None:
-    from mixfuse.app import preferences
+    from mixfuse.app.pairs_spec import read_spec
+    from mixfuse.app.preferences import build
     from mixfuse.train.data import data_card
 
     names = ("per_prompt", "dev_share", "near", "seed")
@@ -71,8 +72,8 @@ def _build(arguments: argparse.Namespace) -> None:
         settings["balance"] = [trait for trait in arguments.balance.split(",") if trait and trait != "none"]
     if arguments.against:
         settings["against"] = [str(path) for path in arguments.against]
-    spec = preferences.read_spec(arguments.pool, settings, arguments.overrides)
-    card = preferences.build(spec, arguments.out)
+    spec = read_spec(arguments.pool, settings, arguments.overrides)
+    card = build(spec, arguments.out)
     for line in data_card.lines(card):
         print(line)
     prompts = card["prompts"]

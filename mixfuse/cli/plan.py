@@ -41,6 +41,6 @@ def register(commands: options.Commands) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    from mixfuse.app.planning import run
+    from mixfuse.app.planning import print_plan
 
-    run(arguments)
+    print_plan(arguments)

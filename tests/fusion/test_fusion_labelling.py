@@ -10,7 +10,7 @@ from fake_upstream import FakeUpstream, Script
 from fusion_harness import prefers
 
 from mixfuse.app import preferences
-from mixfuse.app.preferences import PairsSpec
+from mixfuse.app.pairs_spec import PairsSpec
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.files import read_json, read_jsonl, write_jsonl
 from mixfuse.contracts.strict_yaml import validate

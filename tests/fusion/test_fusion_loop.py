@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -23,10 +24,15 @@ from fake_upstream import COMPARISON, FakeUpstream, Script
 from fake_upstream import serving as serving_app
 from fusion_harness import prefers
 from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, RedirectResponse
+from starlette.routing import Route
 from test_gates import House, database, house
 
 from mixfuse.app import loop
-from mixfuse.app.loop import LoopConfig, Promote, Tools, decide
+from mixfuse.app.loop import Tools
+from mixfuse.app.loop_config import LoopConfig, Promote
+from mixfuse.app.promotion import decide
 from mixfuse.app.roles_routes import routes
 from mixfuse.app.roles_store import StoredRoles
 from mixfuse.cli.entry import main
@@ -194,7 +200,7 @@ def config(tmp_path: Path, **keys: Any) -> LoopConfig:
 
 
 async def a_round(config: LoopConfig, with_: Tools) -> dict[str, Any]:
-    decision = await asyncio.to_thread(loop.run, config, with_)
+    decision = await asyncio.to_thread(loop.run_round, config, with_)
     assert decision is not None
     return decision
 
@@ -325,12 +331,57 @@ def test_the_decision(frozen: dict[str, Any], fresh: dict[str, Any] | None, prom
 async def test_too_few_traces_wait_for_the_next_round(tmp_path: Path, frozen: Path) -> None:
     place = tmp_path / "traces.sqlite3"
     await store(place, traces(15, at_random(0.0), seed=1))
-    assert await asyncio.to_thread(loop.run, config(tmp_path), tools()) is None
+    assert await asyncio.to_thread(loop.run_round, config(tmp_path), tools()) is None
     assert not list((tmp_path / "rounds").glob("0*"))
     await store(place, traces(15, at_random(0.0), seed=2))
     decision = await a_round(config(tmp_path), tools())
     assert decision["traces"]["rows"] == 30
-    assert await asyncio.to_thread(loop.run, config(tmp_path), tools()) is None, "they are used up"
+    assert await asyncio.to_thread(loop.run_round, config(tmp_path), tools()) is None, "they are used up"
+
+
+async def test_a_round_takes_only_traces_that_had_time_for_feedback(tmp_path: Path, frozen: Path) -> None:
+    place = tmp_path / "traces.sqlite3"
+    now = time.time()
+
+    def aged(seed: int, seconds: float) -> list[Trace]:
+        made = traces(30, at_random(0.0), seed=seed)
+        return [trace.model_copy(update={"created_at": now - seconds}) for trace in made]
+
+    settings = config(tmp_path, traces={"database": str(place), "min_rows": 20, "settle_s": 3600})
+    await store(place, aged(1, 1800))
+    assert await asyncio.to_thread(loop.run_round, settings, tools()) is None, "all are too young"
+    await store(place, aged(2, 7200))
+    decision = await a_round(settings, tools())
+    assert decision["traces"]["rows"] == 30
+    asked = {row["prompt"] for row in read_jsonl(tmp_path / "rounds/0001/data/traces.jsonl")}
+    assert asked == {f"Question 2 {number}?" for number in range(30)}
+    # The younger ones are the next round's, once they are old enough.
+    at_once = config(tmp_path, traces={"database": str(place), "min_rows": 20, "settle_s": 0})
+    assert (await a_round(at_once, tools()))["traces"]["rows"] == 30
+
+
+async def test_a_redirect_is_not_followed_and_takes_no_key_along(
+    tmp_path: Path, frozen: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither where it asks which judge serves nor where it swaps; the target would answer as a server does."""
+    monkeypatch.setenv("MIXFUSE_ADMIN_KEY", "secret-admin-key")
+    visits: list[str | None] = []
+
+    async def elsewhere(request: Request) -> JSONResponse:
+        visits.append(request.headers.get("authorization"))
+        row = {"role": "judge", "directory": None, "revision": None, "gate": None}
+        return JSONResponse({"roles": [row]})
+
+    async with serving_app(Starlette(routes=[Route("/admin/roles", elsewhere)])) as target:
+
+        async def redirect(_request: Request) -> RedirectResponse:
+            return RedirectResponse(f"{target}/admin/roles")
+
+        async with serving_app(Starlette(routes=[Route("/admin/roles", redirect)])) as url:
+            settings = config(tmp_path, server={"url": url})
+            with pytest.raises(MixfuseError):
+                await asyncio.to_thread(loop.run_round, settings, tools())
+    assert visits == []
 
 
 async def test_a_round_without_a_usable_pair_is_decided(tmp_path: Path, frozen: Path) -> None:
@@ -366,7 +417,7 @@ async def test_a_round_that_is_cut_off_at_any_step_goes_on(tmp_path: Path, froze
     for at in STEPS:
         for after in (False, True):
             with pytest.raises((MixfuseError, KeyboardInterrupt)):
-                await asyncio.to_thread(loop.run, config(tmp_path), breaking(at, after))
+                await asyncio.to_thread(loop.run_round, config(tmp_path), breaking(at, after))
             assert not (tmp_path / "rounds/0001/decision.json").exists()
     # Traces that came meanwhile, and a config that changed, are the next round's.
     await store(tmp_path / "traces.sqlite3", traces(300, at_random(0.0), seed=2))
@@ -385,10 +436,11 @@ async def test_a_killed_process_leaves_a_round_that_goes_on(tmp_path: Path, froz
     await store(tmp_path / "traces.sqlite3", traces(300, at_random(0.0), seed=1))
     settings = config(tmp_path)
     code = (
-        "import json, sys; from mixfuse.app import loop; from mixfuse.contracts.strict_yaml import validate\n"
+        "import json, sys; from mixfuse.app import loop; from mixfuse.app.loop_config import LoopConfig\n"
+        "from mixfuse.contracts.strict_yaml import validate\n"
         "def train(*_): print('training', flush=True); sys.stdin.read()\n"
-        "config = validate(json.loads(sys.argv[1]), loop.LoopConfig, source='config')\n"
-        "loop.run(config, loop.Tools(train, train, train))\n"
+        "config = validate(json.loads(sys.argv[1]), LoopConfig, source='config')\n"
+        "loop.run_round(config, loop.Tools(train, train, train))\n"
     )
     arguments = [sys.executable, "-c", code, settings.model_dump_json(exclude_unset=True)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
@@ -396,8 +448,8 @@ async def test_a_killed_process_leaves_a_round_that_goes_on(tmp_path: Path, froz
     try:
         assert process.stdout
         assert await process.stdout.readline() == b"training\n"
-        with pytest.raises(MixfuseError, match="another mixfuse loop is at work"):
-            await asyncio.to_thread(loop.run, settings, tools())
+        with pytest.raises(MixfuseError, match="another mixfuse loop is running"):
+            await asyncio.to_thread(loop.run_round, settings, tools())
     finally:
         process.send_signal(signal.SIGKILL)
         await process.wait()
@@ -419,8 +471,8 @@ def test_a_mistake_in_the_config_is_one_line(tmp_path: Path, capsys: pytest.Capt
     path.write_text(yaml.safe_dump(json.loads(config(tmp_path).model_dump_json(exclude_unset=True))))
     for override, message in (
         ("promote.margn=1", "unknown key 'promote.margn'; did you mean 'promote.margin'"),
-        ("pairs.sources=[{path: a.jsonl, name: feedback}]", "'feedback' is what the round's own pairs are called"),
-        ("traces.database=postgresql://me:secret@host/db", "leave it to PGPASSWORD"),
+        ("pairs.sources=[{path: a.jsonl, name: feedback}]", "'feedback' is the name of the round's own pairs"),
+        ("traces.database=postgresql://me:secret@host/db", "set it in PGPASSWORD"),
         ("server={url: 'http://127.0.0.1:1'}", "no mixfuse server answers at http://127.0.0.1:1"),
     ):
         assert main(["loop", str(path), override]) == 2
@@ -442,7 +494,7 @@ def liking(word: str, weights: Weights) -> Callable[[str, str], float]:
     ("likes", "promoted", "reason"),
     [
         ("beta", True, "better"),
-        ("alpha", False, "the server did not take it: "),
+        ("alpha", False, "the server refused it: "),
     ],
 )
 async def test_a_better_judge_is_swapped_in_if_it_stands_beside_the_old_one_on_live_requests(

@@ -70,7 +70,9 @@ async def test_a_judge_is_told_how_many_images_there_were(start_gateway: StartGa
     ]
     gateway = await start_gateway(members)
     await gateway.post(model="fusion/best-of", messages=SEVERAL_IMAGES)
-    for request in upstream.asked("judge"):
+    asked = upstream.asked("judge")
+    assert asked
+    for request in asked:
         assert request["messages"][-1]["content"].count("[image]") == 5
 
 

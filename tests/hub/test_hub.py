@@ -106,7 +106,7 @@ def test_a_dry_run_says_what_would_be_sent_and_sends_nothing(
 ) -> None:
     done = mixfuse("push", judge, "org/judge", "--dry-run", HF_TOKEN=None)
     assert done.returncode == 0, done.stderr
-    assert "would be made" in done.stdout
+    assert "would be created" in done.stdout
     assert f"send    {WEIGHTS}  {(judge / WEIGHTS).stat().st_size}" in done.stdout
     assert not hub.repos
     mixfuse("push", judge, "org/judge")
@@ -144,7 +144,7 @@ def _beside(hub: Hub, folder: Path) -> dict[str, bytes]:
 OTHERS = {
     "another role": (_other_role, "holds a domain adapter, this is a judge"),
     "another base": (_other_base, "an adapter of another base model"),
-    "no adapter": (lambda *_: {"pytorch_model.bin": b"pickle"}, "no adapter of mixfuse's (it holds pytorch_model.bin"),
+    "no adapter": (lambda *_: {"pytorch_model.bin": b"pickle"}, "is not an adapter of mixfuse (it holds pytorch_"),
     "another's manifest": (lambda *_: {MANIFEST: b'{"name": "an app"}'}, "holds a manifest that is not mixfuse's"),
     "a file beside it": (_beside, "holds plot.png, which is no part of the adapter"),
 }
@@ -223,7 +223,7 @@ def test_a_push_that_was_killed_goes_on_where_it_was(hub: Hub, judge: Path, envi
 REFUSED = {
     "no token": ({"HF_TOKEN": None}, None, "no token to push to org/judge with: set HF_TOKEN, or log in"),
     "a wrong token": ({"HF_TOKEN": "hf_wrong"}, None, "does not accept your token for org/judge (401"),
-    "a token to read": ({"HF_TOKEN": READ_ONLY}, None, "it takes one with write access"),
+    "a token to read": ({"HF_TOKEN": READ_ONLY}, None, "use a token with write access"),
     "a quoted token": ({}, Fault("preupload", 403, f"refused: Bearer {TOKEN}"), "your token may not do this"),
     "a commit meanwhile": ({}, Fault("/commit/", 409, "conflict"), "somebody else changed org/judge meanwhile (409"),
     "a limit": ({}, Fault("/commit/", 429, "slow down", {"Retry-After": "7"}), "run the same command again in 7 s"),
@@ -321,9 +321,9 @@ def test_only_what_belongs_in_an_adapter_is_fetched(
         "holds model.bin, which its manifest does not list": files | {"model.bin": b"pickle"},
         "adapter_model.bin: only safetensors": files
         | {"adapter_model.bin": b"", MANIFEST: json.dumps(pickled).encode()},
-        "'../evil.json', which is outside": files | {"../evil.json": b"{}", MANIFEST: json.dumps(outside).encode()},
+        "'../evil.json', which lies outside": files | {"../evil.json": b"{}", MANIFEST: json.dumps(outside).encode()},
         f"lacks {CONFIG}": {name: content for name, content in files.items() if name != CONFIG},
-        "no adapter of mixfuse's": {"model.safetensors": b""},
+        "not an adapter of mixfuse": {"model.safetensors": b""},
         "not valid JSON": files | {MANIFEST: b"{"},
     }
     for message, held in cases.items():
@@ -370,7 +370,7 @@ def test_a_second_pull_into_the_same_place_is_refused(mixfuse: Run, hub: Hub, pu
     told: list[str] = []
     hub.faults = [Fault("GET /object", before=lambda: told.append(one_line(mixfuse("pull", published, out))))]
     assert mixfuse("pull", published, out).returncode == 0
-    assert "another pull is filling" in told[0]
+    assert "another pull writes to" in told[0]
     assert not list(tmp_path.glob(".back*"))
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from role_harness import made, stores  # noqa: F401 - fixtures of this folder
 
 EXPERTS = 4
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]

@@ -1,23 +1,27 @@
 """The admin client before a real server: what it returns, and the one line for each way the server can fail it."""
 
+import json
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 import uvicorn
+from role_harness import FakeEngine, revision, table
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
-from test_roles import FakeEngine, made, revision, stores, table  # noqa: F401 - `made` and `stores` are fixtures
 
 from mixfuse.app.admin_api import SwapRequest
 from mixfuse.app.client import AdminClient, RefusedError, ServerFailedError
 from mixfuse.app.evaluate import _served
 from mixfuse.app.gates import GateConfig, Gates
+from mixfuse.app.roles_commands import list_roles, show_history, swap_role
 from mixfuse.app.roles_routes import routes
 from mixfuse.app.server import LeasedRoles
 from mixfuse.contracts.errors import MixfuseError
@@ -42,7 +46,7 @@ def running(app: Starlette) -> Iterator[str]:
 
 
 @pytest.fixture
-def client(made: Callable[..., Path], stores) -> Iterator[AdminClient]:  # noqa: F811
+def client(made: Callable[..., Path], stores) -> Iterator[AdminClient]:
     """The client of a server whose role `domain` is served by adapter 1."""
     swapper = table(FakeEngine(), store=stores())
     fusion = FusionConfig.model_validate({"members": [{"name": "a", "role": "domain"}], "trace_db": "unused"})
@@ -59,7 +63,7 @@ def client(made: Callable[..., Path], stores) -> Iterator[AdminClient]:  # noqa:
         yield AdminClient(url)
 
 
-def test_the_client_reads_what_the_routes_write(client: AdminClient, made: Callable[..., Path]):  # noqa: F811
+def test_the_client_reads_what_the_routes_write(client: AdminClient, made: Callable[..., Path]):
     base, domain = client.roles()
     assert (base.role, base.revision, domain.revision) == ("base", None, revision(made(1)))
     swap = client.swap("domain", made(2))
@@ -71,10 +75,12 @@ def test_the_client_reads_what_the_routes_write(client: AdminClient, made: Calla
     assert [event.why for event in client.history("domain", limit=2)] == ["rollback", "unpin"]
 
 
-def test_a_gate_is_begun_seen_and_stopped(client: AdminClient, made: Callable[..., Path]):  # noqa: F811
-    begun = client.begin_gate("domain", SwapRequest(directory=made(2), shadow=5))
+def test_a_gate_is_begun_seen_and_stopped(client: AdminClient, made: Callable[..., Path]):
+    limits = {"max_latency_ratio": None}  # null is a limit of its own: not checked
+    begun = client.begin_gate("domain", SwapRequest(directory=made(2), shadow=5, limits=limits))
     assert (begun.state, begun.new, begun.under_way) == ("shadow", revision(made(2)), True)
-    assert begun.asked == {"directory": str(made(2)), "shadow": 5, "timeout_s": 600.0, "limits": {}}
+    assert begun.asked == {"directory": str(made(2)), "shadow": 5, "timeout_s": 600.0, "limits": limits}
+    assert "max_latency_ratio" not in begun.limits
     row = client.role("domain")
     assert row.gate == begun
     assert (row.staged.revision, row.staged.share) == (revision(made(2)), 0.0)
@@ -82,6 +88,23 @@ def test_a_gate_is_begun_seen_and_stopped(client: AdminClient, made: Callable[..
     assert (stopped.state, stopped.under_way) == ("stopped", False)
     assert client.role("domain").staged is None
     assert client.role("base").gate is client.stop_gate("base") is None
+
+
+def test_the_json_of_the_commands_is_the_servers(
+    client: AdminClient,
+    made: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+):
+    def printed() -> Any:
+        return json.loads(capsys.readouterr().out)
+
+    swap_role(client.url, "domain", made(2), as_json=True)
+    assert printed() == {"role": "domain", "old": revision(made(1)), "new": revision(made(2)), "drained": 0}
+    client.begin_gate("domain", SwapRequest(directory=made(3), shadow=5))
+    list_roles(client.url, as_json=True)
+    assert printed() == httpx.get(f"{client.url}/admin/roles").json()["roles"]
+    show_history(client.url, "domain", as_json=True)
+    assert printed() == httpx.get(f"{client.url}/admin/roles/domain/history").json()["history"]
 
 
 def test_a_refusal_is_the_servers_own_line(client: AdminClient, tmp_path: Path):

@@ -1,174 +1,60 @@
-"""The role table's order of things and its races, before a made-up engine that does as it is told.
+"""The order of a swap's steps, and its races, with a fake engine that a test holds up or lets fail.
 
-What a real engine does with adapters is in test_server.py and test_engine.py; here it is when which call is made.
+test_server.py and test_engine.py show what a real engine does with adapters.
 """
 
 import asyncio
-import json
 import math
 import random
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import httpx
-import numpy
 import pytest
 import yaml
 from prometheus_client import CollectorRegistry, generate_latest
-from safetensors.numpy import save_file
+from role_harness import FakeEngine, leased, revision, table
 from starlette.applications import Starlette
 
 from mixfuse.app.gates import GateConfig, Gates
 from mixfuse.app.roles_routes import RoleMetrics, routes
 from mixfuse.app.roles_store import StoredRoles, roll_back
-from mixfuse.app.server import ServeConfig
-from mixfuse.contracts import adapter, judge_protocol
+from mixfuse.app.server import ServeConfig, _probe_tolerance
 from mixfuse.contracts.adapter import (
     CONFIG,
-    MANIFEST,
-    PROBES,
     WEIGHTS,
-    Fingerprint,
     LogprobProbe,
-    Manifest,
     Probes,
     VerdictProbe,
 )
 from mixfuse.contracts.database import opened
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.strict_yaml import validate
-from mixfuse.serve.admission import Admission
 from mixfuse.serve.following import RecordFollower
-from mixfuse.serve.roles import RoleTable
 from mixfuse.serve.swap import Swapper
 from mixfuse.serve.watch import Folder, Watcher
-
-BASE = Fingerprint(**dict.fromkeys(("config", "tokenizer", "chat_template", "weights"), "0" * 64))
-
-
-class FakeEngine:
-    """Keeps the names that are loaded; waits or fails where a test says so."""
-
-    base_model_name = "base"
-
-    def __init__(self) -> None:
-        self.loaded: set[str] = set()
-        self.calls: list[str] = []
-        self.fail: dict[str, MixfuseError] = {}
-        self.gates: dict[str, asyncio.Event] = {}
-        self.begun = asyncio.Event()
-        self.says: dict[str, float] = {"base": -1.0}
-        self.prefers: dict[str, float] = {}
-
-    async def _step(self, what: str, name: str) -> None:
-        self.calls.append(f"{what} {name}")
-        if gate := self.gates.get(what):
-            self.begun.set()
-            await gate.wait()
-        if what in self.fail:
-            raise self.fail[what]
-
-    async def load_adapter(self, name: str, path: Path) -> None:
-        await self._step("load", name)
-        assert name not in self.loaded, "vLLM refuses a name that is loaded"
-        self.loaded.add(name)
-
-    async def unload_adapter(self, name: str) -> None:
-        await self._step("unload", name)
-        if name not in self.loaded:
-            raise MixfuseError("it cannot be found", kind="adapter")
-        self.loaded.remove(name)
-
-    async def probe(self, name: str) -> None:
-        await self._step("probe", name)
-        assert name in {"base", *self.loaded}
-
-    async def prompt_logprobs(self, name: str, prompt: list[int]) -> list[float]:
-        assert name in {"base", *self.loaded}
-        return [self.says.get(name, -2.0)] * (len(prompt) - 1)
-
-    async def first_token_logprobs(self, name: str, messages: list[dict[str, str]]) -> dict[str, float]:
-        p = self.prefers.get(name, 0.5)
-        return {" A": math.log(p), "B": math.log(1 - p)}
-
-
-@pytest.fixture
-def made(tmp_path: Path) -> Callable[..., Path]:
-    """Makes a whole adapter directory, once; equal numbers make equal revisions."""
-    done: set[Path] = set()
-
-    def make(
-        number: int, role: str = "domain", *, probes: Probes | None = None, at: Path | None = None, rank: int = 2
-    ) -> Path:
-        folder = at or tmp_path / f"{role}-{number}"
-        if folder in done and at is None:
-            return folder
-        done.add(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        stem = "base_model.model.model.layers.0.self_attn.q_proj"
-        weights = {
-            f"{stem}.lora_A.weight": numpy.full((rank, 8), number, numpy.float32),
-            f"{stem}.lora_B.weight": numpy.ones((8, rank), numpy.float32),
-        }
-        save_file(weights, folder / WEIGHTS)
-        (folder / CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": rank}))
-        if probes is not None:
-            (folder / PROBES).write_text(probes.model_dump_json())
-        files = adapter.file_hashes(folder)
-        manifest = Manifest(
-            role=role,
-            revision=adapter.revision_of(files),
-            base=BASE,
-            base_path="base",
-            rank=rank,
-            experts_trained=False,
-            files=files,
-            judge_protocol=judge_protocol.describe() if role == "judge" else None,
-        )
-        (folder / MANIFEST).write_text(manifest.model_dump_json())
-        return folder
-
-    return make
-
-
-def revision(directory: Path) -> str:
-    return adapter.read_manifest(directory).revision
-
-
-def table(
-    engine: FakeEngine, *roles: str, probe_tolerance: float | None = None, store: StoredRoles | None = None, **keys
-) -> Swapper:
-    """The swapper of a fresh role table."""
-    admission = Admission(BASE, 8, probe_tolerance=probe_tolerance)
-    return Swapper(RoleTable(engine, list(roles) or ["domain"], admission, record=store, **keys))
-
-
-async def leased(roles: Swapper, role: str = "domain") -> str:
-    async with roles.table.lease(role) as held:
-        return held.model
 
 
 async def test_a_staged_revision_serves_nobody_until_it_is_committed(made):
     engine = FakeEngine()
-    roles = table(engine)
-    staged = await roles.stage("domain", made(1))
-    assert await leased(roles) == "base"
+    swapper = table(engine)
+    staged = await swapper.stage("domain", made(1))
+    assert await leased(swapper) == "base"
     assert engine.loaded == {staged.model}
-    swap = await roles.commit("domain", staged)
+    swap = await swapper.commit("domain", staged)
     assert (swap.old, swap.new) == (None, revision(made(1)))
-    assert await leased(roles) == staged.model == f"domain@{revision(made(1))}"
+    assert await leased(swapper) == staged.model == f"domain@{revision(made(1))}"
 
 
 async def test_requests_end_on_the_revision_they_began_with(made):
     engine = FakeEngine()
-    roles = table(engine)
-    await roles.swap("domain", made(1))
-    async with roles.table.lease("domain") as held:
-        swapping = asyncio.create_task(roles.swap("domain", made(2)))
-        while roles.table.serving()["domain"] is held:  # noqa: ASYNC110
+    swapper = table(engine)
+    await swapper.swap("domain", made(1))
+    async with swapper.table.lease("domain") as held:
+        swapping = asyncio.create_task(swapper.swap("domain", made(2)))
+        while swapper.table.serving()["domain"] is held:  # noqa: ASYNC110
             await asyncio.sleep(0)
-        assert await leased(roles) == f"domain@{revision(made(2))}"
+        assert await leased(swapper) == f"domain@{revision(made(2))}"
         assert held.model in engine.loaded
         assert not swapping.done()
     assert (await swapping).drained == 1
@@ -178,9 +64,9 @@ async def test_requests_end_on_the_revision_they_began_with(made):
 @pytest.mark.parametrize("where", ["load", "probe"])
 async def test_a_swap_that_is_cancelled_leaves_nothing_in_the_engine(made, where: str):
     engine = FakeEngine()
-    roles = table(engine)
+    swapper = table(engine)
     engine.gates[where] = asyncio.Event()
-    swapping = asyncio.create_task(roles.swap("domain", made(1)))
+    swapping = asyncio.create_task(swapper.swap("domain", made(1)))
     await engine.begun.wait()
     swapping.cancel()
     await asyncio.sleep(0)
@@ -188,60 +74,88 @@ async def test_a_swap_that_is_cancelled_leaves_nothing_in_the_engine(made, where
     with pytest.raises(asyncio.CancelledError):
         await swapping
     assert engine.loaded == set()
-    assert await leased(roles) == "base"
-    await roles.swap("domain", made(1))  # and the role can be swapped again
+    assert await leased(swapper) == "base"
+    await swapper.swap("domain", made(1))  # and the role can be swapped again
 
 
 async def test_one_swap_of_a_role_at_a_time(made):
     engine = FakeEngine()
-    roles = table(engine, "domain", "judge")
-    staged = await roles.stage("domain", made(1))
+    swapper = table(engine, "domain", "judge")
+    staged = await swapper.stage("domain", made(1))
     with pytest.raises(MixfuseError, match="under way") as caught:
-        await roles.stage("domain", made(2))
+        await swapper.stage("domain", made(2))
     assert caught.value.kind == "conflict"
-    await roles.swap("judge", made(3, "judge"))
-    await roles.discard(staged)
+    await swapper.swap("judge", made(3, "judge"))
+    await swapper.discard(staged)
     with pytest.raises(MixfuseError, match="not staged"):
-        await roles.commit("domain", staged)
-    swaps = await asyncio.gather(*(roles.swap("domain", made(number)) for number in (1, 2, 3)))
+        await swapper.commit("domain", staged)
+    swaps = await asyncio.gather(*(swapper.swap("domain", made(number)) for number in (1, 2, 3)))
     assert {swap.new for swap in swaps} == {revision(made(number)) for number in (1, 2, 3)}
-    assert engine.loaded == {roles.table.serving()[role].model for role in ("domain", "judge")}
+    assert engine.loaded == {swapper.table.serving()[role].model for role in ("domain", "judge")}
 
 
 async def test_a_canary_gets_its_share_and_nothing_once_it_is_discarded(made):
     engine = FakeEngine()
     drawn = [number / 10 for number in range(10)]
-    roles = table(engine, draw=lambda: drawn[0])
-    await roles.swap("domain", made(1))
-    canary = await roles.stage("domain", made(2))
-    roles.table.set_canary("domain", canary, 0.3)
-    given = []
+    swapper = table(engine, draw=lambda: drawn[0])
+    await swapper.swap("domain", made(1))
+    canary = await swapper.stage("domain", made(2))
+    swapper.table.set_canary("domain", canary, 0.3)
+    leases = []
     while drawn:
-        given.append(await leased(roles))
+        leases.append(await leased(swapper))
         drawn.pop(0)
-    assert given.count(canary.model) == 3
+    assert leases.count(canary.model) == 3
     drawn.append(0.0)
-    async with roles.table.lease("domain") as held:
+    async with swapper.table.lease("domain") as held:
         assert held is canary
-        discarding = asyncio.create_task(roles.discard(canary))
+        discarding = asyncio.create_task(swapper.discard(canary))
         await asyncio.sleep(0)
-        assert await leased(roles) == f"domain@{revision(made(1))}"
+        assert await leased(swapper) == f"domain@{revision(made(1))}"
         assert canary.model in engine.loaded
     await discarding
     assert canary.model not in engine.loaded
 
 
+async def test_the_end_of_the_server_does_not_wait_for_a_drain(made):
+    engine = FakeEngine()
+    swapper = table(engine)
+    await swapper.swap("domain", made(1))
+    async with swapper.table.lease("domain") as held:
+        swapping = asyncio.create_task(swapper.swap("domain", made(2)))
+        while swapper.table.serving()["domain"] is held:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        async with asyncio.timeout(10):
+            await swapper.close()
+        assert held.model in engine.loaded, "its request goes on"
+        with pytest.raises(asyncio.CancelledError):
+            await swapping
+
+
+async def test_a_canary_that_is_cleared_stays_staged_and_gets_no_lease(made):
+    swapper = table(FakeEngine(), draw=lambda: 0.0)
+    canary = await swapper.stage("domain", made(1))
+    swapper.table.set_canary("domain", canary, 0.5)
+    assert await leased(swapper) == canary.model
+    swapper.table.clear_canary("domain")
+    assert await leased(swapper) == "base"
+    swapper.table.set_canary("domain", canary, 0.5)
+    await swapper.commit("domain", canary)
+    await swapper.stage("domain", made(2))
+    assert await leased(swapper) == canary.model, "the next staged revision does not inherit a share"
+
+
 async def test_going_back_to_a_revision_that_still_drains_does_not_load_it_again(made):
     engine = FakeEngine()
-    roles = table(engine)
-    await roles.swap("domain", made(1))
-    async with roles.table.lease("domain") as held:
-        swapping = asyncio.create_task(roles.swap("domain", made(2)))
-        while roles.table.serving()["domain"] is held:  # noqa: ASYNC110
+    swapper = table(engine)
+    await swapper.swap("domain", made(1))
+    async with swapper.table.lease("domain") as held:
+        swapping = asyncio.create_task(swapper.swap("domain", made(2)))
+        while swapper.table.serving()["domain"] is held:  # noqa: ASYNC110
             await asyncio.sleep(0)
-        await roles.swap("domain", made(1))
+        await swapper.swap("domain", made(1))
         await swapping  # it waits for a revision no more that stays on
-        assert roles.table.serving()["domain"] is held
+        assert swapper.table.serving()["domain"] is held
     assert engine.calls.count(f"load {held.model}") == 1
     assert engine.loaded == {held.model}
 
@@ -267,18 +181,18 @@ async def test_an_adapter_the_engine_does_not_apply_is_refused(made, says: float
     engine = FakeEngine()
     directory = made(1, probes=probes)
     engine.says[f"domain@{revision(directory)}"] = says
-    roles = table(engine)
+    swapper = table(engine)
     with pytest.raises(MixfuseError, match=words) as caught:
-        await roles.swap("domain", directory)
+        await swapper.swap("domain", directory)
     assert caught.value.kind == "adapter"
     assert engine.loaded == set()
-    assert await leased(roles) == "base"
+    assert await leased(swapper) == "base"
 
 
 @pytest.mark.parametrize(("lost", "kind"), [("probe", "engine"), ("probe domain", "adapter")])
 async def test_an_engine_that_is_gone_is_told_from_an_adapter_it_cannot_answer_with(made, lost: str, kind: str):
     engine = FakeEngine()
-    roles = table(engine)
+    swapper = table(engine)
     away = MixfuseError("no answer", kind="engine")
 
     async def probe(name: str) -> None:
@@ -287,7 +201,7 @@ async def test_an_engine_that_is_gone_is_told_from_an_adapter_it_cannot_answer_w
 
     engine.probe = probe
     with pytest.raises(MixfuseError, match="no answer") as caught:
-        await roles.swap("domain", made(1))
+        await swapper.swap("domain", made(1))
     assert caught.value.kind == kind
     assert engine.loaded == set()
 
@@ -305,12 +219,62 @@ async def test_a_judge_gives_its_stored_verdicts(made, p: float, refused: bool):
     messages = [{"role": "user", "content": "A or B?"}]
     directory = made(1, "judge", probes=stored(-2.0, verdicts=[VerdictProbe(messages=messages, p=0.8)]))
     engine.prefers[f"judge@{revision(directory)}"] = p
-    roles = table(engine, "judge")
+    swapper = table(engine, "judge")
     if refused:
         with pytest.raises(MixfuseError, match=r"stored comparison 1 is 0\.750; it was 0\.800"):
-            await roles.swap("judge", directory)
+            await swapper.swap("judge", directory)
     else:
-        await roles.swap("judge", directory)
+        await swapper.swap("judge", directory)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "off", "refused"), [("bfloat16", 0.4, False), ("bfloat16", 0.6, True), ("float32", 0.4, True)]
+)
+async def test_an_engine_below_float32_is_allowed_half_a_nat(made, dtype: str, off: float, refused: bool):
+    config = ServeConfig.model_validate({"engine": {"base": "base", "dtype": dtype}, "fusion": "fusion.yaml"})
+    engine = FakeEngine()
+    directory = made(1, probes=stored(-2.0))
+    engine.says[f"domain@{revision(directory)}"] = -2.0 - off
+    swapper = table(engine, probe_tolerance=_probe_tolerance(config))
+    if refused:
+        with pytest.raises(MixfuseError, match="off by"):
+            await swapper.swap("domain", directory)
+    else:
+        await swapper.swap("domain", directory)
+
+
+async def test_a_verdict_may_not_be_off_however_wide_the_tolerance(made):
+    engine = FakeEngine()
+    messages = [{"role": "user", "content": "A or B?"}]
+    directory = made(1, "judge", probes=stored(-2.0, verdicts=[VerdictProbe(messages=messages, p=0.8)]))
+    engine.prefers[f"judge@{revision(directory)}"] = 0.69
+    with pytest.raises(MixfuseError, match=r"stored comparison 1 is 0\.690"):
+        await table(engine, "judge", probe_tolerance=0.5).swap("judge", directory)
+
+
+async def test_an_effect_within_the_engines_own_noise_is_none(made):
+    engine = FakeEngine()
+    answers = iter([-1.0] * 3 + [-1.01] * 3)  # the three fixed prompts, twice
+
+    async def prompt_logprobs(name: str, prompt: list[int]) -> list[float]:
+        return [next(answers) if name == "base" else -1.02] * (len(prompt) - 1)
+
+    engine.prompt_logprobs = prompt_logprobs
+    with pytest.raises(MixfuseError, match="it ignores the adapter"):
+        await table(engine).swap("domain", made(1))
+
+
+async def test_an_unfit_adapter_is_refused_before_it_is_loaded(made):
+    engine = FakeEngine()
+    swapper = table(engine, "domain", "judge")
+    for role, directory, words in (
+        ("domain", made(1, rank=9), "rank 9 is above the engine's max_lora_rank 8"),
+        ("judge", made(2), r"its judge protocol \(version none\)"),
+        ("domain", made(math.nan), "NaN|finite"),
+    ):
+        with pytest.raises(MixfuseError, match=words):
+            await swapper.swap(role, directory)
+    assert engine.calls == []
 
 
 # --- more adapters than places --------------------------------------------------------------------------------------
@@ -318,11 +282,11 @@ async def test_a_judge_gives_its_stored_verdicts(made, p: float, refused: bool):
 
 async def three(engine: FakeEngine, made, **keys) -> Swapper:
     """Roles a, b, c, each with an adapter, in an engine of two places."""
-    roles = table(engine, "a", "b", "c", max_loaded=2, **keys)
+    swapper = table(engine, "a", "b", "c", max_loaded=2, **keys)
     for number, role in enumerate("abc"):
-        await roles.swap(role, made(number, role))
-    await roles.close()  # what was too much is out
-    return roles
+        await swapper.swap(role, made(number, role))
+    await swapper.close()  # what was too much is out
+    return swapper
 
 
 def present(engine: FakeEngine) -> set[str]:
@@ -331,31 +295,58 @@ def present(engine: FakeEngine) -> set[str]:
 
 async def test_the_least_recently_used_makes_room(made):
     engine = FakeEngine()
-    roles = await three(engine, made)
+    swapper = await three(engine, made)
     assert present(engine) == {"b", "c"}
-    await leased(roles, "b")
-    await leased(roles, "a")
+    await leased(swapper, "b")
+    await leased(swapper, "a")
     assert present(engine) == {"a", "b"}
-    await leased(roles, "c")
+    await leased(swapper, "c")
     assert present(engine) == {"a", "c"}
-    assert (roles.table.counts.loads, roles.table.counts.evictions) == (5, 3)
+    assert (swapper.table.counts.loads, swapper.table.counts.evictions) == (5, 3)
 
 
-async def test_one_load_for_all_who_wait_and_none_for_who_is_there(made):
+async def test_an_idle_adapter_makes_room_before_a_busy_one(made):
     engine = FakeEngine()
-    roles = await three(engine, made)
-    before = roles.table.counts.loads
-    assert set(await asyncio.gather(*(leased(roles, "a") for _ in range(20)))) == {roles.table.serving()["a"].model}
-    assert roles.table.counts.loads == before + 1
+    swapper = await three(engine, made)
+    await leased(swapper, "b")
+    await leased(swapper, "c")
+    async with swapper.table.lease("b"), asyncio.timeout(10):  # b was used less recently, but is in use
+        await leased(swapper, "a")
+        assert present(engine) == {"a", "b"}
 
 
-async def test_who_is_busy_is_not_unloaded_and_cannot_keep_the_others_out(made):
+async def test_an_adapter_loaded_by_an_engine_whose_answer_was_lost_does_not_stay(made):
     engine = FakeEngine()
-    roles = await three(engine, made)
+    load = engine.load_adapter
+
+    async def load_and_lose_the_answer(name: str, path: Path) -> None:
+        await load(name, path)
+        raise MixfuseError("no answer", kind="engine")
+
+    engine.load_adapter = load_and_lose_the_answer
+    swapper = table(engine)
+    with pytest.raises(MixfuseError, match="no answer"):
+        await swapper.swap("domain", made(1))
+    assert engine.loaded == set()
+    engine.load_adapter = load
+    await swapper.swap("domain", made(1))
+
+
+async def test_requests_that_wait_for_one_adapter_share_one_load(made):
+    engine = FakeEngine()
+    swapper = await three(engine, made)
+    before = swapper.table.counts.loads
+    assert set(await asyncio.gather(*(leased(swapper, "a") for _ in range(20)))) == {swapper.table.serving()["a"].model}
+    assert swapper.table.counts.loads == before + 1
+
+
+async def test_a_busy_adapter_is_not_unloaded_and_cannot_keep_the_others_out(made):
+    engine = FakeEngine()
+    swapper = await three(engine, made)
     order = []
 
     async def use(role: str, *, until: asyncio.Event | None = None) -> None:
-        async with roles.table.lease(role) as held:
+        async with swapper.table.lease(role) as held:
             assert held.model in engine.loaded
             order.append(role)
             if until:
@@ -380,40 +371,40 @@ async def test_who_is_busy_is_not_unloaded_and_cannot_keep_the_others_out(made):
 
 async def test_pinned_roles_stay_and_some_place_is_left(made):
     engine = FakeEngine()
-    roles = await three(engine, made)
-    await roles.table.pin("a", True)
+    swapper = await three(engine, made)
+    await swapper.table.pin("a", True)
     for role in "bcbc":
-        await leased(roles, role)
+        await leased(swapper, role)
         assert "a" in present(engine)
     with pytest.raises(MixfuseError, match="could not be served") as caught:
-        await roles.table.pin("b", True)
+        await swapper.table.pin("b", True)
     assert caught.value.kind == "conflict"
-    await roles.table.pin("a", False)
-    await leased(roles, "b")
+    await swapper.table.pin("a", False)
+    await leased(swapper, "b")
     assert present(engine) == {"b", "c"}
 
 
 async def test_an_adapter_that_changed_on_the_disk_does_not_come_back(made):
     engine = FakeEngine()
-    roles = await three(engine, made)
+    swapper = await three(engine, made)
     (made(0, "a") / "extra.json").write_text("{}")
     with pytest.raises(MixfuseError, match=r"extra\.json is not in the manifest"):
-        await leased(roles, "a")
+        await leased(swapper, "a")
     (made(0, "a") / "extra.json").unlink()
-    assert (await leased(roles, "a")).startswith("a@")
+    assert (await leased(swapper, "a")).startswith("a@")
 
 
 async def test_a_swap_of_a_role_that_is_not_loaded_needs_no_place_of_the_others(made):
     engine = FakeEngine()
-    roles = await three(engine, made)
-    async with roles.table.lease("b"), roles.table.lease("c"):
-        await roles.swap("a", made(7, "a"))
-        await roles.close()
+    swapper = await three(engine, made)
+    async with swapper.table.lease("b"), swapper.table.lease("c"):
+        await swapper.swap("a", made(7, "a"))
+        await swapper.close()
         assert present(engine) == {"b", "c"}, "they are in use; the new one waits on the disk for its first request"
-    assert await leased(roles, "a") == f"a@{revision(made(7, 'a'))}"
+    assert await leased(swapper, "a") == f"a@{revision(made(7, 'a'))}"
 
 
-async def test_requests_swaps_and_evictions_at_once_all_come_to_their_end(made, stores):
+async def test_requests_swaps_and_evictions_at_once_all_end(made, stores):
     engine, chance = FakeEngine(), random.Random(0)
     step = engine._step
 
@@ -422,56 +413,49 @@ async def test_requests_swaps_and_evictions_at_once_all_come_to_their_end(made, 
         await step(what, name)
 
     engine._step = slowly
-    roles = table(engine, *"abcd", max_loaded=2, store=stores())
-    await RecordFollower(roles).start({role: made(number, role) for number, role in enumerate("abcd")})
-    await roles.table.pin("d", True)
+    swapper = table(engine, *"abcd", max_loaded=2, store=stores())
+    await RecordFollower(swapper).start({role: made(number, role) for number, role in enumerate("abcd")})
+    await swapper.table.pin("d", True)
 
     async def ask() -> None:
         for _ in range(30):
-            async with roles.table.lease(chance.choice("abcd")) as held:
+            async with swapper.table.lease(chance.choice("abcd")) as held:
                 for _ in range(2):
                     assert held.model in engine.loaded
                     await asyncio.sleep(chance.random() / 500)
 
     async def swap(role: str, first: int) -> None:
         for number in range(4):
-            await roles.swap(role, made(first + number % 2, role))
+            await swapper.swap(role, made(first + number % 2, role))
 
     async with asyncio.timeout(60), asyncio.TaskGroup() as group:
         for _ in range(8):
             group.create_task(ask())
         group.create_task(swap("a", 10))
         group.create_task(swap("d", 20))
-    await roles.close()
+    await swapper.close()
     assert len(engine.loaded) == 2
-    assert roles.table.serving()["d"].model in engine.loaded
+    assert swapper.table.serving()["d"].model in engine.loaded
 
 
 # --- what outlives the process --------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def stores(tmp_path: Path):
-    """Makes records of gateways on one database."""
-    with opened(tmp_path / "traces.sqlite3") as database:
-        yield lambda gateway="one": StoredRoles(database, gateway)
-
-
 async def test_the_base_is_called_what_the_engine_calls_it_once_it_is_reached(made):
     engine = FakeEngine()
-    roles = table(engine)
+    swapper = table(engine)
     engine.base_model_name = "mixtral"
-    await RecordFollower(roles).start({"domain": None})
-    assert await leased(roles) == await leased(roles, "base") == "mixtral"
+    await RecordFollower(swapper).start({"domain": None})
+    assert await leased(swapper) == await leased(swapper, "base") == "mixtral"
 
 
 async def test_a_restart_comes_back_to_the_same_revisions(made, stores):
-    roles = table(FakeEngine(), "domain", "judge", store=stores())
-    assert await RecordFollower(roles).start({"domain": made(1), "judge": None}) == {
+    swapper = table(FakeEngine(), "domain", "judge", store=stores())
+    assert await RecordFollower(swapper).start({"domain": made(1), "judge": None}) == {
         "domain": "config",
         "judge": "config",
     }
-    await roles.swap("domain", made(2))
+    await swapper.swap("domain", made(2))
     again = table(FakeEngine(), "domain", "judge", "new", store=stores())
     taken = await RecordFollower(again).start({"domain": made(1), "judge": made(3, "judge"), "new": None})
     assert taken == {"domain": "role table", "judge": "role table", "new": "config"}
@@ -485,9 +469,9 @@ async def test_a_restart_comes_back_to_the_same_revisions(made, stores):
 
 @pytest.mark.parametrize("how", ["gone", "changed", "another"])
 async def test_an_adapter_that_is_not_what_it_was_ends_the_start_with_the_way_out(made, stores, tmp_path, how: str):
-    roles = table(FakeEngine(), store=stores())
-    await RecordFollower(roles).start({"domain": made(1)})
-    await roles.swap("domain", made(2))
+    swapper = table(FakeEngine(), store=stores())
+    await RecordFollower(swapper).start({"domain": made(1)})
+    await swapper.swap("domain", made(2))
     directory = made(2)
     first = revision(made(1))
     if how == "gone":
@@ -507,18 +491,18 @@ async def test_an_adapter_that_is_not_what_it_was_ends_the_start_with_the_way_ou
 
 async def test_rollbacks_walk_back_and_a_swap_after_one_is_undone_to_where_it_led(made, stores):
     engine = FakeEngine()
-    roles = table(engine, store=stores())
-    await RecordFollower(roles).start({"domain": None})
+    swapper = table(engine, store=stores())
+    await RecordFollower(swapper).start({"domain": None})
     for number in (1, 2, 3):
-        await roles.swap("domain", made(number))
-    went = [(await roles.rollback("domain")).new for _ in range(2)]
+        await swapper.swap("domain", made(number))
+    went = [(await swapper.rollback("domain")).new for _ in range(2)]
     assert went == [revision(made(2)), revision(made(1))]
-    await roles.swap("domain", made(4))
-    assert (await roles.rollback("domain")).new == revision(made(1))
-    assert (await roles.rollback("domain")).new is None
+    await swapper.swap("domain", made(4))
+    assert (await swapper.rollback("domain")).new == revision(made(1))
+    assert (await swapper.rollback("domain")).new is None
     assert engine.loaded == set()
     with pytest.raises(MixfuseError, match="nothing served 'domain' before"):
-        await roles.rollback("domain")
+        await swapper.rollback("domain")
     events = await stores().history("domain")
     assert [event.why for event in reversed(events)] == [
         *("config", "swap", "swap", "swap", "rollback", "rollback", "swap", "rollback", "rollback")
@@ -527,20 +511,20 @@ async def test_rollbacks_walk_back_and_a_swap_after_one_is_undone_to_where_it_le
 
 
 async def test_a_rollback_to_an_adapter_that_is_gone_leaves_the_present_one(made, stores, tmp_path):
-    roles = table(FakeEngine(), store=stores())
-    await RecordFollower(roles).start({"domain": made(1)})
-    await roles.swap("domain", made(2))
+    swapper = table(FakeEngine(), store=stores())
+    await RecordFollower(swapper).start({"domain": made(1)})
+    await swapper.swap("domain", made(2))
     gone = revision(made(1))
     made(1).rename(tmp_path / "elsewhere")
     with pytest.raises(MixfuseError, match="no such adapter directory"):
-        await roles.rollback("domain")
-    assert roles.table.serving()["domain"].revision == revision(made(2))
+        await swapper.rollback("domain")
+    assert swapper.table.serving()["domain"].revision == revision(made(2))
     newest, *_ = await stores().history("domain")
     assert (newest.why, newest.outcome, newest.new) == ("rollback", "refused", gone)
     assert "no such adapter directory" in newest.error
 
 
-async def test_of_two_gateways_that_swap_at_once_one_is_told_and_follows(made, stores):
+async def test_of_two_gateways_that_swap_at_once_one_gets_a_conflict_and_follows(made, stores):
     engines = FakeEngine(), FakeEngine()
     one, two = (table(engine, store=stores(name)) for engine, name in zip(engines, ("one", "two"), strict=True))
     await RecordFollower(one).start({"domain": made(1)})
@@ -580,27 +564,73 @@ async def test_a_gateway_that_cannot_follow_serves_on_and_says_so(made, stores):
     assert one.table.serving()["domain"].revision == revision(made(1))
 
 
-async def test_a_commit_that_cannot_be_recorded_is_none(made, stores, tmp_path):
+async def test_a_failed_revision_is_tried_again_after_a_minute_and_a_newer_one_at_once(made, stores):
+    engines = FakeEngine(), FakeEngine()
+    one, two = (table(engine, store=stores(name)) for engine, name in zip(engines, ("one", "two"), strict=True))
+    now = 1000.0
+    follower = RecordFollower(two, clock=lambda: now)
+    await RecordFollower(one).start({"domain": made(1)})
+    await follower.start({"domain": made(1)})
+
+    def loads(number: int) -> int:
+        return engines[1].calls.count(f"load domain@{revision(made(number))}")
+
+    await one.swap("domain", made(2))
+    engines[1].fail["load"] = MixfuseError("no room", kind="adapter")
+    for now, tries in ((1000.0, 1), (1059.0, 1), (1061.0, 2), (1100.0, 2), (1122.0, 3)):
+        await follower.follow()
+        assert loads(2) == tries, now
+    await one.swap("domain", made(3))
+    await follower.follow()
+    assert loads(3) == 1
+    engines[1].fail.clear()
+    now = 1200.0
+    await follower.follow()
+    assert two.table.serving()["domain"].revision == revision(made(3))
+    assert two.table.state("domain").problem is None
+
+
+async def test_a_role_that_is_being_swapped_here_does_not_hold_up_the_others(made, stores):
+    engines = FakeEngine(), FakeEngine()
+    one, two = (
+        table(engine, "a", "b", store=stores(name)) for engine, name in zip(engines, ("one", "two"), strict=True)
+    )
+    for swapper in (one, two):
+        await RecordFollower(swapper).start({"a": made(1, "a"), "b": made(2, "b")})
+    gate = engines[1].gates["load"] = asyncio.Event()
+    swapping = asyncio.create_task(two.swap("a", made(3, "a")))
+    await engines[1].begun.wait()
+    await one.swap("a", made(4, "a"))
+    await one.table.pin("b", True)
+    async with asyncio.timeout(10):
+        await RecordFollower(two).follow()
+    assert two.table.state("b").pinned, "a pin at another gateway is followed"
+    gate.set()
+    with pytest.raises(MixfuseError, match="changed by another gateway"):
+        await swapping
+
+
+async def test_a_commit_that_cannot_be_recorded_changes_nothing(made, stores, tmp_path):
     engine = FakeEngine()
     with opened(tmp_path / "other.sqlite3") as database:
-        roles = table(engine, store=StoredRoles(database, "one"))
-        await RecordFollower(roles).start({"domain": made(1)})
-        staged = await roles.stage("domain", made(2))
+        swapper = table(engine, store=StoredRoles(database, "one"))
+        await RecordFollower(swapper).start({"domain": made(1)})
+        staged = await swapper.stage("domain", made(2))
         database.run_now(lambda connection: connection.exec_driver_sql("DROP TABLE role_history"))
         with pytest.raises(MixfuseError, match="cannot be reached") as caught:
-            await roles.commit("domain", staged)
+            await swapper.commit("domain", staged)
     assert caught.value.kind == "trace_db"
-    assert await leased(roles) == f"domain@{revision(made(1))}"
+    assert await leased(swapper) == f"domain@{revision(made(1))}"
     assert engine.loaded == {f"domain@{revision(made(1))}"}
 
 
-async def test_who_goes_away_in_a_commit_has_committed(made, stores):
+async def test_a_commit_whose_caller_is_cancelled_completes(made, stores):
     engine = FakeEngine()
-    roles = table(engine, store=stores())
-    await RecordFollower(roles).start({"domain": made(1)})
-    async with roles.table.lease("domain"):
-        swapping = asyncio.create_task(roles.swap("domain", made(2)))
-        while roles.table.serving()["domain"].revision != revision(made(2)):  # noqa: ASYNC110
+    swapper = table(engine, store=stores())
+    await RecordFollower(swapper).start({"domain": made(1)})
+    async with swapper.table.lease("domain"):
+        swapping = asyncio.create_task(swapper.swap("domain", made(2)))
+        while swapper.table.serving()["domain"].revision != revision(made(2)):  # noqa: ASYNC110
             await asyncio.sleep(0.001)
         swapping.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -610,13 +640,13 @@ async def test_who_goes_away_in_a_commit_has_committed(made, stores):
 
 
 async def test_refusals_and_pins_are_in_the_history_and_pins_last(made, stores):
-    roles = table(FakeEngine(), store=stores())
-    await RecordFollower(roles).start({"domain": made(1)})
+    swapper = table(FakeEngine(), store=stores())
+    await RecordFollower(swapper).start({"domain": made(1)})
     with pytest.raises(MixfuseError):
-        await roles.swap("domain", made(2, rank=9))
-    canary = await roles.stage("domain", made(3))
-    await roles.discard(canary, reason="agreement 0.3 is below 0.5")
-    await roles.table.pin("domain", True)
+        await swapper.swap("domain", made(2, rank=9))
+    canary = await swapper.stage("domain", made(3))
+    await swapper.discard(canary, reason="agreement 0.3 is below 0.5")
+    await swapper.table.pin("domain", True)
     told = [(event.why, event.outcome, event.new) for event in await stores().history("domain")]
     assert told == [
         ("pin", "ok", revision(made(1))),
@@ -633,17 +663,17 @@ async def test_refusals_and_pins_are_in_the_history_and_pins_last(made, stores):
 
 
 async def test_the_newest_adapter_of_a_folder_is_swapped_in_once_it_is_whole(made, stores, tmp_path, caplog):
-    roles = table(FakeEngine(), store=stores())
-    await RecordFollower(roles).start({"domain": None})
-    watcher = Watcher(roles, Folder(tmp_path / "watched"), "domain")
+    swapper = table(FakeEngine(), store=stores())
+    await RecordFollower(swapper).start({"domain": None})
+    watcher = Watcher(swapper, Folder(tmp_path / "watched"), "domain")
     place = tmp_path / "watched" / "domain"
     await watcher.poll()
 
     made(1, at=place / "first")
     await watcher.poll()
-    assert roles.table.serving()["domain"].revision is None, "it may still be written"
+    assert swapper.table.serving()["domain"].revision is None, "it may still be written"
     await watcher.poll()
-    assert roles.table.serving()["domain"].revision == revision(place / "first")
+    assert swapper.table.serving()["domain"].revision == revision(place / "first")
 
     made(2, at=place / ".half")
     made(3, at=place / "second")
@@ -651,28 +681,28 @@ async def test_the_newest_adapter_of_a_folder_is_swapped_in_once_it_is_whole(mad
     (place / "second" / WEIGHTS).write_bytes(whole[:-4])
     for _ in range(4):
         await watcher.poll()
-    assert roles.table.serving()["domain"].revision == revision(place / "first")
+    assert swapper.table.serving()["domain"].revision == revision(place / "first")
     assert len([record for record in caplog.records if "was changed after export" in record.message]) == 1
     (place / "second" / WEIGHTS).write_bytes(whole)
     for _ in range(2):
         await watcher.poll()
-    assert roles.table.serving()["domain"].revision == revision(place / "second")
+    assert swapper.table.serving()["domain"].revision == revision(place / "second")
 
-    await roles.rollback("domain")
+    await swapper.rollback("domain")
     for _ in range(2):
-        await Watcher(roles, Folder(tmp_path / "watched"), "domain").poll()
+        await Watcher(swapper, Folder(tmp_path / "watched"), "domain").poll()
         await watcher.poll()
-    assert roles.table.serving()["domain"].revision == revision(place / "first"), "a rollback lasts"
+    assert swapper.table.serving()["domain"].revision == revision(place / "first"), "a rollback lasts"
     assert [event.why for event in await stores().history("domain") if event.outcome == "ok"] == [
         *("rollback", "watch", "watch", "config")
     ]
 
 
-async def test_an_engine_that_is_away_is_waited_for_but_not_for_ever(made, stores, tmp_path):
+async def test_the_watcher_retries_an_engine_that_is_away_three_times(made, stores, tmp_path):
     engine = FakeEngine()
-    roles = table(engine, store=stores())
-    await RecordFollower(roles).start({"domain": None})
-    watcher = Watcher(roles, Folder(tmp_path / "watched"), "domain")
+    swapper = table(engine, store=stores())
+    await RecordFollower(swapper).start({"domain": None})
+    watcher = Watcher(swapper, Folder(tmp_path / "watched"), "domain")
     made(1, at=tmp_path / "watched" / "domain" / "first")
     engine.fail["load"] = MixfuseError("no answer", kind="engine")
     for _ in range(6):
@@ -680,11 +710,11 @@ async def test_an_engine_that_is_away_is_waited_for_but_not_for_ever(made, store
     assert len([call for call in engine.calls if call.startswith("load")]) == 3
     engine.fail.clear()
     await watcher.poll()
-    assert roles.table.serving()["domain"].revision is None
+    assert swapper.table.serving()["domain"].revision is None
     made(2, at=tmp_path / "watched" / "domain" / "second")
     for _ in range(2):
         await watcher.poll()
-    assert roles.table.serving()["domain"].revision == revision(tmp_path / "watched" / "domain" / "second")
+    assert swapper.table.serving()["domain"].revision == revision(tmp_path / "watched" / "domain" / "second")
 
 
 # --- over HTTP ------------------------------------------------------------------------------------------------------
@@ -693,14 +723,14 @@ async def test_an_engine_that_is_away_is_waited_for_but_not_for_ever(made, store
 @pytest.fixture
 async def admin(made, stores):
     """A role table behind its routes, and the client that asks them."""
-    roles = table(FakeEngine(), store=stores())
-    await RecordFollower(roles).start({"domain": made(1)})
-    app = Starlette(routes=routes(roles, stores(), Gates(roles, None, None, GateConfig())))  # none is begun
+    swapper = table(FakeEngine(), store=stores())
+    await RecordFollower(swapper).start({"domain": made(1)})
+    app = Starlette(routes=routes(swapper, stores(), Gates(swapper, None, None, GateConfig())))  # none is begun
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://admin/admin/roles") as client:
-        yield roles, client
+        yield swapper, client
 
 
-async def test_every_way_is_there_over_http(admin, made):
+async def test_every_action_works_over_http(admin, made):
     _, client = admin
     other = str(made(2))
     done = await client.put("/domain", json={"directory": other})
@@ -719,8 +749,8 @@ async def test_every_way_is_there_over_http(admin, made):
 
 
 async def test_refusals_have_their_status(admin, made):
-    roles, client = admin
-    staged = await roles.stage("domain", made(3))
+    swapper, client = admin
+    staged = await swapper.stage("domain", made(3))
     statuses = {
         ("PUT", "/domain", '{"directory": "nowhere"}'): (409, "conflict"),
         ("PUT", "/nobody", '{"directory": "nowhere"}'): (404, "role"),
@@ -733,8 +763,10 @@ async def test_refusals_have_their_status(admin, made):
     for (method, path, body), (status, kind) in statuses.items():
         answer = await client.request(method, path, content=body)
         assert (answer.status_code, answer.json()["error"]["type"]) == (status, kind), (method, path)
-    await roles.discard(staged)
+    await swapper.discard(staged)
     assert (await client.put("/domain", json={"directory": "nowhere"})).status_code == 400
+    swapper.table.engine.fail["load"] = MixfuseError("no answer", kind="engine")
+    assert (await client.put("/domain", json={"directory": str(made(4))})).status_code == 503
     assert (await client.post("/domain/rollback")).status_code == 409  # nothing served it before
 
 
@@ -749,11 +781,11 @@ async def test_changes_want_the_admin_key(admin, monkeypatch: pytest.MonkeyPatch
     assert allowed.status_code == 200
 
 
-async def test_the_metrics_tell_what_serves_and_who_is_behind(admin, made):
-    roles, _ = admin
+async def test_the_metrics_show_what_serves_and_which_role_is_behind(admin, made):
+    swapper, _ = admin
     registry = CollectorRegistry()
-    registry.register(RoleMetrics(roles.table))
-    roles.table.state("domain").problem = "it is not here"
+    registry.register(RoleMetrics(swapper.table))
+    swapper.table.state("domain").problem = "it is not here"
     text = generate_latest(registry).decode()
     assert f'mixfuse_role_revision{{revision="{revision(made(1))}",role="domain"}} 1.0' in text
     assert 'mixfuse_role_behind{role="domain"} 1.0' in text

@@ -9,8 +9,8 @@ import pytest
 import yaml
 from train_harness import PROJECT, write_jsonl
 
-from mixfuse.app.loop import LoopConfig
-from mixfuse.app.preferences import Kind
+from mixfuse.app.loop_config import LoopConfig
+from mixfuse.app.pairs_spec import Kind
 from mixfuse.app.verifiers import Comparing
 from mixfuse.cli.entry import main
 from mixfuse.contracts.files import read_json

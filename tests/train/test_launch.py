@@ -14,8 +14,10 @@ import pytest
 import train_harness as harness
 from train_harness import SFT_STEPS, Run
 
+from mixfuse.cli.launch import LAUNCHERS as LAUNCHER_FLAGS
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.files import read_jsonl
+from mixfuse.train.launching.launchers import LAUNCHERS
 from mixfuse.train.launching.launchers.deepspeed import read_hostfile
 from mixfuse.train.processes.checkpoint import last_checkpoint
 
@@ -95,6 +97,10 @@ def test_a_bad_host_file_is_one_line(text: str, message: str, tmp_path: Path) ->
     (tmp_path / "hosts").write_text(text)
     with pytest.raises(MixfuseError, match=message):
         read_hostfile(tmp_path / "hosts")
+
+
+def test_the_flags_of_launch_are_the_launchers() -> None:
+    assert set(LAUNCHER_FLAGS) == set(LAUNCHERS)
 
 
 def test_only_what_runs_in_several_processes_is_launched(sft_recipe: Path) -> None:

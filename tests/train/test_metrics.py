@@ -1,4 +1,4 @@
-"""Every run leaves training_metrics.jsonl and a picture; Weights & Biases holds the same where it is asked for."""
+"""Every run leaves metrics.jsonl and a picture; Weights & Biases holds the same where it is asked for."""
 
 import json
 import struct

@@ -160,7 +160,7 @@ def test_pairs_of_another_protocol_or_without_their_twin_are_refused(pool: Path,
         pairs.read_pairs(path)
     for broken in (rows[:-1], rows[1:], [rows[0], *rows[2:], rows[1]]):
         write_jsonl(path, broken)
-        with pytest.raises(MixfuseError, match="without the other order"):
+        with pytest.raises(MixfuseError, match="lacks the other order"):
             pairs.read_pairs(path)
 
 

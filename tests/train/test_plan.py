@@ -215,7 +215,7 @@ def test_the_command_says_what_is_wrong(tmp_path: Path) -> None:
     recipe.write_text(recipe_for(tmp_path).model_dump_json(exclude_defaults=True))
     for arguments, message in (
         ([], "no config.json in"),
-        (["--model", str(MODEL), "--gpu-memory", "much"], "'much' is no size"),
+        (["--model", str(MODEL), "--gpu-memory", "much"], "'much' is not a size"),
         (["--nodes", "0"], "at least 1"),
         (["optimizer.steps=x"], "'optimizer.steps'"),
     ):

@@ -11,7 +11,9 @@ import yaml
 from train_harness import PROJECT, write_jsonl
 
 from mixfuse.app import preferences
-from mixfuse.app.preferences import PairsSpec, Source, questions, read_spec
+from mixfuse.app.pair_sources import read_source
+from mixfuse.app.pairs_spec import PairsSpec, Source, read_spec
+from mixfuse.app.prompts import read_prompts
 from mixfuse.app.verifiers import check_of, program
 from mixfuse.cli.entry import main
 from mixfuse.contracts.errors import MixfuseError
@@ -33,7 +35,7 @@ def read(path: Path, rows: list[dict[str, Any]], **keys: Any) -> tuple[list[Pref
     """What a source gives."""
     source = Source(path=str(write_jsonl(path, rows)), **keys)
     spec = PairsSpec(sources=(source,))
-    found = preferences._read(source, spec, path.with_suffix(".out.jsonl"), False)
+    found = read_source(source, seed=spec.seed, verdicts=path.with_suffix(".sqlite3"), progress=False)
     return found.preferences, found.counts
 
 
@@ -141,7 +143,7 @@ def test_ties_and_labels_without_a_majority_are_counted_not_used(tmp_path: Path)
     rows = [label("1?", "tie"), label("2?", "A", [1, 2]), label("3?", "A", [1, 2, 2]), label("4?", "A", [1])]
     found, counts = read(tmp_path / "labels.jsonl", rows, kind="labels")
     assert [one.prompt for one in found] == ["4?"]
-    assert (counts["rows"], counts["ties"], counts["labels that the votes do not carry"]) == (4, 1, 2)
+    assert (counts["rows"], counts["ties"], counts["labels without a majority of the votes"]) == (4, 1, 2)
 
 
 @pytest.mark.parametrize(
@@ -194,11 +196,11 @@ def test_questions_are_read_from_every_shape(tmp_path: Path) -> None:
         {"input": "three?", "output_1": "x"},
         {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "four?"}]},
     ]
-    assert questions(write_jsonl(tmp_path / "rows.jsonl", shapes)) == ["one?", "two?", "three?", "four?"]
+    assert read_prompts(write_jsonl(tmp_path / "rows.jsonl", shapes)) == ["one?", "two?", "three?", "four?"]
     (tmp_path / "list.json").write_text(json.dumps(shapes[:2]))
-    assert questions(tmp_path / "list.json") == ["one?", "two?"]
-    with pytest.raises(MixfuseError, match=r"none.jsonl:1: no prompt is there"):
-        questions(write_jsonl(tmp_path / "none.jsonl", [{"text": "x"}]))
+    assert read_prompts(tmp_path / "list.json") == ["one?", "two?"]
+    with pytest.raises(MixfuseError, match=r"none.jsonl:1: the row has no prompt"):
+        read_prompts(write_jsonl(tmp_path / "none.jsonl", [{"text": "x"}]))
 
 
 def marked_rows(count: int) -> list[dict[str, Any]]:
@@ -308,8 +310,8 @@ def test_the_strength_of_a_vote_is_written(tmp_path: Path) -> None:
     [
         ("sources=[]", "'sources'"),
         ("balanse=[length]", "unknown key 'balanse'; did you mean 'balance'"),
-        ("sources=[{path: a.jsonl}, {path: b/a.jsonl}]", "several sources are called 'a'"),
-        ("sources=[{path: a.jsonl, kind: judge}]", "'judge', the endpoint, goes with kind: judge"),
+        ("sources=[{path: a.jsonl}, {path: b/a.jsonl}]", "several sources have the name 'a'"),
+        ("sources=[{path: a.jsonl, kind: judge}]", "'judge' (the endpoint) and kind: judge need each other"),
         ("sources=[{path: a.jsonl, verifier: {python: 'no function'}}]", "verifier"),
     ],
 )
@@ -333,7 +335,7 @@ def test_nothing_left_says_what_took_it(tmp_path: Path) -> None:
 
 
 def test_overrides_go_with_a_spec(tmp_path: Path) -> None:
-    with pytest.raises(MixfuseError, match="is no spec"):
+    with pytest.raises(MixfuseError, match="is not a spec"):
         read_spec(tmp_path / "pool.jsonl", {}, ["seed=1"])
     assert read_spec(spec_of(tmp_path), {"per_prompt": 5}, ["seed=1"]).per_prompt == 5
 
