@@ -8,7 +8,8 @@ Little data must do no harm: where cross-validation does not show that weighing 
 returns the best member's answer and says why (`Combiner.fallback`).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -83,6 +84,7 @@ class Fitted:
         weighed: (Q,) The mark of the weighed answer, by `held_out`; NaN where it is not marked.
         best: Index of the member that is right most often.
         calibration: By the number of members that answered.
+        weight: (Q,) One over the probability with which all members were asked.
     """
 
     table: Table
@@ -92,6 +94,7 @@ class Fitted:
     weighed: Floats
     best: int
     calibration: list[Calibrated]
+    weight: Floats
 
 
 def layout_of(questions: Sequence[Question], members: Sequence[str] | None = None) -> Layout:
@@ -109,13 +112,14 @@ def fit_weights(questions: Sequence[Question], options: Options) -> Fitted:
     """
     layout = layout_of(questions)
     table = tabulate(questions, layout)
-    table = table.rows(np.flatnonzero(table.marked))
+    marked = np.flatnonzero(table.marked)
+    table = table.rows(marked)
     if len(table) < _LEAST_MARKED:
         raise MixfuseError(
             f"{len(table)} of {len(questions)} questions are marked; a combiner needs at least {_LEAST_MARKED}, and "
             "some hundreds to help"
         )
-    accuracies = _accuracies(table)
+    accuracies = member_accuracies(table)
     generator = np.random.default_rng(options.seed)
     fold = generator.permutation(len(table)) % FOLDS
     design = _design(table, generator)
@@ -133,7 +137,7 @@ def fit_weights(questions: Sequence[Question], options: Options) -> Fitted:
     strength = min(losses, key=lambda value: losses[value])
     held_out = candidates[strength]
     parameters = _maximise(design, strength * penalty, np.ones(len(design.row), bool), start)
-    weighed = leading_marks(table, _scores_by_row(table, held_out), accuracies)
+    weighed = leading_marks(table, scores_by_row(table, held_out), accuracies)
     return Fitted(
         table,
         parameters,
@@ -142,6 +146,7 @@ def fit_weights(questions: Sequence[Question], options: Options) -> Fitted:
         weighed,
         int(np.argmax(accuracies)),
         _calibrations(table, held_out, accuracies, generator),
+        np.array([1.0 / math.prod(questions[row].propensities.values()) for row in marked]),
     )
 
 
@@ -150,7 +155,7 @@ def combiner_of(fitted: Fitted, questions: Sequence[Question], how: Agreement, o
     layout, parameters = fitted.table.layout, fitted.parameters
     blocks = {name: parameters[place] for name, place in layout.blocks.items()}
     domain = blocks["domain"].reshape(len(layout.members), len(layout.domains))
-    accuracies = _accuracies(fitted.table)
+    accuracies = member_accuracies(fitted.table)
     members = {
         name: MemberWeights(
             weight=float(blocks["member"][m]),
@@ -306,7 +311,7 @@ def _penalty(layout: Layout) -> Floats:
     return values
 
 
-def _scores_by_row(table: Table, parameters: Floats, asked: Bools | None = None) -> Floats:
+def scores_by_row(table: Table, parameters: Floats, asked: Bools | None = None) -> Floats:
     """(Q, C + 1) scores where each row has parameters of its own, as cross-validation gives them."""
     everyone = np.ones(table.answered.shape, bool) if asked is None else asked
     scores = np.empty((len(table), table.share.shape[2] + 1))
@@ -318,11 +323,11 @@ def _scores_by_row(table: Table, parameters: Floats, asked: Bools | None = None)
 
 def _loss(table: Table, held_out: Floats) -> float:
     """Mean negative log-likelihood of the truth among the answers in hand, in nats a question."""
-    share = probabilities(_scores_by_row(table, held_out))
+    share = probabilities(scores_by_row(table, held_out))
     return float(-np.log(np.clip((share * table.maybe).sum(1), 1e-12, None)).mean())
 
 
-def _accuracies(table: Table) -> Floats:
+def member_accuracies(table: Table) -> Floats:
     """(M,) the share of right answers, shrunk by two answers towards the pool's mean."""
     counted = ~np.isnan(table.mark)
     mean = np.nanmean(table.mark) if counted.any() else 0.5
@@ -338,7 +343,7 @@ def _calibrations(
     found: list[tuple[Floats, Floats, NDArray[np.int64]]] = []
     for asked in [np.ones((q, m), bool), *states(generator, q, m, 2 * m)]:
         heard = (table.answered & asked).sum(1)
-        scores = _scores_by_row(table, held_out, asked)
+        scores = scores_by_row(table, held_out, asked)
         lead = probabilities(scores)[:, :-1].max(1)
         marks = leading_marks(table, scores, accuracies, asked)
         usable = (heard > 0) & ~np.isnan(marks)
@@ -384,6 +389,3 @@ def subset(questions: Sequence[Question], members: Sequence[str]) -> list[Questi
             answers = tuple(question.answers[place] for place in places)
             result.append(replace(question, answers=answers, comparisons=comparisons))
     return result
-
-
-Chooser = Callable[[Table], Floats]
