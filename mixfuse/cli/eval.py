@@ -90,44 +90,44 @@ def _register_fusion(evaluate: options.Commands) -> None:
 
 
 def _judge(arguments: argparse.Namespace) -> None:
-    from mixfuse.app.evaluate import eval_judge
+    from mixfuse.app.evaluate import Judges, eval_judge, server_at
+    from mixfuse.fusion.batch import Results
 
     report = eval_judge(
-        arguments.judge,
+        Judges(arguments.judge, arguments.against, arguments.baseline == "untrained", arguments.base),
         arguments.data,
-        base=arguments.base,
-        url=arguments.url,
+        server_at(arguments.url),
+        Results(arguments.out, arguments.cache),
         limit=arguments.limit,
         concurrency=arguments.concurrency,
-        against=arguments.against,
-        untrained=arguments.baseline == "untrained",
-        out=arguments.out,
-        cache=arguments.cache,
     )
     if arguments.json:
         print(json.dumps(report.to_json()))
 
 
 def _fusion(arguments: argparse.Namespace) -> None:
-    from mixfuse.app.evaluate import eval_fusion
+    from mixfuse.app.evaluate import TaskSource, eval_fusion, server_at
+    from mixfuse.fusion.batch import Results, Sampling
+    from mixfuse.fusion.measure.eval_fusion import Design
 
     report = eval_fusion(
         arguments.config,
-        tasks=arguments.tasks,
-        data=arguments.data,
-        verifier=arguments.verifier,
-        split=arguments.split,
-        count=arguments.count,
-        limit=arguments.limit,
-        modes=arguments.modes,
-        choose_share=arguments.choose_share,
-        temperature=arguments.temperature,
-        max_tokens=arguments.max_tokens,
-        seed=arguments.seed,
-        concurrency=arguments.concurrency,
-        url=arguments.url,
-        out=arguments.out,
-        cache=arguments.cache,
+        TaskSource(
+            tasks=arguments.tasks,
+            split=arguments.split,
+            count=arguments.count,
+            data=arguments.data or (),
+            limit=arguments.limit,
+            verifier=arguments.verifier,
+        ),
+        server_at(arguments.url),
+        Design(
+            modes=arguments.modes,
+            choose_share=arguments.choose_share,
+            sampling=Sampling(arguments.temperature, arguments.max_tokens, arguments.seed),
+            concurrency=arguments.concurrency,
+        ),
+        Results(arguments.out, arguments.cache),
     )
     if arguments.json:
         print(json.dumps(report.to_json()))

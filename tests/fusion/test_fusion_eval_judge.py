@@ -21,8 +21,11 @@ from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.files import read_jsonl
 from mixfuse.contracts.judge_protocol import Calibration
 from mixfuse.fusion.calls.upstream import Endpoint
-from mixfuse.fusion.measure.eval_judge import Comparison, JudgeReport, Views, compared, evaluate, known, load
-from mixfuse.fusion.measure.eval_judge import report as report_on
+from mixfuse.fusion.measure.comparisons import Comparison, load
+from mixfuse.fusion.measure.eval_judge import all_cached, evaluate
+from mixfuse.fusion.measure.judge_report import JudgeReport, compared
+from mixfuse.fusion.measure.judge_report import report as report_on
+from mixfuse.fusion.measure.marks import Views
 from mixfuse.fusion.store.cache import Cache
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -308,9 +311,9 @@ async def test_a_second_run_asks_nothing(upstream: FakeUpstream, tmp_path: Path)
         first = await evaluate(endpoint, PAIRS, progress=False, cache=cache)
     assert (cache.added, cache.hits) == (8, 0)
     with Cache(tmp_path / "deep" / "cache.sqlite3") as cache:
-        assert known("r1", PAIRS, cache)
-        assert not known("r2", PAIRS, cache)
-        assert not known("r1", [*PAIRS, Comparison("new", "x", "y", "first")], cache)
+        assert all_cached("r1", PAIRS, cache)
+        assert not all_cached("r2", PAIRS, cache)
+        assert not all_cached("r1", [*PAIRS, Comparison("new", "x", "y", "first")], cache)
         assert await evaluate(endpoint, PAIRS, progress=False, cache=cache) == first
         assert (cache.added, cache.hits) == (0, 8)
         assert len(upstream.requests) == 8
