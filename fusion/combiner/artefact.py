@@ -15,7 +15,7 @@ Plain Python: a gateway weighs some answers of a request in well under a millise
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -156,7 +156,7 @@ class Combiner(Strict):
         figures: Cross-validated, as `combiner fit --json` prints them.
     """
 
-    version: Literal[1] = VERSION
+    version: Literal[1] = 1
     agreement: Literal["never", "exact", "number", "json", "choice"]
     members: dict[str, MemberWeights] = Field(min_length=1)
     pairs: list[Pair] = []
@@ -278,7 +278,7 @@ def weigh(
         raise ValueError("there are no answers to weigh")
     groups = grouped(answers)
     given = _counts(answers)
-    scores = [_score(combiner, key, places, answers, given, domain) for key, places in groups.items()]
+    scores = [_score(combiner, group, answers, domain) for group in groups.items()]
     for judge, weight in combiner.judges.items():
         if weight and (said := [comparison for comparison in comparisons if comparison.judge == judge]):
             for place, strength in enumerate(strengths(list(groups.values()), said)):
@@ -340,15 +340,10 @@ def strengths(classes: Sequence[Sequence[int]], comparisons: Sequence[Comparison
     return [value - mean for value in strength]
 
 
-def _score(
-    combiner: Combiner,
-    key: str,
-    places: Sequence[int],
-    answers: Sequence[Answer],
-    given: Mapping[str, int],
-    domain: str | None,
-) -> float:
+def _score(combiner: Combiner, group: tuple[str, list[int]], answers: Sequence[Answer], domain: str | None) -> float:
     """One class's score without the judges."""
+    key, places = group
+    given = _counts(answers)
     shares: dict[str, float] = {}
     score = combiner.unread if key.startswith(f"{UNREAD}#") else 0.0
     for place in places:

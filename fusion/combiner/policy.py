@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mixfuse.fusion.combiner.artefact import BINS, Calibrated, Combiner, Policy
+from mixfuse.fusion.combiner.artefact import BINS, Combiner, Policy
 from mixfuse.fusion.combiner.fit import Fitted, calibrate, leading_marks, member_accuracies, scores_by_row
 from mixfuse.fusion.combiner.table import Floats, probabilities
 
@@ -85,11 +85,6 @@ def outcomes(fitted: Fitted, prices: Sequence[float]) -> Outcomes | None:
 def bits(state: int, members: int) -> NDArray[np.bool_]:
     """(M,) the members of a state."""
     return np.array([bool(state >> member & 1) for member in range(members)])
-
-
-def bin_of(confidence: float) -> int:
-    """The bin that a confidence is in."""
-    return min(BINS - 1, int(confidence * BINS))
 
 
 def worth_of(target: float) -> float:
@@ -198,8 +193,8 @@ def _trial(found: Outcomes, target: float, worth: float, fold: NDArray[np.int64]
         confidence[rows], right[rows] = found.confidence[rows, end.state], found.right[rows, end.state]
         cost[rows] = end.cost
         asked[rows] = [int(state).bit_count() for state in end.state]
-    mean = lambda values: float(np.average(values, weights=found.weight))  # noqa: E731
-    return _Trial(mean(right), mean(cost), mean(asked), confidence, right)
+    accuracy, price, members = (float(np.average(values, weights=found.weight)) for values in (right, cost, asked))
+    return _Trial(accuracy, price, members, confidence, right)
 
 
 def _policy(found: Outcomes, names: Sequence[str], target: float, worth: float, trial: _Trial) -> Policy:
@@ -243,22 +238,3 @@ def _only(member: str, target: float, fitted: Fitted) -> Policy:
 def _pulled(values: Floats, weight: Floats, towards: float) -> float:
     """A weighted mean, pulled towards a value as by some more rows: few rows in a bin decide little."""
     return float(((values * weight).sum() + _PULL * towards) / (weight.sum() + _PULL))
-
-
-def next_member(combiner: Combiner, policy: Policy, asked: Sequence[str], confidence: float) -> str | None:
-    """The member to ask next; None to stop.
-
-    Args:
-        combiner: Names the members' order.
-        policy: For the target.
-        asked: Members that have been asked, whether or not they answered.
-        confidence: Reached so far, calibrated by the number of answers; 0 before the first.
-    """
-    state = "+".join(name for name in combiner.members if name in asked)
-    actions = policy.actions.get(state)
-    if actions is None or (asked and confidence >= policy.target):
-        return None
-    return actions[bin_of(confidence)] or None
-
-
-__all__ = ["TARGETS", "Calibrated", "Outcomes", "next_member", "outcomes", "plan", "policies", "walk"]

@@ -65,7 +65,7 @@ class Layout:
     @property
     def size(self) -> int:
         """How many parameters there are."""
-        return max(place.stop for place in self.blocks.values())
+        return max(int(place.stop) for place in self.blocks.values())
 
     @property
     def pairs(self) -> list[tuple[int, int]]:
