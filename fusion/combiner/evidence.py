@@ -6,7 +6,7 @@ here; the weighing (`artefact.py`) and the fit (`fit.py`) see classes only.
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +132,24 @@ def read_pool(paths: Iterable[Path], how: Agreement | None = None) -> tuple[list
 def members_of(questions: Sequence[Question]) -> list[str]:
     """Every member that answered, in the order of first appearance."""
     return list(dict.fromkeys(answer.member for question in questions for answer in question.answers))
+
+
+def subset(questions: Sequence[Question], members: Sequence[str]) -> list[Question]:
+    """The questions with the answers of some members only, and the comparisons between those."""
+    wanted = set(members)
+    result = []
+    for question in questions:
+        places = [place for place, answer in enumerate(question.answers) if answer.member in wanted]
+        new = {place: number for number, place in enumerate(places)}
+        comparisons = tuple(
+            replace(one, first=new[one.first], second=new[one.second])
+            for one in question.comparisons
+            if one.first in new and one.second in new
+        )
+        if places:
+            answers = tuple(question.answers[place] for place in places)
+            result.append(replace(question, answers=answers, comparisons=comparisons))
+    return result
 
 
 def _agreement_of(rows: Sequence[dict[str, Any]]) -> Agreement:

@@ -10,7 +10,7 @@ returns the best member's answer and says why (`Combiner.fallback`).
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -371,21 +371,3 @@ def _fallback(fitted: Fitted) -> str:
 
 def _described(question: Question) -> Any:
     return [question.id, question.domain, [[one.member, one.key, one.doubtful, one.right] for one in question.answers]]
-
-
-def subset(questions: Sequence[Question], members: Sequence[str]) -> list[Question]:
-    """The questions with the answers of some members only, and the comparisons between those."""
-    wanted = set(members)
-    result = []
-    for question in questions:
-        places = [place for place, answer in enumerate(question.answers) if answer.member in wanted]
-        new = {place: number for number, place in enumerate(places)}
-        comparisons = tuple(
-            replace(one, first=new[one.first], second=new[one.second])
-            for one in question.comparisons
-            if one.first in new and one.second in new
-        )
-        if places:
-            answers = tuple(question.answers[place] for place in places)
-            result.append(replace(question, answers=answers, comparisons=comparisons))
-    return result
