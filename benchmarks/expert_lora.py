@@ -40,9 +40,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import MixtralForCausalLM
 
+from mixfuse.contracts.families.mixtral import FAMILY as MIXTRAL
 from mixfuse.contracts.files import read_json, write_json
 from mixfuse.train.model import expert_lora
-from mixfuse.train.recipe import ATTENTION_MODULES, EXPERT_PARAMETERS
 
 SHAPES = ((2, 128), (4, 256))
 RANKS = (8, 16)
@@ -152,8 +152,9 @@ def adapt(base: Any, method: str, implementation: str, rank: int, *, checkpointi
     # Parameters that the copy finds in its memo are not copied.
     model = copy.deepcopy(base, {id(parameter): parameter for parameter in base.parameters()})
     model.set_experts_implementation(implementation)
-    experts = None if method == "attention" else list(EXPERT_PARAMETERS)
-    config = LoraConfig(r=rank, lora_alpha=32, target_modules=list(ATTENTION_MODULES), target_parameters=experts)
+    family = MIXTRAL
+    experts = None if method == "attention" else list(family.expert_parameters)
+    config = LoraConfig(r=rank, lora_alpha=32, target_modules=list(family.attention), target_parameters=experts)
     if method == "ours":
         expert_lora.attach(config)
     model = get_peft_model(model, config).train()

@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/judge.py --data ../shared/data [--base DIR] [--work DIR] [--rows NAME,…] [--minutes N]
 
 Each row trains a judge with `mixfuse train judge` and measures it on labelled pairs it has not seen, both orders of
-each, in this process and in batches; what follows from the verdicts is `eval_judge.report`'s. Shares
+each, in this process and in batches; what follows from the verdicts is `judge_report.report`'s. Shares
 carry 95 % intervals (bootstrap over prompts). Finished trainings and verdicts are kept in --work, a training that was
 cut off goes on from its checkpoint, and the table (`table.md`, `table.json` there) is written anew after every row.
 
@@ -52,7 +52,8 @@ from mixfuse.fusion.answering.candidate import Candidate
 from mixfuse.fusion.answering.pairwise_judge import ranking
 from mixfuse.fusion.config import Member
 from mixfuse.fusion.measure.comparisons import Comparison, load
-from mixfuse.fusion.measure.eval_judge import Views, report
+from mixfuse.fusion.measure.judge_report import report
+from mixfuse.fusion.measure.marks import Views
 
 PROJECT = Path(__file__).parents[1]
 HELD_OUT = 0.12  # of the training prompts: fits temperature and tie margin
@@ -595,7 +596,7 @@ COLUMNS = ("both_orders_correct", "first_order", "consistency", "order_averaged"
 
 
 def figures(rows: Sequence[Comparison], views: Sequence[Views], fitted: judge_protocol.Calibration) -> dict[str, Any]:
-    """What `eval_judge` says of the verdicts, and the calibration error without and with what was fitted."""
+    """What `judge_report` says of the verdicts, and the calibration error without and with what was fitted."""
     found = report(rows, views).to_json()
     pairs = _of_the_better(rows, views)
     return {

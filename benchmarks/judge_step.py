@@ -22,6 +22,7 @@ import torch
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
+from mixfuse.contracts.families.mixtral import FAMILY as MIXTRAL
 from mixfuse.contracts.judge_protocol import VERDICTS, comparison
 from mixfuse.train.model.load import load_base, load_tokenizer, lora_config
 from mixfuse.train.recipe import Lora
@@ -75,7 +76,7 @@ def _trainer(base: Path, dtype: torch.dtype, arguments: argparse.Namespace, fold
         train_dataset=Dataset.from_list(_rows(arguments)),
         data_collator=NamedPairs(pad_token_id=tokenizer.pad_token_id, verdicts=True),
         processing_class=tokenizer,
-        peft_config=lora_config(lora),
+        peft_config=lora_config(MIXTRAL, lora),
     )
     reference = Reference(folder / f"{dtype}.json", str(dtype))
     trainer.read_verdicts(Verdicts(verdict_rows(trainer.train_dataset), reference))

@@ -41,6 +41,7 @@ import torch
 from peft import get_peft_model
 from transformers import AutoConfig, AutoTokenizer, MixtralForCausalLM
 
+from mixfuse.contracts.families.mixtral import FAMILY as MIXTRAL
 from mixfuse.serve.engine import Engine, EngineConfig
 from mixfuse.serve.vllm_cpu_moe_lora import ExpertLora, routed_experts
 from mixfuse.train.adapters.export import export
@@ -264,7 +265,7 @@ def _cut(base: Path, folder: Path, layers: int) -> Path:
 
 def _adapter(base: Path, folder: Path, seed: int) -> Path:
     """A random adapter of rank 16, exported."""
-    model = get_peft_model(load_base(base, torch.float32), lora_config(Lora(r=16, alpha=16, experts="all")))
+    model = get_peft_model(load_base(base, torch.float32), lora_config(MIXTRAL, Lora(r=16, alpha=16, experts="all")))
     torch.manual_seed(seed)
     weights = {}
     for name, weight in model.named_parameters():

@@ -18,7 +18,6 @@ This module parses safetensors headers itself and imports no torch, because the 
 import hashlib
 import json
 import math
-import re
 import struct
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -28,11 +27,12 @@ from typing import Any, Literal, get_args
 from pydantic import Field
 
 from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.families import family_named
 from mixfuse.contracts.files import atomic_file, canonical_json, read_json, sha256_file, sha256_json, write_json
 from mixfuse.contracts.judge_protocol import Calibration
 from mixfuse.contracts.strict_yaml import Strict, validate
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST = "manifest.json"
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -187,11 +187,12 @@ class Manifest(Strict):
     """`manifest.json`.
 
     Attributes:
-        schema_version: Version of this schema. Version 1 is read too, and upgraded in memory.
+        schema_version: Version of this schema. Versions 1 and 2 are read too, and upgraded in memory.
         role: Purpose of the adapter: `domain`, `judge`, `synthesizer` or any other name.
         revision: 12 hex digits over the hashes of the weights and their configs; equal files have equal revisions.
         base: The base model.
         base_path: Path of the base model at the time of the export.
+        model_type: Family of the base model, as its `config.json` names it. Versions 1 and 2 are of Mixtral.
         rank: LoRA rank r of every factor.
         experts_trained: Whether it holds factors of experts.
         files: Path of every file in the directory, except this one → its SHA-256.
@@ -210,6 +211,7 @@ class Manifest(Strict):
     revision: str
     base: Fingerprint
     base_path: str
+    model_type: str = "mixtral"
     rank: int
     experts_trained: bool
     files: dict[str, str] = Field(min_length=1)
@@ -312,13 +314,13 @@ def _read_manifest(directory: Path) -> tuple[Manifest, bytes]:
         )
     data = read_json(path)
     version = data.get("schema_version") if isinstance(data, dict) else None
-    if version not in (1, SCHEMA_VERSION):  # checked first, because another schema has other keys
+    if version not in range(1, SCHEMA_VERSION + 1):  # checked first, because another schema has other keys
         raise _bad(
             directory,
             f"{MANIFEST} has schema version {version!r}, this version of mixfuse reads up to {SCHEMA_VERSION}",
         )
     signed = canonical_json({key: value for key, value in data.items() if key != "signature"})
-    # Version 2 only added keys, all with defaults.
+    # Versions 2 and 3 only added keys, all with defaults.
     return validate({**data, "schema_version": SCHEMA_VERSION}, Manifest, source=str(path)), signed
 
 
@@ -502,9 +504,6 @@ def file_hashes(directory: Path) -> dict[str, str]:
     }
 
 
-_EXPERT = re.compile(r"\.block_sparse_moe\.experts\.(\d+)\.(w[123])\.lora_([AB])\.weight$")
-
-
 def _check_shapes(directory: Path, manifest: Manifest) -> None:
     config = read_json(directory / CONFIG)
     rank = config.get("r")
@@ -513,10 +512,11 @@ def _check_shapes(directory: Path, manifest: Manifest) -> None:
     header = safetensors_header(_existing(directory / WEIGHTS))
     if not header:
         raise _bad(directory, f"{WEIGHTS} holds no tensors")
+    expert_factor = family_named(manifest.model_type).expert_factor
     experts = 0
     for name, tensor in header.items():
         shape = tensor["shape"]
-        experts += bool(_EXPERT.search(name))
+        experts += bool(expert_factor.match(name))
         side = 0 if ".lora_A." in name else 1
         if len(shape) != 2 or shape[side] != rank or not math.prod(shape):
             raise _bad(directory, f"{name} has shape {shape}, which does not fit rank {rank}")

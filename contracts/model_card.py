@@ -15,6 +15,7 @@ import yaml
 from mixfuse.contracts import judge_protocol
 from mixfuse.contracts.adapter import LORA_RANKS, LORA_TARGETS, Manifest, TrainingData, rewrite
 from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.families import family_named
 from mixfuse.contracts.files import sha256_json
 
 CARD = "README.md"
@@ -98,7 +99,13 @@ def render(manifest: Manifest, facts: Named | None = None) -> str:
 
 def metadata(manifest: Manifest, facts: Named) -> dict[str, Any]:
     """The metadata for the Hub: base model, licence, data sets, tags, and results that fit its schema."""
-    tags = ["mixfuse", "lora", "mixtral", manifest.role, *(["llm-as-a-judge"] if manifest.role == "judge" else [])]
+    tags = [
+        "mixfuse",
+        "lora",
+        manifest.model_type,
+        manifest.role,
+        *(["llm-as-a-judge"] if manifest.role == "judge" else []),
+    ]
     result: dict[str, Any] = {"library_name": "peft", "pipeline_tag": "text-generation"}
     if facts.licence:
         result["license"] = facts.licence
@@ -153,7 +160,7 @@ def _what_it_is(manifest: Manifest, facts: Named) -> str:
     base = (
         f"[{facts.base_model}](https://huggingface.co/{facts.base_model})"
         if facts.base_model
-        else f"`{_base(manifest)}`, a Mixtral"
+        else f"`{_base(manifest)}`, a {family_named(manifest.model_type).title}"
     )
     fused = (
         " `peft/` holds the same weights in PEFT's fused layout; continue training from it."

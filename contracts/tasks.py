@@ -8,12 +8,12 @@ import hashlib
 import itertools
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from pydantic import PositiveFloat
 
@@ -23,6 +23,41 @@ from mixfuse.contracts.strict_yaml import Strict, load
 Split = Literal["train", "pool", "heldout"]
 SPLITS: dict[str, range] = {"train": range(6), "pool": range(6, 8), "heldout": range(8, 10)}
 ATTEMPTS_PER_TASK = 400
+
+
+class Checkable(Protocol):
+    """A question whose answers can be checked."""
+
+    @property
+    def id(self) -> str:
+        """Unique among the tasks."""
+        ...
+
+    @property
+    def prompt(self) -> str:
+        """The question."""
+        ...
+
+    @property
+    def reference(self) -> str:
+        """The reference answer."""
+        ...
+
+
+AnyTask = TypeVar("AnyTask", bound=Checkable)
+
+
+@dataclass(frozen=True)
+class TaskSet(Generic[AnyTask]):
+    """Tasks, and how their answers are checked.
+
+    Attributes:
+        tasks: The questions.
+        verify: Whether an answer to a task is right.
+    """
+
+    tasks: Sequence[AnyTask]
+    verify: Callable[[AnyTask, str], bool]
 
 
 class TaskKind(Strict):
@@ -150,8 +185,12 @@ def _import_reasoning_gym() -> Any:
         stand_in = ModuleType("pycosat")
         stand_in.__dict__["itersolve"] = _no_sat_solver
         sys.modules["pycosat"] = stand_in
-    import reasoning_gym
-
+    try:
+        import reasoning_gym
+    except ModuleNotFoundError as error:
+        raise MixfuseError(
+            f"tasks need the package reasoning-gym ({error}); run scripts/setup, or: pip install 'mixfuse[demo]'"
+        ) from None
     return reasoning_gym
 
 

@@ -260,6 +260,9 @@ def environment(config: EngineConfig, *, cpu: bool | None = None) -> dict[str, s
         "VLLM_CPU_KVCACHE_SPACE": str(config.kv_cache_gib),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": str(config.threads or len(os.sched_getaffinity(0))),
+        # vLLM compiles some helpers also under --enforce-eager: without a C++ compiler, a request for a prompt's
+        # log-probabilities then kills the engine.
+        "TORCH_COMPILE_DISABLE": "1",
     }
     return {
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",

@@ -1,4 +1,4 @@
-"""What serving a Mixtral takes on each GPU: weights under TP and PP, LoRA slots, and the room left for keys and values.
+"""What serving takes on each GPU: weights under TP and PP, LoRA slots, and the room left for keys and values.
 
 Formulas over a `config.json`, explained in `docs/planning.md`; read from vLLM 0.32's code, not measured on a GPU.
 
@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from mixfuse.contracts.errors import MixfuseError
-from mixfuse.contracts.family import Shape, base_parameters
+from mixfuse.contracts.families import shape_of
+from mixfuse.contracts.family import Shape, base_parameters, norm_parameters
 from mixfuse.serve.engine import EngineConfig
 
 BATCHED_TOKENS = 8192  # vLLM's default `max_num_batched_tokens` for a server on a GPU of 70 GiB and more
@@ -103,15 +104,15 @@ class Precision(NamedTuple):
 
 
 def weights(sizes: Shape, split: Split, precision: Precision) -> int:
-    """ceil(L/p)·(q·(H·(A + 2·max(G, t))·D/t + A·D·H/t + 3·E·H·I/t) + w·(E·H + 2H)) + w·((2 or 1)·V·H/t + H).
+    """ceil(L/p)·(q·(H·(A + 2·max(G, t))·D/t + A·D·H/t + 3·E·H·I/t) + w·(E·H + norms)) + w·((2 or 1)·V·H/t + H).
 
     On the fullest GPU. Key heads are repeated where there are fewer than t; the router and the norms stand on every
     GPU; the first stage has the embedding, the last the output layer and the last norm, a single one has both.
     """
-    L, H, I, E, _, A, G, D, V, tied = sizes  # noqa: N806, E741
+    L, H, I, E, _, A, G, D, V, tied, _ = sizes  # noqa: N806, E741
     t, p = split
     attention = H * (A + 2 * max(G, t)) * D // t + A * D * H // t
-    layer = precision.q * (attention + 3 * E * H * I // t) + precision.w * (E * H + 2 * H)
+    layer = precision.q * (attention + 3 * E * H * I // t) + precision.w * (E * H + norm_parameters(sizes))
     ends = V * H // t * (2 if p == 1 and not tied else 1) + H
     return int(math.ceil(L / p) * layer) + precision.w * ends
 
@@ -198,9 +199,9 @@ def plan(
         cpu: Serve on a CPU: experts are in memory twice, keys and values have the room the config names.
 
     Raises:
-        MixfuseError: The base is no Mixtral, an argument no number, or a quantisation unknown.
+        MixfuseError: The base is of no known family, an argument no number, or a quantisation unknown.
     """
-    sizes, split = Shape.of(config), split_of(engine.extra_args)
+    sizes, split = shape_of(config), split_of(engine.extra_args)
     precision = Precision.of(engine, config)
     w = precision.w
     tokens = int(option(engine.extra_args, "--max-num-batched-tokens", BATCHED_TOKENS))

@@ -16,9 +16,10 @@ import httpx
 
 from mixfuse.contracts.adapter import LORA_TARGETS
 from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.families import known_families
 
 TOP_LOGPROBS = 20  # a judge's verdict is read from this many first tokens
-_SERVED_WEIGHT = re.compile(r"\.(?:[qkvo]_proj|gate_proj|up_proj|down_proj|experts\.\d+\.w[123])\.lora_[AB]\.weight$")
+_SERVED_LINEAR = re.compile(r"\.(?:[qkvo]_proj|gate_proj|up_proj|down_proj)\.lora_[AB]\.weight$")
 _STEPS = re.compile(r"^vllm:iteration_tokens_total_count\{.*\} (\S+)$", re.MULTILINE)
 
 
@@ -211,13 +212,28 @@ def _served_adapter(folder: Path) -> Path:
             names = list(weights.keys())
     except (OSError, SafetensorError) as error:
         raise MixfuseError(f"cannot read {path}: {error}", kind="adapter") from None
-    if unserved := [name for name in names if not _SERVED_WEIGHT.search(name)]:
+    if unserved := [name for name in names if not _is_served(name)]:
         raise MixfuseError(
-            f"{path}: vLLM would silently ignore {unserved[0]}; name experts as vLLM does (experts.0.w1, …) "
+            f"{path}: vLLM would silently ignore {unserved[0]}; name experts as vLLM does ({_expert_examples()}) "
             f"and adapt no other modules than {', '.join(LORA_TARGETS)}",
             kind="adapter",
         )
     return path.parent
+
+
+def _is_served(name: str) -> bool:
+    """Whether vLLM applies a factor of this name.
+
+    vLLM 0.32 compares only what follows `.experts` with the names it expects (`check_unexpected_modules` in
+    vllm/lora/lora_model.py). It accepts experts of a block that the base does not have, and then ignores them.
+    """
+    if ".experts" in name:
+        return any(family.expert_factor.match(name) for family in known_families().values())
+    return bool(_SERVED_LINEAR.search(name))
+
+
+def _expert_examples() -> str:
+    return " or ".join(f"{family.checkpoint_block}.experts.0.{family.gate}" for family in known_families().values())
 
 
 def _reason(response: httpx.Response) -> str:

@@ -21,6 +21,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "mixfuse"
 HEAVY = ("torch", "transformers", "vllm", "deepspeed", "datasets", "peft", "trl", "wandb")
+# Light enough for a room, but the gateway and the command line start without them.
+LAZY = (*HEAVY, "matplotlib", "scipy", "jinja2")
 GROUND = "contracts"
 # The links under mixfuse/ lead to the contracts and the rooms; the folders beside them are the roof.
 LINKED = {path.name for path in PACKAGE.iterdir() if path.is_symlink() and (path / "__init__.py").exists()}
@@ -255,7 +257,7 @@ def imported_by(statement: str) -> set[str]:
 def test_the_command_and_the_gateway_start_without_the_ml_stack(module: str) -> None:
     names = imported_by(f"import {module}")
     assert "mixfuse" in names
-    assert not names & set(HEAVY)
+    assert not names & set(LAZY)
 
 
 def test_the_help_imports_no_room() -> None:

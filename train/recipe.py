@@ -17,11 +17,9 @@ from pydantic import (
 )
 
 from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.families import shape_of
 from mixfuse.contracts.strict_yaml import Strict
 from mixfuse.train.optimizers import OPTIMIZERS, OptimizerEntry, OptimizerName
-
-ATTENTION_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
-EXPERT_PARAMETERS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 
 
 def _role_name(value: str) -> str:
@@ -88,7 +86,7 @@ class Lora(Strict):
     def _something_trains(self) -> Self:
         if self.router:
             raise ValueError(
-                "lora.router: the router cannot be trained: vLLM serves no adapter of Mixtral's router, it would "
+                "lora.router: the router cannot be trained: vLLM serves no adapter of a router, it would "
                 "be dropped in silence; leave it out"
             )
         if not self.attention and self.experts == "none":
@@ -134,16 +132,15 @@ def lora_parameters(
     """Counts a recipe's trainable parameters, layer by layer.
 
     Args:
-        config: A Mixtral's `config.json`.
+        config: The base's `config.json`.
         lora: The recipe's `lora`.
         chosen: The adapted experts of each layer; by default `lora.chosen`, which counts `auto` as all.
     """
-    hidden, inner = int(config["hidden_size"]), int(config["intermediate_size"])
-    heads = int(config["num_attention_heads"])
-    head_dim = int(config.get("head_dim") or hidden // heads)
-    queries, keys = heads * head_dim, int(config["num_key_value_heads"]) * head_dim
+    shape = shape_of(config)
+    hidden, inner = shape.H, shape.I
+    queries, keys = shape.A * shape.D, shape.G * shape.D
     if chosen is None:
-        chosen = lora.chosen(int(config["num_hidden_layers"]), int(config["num_local_experts"]))
+        chosen = lora.chosen(shape.L, shape.E)
     attention = lora.r * (2 * (hidden + queries) + 2 * (hidden + keys)) if lora.attention else 0
     expert = lora.r * (hidden + 2 * inner) + lora.r * (inner + hidden)
     return [LoraParameters(attention, expert * len(experts)) for experts in chosen]

@@ -1,6 +1,6 @@
-"""Collecting pool responses: every task to every member, several times, each answer marked by its verifier.
+"""Collects pool responses: every member answers every task several times, and a verifier marks each answer.
 
-The rows are what `mixfuse pairs build` makes preference pairs from.
+`mixfuse pairs build` makes preference pairs from the rows.
 """
 
 import asyncio
@@ -11,13 +11,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TextIO, TypeVar
+from typing import Any, TextIO
 
 from rich.console import Console
 
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.files import write_jsonl
 from mixfuse.contracts.progress import bar as progress_bar
+from mixfuse.contracts.tasks import AnyTask, TaskSet
+from mixfuse.fusion.batch import Sampling, Target
 from mixfuse.fusion.calls.failures import CallError
 from mixfuse.fusion.calls.ledger import Ledger
 from mixfuse.fusion.calls.pool import HttpRoles, Pool, RoleSource
@@ -25,35 +27,13 @@ from mixfuse.fusion.calls.upstream import Purpose
 from mixfuse.fusion.config import FusionConfig, Member
 
 
-class Task(Protocol):
-    """A question with a checkable answer."""
-
-    @property
-    def id(self) -> str:
-        """Unique among the tasks."""
-        ...
-
-    @property
-    def prompt(self) -> str:
-        """What members are asked."""
-        ...
-
-    @property
-    def reference(self) -> str:
-        """The reference answer."""
-        ...
-
-
-AnyTask = TypeVar("AnyTask", bound=Task)
-
-
 @dataclass
 class CollectReport:
-    """What a collection came to.
+    """The counts of a collection.
 
     Attributes:
         rows: Rows written.
-        resumed: How many of them an earlier run had finished.
+        resumed: How many of them come from an earlier run.
         answers: Answers by member.
         correct: Correct answers by member.
         failures: Failed calls by member and type.
@@ -74,51 +54,36 @@ class CollectReport:
             self.failures[failure["model"], failure["type"]] += 1
 
     def lines(self) -> list[str]:
-        """The report for the terminal, a line a member."""
-        told = [f"{self.rows} rows ({self.resumed} from an earlier run)"]
+        """The report for the terminal, one line for each member."""
+        lines = [f"{self.rows} rows ({self.resumed} from an earlier run)"]
         for member in sorted({*self.answers, *(name for name, _ in self.failures)}):
             failed = ", ".join(
                 f"{count} {kind}" for (name, kind), count in sorted(self.failures.items()) if name == member
             )
-            told.append(
+            lines.append(
                 f"{member}: {self.correct[member]} of {self.answers[member]} correct"
                 + (f"; failed: {failed}" if failed else "")
             )
-        return told
+        return lines
 
 
-def run(
+def collect_answers(
     config: FusionConfig,
     url: str | None,
-    tasks: Sequence[AnyTask],
+    tasks: TaskSet[AnyTask],
+    sampling: Sampling,
+    out: Path,
     *,
     samples: int,
-    temperature: float,
-    max_tokens: int,
-    out: Path,
     concurrency: int,
-    verify: Callable[[AnyTask, str], bool],
-    seed: int = 0,
 ) -> CollectReport:
-    """Collects as `collect` does, with roles reached at the gateway `url`, and prints what came of it.
+    """Collects as `collect` does, with the pool's roles reached at the gateway `url`, and prints the report.
 
     Raises:
         MixfuseError: As `collect`.
     """
-    report = asyncio.run(
-        collect(
-            config,
-            None if url is None else f"{url.rstrip('/')}/v1",
-            tasks,
-            samples=samples,
-            temperature=temperature,
-            max_tokens=max_tokens,
-            out=out,
-            concurrency=concurrency,
-            verify=verify,
-            seed=seed,
-        )
-    )
+    roles = None if url is None else Target(url).v1
+    report = asyncio.run(collect(config, roles, tasks, sampling, out, samples=samples, concurrency=concurrency))
     console = Console()
     for line in report.lines():
         console.print(line, markup=False)
@@ -128,79 +93,74 @@ def run(
 async def collect(
     config: FusionConfig,
     roles: RoleSource | str | None,
-    tasks: Sequence[AnyTask],
+    tasks: TaskSet[AnyTask],
+    sampling: Sampling,
+    out: Path,
     *,
     samples: int,
-    temperature: float,
-    max_tokens: int,
-    out: Path,
     concurrency: int,
-    verify: Callable[[AnyTask, str], bool],
-    seed: int = 0,
     progress: bool = True,
 ) -> CollectReport:
     """Has every member answer every task and writes pool responses.
 
-    Rows go to `OUT.partial` as they are finished and survive an interrupted run; the next one with the same
-    settings goes on from there. A row in which every member failed is not kept, so that the next run tries it
-    again; one in which some failed is, with its failures.
+    Rows are appended to `OUT.partial` as they are finished. An interrupted run can be repeated with the same settings
+    and continues there. A row in which every member failed is not written, so that the next run tries it again; a row
+    in which some members failed is written with its failures.
 
     Args:
         config: The pool.
-        roles: Where members that are roles are served: a role table, or the URL of a running gateway
-            (`…/v1`).
-        tasks: What to ask.
-        samples: Answers of each member to each task.
-        temperature: For sampling.
-        max_tokens: The longest answer.
+        roles: Where members that are roles are served: a role table, or the URL of a running gateway (`…/v1`).
+        tasks: The questions, and how answers are checked.
+        sampling: Sent with every call.
         out: The file to write, one JSON object a line in the tasks' order:
             `{id, prompt, reference, responses: [{model, text, correct}]}`.
-        concurrency: Calls under way at once.
-        verify: Whether an answer to a task is correct.
-        seed: Sent with each call, moved on from sample to sample.
+        samples: Answers of each member to each task.
+        concurrency: Calls in flight at once.
         progress: Show a bar on stderr.
 
     Raises:
-        MixfuseError: `out` exists, `OUT.partial` is of other settings, or a task was answered by nobody.
+        MixfuseError: `out` exists, `OUT.partial` has other settings, or a task was answered by no member.
     """
-    if not tasks:
+    if not tasks.tasks:
         raise MixfuseError("there are no tasks to collect answers to")
-    parameters = {"temperature": temperature, "max_tokens": max_tokens, "seed": seed}
     members = [member.model_dump(mode="json", exclude_defaults=True) for member in config.members]
-    settings = {"members": members, "samples": samples, **parameters}
     report = CollectReport()
-    # A job that asks thousands of questions would rather try each than skip those after a bad spell.
-    asked = [member.model_copy(update={"breaker": None}) for member in config.members]
+    # A batch job tries every question; a member's circuit breaker would skip the questions after a bad spell.
+    pool_members = [member.model_copy(update={"breaker": None}) for member in config.members]
     unanswered: list[dict[str, Any]] = []
-    free = asyncio.Semaphore(concurrency)
+    slots = asyncio.Semaphore(concurrency)
     source = HttpRoles(roles) if isinstance(roles, str) else roles
+    settings = {"members": members, "samples": samples, **sampling.parameters()}
     with _partial(out, settings) as (finished, stream), progress_bar(progress) as bar:
-        report.resumed = sum(task.id in finished for task in tasks)
-        shown = bar.add_task("pool answers", total=len(tasks), completed=report.resumed)
+        report.resumed = sum(task.id in finished for task in tasks.tasks)
+        bar_task = bar.add_task("pool answers", total=len(tasks.tasks), completed=report.resumed)
 
-        async def work(pool: Pool, task: AnyTask) -> None:
-            row = await _row(pool, asked, task, free=free, samples=samples, parameters=parameters, verify=verify)
+        async def answer(pool: Pool, task: AnyTask) -> None:
+            replies = await _replies(pool, pool_members, task.prompt, sampling, samples=samples, slots=slots)
+            row = _row(task, replies, tasks.verify)
             if row["responses"]:
                 finished[task.id] = row
                 stream.write(json.dumps(row, ensure_ascii=False) + "\n")
                 stream.flush()
             else:
                 unanswered.append(row)
-            bar.advance(shown)
+            bar.advance(bar_task)
 
         async with Pool(source) as pool, asyncio.TaskGroup() as group:
-            for task in tasks:
+            for task in tasks.tasks:
                 if task.id not in finished:
-                    group.create_task(work(pool, task))
+                    group.create_task(answer(pool, task))
     if unanswered:
         first = unanswered[0]
-        reasons = "; ".join(f"{one['model']}: {one['type']} ({one['message']})" for one in first["failed"])
+        reasons = "; ".join(
+            f"{failure['model']}: {failure['type']} ({failure['message']})" for failure in first["failed"]
+        )
         raise MixfuseError(
-            f"{len(unanswered)} of {len(tasks)} tasks were answered by no member, {first['id']} because of "
-            f"{reasons}; run again to go on from here",
+            f"{len(unanswered)} of {len(tasks.tasks)} tasks were answered by no member, {first['id']} because of "
+            f"{reasons}; run again to continue",
             kind="too_few_answers",
         )
-    rows = [finished[task.id] for task in tasks]
+    rows = [finished[task.id] for task in tasks.tasks]
     for row in rows:
         report.count(row)
     report.rows = write_jsonl(out, rows)
@@ -208,25 +168,24 @@ async def collect(
     return report
 
 
-async def _row(
+async def _replies(
     pool: Pool,
     members: Sequence[Member],
-    task: AnyTask,
+    prompt: str,
+    sampling: Sampling,
     *,
-    free: asyncio.Semaphore,
     samples: int,
-    parameters: dict[str, Any],
-    verify: Callable[[AnyTask, str], bool],
-) -> dict[str, Any]:
-    """Has every member answer one task `samples` times."""
+    slots: asyncio.Semaphore,
+) -> list[tuple[str, str | CallError]]:
+    """(member, its answer or its failure), `samples` of each member."""
 
-    async def one(member: Member, sample: int) -> str | CallError:
-        async with free:
+    async def ask(member: Member, sample: int) -> str | CallError:
+        async with slots:
             try:
                 reply = await pool.ask(
                     member,
-                    [{"role": "user", "content": task.prompt}],
-                    {**parameters, "seed": parameters["seed"] + sample},
+                    [{"role": "user", "content": prompt}],
+                    sampling.parameters(sample),
                     purpose=Purpose.of(member, "answer", member.name),
                     ledger=Ledger(),
                 )
@@ -234,14 +193,21 @@ async def _row(
                 return error
             return reply.text
 
-    asked = [(member, sample) for member in members for sample in range(samples)]
-    results = await asyncio.gather(*(one(member, sample) for member, sample in asked))
+    calls = [(member, sample) for member in members for sample in range(samples)]
+    results = await asyncio.gather(*(ask(member, sample) for member, sample in calls))
+    return [(member.name, result) for (member, _), result in zip(calls, results, strict=True)]
+
+
+def _row(
+    task: AnyTask, replies: Sequence[tuple[str, str | CallError]], verify: Callable[[AnyTask, str], bool]
+) -> dict[str, Any]:
+    """One row of pool responses, with its failures where there are some."""
     responses, failed = [], []
-    for (member, _), result in zip(asked, results, strict=True):
-        if isinstance(result, CallError):
-            failed.append({"model": member.name, "type": result.kind, "message": str(result)})
+    for member, reply in replies:
+        if isinstance(reply, CallError):
+            failed.append({"model": member, "type": reply.kind, "message": str(reply)})
         else:
-            responses.append({"model": member.name, "text": result, "correct": verify(task, result)})
+            responses.append({"model": member, "text": reply, "correct": verify(task, reply)})
     row = {"id": task.id, "prompt": task.prompt, "reference": task.reference, "responses": responses}
     return {**row, "failed": failed} if failed else row
 
@@ -252,9 +218,9 @@ def _partial_path(out: Path) -> Path:
 
 @contextmanager
 def _partial(out: Path, settings: dict[str, Any]) -> Iterator[tuple[dict[str, dict[str, Any]], TextIO]]:
-    """Yields the rows an earlier run finished, by id, and the file to add to.
+    """Yields the rows of an earlier run by id, and the file to append to.
 
-    Its first line holds the settings; a row a killed run left torn is cut off.
+    The first line of the file holds the settings. A row that a killed run left incomplete is cut off.
     """
     if out.exists():
         raise MixfuseError(f"{out} exists already; choose another place or remove it first")

@@ -1,7 +1,7 @@
-"""Has a judge, typically a stronger one behind any OpenAI-compatible endpoint, say which of two answers is better.
+"""Has a judge, typically a stronger model behind any OpenAI-compatible endpoint, label pairs of answers.
 
-Every pair is asked in both orders. What was said is kept as it comes, so that a second run, or one that goes on after
-an interruption, asks only what is missing.
+Every pair is judged in both orders. Verdicts are written to a cache as they come, so that a second run, or one that
+continues after an interruption, asks only for those that are missing.
 """
 
 import asyncio
@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.judge_protocol import Outcome, combine, digest, new_nonce
@@ -24,27 +24,31 @@ from mixfuse.fusion.answering.verdicts import (
 from mixfuse.fusion.calls.failures import CallError
 from mixfuse.fusion.calls.ledger import Ledger
 from mixfuse.fusion.calls.pool import Pool, all_or_raise, fan_out
-from mixfuse.fusion.calls.upstream import Endpoint, Purpose
+from mixfuse.fusion.calls.upstream import Purpose
 from mixfuse.fusion.config import ModelConfig
-from mixfuse.fusion.store.cache import Cache
+from mixfuse.fusion.store.cache import Cache, Known
 
 
-class Question(NamedTuple):
-    """Two answers to a prompt."""
+class AnswerPair(NamedTuple):
+    """Two answers to a prompt, in the order the judge sees them."""
 
     prompt: str
     first: str
     second: str
 
+    def swapped(self) -> "AnswerPair":
+        """The other order."""
+        return AnswerPair(self.prompt, self.second, self.first)
+
 
 @dataclass(frozen=True)
 class Labels:
-    """What the judge said.
+    """The judge's verdicts.
 
     Attributes:
-        outcomes: Of each pair, both orders together; None where a call failed.
-        asked: Calls made; the others were known.
-        failed: Calls that failed, by type; a further run makes them again.
+        outcomes: For each pair both orders combined; None where a call failed.
+        asked: Calls made; the other verdicts were in the cache.
+        failed: Calls that failed, by type; another run makes them again.
         cost: Dollars, by the config's prices.
     """
 
@@ -55,71 +59,75 @@ class Labels:
 
 
 async def label(
-    model: ModelConfig, questions: Sequence[Question], *, cache: Path, concurrency: int = 8, progress: bool = True
+    model: ModelConfig, pairs: Sequence[AnswerPair], *, cache: Path, concurrency: int = 8, progress: bool = True
 ) -> Labels:
-    """Asks a judge about pairs, each in both orders.
+    """Has a judge label pairs, each in both orders.
 
     Args:
         model: The judge, with `base_url` and `model`.
-        questions: The pairs.
-        cache: The file of what was said before, see `mixfuse.fusion.store.cache`; added to.
-        concurrency: Calls under way at once.
+        pairs: The pairs.
+        cache: The file of earlier verdicts, see `mixfuse.fusion.store.cache`; new ones are added.
+        concurrency: Calls in flight at once.
         progress: Show a bar on stderr.
 
     Raises:
         MixfuseError: The judge cannot be reached, all calls failed, or the cache cannot be written.
     """
-    ledger, purpose = Ledger(), Purpose.of(model, "verdict", "judge")
-    free, failures = asyncio.Semaphore(concurrency), Counter[str]()
+    purpose = Purpose.of(model, "verdict", "judge")
+    ledger, slots, failures = Ledger(), asyncio.Semaphore(concurrency), Counter[str]()
     asked = 0
-    written = False  # whether the endpoint gives no log-probabilities, so that verdicts have to be written out
-
-    async def one(endpoint: Endpoint, question: Question) -> tuple[bool, float | None]:
-        nonlocal asked, written
-        key = _key(model, question)
-        if known := said.get(key):
-            bar.advance(shown)
-            return True, known.value
-        async with free:
-            asked += 1
-            judge = JudgeEndpoint(pool.client, endpoint, purpose, ledger)
-            pair = OrderedPair(*question, nonce=new_nonce(*question))
-            try:
-                p = None
-                if not written:
-                    try:
-                        p = await logprob_verdict(judge, pair)
-                    except NoLogprobsError:
-                        written = True
-                if written:
-                    p = await written_verdict(judge, pair)
-            except CallError as error:
-                if error.kind == "unreachable":  # nor will the next thousand calls reach it
-                    raise
-                failures[error.kind] += 1
-                return False, None
-            finally:
-                bar.advance(shown)
-        said.put(key, p)
-        return True, p
-
-    with Cache(cache) as said, progress_bar(progress) as bar:
-        shown = bar.add_task("verdicts", total=2 * len(questions))
+    with Cache(cache) as verdicts, progress_bar(progress) as bar:
+        bar_task = bar.add_task("verdicts", total=2 * len(pairs))
         async with Pool(None) as pool, pool.lease(model, purpose, ledger) as endpoint:
-            orders = [one(endpoint, order) for asked_ in questions for order in (asked_, _swapped(asked_))]
-            answers = all_or_raise(await fan_out(orders, quorum=len(orders))) if orders else []
+            judge = _Judge(JudgeEndpoint(pool.client, endpoint, purpose, ledger))
+
+            async def judged(pair: AnswerPair) -> Known | None:
+                nonlocal asked
+                key = {"judge": f"{model.base_url} {model.model}", "protocol": digest(), "texts": list(pair)}
+                try:
+                    if known := verdicts.get(key):
+                        return known
+                    async with slots:
+                        asked += 1
+                        p = await judge.verdict(pair)
+                except CallError as error:
+                    if error.kind == "unreachable":  # the next thousand calls would not reach it either
+                        raise
+                    failures[error.kind] += 1
+                    return None
+                finally:
+                    bar.advance(bar_task)
+                verdicts.put(key, p)
+                return Known(p)
+
+            orders = [judged(order) for pair in pairs for order in (pair, pair.swapped())]
+            views = all_or_raise(await fan_out(orders, quorum=len(orders))) if orders else []
     if failures and failures.total() == asked:
         raise MixfuseError(f"every call to {model.model} failed: {dict(failures)}", kind="judge_failed")
     outcomes = [
-        combine(forward, backward) if there and also else None
-        for (there, forward), (also, backward) in zip(answers[::2], answers[1::2], strict=True)
+        combine(forward.value, backward.value) if forward and backward else None
+        for forward, backward in zip(views[::2], views[1::2], strict=True)
     ]
     return Labels(outcomes, asked, dict(failures), sum(line.cost for line in ledger.calls))
 
 
-def _swapped(question: Question) -> Question:
-    return Question(question.prompt, question.second, question.first)
+class _Judge:
+    """A judge. Once its endpoint turns out to give no log-probabilities, it writes its verdicts."""
 
+    def __init__(self, endpoint: JudgeEndpoint) -> None:
+        self._endpoint = endpoint
+        self._gives_logprobs = True
 
-def _key(model: ModelConfig, question: Question) -> dict[str, Any]:
-    return {"judge": f"{model.base_url} {model.model}", "protocol": digest(), "texts": list(question)}
+    async def verdict(self, pair: AnswerPair) -> float | None:
+        """P(the answer shown first is better); None where no verdict was read.
+
+        Raises:
+            CallError: The call failed.
+        """
+        ordered = OrderedPair(*pair, nonce=new_nonce(*pair))
+        if self._gives_logprobs:
+            try:
+                return await logprob_verdict(self._endpoint, ordered)
+            except NoLogprobsError:
+                self._gives_logprobs = False
+        return await written_verdict(self._endpoint, ordered)

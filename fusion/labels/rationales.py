@@ -1,9 +1,9 @@
-"""Rationales sampled from a judge, kept by whether their verdict is right: preference pairs for a judge that explains.
+"""Samples rationales from a judge and pairs a right one with a wrong one: training data for a judge that explains.
 
-Of each labelled pair, in both orders, the judge writes several; chosen is one whose verdict is right, rejected one
-whose verdict is wrong (SFR-Judge, arXiv 2409.14664; RISE, arXiv 2502.11689). A pair gives rows where both orders have
-both. Whose rationales these are is the endpoint's affair: the policy that will be trained, served as a role, or a
-stronger model.
+The judge writes several rationales for each order of each labelled pair. The chosen one has a right verdict, the
+rejected one a wrong verdict (SFR-Judge, arXiv 2409.14664; RISE, arXiv 2502.11689). A pair gives rows only if both
+orders have a right and a wrong one. The judge may be the policy that will be trained, served as a role, or a stronger
+model.
 """
 
 import asyncio
@@ -35,48 +35,48 @@ async def sample(
     """Samples rationales and pairs them.
 
     Args:
-        endpoint: The judge that writes.
-        comparisons: Labelled pairs; people's ties are left out.
-        samples: Rationales of each order of each pair.
+        endpoint: The judge.
+        comparisons: Labelled pairs; human ties are left out.
+        samples: Rationales for each order of each pair.
         temperature: Of the sampling.
-        max_tokens: Of one rationale; one that runs on has no verdict.
-        concurrency: Calls under way at once.
-        seed: Of the choice among several right or wrong ones.
+        max_tokens: Of one rationale; a longer one is cut off before its verdict.
+        concurrency: Calls in flight at once.
+        seed: Of the choice among several right or wrong rationales.
 
     Returns:
-        Rows of a pairs file, two neighbouring ones a pair; and counts: `pairs`, `kept`, `rationales`, `unread` and
-        `right`.
+        Rows of a pairs file, two neighbouring rows for each pair; and counts: `pairs`, `kept`, `rationales`, `unread`
+        and `right`.
 
     Raises:
-        MixfuseError: A call failed, or no pair was kept.
+        MixfuseError: A call failed, or no pair has right and wrong rationales in both orders.
     """
-    judged = [one for one in comparisons if one.label != "tie"]
-    free, rng = asyncio.Semaphore(concurrency), random.Random(seed)  # noqa: S311 - a reproducible choice, no secret
+    decided = [pair for pair in comparisons if pair.label != "tie"]
+    slots, rng = asyncio.Semaphore(concurrency), random.Random(seed)  # noqa: S311 - a reproducible choice, no secret
     parameters = {"max_tokens": max_tokens, "temperature": temperature}
-    orders = [(one, *turned) for one in judged for turned in _orders(one)]
+    orders = [(pair, *order) for pair in decided for order in _orders(pair)]
 
     async def write(client: Client, messages: list[dict[str, str]]) -> str:
-        async with free:
+        async with slots:
             reply = await call(client, endpoint, messages, parameters, purpose=PURPOSE, ledger=Ledger())
             return reply.text.strip()
 
     async with http_client() as client:
         calls = [write(client, messages) for _, messages, _ in orders for _ in range(samples)]
         texts = all_or_raise(await fan_out(calls, quorum=len(calls)))
-    counts = {"pairs": len(judged), "kept": 0, "rationales": len(texts), "unread": 0, "right": 0}
+    counts = {"pairs": len(decided), "kept": 0, "rationales": len(texts), "unread": 0, "right": 0}
     halves: list[dict[str, Any] | None] = []
-    for number, (one, messages, right) in enumerate(orders):
-        said = texts[number * samples : (number + 1) * samples]
-        read = [judge_protocol.read_explained(text) for text in said]
-        good = [text for text, verdict in zip(said, read, strict=True) if verdict == right]
-        bad = [text for text, verdict in zip(said, read, strict=True) if verdict not in (right, None)]
+    for number, (pair, messages, right) in enumerate(orders):
+        rationales = texts[number * samples : (number + 1) * samples]
+        read = [judge_protocol.read_explained(text) for text in rationales]
+        good = [text for text, verdict in zip(rationales, read, strict=True) if verdict == right]
+        bad = [text for text, verdict in zip(rationales, read, strict=True) if verdict not in (right, None)]
         counts["unread"] += read.count(None)
         counts["right"] += len(good)
-        halves.append(_row(one, messages, rng.choice(good), rng.choice(bad)) if good and bad else None)
+        halves.append(_row(pair, messages, rng.choice(good), rng.choice(bad)) if good and bad else None)
     rows: list[dict[str, Any]] = []
-    for one_order, other_order in zip(halves[::2], halves[1::2], strict=True):
-        if one_order and other_order:
-            rows += [one_order, other_order]
+    for forward, backward in zip(halves[::2], halves[1::2], strict=True):
+        if forward and backward:
+            rows += [forward, backward]
             counts["kept"] += 1
     if not rows:
         raise MixfuseError(
@@ -86,18 +86,18 @@ async def sample(
     return rows, counts
 
 
-def _orders(one: Comparison) -> list[tuple[list[dict[str, str]], str]]:
-    """The comparison in both orders, and the right verdict of each."""
-    nonce = judge_protocol.new_nonce(one.prompt, one.first, one.second)
-    right = judge_protocol.VERDICTS if one.label == "first" else judge_protocol.VERDICTS[::-1]
-    turned = ((one.first, one.second), (one.second, one.first))
-    asked = [judge_protocol.comparison(one.prompt, *answers, nonce=nonce) for answers in turned]
-    return [(judge_protocol.explained(messages), verdict) for messages, verdict in zip(asked, right, strict=True)]
+def _orders(pair: Comparison) -> list[tuple[list[dict[str, str]], str]]:
+    """The comparison's messages in both orders, each with its right verdict."""
+    nonce = judge_protocol.new_nonce(pair.prompt, pair.first, pair.second)
+    right = judge_protocol.VERDICTS if pair.label == "first" else judge_protocol.VERDICTS[::-1]
+    orders = ((pair.first, pair.second), (pair.second, pair.first))
+    prompts = [judge_protocol.comparison(pair.prompt, *answers, nonce=nonce) for answers in orders]
+    return [(judge_protocol.explained(messages), verdict) for messages, verdict in zip(prompts, right, strict=True)]
 
 
-def _row(one: Comparison, prompt: list[dict[str, str]], chosen: str, rejected: str) -> dict[str, Any]:
+def _row(pair: Comparison, prompt: list[dict[str, str]], chosen: str, rejected: str) -> dict[str, Any]:
     return {
-        "id": sha256_json(one.prompt)[:16],
+        "id": sha256_json(pair.prompt)[:16],
         "prompt": prompt,
         "chosen": [{"role": "assistant", "content": chosen}],
         "rejected": [{"role": "assistant", "content": rejected}],

@@ -1,20 +1,20 @@
-"""Labelled pairs of answers to measure a judge by, in our shapes and public benchmarks'; and a judge's marks."""
+"""Labelled pairs of answers to measure a judge by, read from our own file shapes and from public benchmarks'."""
 
 import hashlib
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.files import iter_jsonl, read_json
-from mixfuse.contracts.judge_protocol import Calibration, Outcome, combine
 
 Label = Literal["first", "second", "tie"]
-Measure = Literal["both_orders_correct", "first_order", "order_averaged", "consistency"]
 Benchmark = Literal["judgebench", "llmbar", "rewardbench2"]
+
+TIES = "Ties"
+"""RewardBench 2's subset of prompts with several right answers; it has a scoring rule of its own."""
 
 _LABELS: dict[str, Label] = {"A": "first", "B": "second", "tie": "tie"}
 _JUDGEBENCH: dict[str, Label] = {"A>B": "first", "B>A": "second", "A=B": "tie"}
@@ -26,15 +26,15 @@ class Comparison:
     """A labelled pair of answers.
 
     Attributes:
-        prompt: What was asked; pairs of one prompt stand or fall together in the intervals.
+        prompt: The question; pairs of one prompt are drawn together for the intervals.
         first: The answer shown as A in the first order.
-        second: The other.
-        label: The better one, or "tie".
-        models: Who wrote them, where known.
-        file: The file it comes from, by its last two names.
+        second: The answer shown as B in the first order.
+        label: The better answer, or "tie".
+        models: The models that wrote the answers, where known.
+        file: The last two parts of the file's path.
         source: The part of the file, where its rows name one (`source`, `subset`).
-        benchmark: Whose official metrics it counts for.
-        item: The benchmark's own row, of which it may be one of several pairs.
+        benchmark: The benchmark whose official metrics the pair counts for.
+        item: The id of the benchmark's row; one row may give several pairs.
     """
 
     prompt: str
@@ -47,76 +47,42 @@ class Comparison:
     benchmark: Benchmark | None = None
     item: str = ""
 
+    @property
+    def better(self) -> str:
+        """The better answer; of a tie the second."""
+        return self.first if self.label == "first" else self.second
 
-class Views(NamedTuple):
-    """P(the answer shown first is better), each way round; None where it could not be read."""
+    @property
+    def worse(self) -> str:
+        """The worse answer; of a tie the first."""
+        return self.second if self.label == "first" else self.first
 
-    forward: float | None
-    backward: float | None
-
-    def outcome(self, calibration: Calibration | None = None) -> Outcome:
-        """What both say together."""
-        return combine(self.forward, self.backward, calibration)
-
-
-def marks(
-    rows: Sequence[Comparison], views: Sequence[Views], measure: Measure, calibration: Calibration | None = None
-) -> list[float]:
-    """A judge's mark for each pair that people did not call a tie.
-
-    Args:
-        rows: The pairs.
-        views: The judge's, in the same order.
-        measure: `both_orders_correct`: right whichever answer was shown first; `first_order`: right in the first order,
-            a verdict of exactly ½ or none being wrong; `order_averaged`: the mean over both orders is on the right
-            side, exactly ½ counting half; `consistency`: both orders name the same answer.
-        calibration: The judge's.
-    """
-
-    def mark(row: Comparison, view: Views) -> float:
-        if measure == "first_order":
-            return float(leans(view.forward) == row.label)
-        outcome = view.outcome(calibration)
-        if measure == "order_averaged":
-            return credit(outcome.score - 0.5, row)
-        return float(outcome.consistent if measure == "consistency" else outcome.winner == row.label)
-
-    return [mark(row, view) for row, view in zip(rows, views, strict=True)]
-
-
-def credit(leaning: float, row: Comparison) -> float:
-    """1 where a leaning to the first answer (negative: the second) is right, 0 where wrong, ½ for none."""
-    if math.isclose(leaning, 0.0, abs_tol=1e-9):
-        return 0.5
-    return float((leaning > 0) == (row.label == "first"))
-
-
-def leans(p: float | None) -> Literal["first", "second", "nothing"]:
-    """Which of the two answers, in the order they were shown, one verdict is for."""
-    if p is None or p == 0.5:
-        return "nothing"
-    return "first" if p > 0.5 else "second"
+    def toward_better(self, lean: float) -> float:
+        """A lean towards the first answer (negative: the second) as a lean towards the better one."""
+        return lean if self.label == "first" else -lean
 
 
 def load(path: Path, *, limit: int | None = None, pairs_per_prompt: int = 4) -> list[Comparison]:
-    """Reads pairs; every row says by its keys which shape it has.
+    """Reads pairs.
+
+    The keys of a row tell which shape it has:
 
     - Labelled pairs: `prompt`, `response_a`, `response_b` (objects with a `text`), `label` A, B or tie.
-    - Pool responses: `prompt`, `responses` with `model`, `text` and `correct`. Every answer marked correct stands
-      against every wrong one; where that makes more than `pairs_per_prompt`, a choice by hash is taken, the same every
-      time. Which of a pair is shown first is settled by hash too.
+    - Pool responses: `prompt`, `responses` with `model`, `text` and `correct`. Every answer marked correct is
+      paired with every wrong one. Of more than `pairs_per_prompt` pairs, some are chosen by hash, the same every time.
+      A hash also decides which answer of a pair is shown first.
     - JudgeBench (arXiv 2410.12784): `pair_id`, `question`, `response_A`, `response_B`, `label` A>B or B>A, `source`.
     - LLMBar (arXiv 2310.07641): `input`, `output_1`, `output_2`, `label` 1 or 2; one JSON array a file.
     - RewardBench 2 (arXiv 2506.01937): `id`, `prompt`, `chosen`, `rejected` (lists of texts), `subset`. Each right
-      answer stands against each wrong one.
+      answer is paired with each wrong one.
 
     Args:
         path: The file, one JSON object a line, or one JSON array of objects.
-        limit: Only the first so many rows.
-        pairs_per_prompt: The most pairs taken of one pool row.
+        limit: Read only this many rows.
+        pairs_per_prompt: The most pairs of one pool row.
 
     Raises:
-        MixfuseError: A line is malformed or of none of these shapes (the message names file and line).
+        MixfuseError: A line is malformed or has none of these shapes (the message names file and line).
     """
     file = "/".join(path.resolve().parts[-2:])
     comparisons: list[Comparison] = []
@@ -128,12 +94,12 @@ def load(path: Path, *, limit: int | None = None, pairs_per_prompt: int = 4) -> 
         except (TypeError, ValueError) as error:
             raise MixfuseError(f"{place}: {error}") from None
     if not comparisons:
-        raise MixfuseError(f"{path}: there are no pairs to judge in it")
+        raise MixfuseError(f"{path}: it holds no pairs to judge")
     return comparisons
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where it stands, as `file:line` or `file: row N` of an array; the row)."""
+    """(the position, `file:line`, or `file: row N` in an array; the row)."""
     if not _is_array(path):
         for number, row in iter_jsonl(path):
             yield f"{path}:{number}", row
@@ -149,14 +115,14 @@ def _is_array(path: Path) -> bool:
         with path.open("rb") as stream:
             return stream.read(64).lstrip().startswith(b"[")
     except OSError:
-        return False  # why it cannot be read is `iter_jsonl`'s to say
+        return False  # `iter_jsonl` reports why the file cannot be read
 
 
-def _pairs(row: dict[str, Any], file: str, at_most: int) -> list[Comparison]:
+def _pairs(row: dict[str, Any], file: str, most: int) -> list[Comparison]:
     if "response_a" in row:
         return [_labelled(row, file)]
     if "responses" in row:
-        return _marked(row, file, at_most)
+        return _from_pool(row, file, most)
     if "response_A" in row:
         return [_judgebench(row, file)]
     if "output_1" in row:
@@ -183,13 +149,13 @@ def _labelled(row: dict[str, Any], file: str) -> Comparison:
     )
 
 
-def _marked(row: dict[str, Any], file: str, at_most: int) -> list[Comparison]:
+def _from_pool(row: dict[str, Any], file: str, most: int) -> list[Comparison]:
     prompt, source = _text(row["prompt"]), _text(row.get("source", ""))
-    responses = [(_text(one["text"]), one["model"], one["correct"]) for one in map(_object, row["responses"])]
+    responses = [(_text(entry["text"]), entry["model"], entry["correct"]) for entry in map(_object, row["responses"])]
     pairs = [(good, bad) for good in responses if good[2] is True for bad in responses if bad[2] is False]
     usable = {(good[0], bad[0]): (good[1], bad[1]) for good, bad in pairs if good[0].strip() and bad[0].strip()}
-    chosen = sorted(usable, key=lambda texts: _chance(prompt, *texts))[:at_most]
-    return [_by_chance(prompt, *texts, models=usable[texts], file=file, source=source) for texts in chosen]
+    chosen = sorted(usable, key=lambda texts: _hash(prompt, *texts))[:most]
+    return [_by_hash(prompt, *texts, models=usable[texts], file=file, source=source) for texts in chosen]
 
 
 def _judgebench(row: dict[str, Any], file: str) -> Comparison:
@@ -220,24 +186,20 @@ def _rewardbench2(row: dict[str, Any], file: str) -> list[Comparison]:
     if subset == TIES and item.partition(":")[0] not in ("ref", "tied"):
         raise ValueError(f"the id {item!r} of a row of the subset {TIES} must begin with 'ref:' or 'tied:'")
     return [
-        _by_chance(prompt, one, other, models=None, file=file, source=subset, benchmark="rewardbench2", item=item)
-        for one in good
-        for other in bad
+        _by_hash(prompt, right, wrong, models=None, file=file, source=subset, benchmark="rewardbench2", item=item)
+        for right in good
+        for wrong in bad
     ]
 
 
-TIES = "Ties"
-"""RewardBench 2's subset with a rule of its own."""
-
-
-def _by_chance(prompt: str, good: str, bad: str, *, models: tuple[str, str] | None, **fields: Any) -> Comparison:
-    """The pair, the better one first in half of all cases."""
-    if int(_chance(prompt, good, bad)[-1], 16) % 2:
+def _by_hash(prompt: str, good: str, bad: str, *, models: tuple[str, str] | None, **fields: Any) -> Comparison:
+    """The pair; a hash of the texts puts the better answer first in half of all pairs."""
+    if int(_hash(prompt, good, bad)[-1], 16) % 2:
         return Comparison(prompt, good, bad, "first", models, **fields)
     return Comparison(prompt, bad, good, "second", models and (models[1], models[0]), **fields)
 
 
-def _chance(*texts: str) -> str:
+def _hash(*texts: str) -> str:
     return hashlib.sha256("\0".join(texts).encode(errors="surrogatepass")).hexdigest()
 
 

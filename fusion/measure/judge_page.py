@@ -1,20 +1,22 @@
-"""A judge's report as pages, and its verdicts as a file."""
+"""The pages of a judge's evaluation, and its verdicts as a file."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from mixfuse.contracts import plots
 from mixfuse.contracts.files import write_jsonl
+from mixfuse.contracts.plots import Mark, Point
+from mixfuse.contracts.report import Block, Plot, Section, Table
+from mixfuse.contracts.report import write as write_report
 from mixfuse.fusion.measure.comparisons import Comparison
-from mixfuse.fusion.measure.eval_judge import JudgeReport, Reliability
-from mixfuse.fusion.measure.report import Mark, Plot, Point, Section, Table, intervals, reliability
-from mixfuse.fusion.measure.report import write as write_report
-from mixfuse.fusion.measure.statistics import Difference, Figure
+from mixfuse.fusion.measure.judge_report import JudgeReport, Reliability
+from mixfuse.fusion.measure.statistics import Difference, Estimate
 
 RULES = ("longer", "shorter", "strongest_member")
 READING = (
-    "Right in both orders: the judge named the better answer whichever was shown first; a coin does in a quarter of "
-    "the pairs. Consistent: both orders name the same answer, right or wrong. Orders averaged: the mean of both "
+    "Right in both orders: the judge names the better answer whichever is shown first; a coin does so in a quarter "
+    "of the pairs. Consistent: both orders name the same answer, right or wrong. Orders averaged: the mean of both "
     "probabilities is on the better answer's side. Intervals are 95 %, by drawing prompts with replacement."
 )
 
@@ -24,9 +26,9 @@ def write(out: Path, report: JudgeReport, rows: Sequence[Comparison], *, judge: 
 
     Args:
         out: The folder.
-        report: Of these rows.
-        rows: In the order they were judged in.
-        judge: What the judge is called.
+        report: The figures of these rows.
+        rows: In the order of the verdicts.
+        judge: The name of the judge.
 
     Raises:
         MixfuseError: The folder cannot be written.
@@ -37,59 +39,59 @@ def write(out: Path, report: JudgeReport, rows: Sequence[Comparison], *, judge: 
 
 def sections(report: JudgeReport) -> list[Section]:
     """The report for people."""
-    found = [
-        Section("In a word", verdict(report)),
+    parts = [
+        Section("Summary", verdict(report)),
         Section("The judge", _own(report)),
-        Section("Beside rules that read nothing, and other judges", _beside(report)),
+        Section("Compared with rules that read no answer, and with other judges", _compared(report)),
         Section("Calibration", _calibration(report)),
-        Section("By length", [_parts("How long the better answer is", report.by_length), _length_plot(report)]),
+        Section("By length", [_parts("Length of the better answer", report.by_length), _length_plot(report)]),
         Section("By source", [_parts("Source", report.by_source)]),
     ]
     if report.official:
-        found.append(Section("Public benchmarks' own metrics", [_official(report)]))
-    return found
+        parts.append(Section("Public benchmarks' own metrics", [_official(report)]))
+    return parts
 
 
-def verdict(report: JudgeReport) -> list[str | Table | Plot]:
-    """What may be said of the judge, each in a sentence that rests on an interval."""
+def verdict(report: JudgeReport) -> list[Block]:
+    """The conclusions, each a sentence that rests on an interval."""
     both = report.both_orders_correct
-    said: list[str | Table | Plot] = [
+    sentences: list[Block] = [
         f"On {report.n} pairs of {report.prompts} prompts it is right in both orders on {_percent(both)}. "
-        + _placed("a coin (25 %)", both.low > 0.25, both.high < 0.25)
+        + _sentence("a coin (25 %)", both.low > 0.25, both.high < 0.25)
     ]
     for name in RULES:
         if name in report.baselines:
             gap = Difference(**report.baselines[name]["judge_minus_rule"])
-            said.append(
+            sentences.append(
                 f"Always taking the {name.replace('_', ' ')} is right on "
-                f"{_percent(Figure(**report.baselines[name]['first_order']))}; the judge, orders averaged, on "
-                f"{_percent(report.order_averaged)}, a difference of {gap}. " + _told("that rule", gap)
+                f"{_percent(Estimate(**report.baselines[name]['first_order']))}; the judge, orders averaged, on "
+                f"{_percent(report.order_averaged)}, a difference of {gap}. " + _conclusion("that rule", gap)
             )
     for name, other in report.against.items():
         gap = Difference(**other["difference"]["both_orders_correct"])
-        said.append(
-            f"Beside {name}, right in both orders: {gap} ({gap.test.replace('_', ' ')}; better on {gap.better} "
-            f"prompts, worse on {gap.worse}). " + _told(name, gap)
+        sentences.append(
+            f"Compared with {name}, right in both orders: {gap} ({gap.test.replace('_', ' ')}; better on {gap.better} "
+            f"prompts, worse on {gap.worse}). " + _conclusion(name, gap)
         )
-    return said
+    return sentences
 
 
-def _told(than: str, gap: Difference) -> str:
-    return _placed(than, gap.low > 0 and gap.p < 0.05, gap.high < 0 and gap.p < 0.05)
+def _conclusion(than: str, gap: Difference) -> str:
+    return _sentence(than, gap.low > 0 and gap.p < 0.05, gap.high < 0 and gap.p < 0.05)
 
 
-def _placed(than: str, better: bool, worse: bool) -> str:
+def _sentence(than: str, better: bool, worse: bool) -> str:
     if better:
         return f"It is better than {than}."
     return f"It is worse than {than}." if worse else f"These pairs do not tell it from {than}."
 
 
-def _percent(figure: Figure) -> str:
-    return f"{100 * figure.value:.1f} % [{100 * figure.low:.1f}, {100 * figure.high:.1f}]"
+def _percent(estimate: Estimate) -> str:
+    return f"{100 * estimate.value:.1f} % [{100 * estimate.low:.1f}, {100 * estimate.high:.1f}]"
 
 
-def _own(report: JudgeReport) -> list[str | Table | Plot]:
-    rows = [(words, str(figure)) for words, figure in report.lines()]
+def _own(report: JudgeReport) -> list[Block]:
+    rows = [(words, str(share)) for words, share in report.lines()]
     rows.append(("verdicts not read", f"{report.parse_failures} of {2 * (report.n + report.human_ties)}"))
     rows.append(("verdicts read from", "log-probabilities" if report.read == "logprobs" else "what the judge wrote"))
     rows.append(("human ties, which count for no accuracy", str(report.human_ties)))
@@ -97,19 +99,19 @@ def _own(report: JudgeReport) -> list[str | Table | Plot]:
     return [READING, Table(("", "share, 95 % interval"), rows)]
 
 
-def _beside(report: JudgeReport) -> list[str | Table | Plot]:
+def _compared(report: JudgeReport) -> list[Block]:
     marks = [Mark("this judge", report.both_orders_correct)]
-    marks += [Mark(name, Figure(**other["both_orders_correct"])) for name, other in report.against.items()]
+    marks += [Mark(name, Estimate(**other["both_orders_correct"])) for name, other in report.against.items()]
     for name in RULES:
         if name in report.baselines:
-            figure = Figure(**report.baselines[name]["both_orders_correct"])
-            marks.append(Mark(f"always the {name.replace('_', ' ')}", figure, aside=True))
+            share = Estimate(**report.baselines[name]["both_orders_correct"])
+            marks.append(Mark(f"always the {name.replace('_', ' ')}", share, muted=True))
     coin = report.baselines["random"]["both_orders_correct"]
     caption = "Right in both orders, with 95 % intervals; the dashed line is a coin"
-    rows = [(mark.label, str(mark.figure)) for mark in marks] + [("a coin", f"{coin:.3f}")]
-    blocks: list[str | Table | Plot] = [
+    rows = [(mark.label, str(mark.estimate)) for mark in marks] + [("a coin", f"{coin:.3f}")]
+    blocks: list[Block] = [
         Table(("right in both orders", "share, 95 % interval"), rows),
-        intervals("accuracy", marks, caption, at=coin),
+        Plot("accuracy.svg", plots.intervals(marks, reference=coin), caption),
     ]
     if "strongest_member" in report.baselines:
         member = report.baselines["strongest_member"]["member"]
@@ -126,24 +128,24 @@ def _beside(report: JudgeReport) -> list[str | Table | Plot]:
     return blocks
 
 
-def _calibration(report: JudgeReport) -> list[str | Table | Plot]:
-    measured = {"as it is": report.reliability}
+def _calibration(report: JudgeReport) -> list[Block]:
+    measured = {"raw": report.reliability}
     if report.calibrated:
         measured["calibrated"] = report.calibrated
-    points = {name: _points(one, report.n) for name, one in measured.items()}
-    caption = "How often the judge is right, by how sure it is; on the dashed line it is as right as it says"
+    points = {name: _points(side, report.n) for name, side in measured.items()}
+    caption = "Accuracy by confidence; on the dashed line the judge is right as often as its probabilities claim"
     rows = [
         (name, f"{bin_.low:.2f} to {bin_.high:.2f}", str(bin_.n), f"{bin_.confidence:.3f}", f"{bin_.accuracy:.3f}")
-        for name, one in measured.items()
-        for bin_ in one.bins
+        for name, side in measured.items()
+        for bin_ in side.bins
     ]
-    said = [f"Expected calibration error, {name}: {one.ece}." for name, one in measured.items()]
+    sentences = [f"Expected calibration error, {name}: {side.ece}." for name, side in measured.items()]
     if report.calibration:
         parameters = report.calibration
-        said.append(f"Temperature {parameters.temperature:g}, tie margin {parameters.tie_margin:g}.")
+        sentences.append(f"Temperature {parameters.temperature:g}, tie margin {parameters.tie_margin:g}.")
     return [
-        " ".join(said),
-        reliability("reliability", points, caption),
+        " ".join(sentences),
+        Plot("reliability.svg", plots.reliability(points), caption),
         Table(("probabilities", "confidence", "pairs", "mean confidence", "accuracy"), rows),
     ]
 
@@ -155,22 +157,26 @@ def _points(measured: Reliability, n: int) -> list[Point]:
 def _parts(header: str, parts: dict[str, dict[str, Any]]) -> Table:
     measures = ("both_orders_correct", "order_averaged", "consistency")
     rows = [
-        (name, str(part["n"]), *(str(Figure(**part[measure])) for measure in measures)) for name, part in parts.items()
+        (name, str(part["n"]), *(str(Estimate(**part[measure])) for measure in measures))
+        for name, part in parts.items()
     ]
     return Table((header, "pairs", "right in both orders", "right, orders averaged", "consistent"), rows)
 
 
 def _length_plot(report: JudgeReport) -> Plot:
-    marks = [Mark(f"{name} ({part['n']})", Figure(**part["order_averaged"])) for name, part in report.by_length.items()]
+    marks = [
+        Mark(f"{name} ({part['n']})", Estimate(**part["order_averaged"])) for name, part in report.by_length.items()
+    ]
     caption = (
-        "Right, orders averaged, by how long the better answer is beside the worse; a rise means it favours length"
+        "Right, orders averaged, by the length of the better answer over that of the worse one; "
+        "a rise from top to bottom means that the judge favours length"
     )
-    return intervals("by_length", marks, caption, at=0.5)
+    return Plot("by_length.svg", plots.intervals(marks, reference=0.5), caption)
 
 
 def _official(report: JudgeReport) -> Table:
     rows = [
-        (benchmark, name.replace("_", " "), str(Figure(**value)) if isinstance(value, dict) else f"{value:.3f}")
+        (benchmark, name.replace("_", " "), str(Estimate(**value)) if isinstance(value, dict) else f"{value:.3f}")
         for benchmark, metrics in report.official.items()
         for name, value in metrics.items()
     ]

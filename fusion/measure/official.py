@@ -1,7 +1,7 @@
-"""Public judge benchmarks' own metrics, worked out from a pairwise judge's verdicts in both orders.
+"""Public judge benchmarks' own metrics, computed from a pairwise judge's verdicts in both orders.
 
-Each is the published rule, so that a figure can stand beside a leaderboard; none of them shows an order flip the way
-`both_orders_correct` does.
+Each is the published rule, so that a figure can be compared with a leaderboard. None of them shows an order flip the
+way `both_orders_correct` does.
 """
 
 import math
@@ -9,17 +9,18 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from mixfuse.fusion.measure.comparisons import TIES, Benchmark, Comparison, Views, leans
-from mixfuse.fusion.measure.statistics import Clusters, Figure
+from mixfuse.fusion.measure.comparisons import TIES, Benchmark, Comparison
+from mixfuse.fusion.measure.marks import Views, preferred
+from mixfuse.fusion.measure.statistics import Clusters, Estimate
 
-# JudgeBench's four groups, by how their sources begin (run_judge.py).
+# JudgeBench's four groups, by the prefix of their sources (run_judge.py).
 _JUDGEBENCH_GROUPS = {
     "knowledge": "mmlu-pro",
     "reasoning": "livebench-reasoning",
     "math": "livebench-math",
     "coding": "livecodebench",
 }
-_SMALLEST = 1e-6  # probabilities are kept so far from 0 and 1 where log-odds are taken
+_SMALLEST = 1e-6  # probabilities are kept this far from 0 and 1 before their log-odds are taken
 
 
 class _Judged(NamedTuple):
@@ -28,9 +29,9 @@ class _Judged(NamedTuple):
 
 
 def official(rows: Sequence[Comparison], views: Sequence[Views]) -> dict[str, dict[str, Any]]:
-    """The metrics of every benchmark of which there are rows: benchmark → metric → figure.
+    """The metrics of every benchmark that has rows here: benchmark → metric → figure.
 
-    A judge's calibration changes none of them: they read signs and ratios of log-odds, and know no margin for ties.
+    A judge's calibration changes none of them: the rules use signs and ratios of log-odds, and no margin for ties.
 
     Args:
         rows: Pairs of any origin.
@@ -42,61 +43,61 @@ def official(rows: Sequence[Comparison], views: Sequence[Views]) -> dict[str, di
         "rewardbench2": _rewardbench2,
     }
     judged = [_Judged(row, view) for row, view in zip(rows, views, strict=True)]
-    own = {name: [one for one in judged if one.row.benchmark == name] for name in rules}
-    return {name: rule(own[name]) for name, rule in rules.items() if own[name]}
+    by_benchmark = {name: [pair for pair in judged if pair.row.benchmark == name] for name in rules}
+    return {name: rule(by_benchmark[name]) for name, rule in rules.items() if by_benchmark[name]}
 
 
 def _judgebench(judged: Sequence[_Judged]) -> dict[str, Any]:
-    """Both games together (utils/metrics.py): a pair counts as correct if more games say so than say the contrary.
+    """Both games together (utils/metrics.py): a pair is correct if more games are right than wrong.
 
-    A game without a verdict says neither. So right in one order and unread in the other is correct, right in one and
-    wrong in the other is not.
+    A game without a verdict is neither. So right in one order and unread in the other is correct; right in one order
+    and wrong in the other is not.
     """
-    decided = [one for one in judged if one.row.label != "tie"]
-    won = [float(sum(_games(one)) > 0) for one in decided]
-    found = {"accuracy": _mean(decided, won)}
+    decided = [pair for pair in judged if pair.row.label != "tie"]
+    won = [float(sum(_games(pair)) > 0) for pair in decided]
+    metrics = {"accuracy": _mean(decided, won)}
     for group, prefix in _JUDGEBENCH_GROUPS.items():
-        inside = [place for place, one in enumerate(decided) if one.row.source.startswith(prefix)]
+        inside = [place for place, pair in enumerate(decided) if pair.row.source.startswith(prefix)]
         if inside:
-            found[group] = _mean([decided[place] for place in inside], [won[place] for place in inside])
-    return {name: figure.to_json() for name, figure in found.items()}
+            metrics[group] = _mean([decided[place] for place in inside], [won[place] for place in inside])
+    return {name: estimate.to_json() for name, estimate in metrics.items()}
 
 
-def _games(one: _Judged) -> tuple[int, int]:
-    """Each order: 1 for the right answer, -1 for the wrong one, 0 for none."""
-    forward, backward = leans(one.view.forward), leans(one.view.backward)
-    turned = {"first": "second", "second": "first"}.get(backward, "nothing")
+def _games(pair: _Judged) -> tuple[int, int]:
+    """For each order: 1 for the right answer, -1 for the wrong one, 0 for no verdict."""
+    forward, backward = preferred(pair.view.forward), preferred(pair.view.backward)
+    turned = backward and ("second" if backward == "first" else "first")
 
-    def game(said: str) -> int:
-        return 0 if said == "nothing" else 1 if said == one.row.label else -1
+    def game(winner: str | None) -> int:
+        return 0 if winner is None else 1 if winner == pair.row.label else -1
 
     return game(forward), game(turned)
 
 
 def _llmbar(judged: Sequence[_Judged]) -> dict[str, Any]:
     """Accuracy averaged over both orders, and how often both orders name the same answer (evaluate.py)."""
-    games = [_games(one) for one in judged]
-    correct = [sum(game == 1 for game in pair) / 2 for pair in games]
-    agree = [float(pair[0] == pair[1]) for pair in games]
+    games = [_games(pair) for pair in judged]
+    correct = [sum(game == 1 for game in both) / 2 for both in games]
+    agree = [float(both[0] == both[1]) for both in games]
     return {
         "accuracy_average": _mean(judged, correct).to_json(),
         "positional_agreement": _mean(judged, agree).to_json(),
     }
 
 
-def _mean(judged: Sequence[_Judged], values: Sequence[float]) -> Figure:
-    return Clusters([one.row.prompt for one in judged]).mean(values)
+def _mean(judged: Sequence[_Judged], values: Sequence[float]) -> Estimate:
+    return Clusters([pair.row.prompt for pair in judged]).mean(values)
 
 
 def _rewardbench2(judged: Sequence[_Judged]) -> dict[str, Any]:
     """Best of four by subset, the Ties score, and their plain mean (arXiv 2506.01937, rewardbench/utils.py).
 
-    The published rules read one score an answer. A pairwise judge gives log-odds between answers; where it has a score
-    behind it they are the scores' differences, and what is computed here is the published figure exactly.
+    The published rules take one score for each answer. A pairwise judge gives log-odds between answers. If the judge
+    scores answers, the log-odds are differences of scores, and the result is exactly the published figure.
     """
     items: dict[tuple[str, str], list[_Judged]] = defaultdict(list)
-    for one in judged:
-        items[one.row.source, one.row.item].append(one)
+    for pair in judged:
+        items[pair.row.source, pair.row.item].append(pair)
     subsets: dict[str, list[float]] = defaultdict(list)
     prompts: dict[str, list[str]] = defaultdict(list)
     ties: dict[str, _TieStats] = {}
@@ -106,21 +107,19 @@ def _rewardbench2(judged: Sequence[_Judged]) -> dict[str, Any]:
         else:
             subsets[subset].append(_best_of(pairs))
             prompts[subset].append(pairs[0].row.prompt)
-    found: dict[str, Any] = {name: Clusters(prompts[name]).mean(marks).to_json() for name, marks in subsets.items()}
+    metrics: dict[str, Any] = {name: Clusters(prompts[name]).mean(marks).to_json() for name, marks in subsets.items()}
     if ties:
         ids = sorted({item.partition(":")[2] for item in ties})
-        figure = Clusters(ids).of(lambda drawn: ties_score(ties, [ids[index] for index in drawn]))
-        found[TIES] = figure.to_json()
-    found["score"] = sum(figure["value"] for figure in found.values()) / len(found)
-    return found
+        metrics[TIES] = Clusters(ids).estimate(lambda drawn: ties_score(ties, [ids[n] for n in drawn])).to_json()
+    metrics["score"] = sum(metric["value"] for metric in metrics.values()) / len(metrics)
+    return metrics
 
 
-def _odds_for_the_better(one: _Judged) -> float:
+def _odds_for_the_better(pair: _Judged) -> float:
     """Log-odds, in nats, that the right answer is the better one: the mean over the orders that were read, else 0."""
-    forward, backward = one.view
+    forward, backward = pair.view
     read = [_logit(p) for p in (forward, None if backward is None else 1 - backward) if p is not None]
-    odds = sum(read) / len(read) if read else 0.0
-    return odds if one.row.label == "first" else -odds
+    return pair.row.toward_better(sum(read) / len(read) if read else 0.0)
 
 
 def _logit(p: float) -> float:
@@ -129,8 +128,8 @@ def _logit(p: float) -> float:
 
 
 def _best_of(pairs: Sequence[_Judged]) -> float:
-    """1 where the right answer beats every wrong one; where it shares the first place with some, its share of it."""
-    odds = [_odds_for_the_better(one) for one in pairs]
+    """1 where the right answer beats every wrong one; in a tie for the first place its share of it."""
+    odds = [_odds_for_the_better(pair) for pair in pairs]
     if any(value < -1e-9 for value in odds):
         return 0.0
     return 1 / (1 + sum(value <= 1e-9 for value in odds))
@@ -150,29 +149,28 @@ class _TieStats(NamedTuple):
 
 def _tie_stats(pairs: Sequence[_Judged]) -> _TieStats:
     odds: dict[str, list[float]] = defaultdict(list)
-    for one in pairs:
-        right = one.row.first if one.row.label == "first" else one.row.second
-        odds[right].append(_odds_for_the_better(one))
+    for pair in pairs:
+        odds[pair.row.better].append(_odds_for_the_better(pair))
     strength = [sum(values) / len(values) for values in odds.values()]
     spread = max(strength) - min(strength) if len(strength) > 1 else None
     return _TieStats(min(min(values) for values in odds.values()), spread)
 
 
 def ties_score(stats: dict[str, _TieStats], ids: Sequence[str]) -> float | None:
-    """The Ties score of these prompts: accuracy, and right answers closer to one another than to wrong ones.
+    """The Ties score of these prompts: accuracy, and whether right answers lie closer together than to wrong ones.
 
     Args:
         stats: By the rows' ids: `ref:N` with one right answer, `tied:N` with several.
-        ids: The numbers N, as often as each is drawn.
+        ids: The numbers N, each as often as it was drawn.
     """
-    ref = [stats[f"ref:{one}"] for one in ids if f"ref:{one}" in stats]
-    tied = [stats[f"tied:{one}"] for one in ids if f"tied:{one}" in stats]
+    ref = [stats[f"ref:{n}"] for n in ids if f"ref:{n}" in stats]
+    tied = [stats[f"tied:{n}"] for n in ids if f"tied:{n}" in stats]
     both = [
-        (stats[f"ref:{one}"].gap, stats[f"tied:{one}"].gap, stats[f"tied:{one}"].spread or 0.0)
-        for one in ids
-        if f"ref:{one}" in stats and f"tied:{one}" in stats
+        (stats[f"ref:{n}"].gap, stats[f"tied:{n}"].gap, stats[f"tied:{n}"].spread or 0.0)
+        for n in ids
+        if f"ref:{n}" in stats and f"tied:{n}" in stats
     ]
-    accuracies = [_share([one.gap > 0 for one in part]) for part in (tied, ref)]
+    accuracies = [_share([prompt.gap > 0 for prompt in part]) for part in (tied, ref)]
     preferred = _share([tied_gap > spread for _, tied_gap, spread in both])
     preferred_hard = _share([min(ref_gap, tied_gap) > spread for ref_gap, tied_gap, spread in both])
     margin = [_margin(min(ref_gap, tied_gap), spread) for ref_gap, tied_gap, spread in both]
@@ -190,5 +188,5 @@ def _margin(gap: float, spread: float) -> float:
     return math.tanh(gap / spread - 1)
 
 
-def _share(held: Sequence[bool]) -> float:
-    return sum(held) / len(held) if held else 0.0
+def _share(true: Sequence[bool]) -> float:
+    return sum(true) / len(true) if true else 0.0

@@ -1,27 +1,32 @@
-"""Intervals and tests for shares of pairs or tasks, where several may be of one prompt.
+"""Intervals and paired tests for marks of pairs or tasks, where several may belong to one prompt.
 
-Whole prompts are drawn and whole prompts change sides: what is asked of one prompt is not independent. No numpy: the
-gateway's room stays light, and a thousand resamples of a thousand prompts take a second without it.
+Whole prompts are drawn and whole prompts change sides, because marks of one prompt are not independent. Nothing here
+knows what is marked. SciPy is imported when the first test is computed.
 """
 
-import math
-import random
-from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from mixfuse.contracts.judge_protocol import Calibration
-from mixfuse.fusion.measure.comparisons import Comparison, Measure, Views, marks
+import numpy as np
+import numpy.typing as npt
+
+from mixfuse.contracts.extras import needs_extra
 
 RESAMPLES = 1000
 SEED = 0
-# So many different sums are followed exactly; marks of 0, ½ and 1 stay far below, real numbers soon pass it.
-_EXACT_SUMS = 20_000
-_FLIPS = 10_000
+# All 2^n sign flips of n prompts are enumerated up to this many; of more, as many are drawn at random.
+FLIPS = 1 << 14
+_TAIL = 0.025  # of a 95 % interval
 
 
-class Figure(NamedTuple):
-    """A value with its 95 % interval: bootstrap over prompts, percentiles."""
+class Estimate(NamedTuple):
+    """A value with its 95 % interval.
+
+    Attributes:
+        value: The estimate itself.
+        low: The lower end.
+        high: The upper end.
+    """
 
     value: float
     low: float
@@ -65,37 +70,33 @@ class Difference(NamedTuple):
 
 
 class Clusters:
-    """Gives figures their intervals, always by the same resamples of the same prompts.
+    """Rows grouped by prompt, and the cluster bootstrap over them: every estimate uses the same draws of prompts.
 
     Args:
         keys: The prompt of each row.
     """
 
     def __init__(self, keys: Sequence[Hashable]) -> None:
-        grouped: dict[Hashable, list[int]] = defaultdict(list)
-        for index, key in enumerate(keys):
-            grouped[key].append(index)
-        self._members = list(grouped.values())
-        generator = random.Random(SEED)  # noqa: S311 - statistics, not secrets
-        count = len(self._members)
-        self._draws = [generator.choices(range(count), k=count) for _ in range(RESAMPLES)]
-        sizes = [len(indices) for indices in self._members]
-        self._drawn_rows = [sum(sizes[one] for one in draw) for draw in self._draws]
+        numbers: dict[Hashable, int] = {}
+        self._of_row = np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.intp)
+        count = len(numbers)
+        self._rows = [np.flatnonzero(self._of_row == number) for number in range(count)]
+        self._sizes = np.bincount(self._of_row, minlength=count)
+        self._draws = np.random.default_rng(SEED).integers(0, max(1, count), (RESAMPLES, count))
 
-    def mean(self, values: Sequence[float]) -> Figure:
+    def mean(self, values: Sequence[float]) -> Estimate:
         """The mean of one value a row.
 
         Raises:
             ValueError: There are no rows.
         """
-        if not values:
+        if not len(values):
             raise ValueError("no rows, so no mean")
         sums = self.sums(values)
-        totals = (sum(sums[one] for one in draw) for draw in self._draws)
-        means = [total / rows for total, rows in zip(totals, self._drawn_rows, strict=True)]
-        return _figure(sum(values) / len(values), means)
+        means = sums[self._draws].sum(axis=1) / self._sizes[self._draws].sum(axis=1)
+        return _percentile_interval(float(sums.sum() / len(values)), means)
 
-    def of(self, statistic: Callable[[Sequence[int]], float | None]) -> Figure:
+    def estimate(self, statistic: Callable[[npt.NDArray[np.intp]], float | None]) -> Estimate:
         """Any statistic of rows.
 
         Args:
@@ -104,22 +105,24 @@ class Clusters:
         Raises:
             ValueError: It has none for the rows as they are.
         """
-        value = statistic([index for indices in self._members for index in indices])
+        value = statistic(np.arange(len(self._of_row)))
         if value is None:
             raise ValueError("the statistic has no value for these rows")
-        drawn = ([index for one in draw for index in self._members[one]] for draw in self._draws)
-        return _figure(value, [found for rows in drawn if (found := statistic(rows)) is not None])
+        drawn = (statistic(np.concatenate([self._rows[number] for number in draw])) for draw in self._draws)
+        return _percentile_interval(value, np.array([one for one in drawn if one is not None]))
 
-    def sums(self, values: Sequence[float]) -> list[float]:
+    def sums(self, values: Sequence[float]) -> npt.NDArray[np.float64]:
         """The sum over each prompt's rows."""
-        return [sum(values[index] for index in indices) for indices in self._members]
+        sums = np.zeros(len(self._rows))
+        np.add.at(sums, self._of_row, np.asarray(values, dtype=np.float64))
+        return sums
 
 
-def _figure(value: float, resampled: list[float]) -> Figure:
-    resampled.sort()
-    if not resampled:
-        return Figure(value, value, value)
-    return Figure(value, resampled[int(0.025 * len(resampled))], resampled[max(0, int(0.975 * len(resampled)) - 1)])
+def _percentile_interval(value: float, resampled: npt.NDArray[np.float64]) -> Estimate:
+    if not resampled.size:
+        return Estimate(value, value, value)
+    low, high = np.quantile(resampled, (_TAIL, 1 - _TAIL))
+    return Estimate(value, float(low), float(high))
 
 
 def difference(keys: Sequence[Hashable], a: Sequence[float], b: Sequence[float]) -> Difference:
@@ -133,78 +136,57 @@ def difference(keys: Sequence[Hashable], a: Sequence[float], b: Sequence[float])
     Raises:
         ValueError: There are no rows.
     """
-    gains = [x - y for x, y in zip(a, b, strict=True)]
+    gains = np.array([x - y for x, y in zip(a, b, strict=True)], dtype=np.float64)
     clusters = Clusters(keys)
-    by_prompt = clusters.sums(gains)
-    # Exact McNemar is the sign flip of marks that differ by 1: a binomial test of the discordant prompts.
-    paired_marks = len(by_prompt) == len(gains) and all(gain in (-1.0, 0.0, 1.0) for gain in gains)
-    return Difference(
-        *clusters.mean(gains),
-        p=sign_flip(by_prompt),
-        test="mcnemar" if paired_marks else "sign_flip",
-        better=sum(gain > 0 for gain in by_prompt),
-        worse=sum(gain < 0 for gain in by_prompt),
-    )
+    mean = clusters.mean(gains.tolist())
+    by_prompt = clusters.sums(gains.tolist())
+    better, worse = int((by_prompt > 0).sum()), int((by_prompt < 0).sum())
+    one_mark_a_prompt = len(by_prompt) == len(gains) and bool(np.isin(gains, (-1.0, 0.0, 1.0)).all())
+    p = mcnemar(better, worse) if one_mark_a_prompt else sign_flip(by_prompt)
+    return Difference(*mean, p, "mcnemar" if one_mark_a_prompt else "sign_flip", better, worse)
 
 
-def paired(
-    rows: Sequence[Comparison],
-    views_a: Sequence[Views],
-    views_b: Sequence[Views],
-    *,
-    measure: Measure = "both_orders_correct",
-    calibrations: tuple[Calibration | None, Calibration | None] = (None, None),
-) -> Difference:
-    """How much better judge A is than judge B on the same pairs; human ties are left out.
-
-    Args:
-        rows: The pairs.
-        views_a: Judge A's, in the same order.
-        views_b: Judge B's.
-        measure: What counts as right.
-        calibrations: A's and B's.
-
-    Raises:
-        ValueError: No pair has a label other than a tie.
-    """
-    kept = [index for index, row in enumerate(rows) if row.label != "tie"]
-    decided = [rows[index] for index in kept]
-    a, b = (
-        marks(decided, [views[index] for index in kept], measure, calibration)
-        for views, calibration in zip((views_a, views_b), calibrations, strict=True)
-    )
-    return difference([row.prompt for row in decided], a, b)
+def mcnemar(better: int, worse: int) -> float:
+    """The exact two-sided p-value of discordant pairs: a binomial test (McNemar 1947)."""
+    if not better + worse:
+        return 1.0
+    return float(_stats().binomtest(better, better + worse).pvalue)
 
 
-def sign_flip(gains: Sequence[float]) -> float:
-    """The two-sided p-value of a sum of gains, were each as likely to have the other sign.
+def sign_flip(gains: Sequence[float] | npt.NDArray[np.float64]) -> float:
+    """The two-sided p-value of a sum of gains, if each were as likely to have the other sign.
 
-    Exact, by following every possible sum, where the gains leave few different ones; else by random flips.
+    Exact up to 14 gains other than zero: all sign flips are enumerated. Of more gains, `FLIPS` flips are drawn, and
+    the observed signs count as one of them (Phipson and Smyth 2010), so that p is never 0.
 
     Args:
         gains: One for each independent unit (a prompt).
     """
-    moved = [gain for gain in gains if not math.isclose(gain, 0.0, abs_tol=1e-12)]
-    observed = abs(sum(moved)) - 1e-9
-    chances = {0.0: 1.0}
-    for gain in moved:
-        after: dict[float, float] = defaultdict(float)
-        for total, chance in chances.items():
-            after[round(total + gain, 9)] += chance / 2
-            after[round(total - gain, 9)] += chance / 2
-        chances = after
-        if len(chances) > _EXACT_SUMS:
-            return _random_flips(moved, observed)
-    return min(1.0, sum(chance for total, chance in chances.items() if abs(total) >= observed))
+    values = np.asarray(gains, dtype=np.float64)
+    moved = values[~np.isclose(values, 0.0, atol=1e-12)]
+    if moved.size < 2:  # one unit has two signs, both as extreme
+        return 1.0
+    test = _stats().permutation_test(
+        (moved,), np.sum, permutation_type="samples", vectorized=True, n_resamples=FLIPS, batch=1024, rng=SEED
+    )
+    return float(test.pvalue)
 
 
-def _random_flips(moved: Sequence[float], observed: float) -> float:
-    generator = random.Random(SEED)  # noqa: S311 - statistics, not secrets
-    whole = sum(moved)
-    as_large = 0
-    for _ in range(_FLIPS):
-        flipped = generator.getrandbits(len(moved))
-        total = whole - 2 * sum(gain for place, gain in enumerate(moved) if flipped >> place & 1)
-        as_large += abs(total) >= observed
-    # The observed signs are one of the possible draws (Phipson and Smyth 2010): p is never 0.
-    return (as_large + 1) / (_FLIPS + 1)
+def wilson(marks: Sequence[bool]) -> Estimate:
+    """A share with Wilson's 95 % interval (JASA 22, 1927), which is sound for shares near 0 and 1.
+
+    Args:
+        marks: Of independent rows.
+
+    Raises:
+        ValueError: There are no marks.
+    """
+    test = _stats().binomtest(sum(marks), len(marks))
+    low, high = test.proportion_ci(method="wilson")
+    return Estimate(float(test.statistic), float(low), float(high))
+
+
+def _stats() -> Any:
+    with needs_extra("measure"):
+        from scipy import stats
+    return stats

@@ -1,4 +1,4 @@
-"""What needs an engine or a server for a moment: the parity gate of `adapter verify`, `eval judge` and `eval fusion`.
+"""Measurements that need an engine or a server for a moment: `adapter verify`, `eval judge` and `eval fusion`.
 
 Composes `train` (PEFT's side), `serve` (the engine) and `fusion` (the judging).
 """
@@ -7,10 +7,11 @@ import asyncio
 import os
 import tempfile
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from rich.console import Console
 
@@ -22,22 +23,100 @@ from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.files import sha256_json
 from mixfuse.contracts.judge_protocol import Calibration
 from mixfuse.contracts.strict_yaml import load
-from mixfuse.contracts.tasks import Split, Task, make
+from mixfuse.contracts.tasks import Split, Task, TaskSet, make
+from mixfuse.fusion.batch import Results, Target
 from mixfuse.fusion.calls.upstream import Endpoint
-from mixfuse.fusion.config import Agreement, FusedMode, FusionConfig
+from mixfuse.fusion.config import FusionConfig
 from mixfuse.fusion.http.keys import API_KEY
+from mixfuse.fusion.measure import comparisons, fusion_page, judge_page
 from mixfuse.fusion.measure import eval_fusion as fusing
 from mixfuse.fusion.measure import eval_judge as judging
-from mixfuse.fusion.measure import fusion_page, judge_page
-from mixfuse.fusion.measure.eval_fusion import FusionReport
-from mixfuse.fusion.measure.eval_judge import JudgeReport
+from mixfuse.fusion.measure.comparisons import Comparison
+from mixfuse.fusion.measure.eval_fusion import Design
+from mixfuse.fusion.measure.fusion_report import FusionReport
+from mixfuse.fusion.measure.judge_report import JudgeReport, compared
 from mixfuse.fusion.measure.questions import Question, Verifier, matches, read_questions
 from mixfuse.fusion.store.cache import Cache
 from mixfuse.serve.engine import BASE_MODEL_NAME, Engine, EngineConfig
 from mixfuse.serve.roles import BASE
 
 UNTRAINED = "untrained"
-"""What the base is called as a judge to compare with."""
+"""The name of the base as a judge to compare with."""
+
+
+@dataclass(frozen=True)
+class Judges:
+    """The judges of one evaluation: adapter directories, or roles of a running server.
+
+    Attributes:
+        judge: The judge that the report is about.
+        against: Other judges to compare it with.
+        untrained: Compare it with its base as well.
+        base: The base of adapter directories; None: the base that each was made on.
+    """
+
+    judge: str
+    against: Sequence[str] = ()
+    untrained: bool = False
+    base: Path | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """Every judge but the base, each once."""
+        return list(dict.fromkeys([self.judge, *self.against]))
+
+    @property
+    def rivals(self) -> list[str]:
+        """The judges that the first one is compared with."""
+        return [name for name in (*self.against, *([UNTRAINED] if self.untrained else [])) if name != self.judge]
+
+
+@dataclass(frozen=True)
+class TaskSource:
+    """Where the tasks of an evaluation of fusing come from, and who checks the answers.
+
+    Attributes:
+        tasks: A task file, whose verifiers are reasoning-gym's; None: `data` is read.
+        split: The split of the task file.
+        count: How many of its tasks.
+        data: Files of questions with references.
+        limit: Read only this many rows of each data file.
+        verifier: `exact`, `number`, `json` or `regex` for `data`; None or `reasoning-gym` for `tasks`.
+    """
+
+    tasks: Path | None = None
+    split: Split = "heldout"
+    count: int = 100
+    data: Sequence[Path] = ()
+    limit: int | None = None
+    verifier: Verifier | Literal["reasoning-gym"] | None = None
+
+    def read(self, seed: int) -> TaskSet[Any]:
+        """The tasks with their verifier.
+
+        Args:
+            seed: Of the tasks that a task file makes.
+
+        Raises:
+            MixfuseError: The verifier does not fit the source, or a file is wrong.
+        """
+        verifier = self.verifier
+        if self.tasks is not None and verifier in (None, "reasoning-gym"):
+            return TaskSet(make(self.tasks, self.split, self.count, seed=seed), Task.verify)
+        if self.tasks is not None or verifier is None or verifier == "reasoning-gym":
+            raise MixfuseError(
+                f"--data needs --verifier {', '.join(get_args(Verifier))}; --tasks brings its own, reasoning-gym"
+            )
+
+        def verify(question: Question, text: str) -> bool:
+            return matches(question, text, verifier)
+
+        return TaskSet(read_questions(self.data, limit=self.limit), verify)
+
+    def described(self) -> dict[str, Any]:
+        """The source, for the report."""
+        source = {"tasks": str(self.tasks), "split": self.split} if self.tasks else {}
+        return {**(source or {"data": ", ".join(map(str, self.data))}), "verifier": self.verifier or "reasoning-gym"}
 
 
 def verify_parity(directory: Path, base: Path) -> Parity:
@@ -62,198 +141,163 @@ def verify_parity(directory: Path, base: Path) -> Parity:
     return measured
 
 
+def server_at(url: str) -> Target:
+    """The server at `url`, with the API key of the environment."""
+    return Target(url, os.environ.get(API_KEY))
+
+
 def eval_judge(
-    judge: str,
-    data: Sequence[Path],
-    *,
-    base: Path | None,
-    url: str,
-    limit: int | None,
-    concurrency: int,
-    against: Sequence[str] = (),
-    untrained: bool = False,
-    out: Path | None = None,
-    cache: Path | None = None,
+    judges: Judges, data: Sequence[Path], target: Target, results: Results, *, limit: int | None, concurrency: int
 ) -> JudgeReport:
-    """Evaluates judges, adapter directories (on an engine of their own) or roles of a running server; prints a table.
+    """Evaluates a judge beside others; prints a table. Adapter directories are served by an engine of their own.
 
     Args:
-        judge: The judge the report is about.
+        judges: The judges.
         data: Files of labelled pairs, taken together.
-        base: The base of adapter directories; unset: the one each was made on.
-        url: The running server, for roles.
-        limit: Only the first so many rows of each file.
-        concurrency: Calls under way at once.
-        against: Other judges to compare it with.
-        untrained: Compare it with its base as well.
-        out: Where to write the report, and every verdict.
-        cache: A file that keeps verdicts; unset: in `out`, or none.
+        target: The running server, for roles.
+        results: Where the report, every verdict and the cache go.
+        limit: Read only this many rows of each file.
+        concurrency: Calls in flight at once.
 
     Raises:
-        MixfuseError: A reference or the data is wrong, or a judge cannot be reached.
+        MixfuseError: A judge or the data is wrong, or a judge cannot be reached.
     """
-    rows = [row for path in data for row in judging.load(path, limit=limit)]
-    refs = list(dict.fromkeys([judge, *against]))
-    directories = {ref: Path(ref) for ref in refs if "/" in ref or Path(ref).is_dir()}
-    roles = [ref for ref in refs if ref not in directories]
-    base_of_a_role = untrained and judge in roles
-    by_base: dict[Path, dict[str, tuple[Path, Manifest]]] = defaultdict(dict)
-    for ref, directory in directories.items():
-        manifest = _judge_manifest(directory)
-        by_base[base or Path(manifest.base_path)][ref] = (directory, manifest)
-    served = _served(url) if roles else {}
-
-    async def measure(kept: Cache) -> dict[str, JudgeReport]:
-        async def one(endpoint: Endpoint, name: str) -> JudgeReport:
-            return await judging.evaluate(endpoint, rows, concurrency=concurrency, cache=kept, name=name)
-
-        reports: dict[str, JudgeReport] = {}
-        for role in [*roles, *([BASE] if base_of_a_role and BASE not in roles else [])]:
-            revision, calibration = served.get(role, (None, None))
-            place = f"{url.rstrip('/')}/v1"
-            endpoint = Endpoint(place, role, os.environ.get(API_KEY), revision, calibration=calibration)
-            reports[role] = await one(endpoint, role)
-        if base_of_a_role:
-            reports[UNTRAINED] = reports[BASE]
-        for model, judges in by_base.items():
-            fingerprint = _fingerprint(model)
-            for directory, _ in judges.values():
-                adapter.verify(directory, base=fingerprint)
-            wanted = {
-                ref: (manifest.revision, manifest.revision, manifest.calibration)
-                for ref, (_, manifest) in judges.items()
-            }
-            if untrained and judge in judges:
-                wanted[UNTRAINED] = (BASE_MODEL_NAME, f"base {sha256_json(fingerprint.model_dump())}", None)
-            async with AsyncExitStack() as stack:
-                place, key = "", None  # of nobody, where every verdict is known
-                if not all(judging.known(revision, rows, kept) for _, revision, _ in wanted.values()):
-                    engine = await stack.enter_async_context(_engine(model, dict(judges.values())))
-                    place, key = engine.url, engine.api_key
-                for ref, (name, revision, calibration) in wanted.items():
-                    endpoint = Endpoint(place, name, key, revision, calibration=calibration)
-                    reports[ref] = await one(endpoint, ref)
-        return reports
-
-    with Cache(cache or (out / "cache.sqlite3" if out else None)) as kept:
-        reports = asyncio.run(measure(kept))
-        asked, found = kept.added, kept.hits
-    own = reports[judge]
-    others = {ref: reports[ref] for ref in [*against, *([UNTRAINED] if untrained else [])] if ref != judge}
-    report = judging.compared(rows, own, others)
+    rows = [row for path in data for row in comparisons.load(path, limit=limit)]
+    directories = {name: Path(name) for name in judges.names if "/" in name or Path(name).is_dir()}
+    by_base = _by_base(judges, directories)
+    roles = [name for name in judges.names if name not in directories]
+    with results.open_cache() as cache:
+        asking = _Asking(rows, cache, concurrency)
+        reports = asyncio.run(_evaluate_all(asking, judges, roles, by_base, target))
+        asked, known = cache.added, cache.hits
+    report = compared(rows, reports[judges.judge], {name: reports[name] for name in judges.rivals})
     Console().print(report.table())
-    if out:
-        judge_page.write(out, report, rows, judge=judge)
-        _say(f"{out}/report.html, report.md, report.json, verdicts.jsonl ({asked} verdicts asked for, {found} known)")
+    if results.out:
+        judge_page.write(results.out, report, rows, judge=judges.judge)
+        _notify(
+            f"{results.out}/report.html, report.md, report.json, verdicts.jsonl "
+            f"({asked} verdicts asked for, {known} known)"
+        )
     return report
 
 
+class _Asking(NamedTuple):
+    """What all judges of an evaluation are asked, and how."""
+
+    rows: Sequence[Comparison]
+    cache: Cache
+    concurrency: int
+
+    async def of(self, endpoint: Endpoint, name: str) -> JudgeReport:
+        """One judge's report."""
+        return await judging.evaluate(endpoint, self.rows, concurrency=self.concurrency, cache=self.cache, name=name)
+
+    def all_cached(self, revision: str) -> bool:
+        """Whether every verdict of a revision is known."""
+        return judging.all_cached(revision, self.rows, self.cache)
+
+
+def _by_base(judges: Judges, directories: Mapping[str, Path]) -> dict[Path, dict[str, tuple[Path, Manifest]]]:
+    """Base → name of a judge on it → (adapter directory, manifest)."""
+    by_base: dict[Path, dict[str, tuple[Path, Manifest]]] = defaultdict(dict)
+    for name, directory in directories.items():
+        manifest = _judge_manifest(directory)
+        by_base[judges.base or Path(manifest.base_path)][name] = (directory, manifest)
+    return by_base
+
+
+async def _evaluate_all(
+    asking: _Asking,
+    judges: Judges,
+    roles: Sequence[str],
+    by_base: Mapping[Path, Mapping[str, tuple[Path, Manifest]]],
+    target: Target,
+) -> dict[str, JudgeReport]:
+    """Name of a judge → its report."""
+    reports: dict[str, JudgeReport] = {}
+    if roles:
+        base_too = judges.untrained and judges.judge in roles
+        reports |= await _evaluate_roles(asking, [*roles, BASE] if base_too and BASE not in roles else roles, target)
+        if base_too:
+            reports[UNTRAINED] = reports[BASE]
+    for base, on_base in by_base.items():
+        reports |= await _evaluate_directories(
+            asking, base, on_base, untrained=judges.untrained and judges.judge in on_base
+        )
+    return reports
+
+
+async def _evaluate_roles(asking: _Asking, roles: Sequence[str], target: Target) -> dict[str, JudgeReport]:
+    served = _served(target.url)
+    reports = {}
+    for role in roles:
+        revision, calibration = served.get(role, (None, None))
+        endpoint = Endpoint(target.v1, role, target.key, revision, calibration=calibration)
+        reports[role] = await asking.of(endpoint, role)
+    return reports
+
+
+async def _evaluate_directories(
+    asking: _Asking, base: Path, on_base: Mapping[str, tuple[Path, Manifest]], *, untrained: bool
+) -> dict[str, JudgeReport]:
+    """Judges of one base, on one engine, which is started only where a verdict is missing."""
+    fingerprint = _fingerprint(base)
+    for directory, _ in on_base.values():
+        adapter.verify(directory, base=fingerprint)
+    endpoints = {
+        name: Endpoint("", manifest.revision, None, manifest.revision, calibration=manifest.calibration)
+        for name, (_, manifest) in on_base.items()
+    }
+    if untrained:
+        revision = f"base {sha256_json(fingerprint.model_dump())}"
+        endpoints[UNTRAINED] = Endpoint("", BASE_MODEL_NAME, None, revision)
+    async with AsyncExitStack() as stack:
+        if not all(asking.all_cached(str(endpoint.revision)) for endpoint in endpoints.values()):
+            engine = await stack.enter_async_context(_engine(base, dict(on_base.values())))
+            endpoints = {
+                name: replace(endpoint, base_url=engine.url, api_key=engine.api_key)
+                for name, endpoint in endpoints.items()
+            }
+        return {name: await asking.of(endpoint, name) for name, endpoint in endpoints.items()}
+
+
 def eval_fusion(
-    config_path: Path,
-    *,
-    tasks: Path | None,
-    data: Sequence[Path] | None,
-    verifier: Verifier | Literal["reasoning-gym"] | None,
-    split: Split,
-    count: int,
-    limit: int | None,
-    modes: Sequence[FusedMode],
-    choose_share: float,
-    temperature: float | None,
-    max_tokens: int | None,
-    seed: int,
-    concurrency: int,
-    url: str,
-    out: Path | None,
-    cache: Path | None,
+    config_path: Path, source: TaskSource, target: Target, design: Design, results: Results
 ) -> FusionReport:
     """Evaluates fusing at a running gateway or server; prints a table and the verdict.
 
     Args:
         config_path: The fusion config it runs with.
-        tasks: A task file, whose verifiers are reasoning-gym's; else `data`.
-        data: Files of questions with references.
-        verifier: `exact`, `number`, `json` or `regex` for `data`; unset or `reasoning-gym` for `tasks`.
-        split: Of the task file.
-        count: How many tasks of it.
-        limit: Only the first so many rows of each data file.
-        modes: Those to evaluate.
-        choose_share: The share of the tasks to choose the best member on.
-        temperature: Sent with every request; unset: each member's own.
-        max_tokens: Likewise.
-        seed: Of the tasks and the answers.
-        concurrency: Requests under way at once.
-        url: Where it runs.
-        out: Where to write the report, and every answer.
-        cache: A file that keeps answers; unset: in `out`, or none.
+        source: The tasks. They are made with the sampling's seed.
+        target: The gateway.
+        design: What is compared; `same` is set here, by the verifier or else the config.
+        results: Where the report, every answer and the cache go.
 
     Raises:
         MixfuseError: The config or the tasks are wrong or too few, or the gateway cannot be reached or refuses.
     """
     config = load(config_path, FusionConfig)
-    sent = {"temperature": temperature, "max_tokens": max_tokens, "seed": seed}
-    parameters = {name: value for name, value in sent.items() if value is not None}
-    questions, right = _questions(tasks, data, verifier, split=split, count=count, limit=limit, seed=seed)
-    same: Agreement = verifier if verifier in ("exact", "number", "json") else config.modes.agreement
-    served = {role: revision for role, (revision, _) in _served(url).items()}
-    with Cache(cache or (out / "cache.sqlite3" if out else None)) as kept:
-        measuring = fusing.evaluate(
-            config,
-            url,
-            questions,
-            verify=right,
-            same="exact" if same == "never" else same,
-            modes=modes,
-            choose_share=choose_share,
-            parameters=parameters,
-            concurrency=concurrency,
-            cache=kept,
-            served=served,
-            api_key=os.environ.get(API_KEY),
-        )
-        report, answers = asyncio.run(measuring)
-        asked, found = kept.added, kept.hits
+    tasks = source.read(design.sampling.seed or 0)
+    same = source.verifier if source.verifier in ("exact", "number", "json") else config.modes.agreement
+    design = replace(design, same="exact" if same == "never" else same)
+    served = {role: revision for role, (revision, _) in _served(target.url).items()}
+    with results.open_cache() as cache:
+        report, answers = asyncio.run(fusing.evaluate(config, target, tasks, design, cache=cache, served=served))
+        asked, known = cache.added, cache.hits
     console = Console()
     console.print(report.table())
     console.print(report.verdict.words, markup=False, highlight=False, soft_wrap=True)
-    if out:
-        source = {"tasks": str(tasks), "split": split} if tasks else {"data": ", ".join(map(str, data or ()))}
-        about = {**source, "verifier": verifier or "reasoning-gym", **parameters, "concurrency": concurrency}
-        fusion_page.write(out, report, questions, answers, verify=right, about=about)
-        _say(f"{out}/report.html, report.md, report.json, answers.jsonl ({asked} requests made, {found} known)")
+    if results.out:
+        settings = {**source.described(), **design.sampling.parameters(), "concurrency": design.concurrency}
+        fusion_page.write(results.out, report, tasks, answers, settings=settings)
+        _notify(
+            f"{results.out}/report.html, report.md, report.json, answers.jsonl ({asked} requests made, {known} known)"
+        )
     return report
 
 
-def _questions(
-    tasks: Path | None,
-    data: Sequence[Path] | None,
-    verifier: Verifier | Literal["reasoning-gym"] | None,
-    *,
-    split: Split,
-    count: int,
-    limit: int | None,
-    seed: int,
-) -> tuple[Sequence[Any], Callable[[Any, str], bool]]:
-    """(what to ask, whether an answer to it is right).
-
-    Raises:
-        MixfuseError: The verifier does not go with what is asked, or the file is wrong.
-    """
-    if tasks is not None and verifier in (None, "reasoning-gym"):
-        return make(tasks, split, count, seed=seed), Task.verify
-    if tasks is not None or verifier is None or verifier == "reasoning-gym":
-        raise MixfuseError(
-            f"--data needs --verifier {', '.join(get_args(Verifier))}; --tasks brings its own, reasoning-gym"
-        )
-
-    def right(question: Question, text: str) -> bool:
-        return matches(question, text, verifier)
-
-    return read_questions(data or (), limit=limit), right
-
-
-def _say(words: str) -> None:
-    Console(stderr=True).print(words, markup=False, highlight=False, soft_wrap=True)
+def _notify(message: str) -> None:
+    Console(stderr=True).print(message, markup=False, highlight=False, soft_wrap=True)
 
 
 def _judge_manifest(directory: Path) -> Manifest:

@@ -155,12 +155,12 @@ def _traces(source: Source) -> SourcePairs:
 
 def _judged(source: Source, seed: int, cache: Path, progress: bool) -> SourcePairs:
     """A stronger judge's choices; a pair counts only if both orders name the same answer."""
-    from mixfuse.fusion.labels.labelling import Question, label
+    from mixfuse.fusion.labels.labelling import AnswerPair, label
 
     if source.judge is None:
         raise AssertionError("checked by Source")
     rows = pairs.read_pool(Path(source.path), marked=False)
-    candidates: list[tuple[Question, tuple[str, str] | None]] = []
+    candidates: list[tuple[AnswerPair, tuple[str, str] | None]] = []
     for row in rows:
         responses = [response for response in reversed(row["responses"]) if response["text"].strip()]
         answers = {response["text"]: response.get("model") for response in responses}
@@ -168,7 +168,7 @@ def _judged(source: Source, seed: int, cache: Path, progress: bool) -> SourcePai
         rng = random.Random(f"{seed}:{row['prompt']!r}")  # noqa: S311 - a reproducible choice, not a secret
         for (first, author), (second, other) in rng.sample(couples, min(source.candidates, len(couples))):
             models = (str(author), str(other)) if author and other else None
-            candidates.append((Question(row["prompt"], first, second), models))
+            candidates.append((AnswerPair(row["prompt"], first, second), models))
     labels = asyncio.run(label(source.judge, [question for question, _ in candidates], cache=cache, progress=progress))
     counts = Counter({"rows": len(rows), "pairs": len(candidates), "calls made": labels.asked})
     counts.update({f"calls failed: {kind}": count for kind, count in labels.failed.items()})

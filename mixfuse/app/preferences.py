@@ -80,9 +80,9 @@ def _select_hard(hard: Hard, selection: Selection, seed: int, cache: Path, progr
     A pair whose calls failed stays. The result may be unbalanced: a judge that goes by length, for example, gets those
     pairs wrong in which the shorter answer is better.
     """
-    from mixfuse.fusion.labels.labelling import Question, label
+    from mixfuse.fusion.labels.labelling import AnswerPair, label
 
-    questions = [Question(pair.prompt, pair.better, pair.worse) for pair in selection.train]
+    questions = [AnswerPair(pair.prompt, pair.better, pair.worse) for pair in selection.train]
     labels = asyncio.run(label(hard.judge, questions, cache=cache, progress=progress))
     rng = random.Random(seed)  # noqa: S311 - a reproducible choice, not a secret
     hard_pairs = [

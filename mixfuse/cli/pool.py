@@ -25,21 +25,19 @@ def register(commands: options.Commands) -> None:
 
 def _collect(arguments: argparse.Namespace) -> None:
     from mixfuse.contracts.strict_yaml import load
-    from mixfuse.contracts.tasks import Task, make
+    from mixfuse.contracts.tasks import Task, TaskSet, make
+    from mixfuse.fusion.batch import Sampling
     from mixfuse.fusion.config import FusionConfig
-    from mixfuse.fusion.labels.collect import run
+    from mixfuse.fusion.labels.collect import collect_answers
 
     config = load(arguments.config, FusionConfig)
     tasks = make(arguments.tasks, arguments.split, arguments.count, seed=arguments.seed)
-    run(
+    collect_answers(
         config,
         arguments.url,
-        tasks,
+        TaskSet(tasks, Task.verify),
+        Sampling(arguments.temperature, arguments.max_tokens, arguments.seed),
+        arguments.out,
         samples=arguments.samples,
-        temperature=arguments.temperature,
-        max_tokens=arguments.max_tokens,
-        out=arguments.out,
         concurrency=arguments.concurrency,
-        verify=Task.verify,
-        seed=arguments.seed,
     )

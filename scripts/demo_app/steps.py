@@ -68,8 +68,8 @@ FULL = Sizes(
     dpo=(),
     fused=24,
     minutes={
-        "base": 0.5, "sft": 4, "verify-domain": 1, "pool": 4, "judge": 6,
-        "verify-judge": 1, "swap": 1, "ask": 0.5, "evaluate": 4,
+        "base": 0.5, "sft": 4, "verify-domain": 1, "pool": 3, "judge": 6,
+        "verify-judge": 1, "swap": 1.5, "ask": 0.5, "evaluate": 3,
     },
 )  # fmt: skip
 QUICK = Sizes(
@@ -93,7 +93,7 @@ WORDS = {
     "sft": "the domain model: SFT on reasoning-gym tasks, 2 ZeRO-3 processes, LoRA on attention and experts",
     "verify-domain": "export the domain adapter; compare vLLM with PEFT on it",
     "pool": "serve base and domain model, ask the pool, mark the answers with the tasks' verifiers",
-    "judge": "the judge: DPO on preference pairs, both orders of each, 2 ZeRO-3 processes",
+    "judge": "the judge: DPO on preference pairs, both orders of each",
     "verify-judge": "export the judge; compare vLLM with PEFT on it",
     "swap": "serve again; hot-swap the judge into the running server while requests flow",
     "ask": "a question in the three modes",

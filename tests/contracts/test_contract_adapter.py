@@ -118,7 +118,7 @@ TAMPERED: dict[str, tuple[Callable[[Path], object], str]] = {
     "an edited rank": (lambda d: edit_manifest(d, rank=4), "rank 2 in adapter_config.json, 4 in the manifest"),
     "hidden experts": (lambda d: edit_manifest(d, experts_trained=False), "the manifest says otherwise"),
     "an unknown key": (lambda d: edit_manifest(d, rolle="judge"), "unknown key 'rolle'; did you mean 'role'?"),
-    "another schema": (lambda d: edit_manifest(d, schema_version=3, new=1), "has schema version 3"),
+    "another schema": (lambda d: edit_manifest(d, schema_version=4, new=1), "has schema version 4"),
     "no manifest": (lambda d: (d / MANIFEST).unlink(), "mixfuse adapter export"),
     "half a manifest": (lambda d: (d / MANIFEST).write_text("{"), "not valid JSON"),
     "no directory": (shutil.rmtree, "no such adapter directory"),
@@ -275,7 +275,7 @@ def test_a_file_that_is_no_key_is_named(directory: Path, key: Path, tmp_path: Pa
 
 def test_a_manifest_of_the_first_version_is_read_and_upgraded(directory: Path) -> None:
     data = json.loads((directory / MANIFEST).read_text())
-    added = {"calibration", "training_data", "signature"}
+    added = {"calibration", "training_data", "signature", "model_type"}
     first = {key: value for key, value in data.items() if key not in added} | {"schema_version": 1}
     first["base"] = {key: value for key, value in data["base"].items() if value is not None}
     parity = {"max_abs_logprob_difference": 1e-5, "tolerance": 1e-3, "adapter_effect": 1.0, "expert_effect": None}
@@ -283,6 +283,7 @@ def test_a_manifest_of_the_first_version_is_read_and_upgraded(directory: Path) -
     (directory / MANIFEST).write_text(json.dumps(first))
     manifest = adapter.verify(directory)
     assert manifest.schema_version == adapter.SCHEMA_VERSION
+    assert manifest.model_type == "mixtral"
     assert manifest.parity is not None
     # Its base is known by the old parts alone, whatever more a fingerprint holds today.
     assert adapter.verify(directory, base=manifest.base.model_copy(update={"weight_files": {"a.safetensors": 1}}))

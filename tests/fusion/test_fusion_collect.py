@@ -5,7 +5,6 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 from fake_upstream import FakeUpstream, Script
@@ -13,8 +12,10 @@ from fusion_harness import StartGateway
 
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.files import read_jsonl
+from mixfuse.contracts.tasks import TaskSet
+from mixfuse.fusion.batch import Sampling
 from mixfuse.fusion.config import FusionConfig
-from mixfuse.fusion.labels.collect import CollectReport, collect, run
+from mixfuse.fusion.labels.collect import CollectReport, collect, collect_answers
 
 Config = Callable[..., FusionConfig]
 
@@ -33,12 +34,25 @@ def is_of_alpha(_task: Sum, text: str) -> bool:
     return "alpha" in text
 
 
-async def gather(config: FusionConfig, out: Path, **keys: Any) -> CollectReport:
-    settings: dict[str, Any] = {"samples": 2, "temperature": 0.8, "max_tokens": 16, "concurrency": 4}
-    roles = keys.pop("roles", None)
-    tasks = keys.pop("tasks", TASKS)
-    settings.update(out=out, verify=is_of_alpha, progress=False)
-    return await collect(config, roles, tasks, **settings | keys)
+async def gather(
+    config: FusionConfig,
+    out: Path,
+    *,
+    tasks: list[Sum] = TASKS,
+    samples: int = 2,
+    concurrency: int = 4,
+    seed: int = 0,
+) -> CollectReport:
+    return await collect(
+        config,
+        None,
+        TaskSet(tasks, is_of_alpha),
+        Sampling(0.8, 16, seed),
+        out,
+        samples=samples,
+        concurrency=concurrency,
+        progress=False,
+    )
 
 
 async def test_each_member_answers_each_task_several_times(
@@ -127,17 +141,9 @@ async def test_roles_are_reached_through_a_running_gateway(
     pool = config([{"name": "mine", "role": "alpha"}])
 
     def collect_in_a_thread() -> CollectReport:
-        return run(
-            pool,
-            gateway.url,
-            TASKS,
-            samples=1,
-            temperature=0.0,
-            max_tokens=4,
-            out=tmp_path / "pool.jsonl",
-            concurrency=2,
-            verify=is_of_alpha,
-        )
+        tasks = TaskSet(TASKS, is_of_alpha)
+        out = tmp_path / "pool.jsonl"
+        return collect_answers(pool, gateway.url, tasks, Sampling(0.0, 4, 0), out, samples=1, concurrency=2)
 
     report = await asyncio.to_thread(collect_in_a_thread)
     assert report.correct["mine"] == 4

@@ -16,9 +16,14 @@ from reading_pages import every_value_missing_from, page_text
 from mixfuse.cli.entry import main
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.files import read_jsonl, write_jsonl
+from mixfuse.contracts.tasks import TaskSet
+from mixfuse.fusion.batch import Sampling, Target
 from mixfuse.fusion.config import FusionConfig
-from mixfuse.fusion.measure.eval_fusion import Answer, Answers, FusionReport, evaluate, report, split
+from mixfuse.fusion.measure.eval_fusion import Design, evaluate, split
+from mixfuse.fusion.measure.fusion_report import Answer, Answers, FusionReport, report
+from mixfuse.fusion.measure.fusion_verdict import decide
 from mixfuse.fusion.measure.questions import Question, matches, read_questions
+from mixfuse.fusion.measure.statistics import Difference
 from mixfuse.fusion.store.cache import Cache
 
 Config = Callable[..., FusionConfig]
@@ -49,9 +54,14 @@ def right(question: Question, text: str) -> bool:
     return matches(question, text, "number")
 
 
-async def evaluated(config: FusionConfig, url: str, cache: Cache, **keys: Any) -> FusionReport:
-    settings: dict[str, Any] = {"modes": ["best_of"], "same": "number", "parameters": {"seed": 0}}
-    found, _ = await evaluate(config, url, QUESTIONS, verify=right, cache=cache, progress=False, **settings | keys)
+async def evaluated(
+    config: FusionConfig, url: str, cache: Cache, *, served: dict[str, str] | None = None, **design: Any
+) -> FusionReport:
+    settings: dict[str, Any] = {"modes": ["best_of"], "same": "number", "sampling": Sampling(seed=0)}
+    tasks = TaskSet(QUESTIONS, right)
+    found, _ = await evaluate(
+        config, Target(url), tasks, Design(**settings | design), cache=cache, served=served, progress=False
+    )
     return found
 
 
@@ -188,16 +198,8 @@ def judged(config: FusionConfig, **marks: Sequence[int]) -> FusionReport:
         question.id: {arm: [Answer("yes" if marks[key][n] else "no")] for key, arm in names.items()}
         for n, question in enumerate(questions)
     }
-    return report(
-        questions,
-        answers,
-        config,
-        ["best_of"],
-        best="alpha",
-        chosen_on=5,
-        verify=lambda question, text: text == question.reference,
-        same="exact",
-    )
+    tasks = TaskSet(questions, lambda question, text: text == question.reference)
+    return report(tasks, answers, config, ["best_of"], best="alpha", chosen_on=5, same="exact")
 
 
 HALF, ALL, NONE = [1, 0] * 10, [1] * 20, [0] * 20
@@ -225,6 +227,62 @@ def test_where_equal_compute_beats_the_pool_the_other_members_go(config: Config)
     found = judged(config(["alpha", "beta"]), alpha=alpha, beta=alpha, own=[1] * 40, best_of=[1] * 20 + [0] * 20)
     assert found.verdict.choice == "self_fusion"
     assert "Use alpha, sampled 2 times and judged" in found.verdict.words
+
+
+def test_latencies_and_the_majoritys_first_answer(config: Config) -> None:
+    questions = [Question(f"t{n}", f"q{n}", "yes") for n in range(40)]
+
+    def both(n: int) -> dict[str, list[Answer]]:
+        # Equal as text but for white space, so both are one vote; only the first is right to the letter.
+        alpha = [Answer("yes", latency_ms=100.0 * (n + 1)), Answer(" yes")]
+        return {"member alpha": alpha, "member beta": [Answer("no")], "best_of": [Answer("yes")], "self best_of": alpha}
+
+    tasks = TaskSet(questions, lambda question, text: text == question.reference)
+    answers = {question.id: both(n) for n, question in enumerate(questions)}
+    found = report(tasks, answers, config(["alpha", "beta"]), ["best_of"], best="alpha", chosen_on=5, same="exact")
+    assert found.baselines["majority"].accuracy.value == 1
+    assert found.members["alpha"].accuracy.value == 0.5
+    # The pool waits for its slowest answer: 100 to 4000 ms.
+    assert found.baselines["majority"].latency_ms == (2050, 3800)
+    assert found.baselines["oracle"].latency_ms is None
+
+
+def gap(value: float, p: float) -> Difference:
+    """A difference whose interval lies on one side of zero where the value is not zero."""
+    return Difference(value, value - abs(value) / 2, value + abs(value) / 2, p, "mcnemar", 5, 1)
+
+
+def test_each_of_several_modes_must_pass_at_its_share_of_the_error() -> None:
+    differences = {mode: {"best_member": gap(0.2, 0.03)} for mode in ("best_of", "merge")}
+    one = decide("alpha", {"best_of": 0.7}, differences, pool_size=2)
+    assert (one.choice, one.mode) == ("fuse", "best_of")
+    two = decide("alpha", {"best_of": 0.7, "merge": 0.6}, differences, pool_size=2)
+    assert (two.choice, two.mode) == ("member", None)
+    differences["merge"] = {"best_member": gap(0.2, 0.024)}
+    assert decide("alpha", {"best_of": 0.7, "merge": 0.6}, differences, pool_size=2).mode == "merge"
+
+
+def test_a_mode_is_shown_better_only_by_interval_and_p() -> None:
+    beats, unsure = gap(0.2, 0.001), Difference(0.2, -0.01, 0.4, 0.001, "mcnemar", 5, 1)
+    assert decide("alpha", {"merge": 0.7}, {"merge": {"best_member": unsure}}, pool_size=2).choice == "member"
+    assert decide("alpha", {"merge": 0.7}, {"merge": {"best_member": gap(0.2, 0.06)}}, pool_size=2).choice == "member"
+    two = {"merge": {"best_member": beats}, "debate": {"best_member": beats}}
+    assert decide("alpha", {"merge": 0.7, "debate": 0.8}, two, pool_size=2).mode == "debate"
+    only = decide("alpha", {"merge": 0.7, "debate": 0.8}, two | {"debate": {"best_member": unsure}}, pool_size=2)
+    assert only.mode == "merge", "the best of those that are shown, not the best of all"
+
+
+@pytest.mark.parametrize(
+    ("equal", "choice", "told_apart"),
+    [(gap(-0.2, 0.01), "self_fusion", True), (gap(-0.2, 0.04), "fuse", False), (gap(0.2, 0.01), "fuse", True)],
+)
+def test_equal_compute_stands_at_the_same_level(equal: Difference, choice: str, told_apart: bool) -> None:
+    rivals = {"best_member": gap(0.2, 0.001), "self_fusion": equal}
+    differences = {"merge": rivals, "debate": {"best_member": gap(0.0, 1.0)}}
+    found = decide("alpha", {"merge": 0.7, "debate": 0.6}, differences, pool_size=3)
+    assert (found.choice, found.mode) == (choice, "merge")
+    assert ("is not told apart from it" in found.words) is not told_apart
+    assert "sampled 3 times" in found.words
 
 
 # The questions

@@ -21,8 +21,11 @@ from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.files import read_jsonl
 from mixfuse.contracts.judge_protocol import Calibration
 from mixfuse.fusion.calls.upstream import Endpoint
-from mixfuse.fusion.measure.eval_judge import Comparison, JudgeReport, Views, compared, evaluate, known, load
-from mixfuse.fusion.measure.eval_judge import report as report_on
+from mixfuse.fusion.measure.comparisons import Comparison, load
+from mixfuse.fusion.measure.eval_judge import all_cached, evaluate
+from mixfuse.fusion.measure.judge_report import JudgeReport, compared
+from mixfuse.fusion.measure.judge_report import report as report_on
+from mixfuse.fusion.measure.marks import Views
 from mixfuse.fusion.store.cache import Cache
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -254,6 +257,15 @@ def test_the_calibration_error_is_the_gap_by_confidence() -> None:
     # Sure in two, right in one: .47; unsure in two, right in both: .44.
     assert found.ece.value == pytest.approx((0.47 + 0.44) / 2)
     assert [(one.n, one.accuracy) for one in found.bins] == [(2, 1.0), (2, 0.5)]
+    assert [(one.low, one.high) for one in found.bins] == [pytest.approx((0.55, 0.6)), pytest.approx((0.95, 1.0))]
+
+
+def test_pairs_of_neighbouring_confidence_are_in_bins_of_their_own() -> None:
+    rows = [Comparison(f"p{n}", "x", "y", "first") for n in range(10)]
+    views = [Views(0.5 + step, 0.5 - step) for step in (0.02 + 0.05 * n for n in range(10))]
+    bins = report_on(rows, views).reliability.bins
+    assert [one.n for one in bins] == [1] * 10
+    assert all(one.low <= one.confidence <= one.high for one in bins)
 
 
 def test_accuracy_by_how_long_the_better_answer_is() -> None:
@@ -308,9 +320,9 @@ async def test_a_second_run_asks_nothing(upstream: FakeUpstream, tmp_path: Path)
         first = await evaluate(endpoint, PAIRS, progress=False, cache=cache)
     assert (cache.added, cache.hits) == (8, 0)
     with Cache(tmp_path / "deep" / "cache.sqlite3") as cache:
-        assert known("r1", PAIRS, cache)
-        assert not known("r2", PAIRS, cache)
-        assert not known("r1", [*PAIRS, Comparison("new", "x", "y", "first")], cache)
+        assert all_cached("r1", PAIRS, cache)
+        assert not all_cached("r2", PAIRS, cache)
+        assert not all_cached("r1", [*PAIRS, Comparison("new", "x", "y", "first")], cache)
         assert await evaluate(endpoint, PAIRS, progress=False, cache=cache) == first
         assert (cache.added, cache.hits) == (0, 8)
         assert len(upstream.requests) == 8

@@ -15,9 +15,9 @@ from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.files import read_json, read_jsonl, write_jsonl
 from mixfuse.contracts.strict_yaml import validate
 from mixfuse.fusion.config import ModelConfig
-from mixfuse.fusion.labels.labelling import Labels, Question, label
+from mixfuse.fusion.labels.labelling import AnswerPair, Labels, label
 
-QUESTIONS = [Question("1?", "good", "bad"), Question("2?", "bad", "good"), Question("3?", "bad", "worse")]
+ANSWERS = [AnswerPair("1?", "good", "bad"), AnswerPair("2?", "bad", "good"), AnswerPair("3?", "bad", "worse")]
 
 
 def strong(upstream: FakeUpstream) -> ModelConfig:
@@ -25,7 +25,7 @@ def strong(upstream: FakeUpstream) -> ModelConfig:
 
 
 async def said(upstream: FakeUpstream, cache: Path) -> Labels:
-    return await label(strong(upstream), QUESTIONS, cache=cache, progress=False)
+    return await label(strong(upstream), ANSWERS, cache=cache, progress=False)
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ async def test_what_was_said_is_not_asked_again(upstream: FakeUpstream, cache: P
     # Another judge's verdicts are its own.
     upstream.models["other"] = Script(verdict=prefers("bad"))
     other = ModelConfig(base_url=upstream.base_url, model="other")
-    assert (await label(other, QUESTIONS, cache=cache, progress=False)).asked == 6
+    assert (await label(other, ANSWERS, cache=cache, progress=False)).asked == 6
 
 
 async def test_failed_calls_are_counted_and_made_again(upstream: FakeUpstream, cache: Path) -> None:
@@ -66,7 +66,7 @@ async def test_failed_calls_are_counted_and_made_again(upstream: FakeUpstream, c
         await said(upstream, cache.with_name("others.sqlite3"))
     nobody = ModelConfig(base_url="http://127.0.0.1:1/v1", model="judge")
     with pytest.raises(MixfuseError, match=r"127\.0\.0\.1"):
-        await label(nobody, QUESTIONS, cache=cache.with_name("nobody.sqlite3"), progress=False)
+        await label(nobody, ANSWERS, cache=cache.with_name("nobody.sqlite3"), progress=False)
 
 
 async def test_an_endpoint_without_log_probabilities_writes_its_verdict(upstream: FakeUpstream, cache: Path) -> None:

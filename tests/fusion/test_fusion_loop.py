@@ -43,10 +43,9 @@ from mixfuse.contracts.strict_yaml import validate
 from mixfuse.contracts.trace import Call, Trace
 from mixfuse.fusion.calls.upstream import Endpoint
 from mixfuse.fusion.config import TraceConfig
-from mixfuse.fusion.measure import eval_judge, judge_page
-from mixfuse.fusion.measure.comparisons import Comparison, Views
-from mixfuse.fusion.measure.eval_judge import load
-from mixfuse.fusion.measure.statistics import paired
+from mixfuse.fusion.measure import eval_judge, judge_page, judge_report
+from mixfuse.fusion.measure.comparisons import Comparison, load
+from mixfuse.fusion.measure.marks import Views, paired
 from mixfuse.fusion.store.traces import TraceStore
 
 __all__ = ["database", "house"]  # fixtures
@@ -165,8 +164,8 @@ def tools(upstream: FakeUpstream | None = None) -> Tools:
 
     def evaluate(new: Path, serving: Path | None, data: Sequence[Path], out: Path, _log: Path) -> None:
         rows = [row for path in data for row in load(path)]
-        beside = {str(serving): eval_judge.report(rows, views(serving, rows))}
-        judge_page.write(out, eval_judge.report(rows, views(new, rows), against=beside), rows, judge=str(new))
+        beside = {str(serving): judge_report.report(rows, views(serving, rows))}
+        judge_page.write(out, judge_report.report(rows, views(new, rows), against=beside), rows, judge=str(new))
 
     return Tools(train, export, evaluate)
 
@@ -516,8 +515,8 @@ async def test_a_better_judge_is_swapped_in_if_it_stands_beside_the_old_one_on_l
             [Views(verdict(row.first, row.second), verdict(row.second, row.first)) for row in rows]
             for verdict in (scripts["good"], scripts["poor"])
         ]
-        beside = {str(old): eval_judge.report(rows, views[1])}
-        judge_page.write(out, eval_judge.report(rows, views[0], against=beside), rows, judge=str(new))
+        beside = {str(old): judge_report.report(rows, views[1])}
+        judge_page.write(out, judge_report.report(rows, views[0], against=beside), rows, judge=str(new))
 
     await store(tmp_path / "fed.sqlite3", traces(30, at_random(0.0), seed=1))
     with opened(tmp_path / "roles.sqlite3") as database:

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from mixfuse.contracts.errors import MixfuseError
-from mixfuse.fusion.measure.comparisons import Comparison, Views, load
-from mixfuse.fusion.measure.eval_judge import report
+from mixfuse.fusion.measure.comparisons import Comparison, load
+from mixfuse.fusion.measure.judge_report import report
+from mixfuse.fusion.measure.marks import Views
 from mixfuse.fusion.measure.official import official
 
 

@@ -118,12 +118,13 @@ def _save_chosen(base: Path, path: Path) -> Path:
     import torch
     from peft import get_peft_model
 
+    from mixfuse.contracts.families import family_of
     from mixfuse.train.adapters.saving import save_peft
     from mixfuse.train.model.load import load_base, lora_config
     from mixfuse.train.recipe import Lora
 
     lora = Lora(r=4, alpha=8, rslora=True, dropout=0.1, experts={1: (0, 2)})
-    model = get_peft_model(load_base(base, torch.float32), lora_config(lora))
+    model = get_peft_model(load_base(base, torch.float32), lora_config(family_of(base), lora))
     weights = {}
     with torch.random.fork_rng():
         torch.manual_seed(4)

@@ -12,7 +12,8 @@ import yaml
 
 from mixfuse.cli.entry import main
 from mixfuse.contracts.errors import MixfuseError
-from mixfuse.contracts.family import Shape, base_parameters
+from mixfuse.contracts.families import shape_of
+from mixfuse.contracts.family import base_parameters
 from mixfuse.serve import engine_plan
 from mixfuse.serve.engine import EngineConfig, Restart
 
@@ -121,7 +122,7 @@ def weights(config: dict[str, object], *arguments: str) -> int:
 
 def test_what_is_quantised_is_what_the_plan_shrinks():
     """Attention and experts are; embedding, output layer, routers and norms are not."""
-    shape = Shape.of(MIXTRAL_8X22B)
+    shape = shape_of(MIXTRAL_8X22B)
     dense = 2 * shape.V * shape.H + shape.L * (shape.E * shape.H + 2 * shape.H) + shape.H
     linear = base_parameters(shape) - dense
     assert weights(MIXTRAL_8X22B) == 2 * (linear + dense)

@@ -19,6 +19,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import MixtralConfig, MixtralForCausalLM
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.train.model import expert_lora
@@ -237,7 +238,7 @@ def small_problem(dropout: float, dtype: torch.dtype) -> tuple[Callable[..., tor
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=random, dtype=torch.float64).to(dtype)
 
-    experts = expert_lora.MixtralExperts(config).to(dtype).requires_grad_(requires_grad=False)
+    experts = MixtralExperts(config).to(dtype).requires_grad_(requires_grad=False)
     for weight in experts.parameters():
         weight.copy_(draw(*weight.shape))
     index = torch.tensor([[0, 1], [3, 0], [1, 0], [3, 1], [0, 3]])  # expert 2 has no rows
@@ -413,7 +414,7 @@ def test_pefts_slow_path_never_runs_in_silence(base: Path) -> None:
         expert_lora.assert_in_force(other)
     with pytest.raises(TypeError, match="lora"):
         other(tokens())
-    with pytest.raises(MixfuseError, match="no Mixtral experts"):
+    with pytest.raises(MixfuseError, match="no experts of a known family"):
         expert_lora.assert_in_force(torch.nn.Linear(2, 2))
 
 
@@ -524,7 +525,7 @@ def zero3_curve(base: Path, checkpointing: str) -> dict[str, Any]:
         model.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
     gathered: list[StorageWeakRef] = []
     for module in model.modules():
-        if isinstance(module, expert_lora.MixtralExperts):
+        if isinstance(module, MixtralExperts):
             module.register_forward_pre_hook(
                 lambda module, _: gathered.extend(
                     StorageWeakRef(weight.untyped_storage()) for weight in (module.gate_up_proj, module.down_proj)

@@ -17,6 +17,7 @@ from train_harness import Run
 
 from mixfuse.contracts import adapter as contract
 from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.families.mixtral import FAMILY as MIXTRAL
 from mixfuse.contracts.strict_yaml import load
 from mixfuse.train.adapters.export import export
 from mixfuse.train.model import choose_experts
@@ -148,7 +149,7 @@ def test_parameters_are_counted_without_a_model(model: Any) -> None:
 
     lora = Lora(r=4, experts={0: (1, 3), 1: (2,)})
     counted = lora_parameters(model.config.to_dict(), lora)
-    wrapped = get_peft_model(load_base(Path(model.config._name_or_path), torch.float32), lora_config(lora))
+    wrapped = get_peft_model(load_base(Path(model.config._name_or_path), torch.float32), lora_config(MIXTRAL, lora))
     for layer, (attention, adapted) in enumerate(counted):
         sizes = {name: p.numel() for name, p in wrapped.named_parameters() if f".layers.{layer}." in name}
         assert attention == sum(size for name, size in sizes.items() if "self_attn" in name and "lora_" in name)
@@ -191,7 +192,7 @@ def test_an_adapter_of_some_experts_means_the_same_everywhere(tiny_base: Path, t
     from mixfuse.train.model.load import lora_config
 
     lora = Lora(r=4, alpha=8, rslora=True, dropout=0.1, experts={1: (0, 2)})
-    wrapped: Any = get_peft_model(load_base(tiny_base, torch.float32), lora_config(lora)).eval()
+    wrapped: Any = get_peft_model(load_base(tiny_base, torch.float32), lora_config(MIXTRAL, lora)).eval()
     random, weights = torch.Generator().manual_seed(0), {}
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():

@@ -25,7 +25,9 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from mixfuse.contracts import adapter as contract
-from mixfuse.contracts.family import Shape, active_parameters, base_parameters
+from mixfuse.contracts.families import shape_of
+from mixfuse.contracts.families.mixtral import FAMILY as MIXTRAL
+from mixfuse.contracts.family import active_parameters, base_parameters
 from mixfuse.train.adapters.export import export
 from mixfuse.train.model import expert_lora
 from mixfuse.train.model.load import _Checkpoint, lora_config, mark_leaves
@@ -97,7 +99,7 @@ def on_meta() -> MixtralForCausalLM:
 @pytest.fixture(scope="module")
 def adapted() -> Any:
     with torch.device("meta"):
-        return get_peft_model(on_meta(), lora_config(LORA), autocast_adapter_dtype=False)
+        return get_peft_model(on_meta(), lora_config(MIXTRAL, LORA), autocast_adapter_dtype=False)
 
 
 def test_the_sizes_are_those_measured(adapted: Any) -> None:
@@ -106,7 +108,7 @@ def test_the_sizes_are_those_measured(adapted: Any) -> None:
     assert frozen == 140_630_071_296
     assert trained == 475_267_072
     assert all(parameter.is_meta for parameter in adapted.parameters())
-    shape = Shape.of(CONFIG)
+    shape = shape_of(CONFIG)
     assert base_parameters(shape) == frozen
     assert active_parameters(shape) == pytest.approx(39.16e9, rel=1e-3)
     assert sum(sum(layer) for layer in lora_parameters(CONFIG, LORA)) == trained
@@ -119,7 +121,7 @@ def test_each_moe_block_is_a_leaf_of_the_size_that_is_gathered(adapted: Any) -> 
     assert all(z3_leaf_module(block) for block in blocks)
     for block in blocks:
         frozen = sum(parameter.numel() for parameter in block.parameters() if not parameter.requires_grad)
-        assert frozen == memory.moe_block_parameters(Shape.of(CONFIG))
+        assert frozen == memory.moe_block_parameters(shape_of(CONFIG))
         assert 2 * frozen == pytest.approx(4.83e9, rel=1e-3)  # bytes
 
 

@@ -15,6 +15,7 @@ from transformers import MixtralForCausalLM
 
 from mixfuse.contracts import adapter as contract
 from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.families import family_of
 from mixfuse.train.adapters.export import export
 from mixfuse.train.adapters.layouts import fuse
 
@@ -125,8 +126,8 @@ def test_ranks_and_alphas_that_differ_by_module_become_one(rslora: bool, tiny_ba
     torch.testing.assert_close(harness.logits(tiny_base, tmp_path / "out"), wanted, rtol=0, atol=1e-4)
 
 
-def test_fusing_is_the_inverse_of_splitting(adapter_directory: Path) -> None:
-    fused = fuse(load_file(adapter_directory / contract.WEIGHTS))
+def test_fusing_is_the_inverse_of_splitting(adapter_directory: Path, tiny_base: Path) -> None:
+    fused = fuse(family_of(tiny_base), load_file(adapter_directory / contract.WEIGHTS))
     assert fused is not None
     wanted = load_file(adapter_directory / "peft" / contract.WEIGHTS)
     assert fused.keys() == wanted.keys()

@@ -17,9 +17,10 @@ from transformers import MixtralForCausalLM
 from mixfuse.cli.entry import main
 from mixfuse.contracts import adapter as contract
 from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.families.mixtral import FAMILY as MIXTRAL
 from mixfuse.train.adapters import merge_into_base as merging
 from mixfuse.train.adapters.export import export, write_directory
-from mixfuse.train.adapters.layouts import Layout, expert_key
+from mixfuse.train.adapters.layouts import Layout
 from mixfuse.train.adapters.merge_into_base import RECORD, merge
 
 
@@ -233,7 +234,7 @@ def _deep(root: Path, layers: int) -> Path:
                 tensors[name] = torch.full((out, wide), 0.5, dtype=torch.bfloat16)
                 for side, size in (("A", (4, wide)), ("B", (out, 4))):
                     stem = f"base_model.model.model.layers.{layer}"
-                    factors[expert_key(stem, expert, projection, side)] = torch.full(size, 0.25)
+                    factors[MIXTRAL.factor_name(stem, expert, projection, side)] = torch.full(size, 0.25)
         file = f"model-{layer:05}.safetensors"
         save_file(tensors, base / file, metadata={"format": "pt"})
         index |= dict.fromkeys(tensors, file)
@@ -242,7 +243,7 @@ def _deep(root: Path, layers: int) -> Path:
     (base / "tokenizer.json").write_text("{}")
     (base / "tokenizer_config.json").write_text("{}")
     config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["w1", "w2", "w3"]}
-    layout = Layout(factors, config, None)
+    layout = Layout(MIXTRAL, factors, config, None)
     write_directory(root / "adapter", layout, base, contract.fingerprint(base), role="domain", source=root)
     return root
 

@@ -13,6 +13,7 @@ from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 
 from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.families.mixtral import FAMILY as MIXTRAL
 from mixfuse.train.model.load import _Checkpoint, check_loaded, load_base, load_tokenizer, lora_config
 from mixfuse.train.recipe import Lora
 
@@ -113,7 +114,7 @@ def test_lora_goes_where_the_recipe_says_and_never_on_the_router(
 ) -> None:
     model = get_peft_model(
         load_base(tiny_base, torch.float32),
-        lora_config(Lora(r=2, attention=attention, experts="all" if experts else "none")),
+        lora_config(MIXTRAL, Lora(r=2, attention=attention, experts="all" if experts else "none")),
     )
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert any(".self_attn." in name for name in trained) == attention

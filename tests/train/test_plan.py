@@ -14,7 +14,8 @@ from train_harness import PROJECT, ZERO3, mixfuse
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from mixfuse.contracts.errors import MixfuseError
-from mixfuse.contracts.family import Shape, base_parameters
+from mixfuse.contracts.families import family_named, shape_of
+from mixfuse.contracts.family import base_parameters
 from mixfuse.train.model import expert_lora
 from mixfuse.train.model.load import lora_config
 from mixfuse.train.planning import memory, training_plan
@@ -33,7 +34,11 @@ def layer_of(config: dict[str, Any], lora: Lora, dtype: torch.dtype, device: str
     with torch.device(device):
         base = MixtralForCausalLM(MixtralConfig.from_dict({**config, "num_hidden_layers": 1})).to(dtype)
         base.set_experts_implementation(expert_lora.EXPERTS_IMPLEMENTATION)
-        model = get_peft_model(base, lora_config(lora), autocast_adapter_dtype=False).to(dtype).train()
+        model = (
+            get_peft_model(base, lora_config(family_named(config["model_type"]), lora), autocast_adapter_dtype=False)
+            .to(dtype)
+            .train()
+        )
     return model.get_base_model().model.layers[0], model
 
 
@@ -56,13 +61,13 @@ def test_what_a_layer_keeps_for_backward_is_the_formulas_to_the_byte(lora: Lora,
     with tracker:
         y = layer(x, position_embeddings=tuple(turns), attention_mask=mask)
     kept = tracker.total - before - y.nbytes
-    assert kept == memory.layer_saved(Shape.of(SMALL), batch, dtype.itemsize, lora, cuda=False)
+    assert kept == memory.layer_saved(shape_of(SMALL), batch, dtype.itemsize, lora, cuda=False)
 
 
 @pytest.mark.parametrize("batch", [Batch(1, 4096), Batch(2, 1024)])
 def test_the_experts_at_full_size_take_what_the_formulas_say(batch: Batch) -> None:
     """The block of 8x22B as a GPU computes it (grouped products), on the meta device: true sizes, no memory."""
-    lora, shape = Lora(r=16), Shape.of(LARGE)
+    lora, shape = Lora(r=16), shape_of(LARGE)
     layer, model = layer_of(LARGE, lora, torch.bfloat16, "meta")
     x = torch.empty(batch.B, batch.S, shape.H, dtype=torch.bfloat16, device="meta", requires_grad=True) * 1
     tracker = Tracker("meta")
@@ -204,10 +209,10 @@ def test_a_batch_that_does_not_divide_is_said(tmp_path: Path) -> None:
 
 def test_a_model_the_planner_does_not_know_is_refused() -> None:
     with pytest.raises(MixfuseError, match="'llama' model"):
-        Shape.of({**LARGE, "model_type": "llama"})
+        shape_of({**LARGE, "model_type": "llama"})
     with pytest.raises(MixfuseError, match="names no 'hidden_size'"):
-        Shape.of({key: value for key, value in LARGE.items() if key != "hidden_size"})
-    assert training_plan.count_on_meta(LARGE) == base_parameters(Shape.of(LARGE))
+        shape_of({key: value for key, value in LARGE.items() if key != "hidden_size"})
+    assert training_plan.count_on_meta(LARGE) == base_parameters(shape_of(LARGE))
 
 
 def test_the_command_says_what_is_wrong(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ from mixfuse.train.run import start
         ("lora.experts={1: [0, 4]}", "lora.experts: layer 1, experts [0, 4]: the base has layers 0 to 1"),
         ("lora.expert_share=0", "'lora.expert_share'"),
         ("lora.dropout=1", "'lora.dropout'"),
-        ("lora.router=true", "vLLM serves no adapter of Mixtral's router"),
+        ("lora.router=true", "vLLM serves no adapter of a router"),
         ("base=nowhere", "mixfuse base build nowhere"),
         ("data=nowhere.jsonl", "nowhere.jsonl: no such file"),
         ("deepspeed=nowhere.json", "nowhere.json: no such file"),

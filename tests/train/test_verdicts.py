@@ -13,6 +13,7 @@ from train_harness import Run
 from transformers import TrainerCallback
 
 from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.families import family_of
 from mixfuse.contracts.files import read_json, read_jsonl, sha256_file, write_jsonl
 from mixfuse.contracts.judge_protocol import Calibration
 from mixfuse.contracts.strict_yaml import load
@@ -59,7 +60,7 @@ def make_trainer(recipe: JudgeRecipe) -> Any:
         train_dataset=pairs_datasets(recipe, tokenizer).train,
         data_collator=NamedPairs(pad_token_id=tokenizer.pad_token_id, verdicts=True),
         processing_class=tokenizer,
-        peft_config=lora_config(recipe.lora),
+        peft_config=lora_config(family_of(recipe.base), recipe.lora),
     )
     reference = Reference(recipe.out / "reference.json", "tiny")
     trainer.read_verdicts(Verdicts(verdict_rows(trainer.train_dataset), reference))

@@ -186,7 +186,7 @@ def save_adapter(base: Path, out: Path, *, attention: bool, experts: bool, r: in
     """Saves a LoRA with random factors, B too, as plain PEFT saves it: nothing of this project's is used."""
     import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import MixtralForCausalLM
+    from transformers import AutoModelForCausalLM
 
     config = LoraConfig(
         task_type="CAUSAL_LM",
@@ -195,7 +195,7 @@ def save_adapter(base: Path, out: Path, *, attention: bool, experts: bool, r: in
         target_modules=["q_proj", "k_proj", "v_proj", "o_proj"] if attention else [],
         target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"] if experts else None,
     )
-    model = get_peft_model(MixtralForCausalLM.from_pretrained(base, dtype=torch.float32), config)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mixfuse.contracts.files import atomic_file
+from mixfuse.contracts import plots
 from mixfuse.train.adapters.factors import Factors, Place, inner_product, with_progress
 
 
@@ -128,31 +128,20 @@ def plot_difference(difference: Difference, path: Path) -> None:
         difference: The result of `diff`.
         path: The PNG file.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     groups = difference.grouped()
     columns, layers = _columns(groups), list(groups)
     nothing = ModuleDifference(Place(0, None, ""), 0, 0, 0)
     cells = [[groups[layer].get(column, nothing) for column in columns] for layer in layers]
     norms = [[[getattr(cell, side) for cell in row] for row in cells] for side in ("norm_a", "norm_b")]
-    angles = [[cosine(cell) if cosine(cell) is not None else math.nan for cell in row] for row in cells]
+    angles = [[math.nan if (angle := cosine(cell)) is None else angle for cell in row] for row in cells]
     largest = max(map(max, norms[0] + norms[1]))
-    width = 1.5 + 0.45 * len(columns)
-    figure = Figure(figsize=(3 * width + 2, 1.8 + 0.22 * len(layers)), layout="constrained")
-    panels: list[tuple[str, list[list[Any]], dict[str, Any]]] = [
-        (f"‖Δ‖, A: {difference.a.manifest.revision}", norms[0], {"cmap": "viridis", "vmin": 0, "vmax": largest}),
-        (f"‖Δ‖, B: {difference.b.manifest.revision}", norms[1], {"cmap": "viridis", "vmin": 0, "vmax": largest}),
-        ("cosine of A and B", angles, {"cmap": "coolwarm", "vmin": -1, "vmax": 1}),
+    panels = [
+        plots.HeatMap(f"‖Δ‖, A: {difference.a.manifest.revision}", norms[0], high=largest),
+        plots.HeatMap(f"‖Δ‖, B: {difference.b.manifest.revision}", norms[1], high=largest),
+        plots.HeatMap("cosine of A and B", angles, low=-1.0, high=1.0, colours="coolwarm"),
     ]
-    for axes, (title, values, colours) in zip(figure.subplots(1, 3, squeeze=False)[0], panels, strict=True):
-        image = axes.imshow(values, aspect="auto", **colours)
-        axes.set(title=title, xlabel="attention, experts", ylabel="layer")
-        axes.set_xticks(range(len(columns)), ["att" if column == "attention" else column for column in columns])
-        axes.set_yticks(range(len(layers)), layers)
-        figure.colorbar(image)
-    with atomic_file(path) as temporary:
-        FigureCanvasAgg(figure).print_figure(temporary, format="png", dpi=120)
+    names = ["att" if column == "attention" else column for column in columns]
+    plots.save(plots.heat_maps(panels, columns=names, rows=layers, across="attention, experts"), path)
 
 
 def _columns(groups: dict[int, dict[str, ModuleDifference]]) -> list[str]:

@@ -1,8 +1,8 @@
 """Export: turns a PEFT adapter into an adapter directory whose experts vLLM applies.
 
-PEFT trains Mixtral's experts as two 3-D parameters a layer and saves them fused. vLLM loads that file with "Success"
+PEFT trains a layer's experts as two 3-D parameters a layer and saves them fused. vLLM loads that file with "Success"
 and silently ignores the experts (proven in tests/serve/test_engine.py). Written per expert, under the names of
-Mixtral's checkpoints, the same adapter works in vLLM and in plain PEFT.
+the family's checkpoints, the same adapter works in vLLM and in plain PEFT.
 """
 
 from pathlib import Path
@@ -110,6 +110,7 @@ def write_directory(
             "revision": contract.revision_of(files),
             "base": fingerprint,
             "base_path": str(base),
+            "model_type": layout.family.model_type,
             "rank": int(layout.config["r"]),
             "experts_trained": layout.has_experts,
             "files": files,

@@ -5,7 +5,6 @@ A module's change to the base is Δ = (alpha/r)·B·A, as large as the base's ow
 """
 
 import math
-import re
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,12 +16,10 @@ from rich.progress import track
 
 from mixfuse.contracts import adapter as contract
 from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.families import family_named
 from mixfuse.contracts.files import read_json
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_MODULE = re.compile(
-    r"\.layers\.(?P<layer>\d+)\.(?:self_attn|block_sparse_moe\.experts\.(?P<expert>\d+))\.(?P<projection>\w+)$"
-)
 
 
 class Place(NamedTuple):
@@ -112,6 +109,7 @@ class Factors:
 
     Attributes:
         manifest: Its manifest.
+        family: The base's.
         config: PEFT's config.
         scale: alpha/r.
         places: The name of each module, as PEFT writes it without `.lora_A.weight` → where the module is.
@@ -123,6 +121,7 @@ class Factors:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.manifest = contract.verify(directory)
+        self.family = family_named(self.manifest.model_type)
         self.config: dict[str, Any] = read_json(directory / contract.CONFIG)
         self.scale = float(self.config["lora_alpha"]) / self.manifest.rank
         self._file = TensorFile(directory / contract.WEIGHTS)
@@ -154,9 +153,11 @@ class Factors:
                 )
 
     def _place(self, name: str) -> Place:
-        match = _MODULE.search(name)
+        match = self.family.adapter_module.search(name)
         if match is None:
-            raise MixfuseError(f"{self.directory}: {name} is not a module of Mixtral that LoRA adapts", kind="adapter")
+            raise MixfuseError(
+                f"{self.directory}: {name} is not a module of {self.family.title} that LoRA adapts", kind="adapter"
+            )
         expert = match["expert"]
         return Place(int(match["layer"]), None if expert is None else int(expert), match["projection"])
 

@@ -1,9 +1,9 @@
-"""The layouts a Mixtral LoRA comes in, and the one that vLLM applies.
+"""The layouts a LoRA on a mixture of experts comes in, and the one that vLLM applies.
 
-PEFT with transformers 5 trains a layer's experts as two 3-D parameters and saves them *fused*; PEFT with transformers 4
-trained `w1`, `w2` and `w3` of each expert as modules and saved them *per expert*. vLLM applies the latter alone, and of
-it only what is complete: one rank, one scale, and in a layer either every expert or none. Whatever an adapter looks
-like, what comes out of here has that form and does the same.
+PEFT with transformers 5 trains a layer's experts as two 3-D parameters and saves them *fused*. PEFT with transformers 4
+trained the projections of each expert as modules (`w1`, `w2` and `w3` for Mixtral) and saved them *per expert*. vLLM
+applies the latter alone, and only where it is complete: one rank, one scale, and in a layer either every expert or
+none. Whatever layout an adapter comes in, the result has that form and computes the same.
 """
 
 import math
@@ -16,31 +16,28 @@ import torch
 
 from mixfuse.contracts import adapter as contract
 from mixfuse.contracts.errors import MixfuseError
-from mixfuse.contracts.family import Shape
+from mixfuse.contracts.families import family_of
+from mixfuse.contracts.family import Family, Shape
 from mixfuse.contracts.files import read_json
 
 Weights = dict[str, torch.Tensor]
 
-EXPERT_PROJECTIONS = ("w1", "w2", "w3")
-EXPERT_PARAMETERS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 # `experts.base_layer` is the inner of PEFT's two nested wrappers, gate_up_proj; `experts` the outer, down_proj.
 _FUSED = re.compile(r"^(?P<layer>.*\.layers\.\d+)\.mlp\.experts(?P<inner>\.base_layer)?\.lora_(?P<side>[AB])\.weight$")
-_PER_EXPERT = re.compile(
-    r"^(?P<layer>.*\.layers\.\d+)\.block_sparse_moe\.experts\.(?P<expert>\d+)\.(?P<projection>w[123])"
-    r"\.lora_(?P<side>[AB])\.weight$"
-)
 
 
 class Layout(NamedTuple):
     """The same adapter in the layout that vLLM applies and, where it has one, in PEFT's fused layout.
 
     Attributes:
-        weights: Per expert: `…block_sparse_moe.experts.E.{w1,w2,w3}.lora_{A,B}.weight`; A is (r, in), B is (out, r).
+        family: The base's.
+        weights: Per expert, under the names of `Family.factor_name`; A is (r, in), B is (out, r).
         config: PEFT's config for them.
-        fused: `(weights, config)` in PEFT's layout; None where no experts are adapted, or w1 and w3 of an expert do not
-            share their A, which that layout wants.
+        fused: `(weights, config)` in PEFT's layout; None where no experts are adapted, or an expert's gate and up
+            projections do not share their A, which that layout wants.
     """
 
+    family: Family
     weights: Weights
     config: dict[str, Any]
     fused: tuple[Weights, dict[str, Any]] | None
@@ -48,7 +45,7 @@ class Layout(NamedTuple):
     @property
     def has_experts(self) -> bool:
         """Whether any expert is adapted."""
-        return any(_PER_EXPERT.match(name) for name in self.weights)
+        return any(self.family.expert_factor.match(name) for name in self.weights)
 
 
 def served(weights: Weights, config: dict[str, Any], base: Path, *, source: Path) -> Layout:
@@ -63,47 +60,48 @@ def served(weights: Weights, config: dict[str, Any], base: Path, *, source: Path
     Raises:
         MixfuseError: It holds what cannot be served, or does not fit the base.
     """
-    base_config = read_json(base / "config.json")
-    if base_config.get("model_type") != "mixtral":
-        raise MixfuseError(f"{base} is a {base_config.get('model_type')!r} model; mixfuse serves Mixtral")
-    shape = Shape.of(base_config)
+    family = family_of(base)
+    shape = family.shape(read_json(base / "config.json"))
     _check_supported(config, source)
     _check_factors(weights, config, shape, source)
     is_fused = any(_FUSED.match(name) for name in weights)
     plain, plain_config = _one_scale(weights, config)
-    plain = per_expert(plain, config, experts=shape.E)
-    plain = _filled(_one_rank(plain), shape)
-    _check_targets(plain, shape, source)
+    plain = per_expert(family, plain, config, experts=shape.E)
+    plain = _filled(family, _one_rank(plain), shape)
+    _check_targets(family, plain, shape, source)
     plain_config = _config(plain_config, plain, base)
     if is_fused:
-        return Layout(plain, plain_config, (weights, {**config, "base_model_name_or_path": str(base)}))
-    return with_fused(plain, plain_config)
+        return Layout(family, plain, plain_config, (weights, {**config, "base_model_name_or_path": str(base)}))
+    return with_fused(family, plain, plain_config)
 
 
-def with_fused(weights: Weights, config: dict[str, Any]) -> Layout:
+def with_fused(family: Family, weights: Weights, config: dict[str, Any]) -> Layout:
     """The layout of per-expert factors of one rank, PEFT's fused one beside them where it can be had."""
-    fused = fuse(weights)
+    fused = fuse(family, weights)
     if fused is None:
-        return Layout(weights, config, None)
+        return Layout(family, weights, config, None)
     layers = sorted({int(_layer(name)) for name in fused if _FUSED.match(name)})
-    modules = [name for name in config["target_modules"] if name not in EXPERT_PROJECTIONS]
-    parameters = [f"layers.{layer}.{parameter}" for layer in layers for parameter in EXPERT_PARAMETERS]
-    return Layout(weights, config, (fused, {**config, "target_modules": modules, "target_parameters": parameters}))
+    modules = [name for name in config["target_modules"] if name not in family.expert_projections]
+    parameters = [f"layers.{layer}.{parameter}" for layer in layers for parameter in family.expert_parameters]
+    return Layout(
+        family, weights, config, (fused, {**config, "target_modules": modules, "target_parameters": parameters})
+    )
 
 
-def per_expert(weights: Weights, config: dict[str, Any], *, experts: int) -> Weights:
+def per_expert(family: Family, weights: Weights, config: dict[str, Any], *, experts: int) -> Weights:
     """Rewrites fused expert factors per expert; every other tensor is passed through.
 
     PEFT lays a 3-D parameter's factors out flat: A is (E·r, in), expert-major; B is (out, r·E), rank-major (peft 0.21,
     `ParamWrapper.get_delta_weight`). Gate and up share A; B's first half of rows is gate, the second up.
 
     Args:
+        family: The base's.
         weights: PEFT's saved names → tensors.
         config: The adapter's config.
         experts: E, the number of experts a layer.
 
     Returns:
-        Names as in Mixtral's checkpoints (`…block_sparse_moe.experts.E.{w1,w2,w3}.lora_{A,B}.weight`).
+        Names as in the family's checkpoints (`Family.factor_name`).
     """
     result: Weights = {}
     for name, tensor in weights.items():
@@ -118,52 +116,48 @@ def per_expert(weights: Weights, config: dict[str, Any], *, experts: int) -> Wei
             by_expert = tensor.reshape(tensor.shape[0], -1, experts).permute(2, 0, 1)  # (E, out, r)
         for expert, factor in enumerate(by_expert):
             if not gate_up:
-                parts = {"w2": factor}
+                parts = {family.down: factor}
             elif match["side"] == "A":
-                parts = {"w1": factor, "w3": factor}
+                parts = {family.gate: factor, family.up: factor}
             else:
                 gate, up = factor.chunk(2)
-                parts = {"w1": gate, "w3": up}
+                parts = {family.gate: gate, family.up: up}
             for projection, part in parts.items():
-                key = expert_key(match["layer"], expert, projection, match["side"])
+                key = family.factor_name(match["layer"], expert, projection, match["side"])
                 result[key] = part.contiguous().clone()
     return result
 
 
-def fuse(weights: Weights) -> Weights | None:
-    """The inverse of `per_expert`; None where there are no experts, or where w1 and w3 do not share their A.
+def fuse(family: Family, weights: Weights) -> Weights | None:
+    """The inverse of `per_expert`; None where there are no experts, or where gate and up do not share their A.
 
     Args:
+        family: The base's.
         weights: Per-expert factors, all experts of a layer or none.
     """
     experts: dict[str, int] = {}
     for name in weights:
-        if match := _PER_EXPERT.match(name):
+        if match := family.expert_factor.match(name):
             experts[match["layer"]] = max(experts.get(match["layer"], 0), int(match["expert"]) + 1)
     if not experts:
         return None
-    result = {name: tensor for name, tensor in weights.items() if not _PER_EXPERT.match(name)}
+    result = {name: tensor for name, tensor in weights.items() if not family.expert_factor.match(name)}
     for layer, count in experts.items():
 
         def factors(projection: str, side: str, layer: str = layer, count: int = count) -> list[torch.Tensor]:
-            return [weights[expert_key(layer, expert, projection, side)] for expert in range(count)]
+            return [weights[family.factor_name(layer, expert, projection, side)] for expert in range(count)]
 
-        if not all(map(torch.equal, factors("w1", "A"), factors("w3", "A"))):
+        if not all(map(torch.equal, factors(family.gate, "A"), factors(family.up, "A"))):
             return None
-        gate_up = [torch.cat(pair) for pair in zip(factors("w1", "B"), factors("w3", "B"), strict=True)]
+        gate_up = [torch.cat(pair) for pair in zip(factors(family.gate, "B"), factors(family.up, "B"), strict=True)]
         inner, outer = f"{layer}.mlp.experts.base_layer", f"{layer}.mlp.experts"
         for wrapper, down, up in (
-            (inner, factors("w1", "A"), gate_up),
-            (outer, factors("w2", "A"), factors("w2", "B")),
+            (inner, factors(family.gate, "A"), gate_up),
+            (outer, factors(family.down, "A"), factors(family.down, "B")),
         ):
             result[f"{wrapper}.lora_A.weight"] = torch.cat(down)  # (E·r, in)
             result[f"{wrapper}.lora_B.weight"] = torch.stack(up, dim=-1).flatten(1)  # (out, r·E)
     return result
-
-
-def expert_key(layer: str, expert: int, projection: str, side: str) -> str:
-    """The name of one factor; `layer` is everything up to and with the layer's number."""
-    return f"{layer}.block_sparse_moe.experts.{expert}.{projection}.lora_{side}.weight"
 
 
 def _one_scale(weights: Weights, config: dict[str, Any]) -> tuple[Weights, dict[str, Any]]:
@@ -218,16 +212,17 @@ def _one_rank(weights: Weights) -> Weights:
     return result
 
 
-def _filled(weights: Weights, shape: Shape) -> Weights:
+def _filled(family: Family, weights: Weights, shape: Shape) -> Weights:
     """Gives every expert of a layer that has any all of its factors; those that were not trained are zero."""
     result = dict(weights)
-    one_of = {match["layer"]: name for name in weights if (match := _PER_EXPERT.match(name))}
+    one_of = {match["layer"]: name for name in weights if (match := family.expert_factor.match(name))}
     for layer, name in one_of.items():
         rank = weights[name].shape[_rank_side(name)]
-        for expert, (projection, (wide_in, wide_out)) in product(range(shape.E), _sizes(shape).items()):
+        for expert, projection in product(range(shape.E), family.expert_projections):
+            wide_in, wide_out = _sizes(family, shape)[projection]
             for side, size in (("A", (rank, wide_in)), ("B", (wide_out, rank))):
-                key = expert_key(layer, expert, projection, side)
-                if projection in EXPERT_PROJECTIONS and key not in result:
+                key = family.factor_name(layer, expert, projection, side)
+                if key not in result:
                     result[key] = weights[name].new_zeros(size)
     return result
 
@@ -273,14 +268,17 @@ def _check_factors(weights: Weights, config: dict[str, Any], shape: Shape, sourc
             )
 
 
-def _check_targets(weights: Weights, shape: Shape, source: Path) -> None:
+def _check_targets(family: Family, weights: Weights, shape: Shape, source: Path) -> None:
     """Checks every tensor's name and model-side width against the base's sizes."""
-    sizes = _sizes(shape)
+    sizes = _sizes(family, shape)
     for name, tensor in weights.items():
         module = name.split(".lora_")[0].rsplit(".", 1)[-1]
-        expert = _PER_EXPERT.match(name)
-        if module not in sizes or not _layer(name) or ".lora_" not in name or (module[0] == "w" and not expert):
-            raise MixfuseError(f"{source}: {name} is not a part of Mixtral that vLLM serves LoRA for", kind="adapter")
+        expert = family.expert_factor.match(name)
+        is_served = module in sizes and _layer(name) and ".lora_" in name
+        if not is_served or (module in family.expert_projections and not expert):
+            raise MixfuseError(
+                f"{source}: {name} is not a part of {family.title} that vLLM serves LoRA for", kind="adapter"
+            )
         side = _rank_side(name)
         outside = int(_layer(name)) >= shape.L or (expert and int(expert["expert"]) >= shape.E)
         if tensor.shape[1 - side] != sizes[module][side] or outside:
@@ -291,7 +289,7 @@ def _check_targets(weights: Weights, shape: Shape, source: Path) -> None:
             )
 
 
-def _sizes(shape: Shape) -> dict[str, tuple[int, int]]:
+def _sizes(family: Family, shape: Shape) -> dict[str, tuple[int, int]]:
     """Module → (in, out)."""
     queries, keys = shape.A * shape.D, shape.G * shape.D
     return {
@@ -299,9 +297,9 @@ def _sizes(shape: Shape) -> dict[str, tuple[int, int]]:
         "k_proj": (shape.H, keys),
         "v_proj": (shape.H, keys),
         "o_proj": (queries, shape.H),
-        "w1": (shape.H, shape.I),
-        "w2": (shape.I, shape.H),
-        "w3": (shape.H, shape.I),
+        family.gate: (shape.H, shape.I),
+        family.down: (shape.I, shape.H),
+        family.up: (shape.H, shape.I),
     }
 
 

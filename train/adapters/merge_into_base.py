@@ -128,8 +128,8 @@ def _modules_by_tensor(factors: Factors, files: list[TensorFile]) -> dict[str, s
     for name, module in names.items():
         if name not in file_of:
             raise MixfuseError(
-                f"{factors.directory}: the base has no tensor {name!r}; its checkpoint is not in Mixtral's own names "
-                "(w1, w2, w3 of each expert)",
+                f"{factors.directory}: the base has no tensor {name!r}; its checkpoint is not in "
+                f"{factors.family.title}'s own names ({', '.join(factors.family.expert_projections)} of each expert)",
                 kind="adapter",
             )
         a, b = (factors.shape(module, side) for side in "AB")
@@ -230,7 +230,7 @@ def _compare_with_peft(directory: Path, base: Path, merged: Path, file: TensorFi
     Raises:
         MixfuseError: They differ by more than the tolerance.
     """
-    from transformers import MixtralForCausalLM
+    from transformers import AutoModelForCausalLM
 
     from mixfuse.train.adapters.parity import logprobs, peft_model, probe_prompts, worst_difference
     from mixfuse.train.model.load import load_tokenizer
@@ -248,7 +248,7 @@ def _compare_with_peft(directory: Path, base: Path, merged: Path, file: TensorFi
                 parameter.copy_(parameter.to(dtype))
         peft_merged = logprobs(model, prompts)
         del model
-        plain, info = MixtralForCausalLM.from_pretrained(
+        plain, info = AutoModelForCausalLM.from_pretrained(
             merged, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
         if info["missing_keys"] or info["unexpected_keys"]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import MixtralForCausalLM
+from transformers import AutoModelForCausalLM
 
 from mixfuse.contracts import judge_protocol
 from mixfuse.contracts.adapter import PARITY_TOLERANCE, LogprobProbe, Parity, Probes, VerdictProbe, read_manifest
@@ -103,7 +103,7 @@ def reference(directory: Path, base: Path) -> Reference:
 
 def peft_model(directory: Path, base: Path) -> PeftModel:
     """The base with an adapter directory's adapter as it was trained, float32, on the CPU."""
-    plain = MixtralForCausalLM.from_pretrained(base, dtype=torch.float32, local_files_only=True, use_safetensors=True)
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, local_files_only=True, use_safetensors=True)
     source = directory / "peft" if (directory / "peft").is_dir() else directory
     return PeftModel.from_pretrained(plain, str(source)).eval()
 

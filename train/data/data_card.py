@@ -6,8 +6,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from mixfuse.contracts import judge_protocol
-from mixfuse.contracts.files import atomic_file, write_json, write_text
+from mixfuse.contracts import judge_protocol, plots
+from mixfuse.contracts.files import write_json, write_text
+from mixfuse.contracts.report import Plot, Section, Table, markdown
 from mixfuse.train.data.pair_filters import Filters, Selection
 from mixfuse.train.data.pairs import dev_path
 
@@ -47,11 +48,11 @@ def write(
         "filters": filters.model_dump(mode="json", include=set(Filters.model_fields)),
         "judge_protocol": judge_protocol.digest(),
     }
-    plotted = find_spec("matplotlib") is not None
-    if plotted:
-        _plot(selection, out.with_name(f"{out.stem}.card.png"))
+    plot = _plot(selection, f"{out.stem}.card.png") if find_spec("matplotlib") else None
+    if plot:
+        plots.save(plot.figure, out.with_name(plot.file))
     write_json(out.with_name(f"{out.stem}.card.json"), card)
-    write_text(out.with_name(f"{out.stem}.card.md"), _markdown(out, card, plotted))
+    write_text(out.with_name(f"{out.stem}.card.md"), _markdown(card, out, plot))
     return card
 
 
@@ -71,11 +72,7 @@ def lines(card: Mapping[str, Any]) -> list[str]:
     return printed
 
 
-def _markdown(out: Path, card: Mapping[str, Any], plotted: bool) -> str:
-    def table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-        cells = [heads, ["---"] * len(heads), *rows]
-        return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in cells)
-
+def _markdown(card: Mapping[str, Any], out: Path, plot: Plot | None) -> str:
     after = card["auc"]["after"]
     auc = [
         (name, f"{before:.3f}", f"{after[name]:.3f}" if name in after else "not known")
@@ -92,48 +89,51 @@ def _markdown(out: Path, card: Mapping[str, Any], plotted: bool) -> str:
         )
         for source in card["sources"]
     ]
-    parts = [
-        f"# Preference pairs `{out.name}`",
+    introduction = (
         f"{card['train_pairs'] // 2} training pairs of {card['prompts']['train']} prompts and "
         f"{card['dev_pairs'] // 2} dev pairs (`{dev_path(out).name}`) of {card['prompts']['dev']} other prompts, each "
-        f"written in both orders. Judge protocol {card['judge_protocol'][:12]}. No model is named in the files.",
-        "## Sources",
-        table(("name", "kind", "file", "SHA-256", "licence", "read"), read),
-        table(("pairs from", "kept"), list(card["by_source"].items())),
-        "## Left out",
-        table(("reason, in the order of the filters", "pairs"), list(card["left_out"].items())),
-        "## Bias",
+        f"written in both orders. Judge protocol {card['judge_protocol'][:12]}. No model is named in the files."
+    )
+    bias = (
         "Area under the ROC curve of rules that read no content: they prefer the longer answer, the one with more "
         "lines, list items, markup or digits, or the author who won more often (counted on these same pairs). 0.5 is "
-        f"chance. Before and after balancing ({', '.join(card['balanced']) or 'nothing was balanced'}).",
-        table(("rule", "before", "after"), auc),
+        f"chance. Before and after balancing ({', '.join(card['balanced']) or 'nothing was balanced'})."
+    )
+    sections = [
+        Section("", [introduction]),
+        Section(
+            "Sources",
+            [
+                Table(("name", "kind", "file", "SHA-256", "licence", "read"), read),
+                Table(("pairs from", "kept"), _counts(card["by_source"])),
+            ],
+        ),
+        Section("Left out", [Table(("reason, in the order of the filters", "pairs"), _counts(card["left_out"]))]),
+        Section("Bias", [bias, Table(("rule", "before", "after"), auc), *([plot] if plot else [])]),
     ]
-    if plotted:
-        parts.append(f"![How much longer the better answer is]({out.stem}.card.png)")
-    return "\n\n".join(parts) + "\n"
+    return markdown(f"Preference pairs `{out.name}`", sections)
 
 
-def _plot(selection: Selection, path: Path) -> None:
-    """Writes a histogram: by how many characters the better answer is longer, before and after balancing."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def _counts(counts: Mapping[str, int]) -> list[tuple[str, str]]:
+    return [(name, str(count)) for name, count in counts.items()]
 
+
+def _plot(selection: Selection, file: str) -> Plot:
+    """A histogram: by how many characters the better answer is longer, before and after the balance."""
     before, after = selection.lengths
     sizes = sorted(map(abs, before))
     edge = max(1, sizes[int(0.98 * (len(sizes) - 1))])
-    bins = [edge * step / 20 for step in range(-20, 21)]
 
-    def within(lengths: Sequence[int]) -> list[int]:
+    def within(lengths: Sequence[int]) -> list[float]:
         return [min(max(length, -edge), edge) for length in lengths]
 
-    figure = Figure(figsize=(7, 3.5), layout="constrained")
-    axes = figure.add_subplot()
-    axes.hist(within(before), bins, color="lightgrey", label=f"before, AUC {selection.before.auc['length']:.3f}")
-    axes.hist(
-        within(after), bins, histtype="step", color="tab:blue", label=f"after, AUC {selection.after.auc['length']:.3f}"
+    figure = plots.histogram(
+        {
+            f"before, AUC {selection.before.auc['length']:.3f}": within(before),
+            f"after, AUC {selection.after.auc['length']:.3f}": within(after),
+        },
+        [edge * step / 20 for step in range(-20, 21)],
+        across="characters the better answer has more (the outermost bars: or further out)",
+        up="pairs",
     )
-    axes.axvline(0, color="black", linewidth=0.8)
-    axes.set(xlabel="characters the better answer has more (the outermost bars: or further out)", ylabel="pairs")
-    axes.legend()
-    with atomic_file(path) as temporary:
-        FigureCanvasAgg(figure).print_figure(temporary, format="png", dpi=120)
+    return Plot(file, figure, "How much longer the better answer is")

@@ -3,12 +3,14 @@
 import copy
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import MixtralConfig, MixtralModel
 
 from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.families import family_named, family_of
 from mixfuse.train.data.packing import pack_batch
+from mixfuse.train.model.family_classes import classes_of
 
 
 def choose(wanted: str, base: Path, dtype: torch.dtype, *, packing: bool = False) -> str:
@@ -29,12 +31,12 @@ def choose(wanted: str, base: Path, dtype: torch.dtype, *, packing: bool = False
     if wanted.startswith("flash_attention") and not (gpu and dtype == torch.bfloat16):
         raise MixfuseError(f"attention: {wanted} needs a GPU and dtype bfloat16; use sdpa")
     if packing:
-        check_packing(wanted, MixtralConfig.from_pretrained(base), dtype)
+        check_packing(wanted, classes_of(family_of(base).model_type).config.from_pretrained(base), dtype)
     return wanted
 
 
 @torch.no_grad()
-def check_packing(attention: str, config: MixtralConfig, dtype: torch.dtype) -> None:
+def check_packing(attention: str, config: Any, dtype: torch.dtype) -> None:
     """Proves on a one-layer model of the base's kind that a packed document says what it says alone.
 
     A model without the base's weights: the question is what the mask does, not what the weights say. Whoever lets the
@@ -49,8 +51,9 @@ def check_packing(attention: str, config: MixtralConfig, dtype: torch.dtype) -> 
         MixfuseError: The implementation cannot be loaded, or the documents are not kept apart.
     """
     small = copy.deepcopy(config)
-    small.update({"num_hidden_layers": 1, "vocab_size": 32, "hidden_size": 64, "intermediate_size": 32, "head_dim": 32,
-                  "num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 2,
+    family = family_named(config.model_type)
+    small.update({"num_hidden_layers": 1, "vocab_size": 32, "hidden_size": 64, family.inner_key: 32, "head_dim": 32,
+                  "num_attention_heads": 2, "num_key_value_heads": 1, family.experts_keys[0]: 2,
                   "num_experts_per_tok": 1, "pad_token_id": None, "initializer_range": 0.5})  # fmt: skip
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator().manual_seed(0)
@@ -59,7 +62,7 @@ def check_packing(attention: str, config: MixtralConfig, dtype: torch.dtype) -> 
         torch.manual_seed(0)
         try:
             small._attn_implementation = attention
-            model = MixtralModel(small).to(device, dtype).eval()
+            model = classes_of(family.model_type).decoder(small).to(device, dtype).eval()
         except (ImportError, ValueError) as error:
             raise MixfuseError(f"attention: {attention} cannot be used here: {error}") from None
     batch = {name: _to(value, device) for name, value in pack_batch(documents, documents).items() if name != "labels"}

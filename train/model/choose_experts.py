@@ -17,10 +17,11 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock, MixtralTopKRouter
 
 from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.families import shape_of
 from mixfuse.contracts.files import read_json, write_json
+from mixfuse.train.model.family_classes import block_classes, router_classes
 from mixfuse.train.recipe import TrainRecipe, lora_parameters
 
 RECORD = "experts.json"
@@ -57,7 +58,8 @@ def settle(recipe: TrainRecipe, model: Any, rows: Sequence[Any], tokenizer: Any,
     """
     config = model.config
     if recipe.lora.experts != "auto":
-        return recipe.lora.chosen(config.num_hidden_layers, config.num_local_experts)
+        shape = shape_of(config.to_dict())
+        return recipe.lora.chosen(shape.L, shape.E)
     leads = _rank() == 0
     if resuming:
         if leads and not (recipe.out / RECORD).is_file():
@@ -111,16 +113,16 @@ def measure(model: Any, rows: Sequence[Sequence[int]], *, micro_batch: int) -> L
     All processes make the same number of passes, because a pass over a partitioned model gathers it.
 
     Args:
-        model: A `MixtralForCausalLM`; a partitioned one is gathered a block at a time.
+        model: A base model as `load_base` gives it; a partitioned one is gathered a block at a time.
         rows: Token ids.
         micro_batch: Rows a pass.
     """
     rank, world = _rank(), _world()
     ordered = sorted(rows, key=len)  # little padding
     passes = -(-len(ordered) // (world * micro_batch))
-    routers = [module for module in model.modules() if isinstance(module, MixtralTopKRouter)]
+    routers = [module for module in model.modules() if isinstance(module, router_classes())]
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    experts = model.config.num_local_experts
+    experts = shape_of(model.config.to_dict()).E
     gates_LE = torch.zeros(len(routers), experts, dtype=torch.float64, device=device)
     counts_LE = torch.zeros_like(gates_LE)
     tokens = torch.zeros((), dtype=torch.float64, device=device)
@@ -202,11 +204,11 @@ def gathered_by_block(model: Any) -> Iterator[None]:
     """
     from deepspeed.runtime.zero import GatheredParameters
 
-    blocks = [module for module in model.modules() if isinstance(module, MixtralSparseMoeBlock)]
+    blocks = [module for module in model.modules() if isinstance(module, block_classes())]
     inside = {id(module) for block in blocks for module in block.modules()} - {id(block) for block in blocks}
     with ExitStack() as hooks:
         for module in model.modules():
-            whole = isinstance(module, MixtralSparseMoeBlock)
+            whole = isinstance(module, block_classes())
             parameters = [p for p in module.parameters(recurse=whole) if hasattr(p, "ds_id")]
             if not parameters or id(module) in inside:
                 continue

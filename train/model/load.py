@@ -1,6 +1,5 @@
-"""Loading a Mixtral for training under ZeRO-3, and proving that what was loaded is what the checkpoint holds."""
+"""Loading a base model for training under ZeRO-3, and proving that what was loaded is what the checkpoint holds."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,15 +9,18 @@ from deepspeed.runtime.zero import GatheredParameters, Init
 from deepspeed.utils import get_z3_leaf_modules, set_z3_leaf_modules
 from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
-from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 from transformers.integrations.deepspeed import deepspeed_config, is_deepspeed_zero3_enabled
 from transformers.modeling_utils import set_zero3_state
-from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.families import family_of
+from mixfuse.contracts.family import Family
+from mixfuse.contracts.files import read_json
 from mixfuse.train.model import expert_lora
-from mixfuse.train.recipe import ATTENTION_MODULES, EXPERT_PARAMETERS, Lora
+from mixfuse.train.model.family_classes import classes_of
+from mixfuse.train.recipe import Lora
 
 
 def load_tokenizer(base: Path) -> PreTrainedTokenizerBase:
@@ -35,36 +37,35 @@ def load_tokenizer(base: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_base(base: Path, dtype: torch.dtype, *, attention: str = "sdpa") -> MixtralForCausalLM:
+def load_base(base: Path, dtype: torch.dtype, *, attention: str = "sdpa") -> Any:
     """Loads the base, partitioned where a DeepSpeed config with ZeRO-3 is alive, and checks every weight of it.
 
     Each MoE block is made a ZeRO-3 leaf: it is gathered whole, because the experts a rank touches depend on its data
     and ranks that gather different parameters wait for each other for ever (DeepSpeed #4966, #5008).
 
     Raises:
-        MixfuseError: The folder holds no Mixtral, or a weight was not loaded from the checkpoint.
+        MixfuseError: The folder holds no model of a known family, or a weight was not loaded from the checkpoint.
     """
     if not (base / "config.json").is_file():
         raise MixfuseError(f"{base} is no model folder (no config.json); build one with: mixfuse base build {base}")
-    kind = json.loads((base / "config.json").read_text(encoding="utf-8")).get("model_type")
-    if kind != "mixtral":
-        raise MixfuseError(f"{base} is a {kind!r} model; mixfuse trains Mixtral")
+    family = family_of(base)
+    family.shape(read_json(base / "config.json"))  # refuses variants that are not supported
     expert_lora.register()
     settings = {
         "dtype": dtype,
         "attn_implementation": attention,
         "experts_implementation": expert_lora.EXPERTS_IMPLEMENTATION,
     }
-    model = _partitioned(base, settings) if is_deepspeed_zero3_enabled() else _whole(base, settings)
+    model = (_partitioned if is_deepspeed_zero3_enabled() else _whole)(base, family, settings)
     check_loaded(model, base)
     mark_leaves(model)
     return model
 
 
-def _whole(base: Path, settings: dict[str, Any]) -> MixtralForCausalLM:
+def _whole(base: Path, family: Family, settings: dict[str, Any]) -> Any:
     """Loads the base as transformers does, whole in this process."""
     try:
-        model, info = MixtralForCausalLM.from_pretrained(
+        model, info = classes_of(family.model_type).causal_lm.from_pretrained(
             base, output_loading_info=True, local_files_only=True, use_safetensors=True, **settings
         )
     except (RuntimeError, SafetensorError) as error:  # e.g. an expert is missing, so the experts cannot be stacked
@@ -75,19 +76,20 @@ def _whole(base: Path, settings: dict[str, Any]) -> MixtralForCausalLM:
     return model
 
 
-def _partitioned(base: Path, settings: dict[str, Any]) -> MixtralForCausalLM:
+def _partitioned(base: Path, family: Family, settings: dict[str, Any]) -> Any:
     """Loads the base into ZeRO-3's partitions, module by module: rank 0 reads one, the others receive their parts.
 
     transformers 5.19 would stack all experts of the checkpoint in every process before the first goes into the model
     (`_apply_weight_conversions_to_state_dict`): 271 GB a process at 8x22B. Here a host holds one MoE block at a time.
     All ranks check names and shapes first, so that none waits for another that has found a mistake.
     """
-    config = MixtralConfig.from_pretrained(base, local_files_only=True)
+    classes = classes_of(family.model_type)
+    config = classes.config.from_pretrained(base, local_files_only=True)
     config.name_or_path = str(base)
     with no_init_weights(), Init(config_dict_or_path=deepspeed_config()), set_zero3_state():
-        model = MixtralForCausalLM._from_config(config, **settings)
+        model = classes.causal_lm._from_config(config, **settings)
     model.tie_weights()
-    checkpoint = _Checkpoint(base)
+    checkpoint = _Checkpoint(base, family)
     checkpoint.check_names({name: parameter.ds_shape for name, parameter in model.named_parameters()})
     leads = torch.distributed.get_rank() == 0
     loaded: set[int] = set()
@@ -102,13 +104,13 @@ def _partitioned(base: Path, settings: dict[str, Any]) -> MixtralForCausalLM:
     return model.eval()
 
 
-def mark_leaves(model: MixtralForCausalLM) -> None:
+def mark_leaves(model: Any) -> None:
     """Makes each MoE block a ZeRO-3 leaf module.
 
     Raises:
         MixfuseError: Not every layer has one.
     """
-    set_z3_leaf_modules(model, [MixtralSparseMoeBlock])
+    set_z3_leaf_modules(model, [classes_of(model.config.model_type).block])
     leaves = get_z3_leaf_modules(model)
     if len(leaves) != model.config.num_hidden_layers:
         raise MixfuseError(
@@ -116,13 +118,14 @@ def mark_leaves(model: MixtralForCausalLM) -> None:
         )
 
 
-def lora_config(lora: Lora, chosen: Sequence[Sequence[int]] | None = None) -> LoraConfig:
+def lora_config(family: Family, lora: Lora, chosen: Sequence[Sequence[int]] | None = None) -> LoraConfig:
     """Turns a recipe's `lora` into PEFT's config.
 
     In transformers 5 the experts are 3-D parameters without modules, reached by `target_parameters`; a wildcard such
     as `all-linear` would miss them or train the router, so every target is named.
 
     Args:
+        family: The base's.
         lora: The recipe's.
         chosen: For each layer the experts to adapt (`experts.settle`); may be left out where the recipe names them.
 
@@ -130,7 +133,7 @@ def lora_config(lora: Lora, chosen: Sequence[Sequence[int]] | None = None) -> Lo
         MixfuseError: The recipe leaves the choice to the data and it has not been made.
     """
     by_layer: dict[int, Sequence[int]] | None = None  # None: all
-    targets: list[str] | None = list(EXPERT_PARAMETERS)
+    targets: list[str] | None = list(family.expert_parameters)
     if lora.experts == "none":
         targets = None
     elif chosen is not None:
@@ -142,7 +145,7 @@ def lora_config(lora: Lora, chosen: Sequence[Sequence[int]] | None = None) -> Lo
             "lora.experts is auto, and the experts have not been chosen (mixfuse.train.model.choose_experts.settle)"
         )
     if by_layer is not None:
-        targets = [f"layers.{layer}.{parameter}" for layer in by_layer for parameter in EXPERT_PARAMETERS]
+        targets = [f"layers.{layer}.{parameter}" for layer in by_layer for parameter in family.expert_parameters]
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.r,
@@ -150,14 +153,14 @@ def lora_config(lora: Lora, chosen: Sequence[Sequence[int]] | None = None) -> Lo
         lora_dropout=lora.dropout,
         use_rslora=lora.rslora,
         bias="none",
-        target_modules=list(ATTENTION_MODULES) if lora.attention else [],
+        target_modules=list(family.attention) if lora.attention else [],
         target_parameters=targets,
     )
     expert_lora.attach(config, by_layer)
     return config
 
 
-def check_loaded(model: MixtralForCausalLM, base: Path) -> None:
+def check_loaded(model: Any, base: Path) -> None:
     """Compares a sample of every weight with the checkpoint's bytes: a weight left at its random start is an error.
 
     transformers has loaded experts at random under ZeRO-3 while reporting success (transformers #43257), so its own
@@ -166,7 +169,7 @@ def check_loaded(model: MixtralForCausalLM, base: Path) -> None:
     Raises:
         MixfuseError: A weight differs from the checkpoint.
     """
-    checkpoint = _Checkpoint(base)
+    checkpoint = _Checkpoint(base, family_of(base))
     wrong: list[str] = []
     for prefix, module in model.named_modules():
         parameters = dict(module.named_parameters(recurse=False))
@@ -195,8 +198,9 @@ class _Checkpoint:
         MixfuseError: A file of it is cut off.
     """
 
-    def __init__(self, base: Path) -> None:
+    def __init__(self, base: Path, family: Family) -> None:
         self._base = base
+        self._family = family
         self._files: dict[str, Any] = {}
         for path in sorted(base.glob("*.safetensors")):
             try:
@@ -209,16 +213,11 @@ class _Checkpoint:
         """Which part of the parameter is which stored tensor."""
         if name in self._files:
             return [((), name)]
-        block = name.replace(".mlp.", ".block_sparse_moe.")
-        if block.endswith(".experts.gate_up_proj"):
-            stem, half = block.removesuffix("gate_up_proj"), shape[1] // 2
-            experts = range(shape[0])
-            return [((e, slice(half)), f"{stem}{e}.w1.weight") for e in experts] + [
-                ((e, slice(half, None)), f"{stem}{e}.w3.weight") for e in experts
-            ]
-        if block.endswith(".experts.down_proj"):
-            return [((e,), f"{block.removesuffix('down_proj')}{e}.w2.weight") for e in range(shape[0])]
-        return [((), block)]
+        pieces = self._family.checkpoint_pieces(name, experts=shape[0])
+        if pieces is None:
+            return [((), self._family.checkpoint_name(name))]
+        rows = {0: slice(shape[1] // 2), 1: slice(shape[1] // 2, None)}
+        return [((expert,) if half is None else (expert, rows[half]), key) for expert, half, key in pieces]
 
     def check_names(self, shapes: dict[str, Sequence[int]]) -> None:
         """Checks that the parameters of these names and shapes are all that is stored, and nothing else.

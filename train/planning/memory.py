@@ -48,7 +48,7 @@ def modules(shape: Shape, lora: Lora) -> list[list[Module]]:
     The output layer's weight is used by the whole model, not by the module that owns it (TRL's fused head), so
     DeepSpeed registers it as external there.
     """
-    L, H, I, E, _, A, G, D, V, _ = shape  # noqa: N806, E741
+    L, H, I, E, _, A, G, D, V, *_ = shape  # noqa: N806, E741
     chosen = lora.chosen(L, E)
     widths = {"q_proj": (H, A * D), "k_proj": (H, G * D), "v_proj": (H, G * D), "o_proj": (A * D, H)}
     embedding = Parameter("embed_tokens", V * H, external=shape.tied)
@@ -66,6 +66,8 @@ def modules(shape: Shape, lora: Lora) -> list[list[Module]]:
             if lora.attention:
                 group.append(_module(f"{stem}.lora_A", lora.r * wide_in, trainable=True))
                 group.append(_module(f"{stem}.lora_B", lora.r * wide_out, trainable=True))
+        if shape.qk_norm:
+            group += [_module(f"{name}.self_attn.{norm}", D) for norm in ("q_norm", "k_norm")]
         group.append(_module(f"{name}.post_attention_layernorm", H))
         inside = [
             Parameter(f"{name}.mlp.gate", E * H),
@@ -169,7 +171,7 @@ def attention_saved(shape: Shape, batch: Batch, w: int, lora: Lora, *, cuda: boo
     input in float32. Dropout keeps, of each projection's input, what it let through and a mask of one byte; on a CPU
     the mask is of w bytes.
     """
-    _, H, _, _, _, A, _, D, _, _ = shape  # noqa: N806
+    _, H, _, _, _, A, G, D, *_ = shape  # noqa: N806
     T = batch.T  # noqa: N806
     inputs = 0
     if lora.attention:
@@ -178,14 +180,15 @@ def attention_saved(shape: Shape, batch: Batch, w: int, lora: Lora, *, cuda: boo
             inputs = w * 4 * T * lora.r + (w + (1 if cuda else w)) * T * (3 * H + A * D)
     norm = FP32 * T + (FP32 * T * H if w < FP32 else 0)
     heads = w * (4 * T * A * D + batch.B * batch.S**2) + FP32 * T * A
-    return inputs + norm + heads
+    qk_norms = FP32 * T * (A + G) * (D + 1) if shape.qk_norm else 0
+    return inputs + norm + heads + qk_norms
 
 
 def moe_saved(shape: Shape, batch: Batch, w: int, lora: Lora) -> int:
     """What a MoE block and the norm before it keep: x, the experts' first products, LoRA's, the routing.
 
-    w·(T·H + T·K·(2I + 2r)) + 4·T·H + routing; `train/model/expert_lora.py` saves the product before the activation
-    function and nothing after.
+    w·(T·H + T·K·(2I + 2r)) + 4·T·H + routing, with gate weights in float32; `train/model/expert_lora.py` saves the
+    product before the activation function and nothing after.
     """
     _, H, I, E, K, *_ = shape  # noqa: N806, E741
     T = batch.T  # noqa: N806

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.families import shape_of
 from mixfuse.contracts.family import Shape, active_parameters, base_parameters
 from mixfuse.contracts.files import read_json
 from mixfuse.train.planning import memory
@@ -194,9 +195,9 @@ def plan(
         batch: One forward pass; by default the recipe's micro batch, every sequence as long as `max_length`.
 
     Raises:
-        MixfuseError: The base is no Mixtral, or the batch does not divide over the processes.
+        MixfuseError: The base is of no known family, or the batch does not divide over the processes.
     """
-    shape, lora = Shape.of(config), recipe.lora
+    shape, lora = shape_of(config), recipe.lora
     judge = isinstance(recipe, JudgeRecipe)
     w = 2 if recipe.dtype == "bfloat16" else 4
     world = hardware.world
@@ -513,12 +514,14 @@ def count_on_meta(config: Mapping[str, Any]) -> int:
         MixfuseError: The count is not the formula's: the planner does not know this model.
     """
     import torch
-    from transformers import MixtralConfig, MixtralForCausalLM
 
+    from mixfuse.train.model.family_classes import classes_of
+
+    expected = base_parameters(shape_of(config))
+    classes = classes_of(config["model_type"])
     with torch.device("meta"):
-        model = MixtralForCausalLM(MixtralConfig.from_dict(dict(config)))
+        model = classes.causal_lm(classes.config.from_dict(dict(config)))
     counted = sum(parameter.numel() for parameter in model.parameters())
-    expected = base_parameters(Shape.of(config))
     if counted != expected:
         raise MixfuseError(
             f"the model has {counted:,} parameters and the planner's formula says {expected:,}; "

@@ -1,6 +1,7 @@
 """What is checked of a recipe and its data before any process is started."""
 
 from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.families import family_of
 from mixfuse.contracts.files import read_json
 from mixfuse.train.processes import worker
 from mixfuse.train.recipe import SftRecipe, TrainRecipe
@@ -19,8 +20,8 @@ def check_recipe(recipe: TrainRecipe) -> None:
             f"mixfuse base build {recipe.base}"
         )
     model = read_json(recipe.base / "config.json")
-    if model.get("model_type") == "mixtral":  # loading refuses other models
-        recipe.lora.chosen(model["num_hidden_layers"], model["num_local_experts"])
+    shape = family_of(recipe.base).shape(model)
+    recipe.lora.chosen(shape.L, shape.E)
     config = read_json(recipe.deepspeed)
     zero = config.get("zero_optimization") if isinstance(config, dict) else None
     stage = zero.get("stage") if isinstance(zero, dict) else None

@@ -8,7 +8,8 @@ from typing import Any, cast
 
 import torch
 
-from mixfuse.contracts.files import atomic_file, write_json
+from mixfuse.contracts import plots
+from mixfuse.contracts.files import write_json
 from mixfuse.contracts.strict_yaml import load as load_recipe
 from mixfuse.train.data.chat_data import chat_data
 from mixfuse.train.data.pair_data import pairs_datasets
@@ -67,22 +68,14 @@ def profile_experts(recipe_path: Path, overrides: list[str], out: Path | None) -
 
 def plot(load: Load, chosen: Chosen, path: Path) -> None:
     """Writes a heat map of the gate weight, layers down and experts across, the chosen ones framed."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
-
-    layers, experts = len(load.gate_share), len(load.gate_share[0])
-    figure = Figure(figsize=(2.5 + 0.6 * experts, 1.8 + 0.22 * layers), layout="constrained")
-    axes = figure.add_subplot()
-    image = axes.imshow(load.gate_share, aspect="auto", cmap="viridis", vmin=0)
-    for layer, numbers in enumerate(chosen):
-        for expert in numbers:
-            axes.add_patch(Rectangle((expert - 0.46, layer - 0.42), 0.92, 0.84, fill=False, edgecolor="white"))
-    axes.set(xlabel="expert", ylabel="layer", title=f"share of gate weight, {load.tokens} tokens\n(framed: chosen)")
-    axes.set_xticks(range(experts))
-    figure.colorbar(image)
-    with atomic_file(path) as temporary:
-        FigureCanvasAgg(figure).print_figure(temporary, format="png", dpi=120)
+    panel = plots.HeatMap(
+        f"share of gate weight, {load.tokens} tokens\n(framed: chosen)",
+        load.gate_share,
+        framed=[(layer, expert) for layer, numbers in enumerate(chosen) for expert in numbers],
+    )
+    columns = [str(expert) for expert in range(len(load.gate_share[0]))]
+    figure = plots.heat_maps([panel], columns=columns, rows=range(len(load.gate_share)), across="expert")
+    plots.save(figure, path)
 
 
 def _print_table(load: Load, chosen: Chosen, share: float) -> None:

@@ -12,6 +12,7 @@ from trl import DPOConfig
 
 from mixfuse.contracts.adapter import fingerprint
 from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.families import family_of
 from mixfuse.contracts.files import sha256_json
 from mixfuse.train.data.pair_data import pairs_datasets
 from mixfuse.train.data.schedule import Rounds, schedule
@@ -65,7 +66,7 @@ def make_trainer(recipe: JudgeRecipe) -> JudgeTrainer:
         eval_dataset=data.evaluation,
         data_collator=NamedPairs(pad_token_id=tokenizer.pad_token_id, max_length=recipe.max_length, verdicts=one_token),
         processing_class=tokenizer,
-        peft_config=lora_config(recipe.lora, chosen),
+        peft_config=lora_config(family_of(recipe.base), recipe.lora, chosen),
     )
     tokenised: Any = trainer.train_dataset
     lengths = [len(ids) for ids in tokenised["prompt_ids"]]

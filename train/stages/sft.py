@@ -6,6 +6,7 @@ import torch
 from transformers import set_seed
 from trl import SFTConfig
 
+from mixfuse.contracts.families import family_of
 from mixfuse.train.data.chat_data import chat_data
 from mixfuse.train.data.packing import Collator
 from mixfuse.train.model import attention, choose_experts
@@ -40,6 +41,6 @@ def train(recipe: TrainRecipe) -> None:
         eval_dataset=data.evaluation,
         data_collator=Collator(tokenizer.pad_token_id, packed=recipe.packing),
         processing_class=tokenizer,
-        peft_config=lora_config(recipe.lora, chosen),
+        peft_config=lora_config(family_of(recipe.base), recipe.lora, chosen),
     )
     train_and_save(trainer, recipe, stage="sft", examples=data.chats)

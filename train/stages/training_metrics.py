@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mixfuse.contracts import plots
 from mixfuse.contracts.errors import MixfuseError
-from mixfuse.contracts.files import atomic_file, write_text
+from mixfuse.contracts.files import write_text
 from mixfuse.train.recipe import TrainRecipe
 
 if TYPE_CHECKING:
@@ -105,7 +106,8 @@ class _ExpertLoad:
 
     def watch(self, model: Any) -> None:
         import torch
-        from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
+
+        from mixfuse.train.model.family_classes import router_classes
 
         def hook(name: str) -> Any:
             def count(router: Any, _: Any, output: Any) -> None:
@@ -115,7 +117,7 @@ class _ExpertLoad:
             return count
 
         for name, module in model.named_modules():
-            if isinstance(module, MixtralTopKRouter):
+            if isinstance(module, router_classes()):
                 self._hooks.append(module.register_forward_hook(hook(name)))
 
     def take(self) -> dict[str, float]:
@@ -154,27 +156,10 @@ def draw(out: Path) -> None:
     Args:
         out: The run's folder. Without rows nothing is drawn.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     rows = read_rows(out / "metrics.jsonl")
-    pictures = [(title, series) for title, keys in PLOTS if (series := _series(rows, keys))]
-    if not pictures:
-        return
-    across = min(3, len(pictures))
-    down = -(-len(pictures) // across)
-    figure = Figure(figsize=(5 * across, 3.2 * down), layout="constrained")  # no pyplot: no window, no global state
-    FigureCanvasAgg(figure)
-    for number, (title, series) in enumerate(pictures, start=1):
-        axes = figure.add_subplot(down, across, number)
-        for key, (steps, values) in series.items():
-            axes.plot(steps, values, label=key, marker="o" if len(steps) < 30 else None, markersize=3)
-        axes.set(title=title, xlabel="step")
-        axes.grid(alpha=0.3)
-        if len(series) > 1:
-            axes.legend()
-    with atomic_file(out / "metrics.png") as temporary:
-        figure.savefig(temporary, format="png", dpi=100)
+    panels = [(title, series) for title, keys in PLOTS if (series := _series(rows, keys))]
+    if panels:
+        plots.save(plots.curves(panels), out / "metrics.png")
 
 
 def _series(rows: Sequence[dict[str, Any]], keys: Sequence[str]) -> dict[str, tuple[list[int], list[float]]]:
