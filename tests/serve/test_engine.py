@@ -27,6 +27,7 @@ from transformers import AutoTokenizer
 from mixfuse.contracts import judge_protocol
 from mixfuse.contracts.adapter import LORA_RANKS, verify
 from mixfuse.contracts.errors import MixfuseError
+from mixfuse.serve import cpu_lora_products
 from mixfuse.serve import engine as engine_module
 from mixfuse.serve import vllm_cpu_moe_lora as plugin
 from mixfuse.serve.engine import Engine, EngineConfig
@@ -463,7 +464,7 @@ def test_routed_experts_equal_one_token_at_a_time(dtype: torch.dtype, tolerance:
     a13 = tuple(weights(adapters, experts, rank, hidden) for _ in range(2))
     b13 = tuple(weights(adapters, experts, inner, rank) for _ in range(2))
     a2, b2 = weights(adapters, experts, rank, inner), weights(adapters, experts, hidden, rank)
-    lora = plugin.ExpertLora(torch.tensor(slots), a13, b13, a2, b2)
+    lora = cpu_lora_products.ExpertLora(torch.tensor(slots), a13, b13, a2, b2)
     first = [partial(torch.nn.functional.linear, weight=weight) for weight in w13]
     second = [partial(torch.nn.functional.linear, weight=weight) for weight in w2]
 
@@ -477,7 +478,7 @@ def test_routed_experts_equal_one_token_at_a_time(dtype: torch.dtype, tolerance:
         for expert, share in zip(chosen[token].tolist(), shares[token], strict=True):
             inside = swiglu(merged(w13, slot, expert, *zip(a13, b13, strict=True)) @ x[token].float())
             expected[token] += share * (merged(w2, slot, expert, (a2, b2)) @ inside)
-    found = plugin.routed_experts(x, first, second, chosen, shares, swiglu, lora)
+    found = cpu_lora_products.routed_experts(x, first, second, chosen, shares, swiglu, lora)
     torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
 
 
@@ -496,7 +497,7 @@ def test_linear_layers_leave_tokens_without_an_adapter_alone(slots: list[int]):
             for token, row, slot in zip(x, y, slots, strict=True)
         ]
     )
-    plugin.add_lora_linear(batch, y, x, a, b, 1.0, (8, 4))
+    cpu_lora_products.add_lora_linear(batch, y, x, a, b, 1.0, (8, 4))
     torch.testing.assert_close(y, expected, atol=1e-4, rtol=1e-4)
 
 
