@@ -36,6 +36,16 @@ def load(path: Path, model: type[Model], overrides: Iterable[str] = ()) -> Model
     Raises:
         MixfuseError: The file is missing or not a YAML mapping, a key is unknown or missing, or a value does not fit.
     """
+    data = read_mapping(path)
+    return validate(override(data, overrides), model, source=str(path))
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Reads a YAML (or JSON) file that holds one mapping; an empty file is an empty mapping.
+
+    Raises:
+        MixfuseError: The file is missing, or holds something else.
+    """
     try:
         data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -49,7 +59,7 @@ def load(path: Path, model: type[Model], overrides: Iterable[str] = ()) -> Model
     data = {} if data is None else data
     if not isinstance(data, dict):
         raise MixfuseError(f"{path}: expected a mapping of keys, found {type(data).__name__}")
-    return validate(override(data, overrides), model, source=str(path))
+    return data
 
 
 def override(data: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
@@ -127,6 +137,6 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     for argument in get_args(annotation):
-        if found := _model_in(argument):
-            return found
+        if model := _model_in(argument):
+            return model
     return None

@@ -33,7 +33,7 @@ _EMPTY_ERROR = re.compile(r"See (?:root cause|stack trace)|Engine core initializ
 
 
 class Restart(Strict):
-    """When an engine counts as gone, how it is restarted, and when it is given up.
+    """When an engine counts as dead or hung, how it is restarted, and when the supervisor gives up.
 
     Attributes:
         first_delay_s: Pause before the first restart, in seconds. Each further crash doubles it. A random part, up to

@@ -13,6 +13,8 @@ _NUMBER = re.compile(r"[-\u2212]?\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d+)?|[-\u2212]?\
 _FENCE = re.compile(r"^\s*```\w*\n(.*)\n```\s*$", re.DOTALL)
 # "The answer is (B)", "Option: C"; the last one counts, as the last number does.
 _NAMED_CHOICE = re.compile(r"\b(?:answer|option|choice)\b(?:\s+is)?\s*[:=]?\s*[*_(\[]*([A-Z])\b(?!')", re.IGNORECASE)
+# "The answer is \\(\\boxed{\\text{G}}\\)"
+_BOXED_CHOICE = re.compile(r"\\boxed\{[\s{(]*(?:\\(?:text|mathrm|mathbf|textbf)\{[\s(]*)?([A-Z])\b")
 _BARE_CHOICE = re.compile(r"^\W*([A-Z])(?:\W*$|[).:\]*])")
 _WORD_CHOICE = re.compile(r"^\W*(yes|no|true|false)\b", re.IGNORECASE)
 
@@ -52,6 +54,20 @@ def text_key(text: str, rule: Agreement) -> str:
     return f"text {' '.join(text.split())}" if value is None else f"{rule} {value}"
 
 
+def readings(text: str, rule: Agreement) -> list[str]:
+    """Returns everything that a text can be read to say, in its order; `text_key` takes the last one.
+
+    Returns:
+        Keys as `text_key` returns them; none where nothing but the text itself could be compared.
+    """
+    if rule == "choice":
+        return [f"choice {choice}" for choice in _choices(text)]
+    if rule in ("number", "json"):
+        key = text_key(text, rule)
+        return [key] if key.startswith(f"{rule} ") else []
+    return [text_key(text, rule)] if text.strip() else []
+
+
 def tool_call_text(call: dict[str, Any]) -> str:
     """Returns a tool call as text: the function's name, and its arguments with their keys sorted."""
     function = call["function"]
@@ -81,9 +97,17 @@ def _normalized_json(text: str) -> str | None:
 
 def _choice(text: str) -> str | None:
     """Returns the option's letter, or yes, no, true or false."""
+    choices = _choices(text)
+    return choices[-1] if choices else None
+
+
+def _choices(text: str) -> list[str]:
+    """Returns every option that the text names as its answer, in order."""
     if named := _NAMED_CHOICE.findall(text):
-        return str(named[-1]).upper()
+        return [str(choice).upper() for choice in named]
+    if boxed := _BOXED_CHOICE.findall(text):
+        return [str(choice) for choice in boxed]
     if bare := _BARE_CHOICE.match(text):
-        return bare[1]
+        return [bare[1]]
     word = _WORD_CHOICE.match(text)
-    return word[1].lower() if word else None
+    return [word[1].lower()] if word else []

@@ -16,6 +16,7 @@ from mixfuse.cli import (
     adapter,
     ask,
     base,
+    combiner,
     completion,
     doctor,
     eval,
@@ -42,7 +43,7 @@ JOBS: Mapping[str, tuple[ModuleType, ...]] = {
     "Train": (plan, doctor, train, launch, experts),
     "Check and publish adapters": (adapter,),
     "Serve": (serve, gateway, roles, keys),
-    "Ask, measure and improve": (ask, eval, traces, loop),
+    "Ask, measure and improve": (ask, eval, combiner, traces, loop),
 }
 """The commands by the job they belong to, as `mixfuse` without arguments lists them."""
 

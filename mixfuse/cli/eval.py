@@ -4,7 +4,8 @@ import argparse
 import json
 from pathlib import Path
 
-from mixfuse.cli import options
+from mixfuse.cli import combiner, options
+from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.mode_names import FUSED_MODES
 
 
@@ -53,10 +54,26 @@ def _register_fusion(evaluate: options.Commands) -> None:
         "measure whether fusion helps",
         "Compares each mode with the members, with a majority vote and with equal compute.",
     )
-    fusion.add_argument("config", type=Path, metavar="CONFIG", help="the fusion config that the gateway runs with")
+    fusion.add_argument(
+        "config", type=Path, nargs="?", metavar="CONFIG", help="the fusion config that the gateway runs with"
+    )
     questions = fusion.add_mutually_exclusive_group(required=True)
     questions.add_argument("--tasks", type=Path, metavar="FILE", help="a task file (YAML)")
     questions.add_argument("--data", type=Path, nargs="+", metavar="FILE", help="rows with a prompt and a reference")
+    questions.add_argument(
+        "--pool",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="recorded, marked answers: replayed, so that no model is asked",
+    )
+    fusion.add_argument(
+        "--combiner",
+        type=Path,
+        metavar="FILE",
+        help="with --pool: the combiner to replay (default: one cross-validated on the same answers)",
+    )
+    combiner.add_prices(fusion)
     fusion.add_argument(
         "--verifier",
         choices=("exact", "number", "json", "regex", "reasoning-gym"),
@@ -106,6 +123,11 @@ def _judge(arguments: argparse.Namespace) -> None:
 
 
 def _fusion(arguments: argparse.Namespace) -> None:
+    if arguments.pool:
+        _replay(arguments)
+        return
+    if arguments.config is None:
+        raise MixfuseError("name the fusion config that the gateway runs with, or recorded answers with --pool")
     from mixfuse.app.evaluate import TaskSource, eval_fusion, server_at
     from mixfuse.fusion.batch import Results, Sampling
     from mixfuse.fusion.measure.eval_fusion import Design
@@ -131,3 +153,13 @@ def _fusion(arguments: argparse.Namespace) -> None:
     )
     if arguments.json:
         print(json.dumps(report.to_json()))
+
+
+def _replay(arguments: argparse.Namespace) -> None:
+    from mixfuse.app.combine import PoolSource, print_figures, print_json, read_prices, replay
+
+    source = PoolSource(arguments.pool, None, read_prices(arguments.price, arguments.prices))
+    figures = replay(source, arguments.combiner)
+    print_figures(figures)
+    if arguments.json:
+        print_json(figures)

@@ -71,6 +71,8 @@ def test_verdicts_that_are_wrong_near_one_half_become_ties() -> None:
     assert combine(probability(3.0), 1 - probability(3.0), fitted).winner == "first"
     right_when_unsure = [(0.1, 0.1)] * 6 + [(-0.1, -0.1)] * 2 + [(3.0, 3.0)] * 20
     assert calibration.fit(right_when_unsure).tie_margin == 0
+    # A margin above both unsure verdicts gains as much as it loses; of equal margins the smallest is taken.
+    assert calibration.fit([(0.1, 0.1), (-0.2, -0.2)] + [(3.0, 3.0)] * 20).tie_margin == 0
     # People's own ties are credited as ties.
     assert calibration.fit(right_when_unsure, ties=[(0.05, -0.02)] * 9).tie_margin > 0
 

@@ -80,14 +80,15 @@ def test_intervals_draw_every_value_with_its_ends_from_top_to_bottom():
     assert axes.get_ylim()[0] > axes.get_ylim()[1], "the first mark is at the top"
 
 
-def test_the_names_of_a_scatter_do_not_overlap_and_stay_inside():
-    marks = [(Mark(f"m{n}", (0.97, 0.9, 1.0)), float(n)) for n in range(6)]
+@pytest.mark.parametrize("value", [0.0, 0.5, 0.97])
+def test_the_names_of_a_scatter_do_not_overlap_and_stay_inside(value: float):
+    marks = [(Mark(f"m{n}", (value, 0.9, 1.0)), float(n)) for n in range(6)]
     axes = plots.scatter(marks, across="dollars").axes[0]
     heights = sorted(text.get_position()[1] for text in axes.texts)
     assert all(high - low >= 0.0649 for low, high in itertools.pairwise(heights))
-    assert heights[-1] <= 1
+    assert 0 <= heights[0] <= heights[-1] <= 1
     points = [(line.get_xdata()[0], line.get_ydata()[0]) for line in axes.lines if line.get_marker() == "o"]
-    assert sorted(points) == [(float(n), 0.97) for n in range(6)]
+    assert sorted(points) == [(float(n), value) for n in range(6)]
 
 
 def test_heat_maps_show_their_values_and_frame_cells():

@@ -40,7 +40,7 @@ async def test_merge_and_debate(gateway: Gateway, upstream: FakeUpstream) -> Non
     upstream.models["judge"].no_logprobs = True
     shown = await asked(gateway, "debate")
     assert "tie (the orders disagree), P(first) 0.50, written" in shown
-    assert "debated for 2 rounds; what ended it: max rounds" in shown
+    assert "debated for 2 rounds; stopped by: max rounds" in shown
 
 
 async def test_answers_cannot_steer_the_terminal(gateway: Gateway, upstream: FakeUpstream) -> None:

@@ -229,6 +229,24 @@ def test_where_equal_compute_beats_the_pool_the_other_members_go(config: Config)
     assert "Use alpha, sampled 2 times and judged" in found.verdict.words
 
 
+def test_latencies_and_the_majoritys_first_answer(config: Config) -> None:
+    questions = [Question(f"t{n}", f"q{n}", "yes") for n in range(40)]
+
+    def both(n: int) -> dict[str, list[Answer]]:
+        # Equal as text but for white space, so both are one vote; only the first is right to the letter.
+        alpha = [Answer("yes", latency_ms=100.0 * (n + 1)), Answer(" yes")]
+        return {"member alpha": alpha, "member beta": [Answer("no")], "best_of": [Answer("yes")], "self best_of": alpha}
+
+    tasks = TaskSet(questions, lambda question, text: text == question.reference)
+    answers = {question.id: both(n) for n, question in enumerate(questions)}
+    found = report(tasks, answers, config(["alpha", "beta"]), ["best_of"], best="alpha", chosen_on=5, same="exact")
+    assert found.baselines["majority"].accuracy.value == 1
+    assert found.members["alpha"].accuracy.value == 0.5
+    # The pool waits for its slowest answer: 100 to 4000 ms.
+    assert found.baselines["majority"].latency_ms == (2050, 3800)
+    assert found.baselines["oracle"].latency_ms is None
+
+
 def gap(value: float, p: float) -> Difference:
     """A difference whose interval lies on one side of zero where the value is not zero."""
     return Difference(value, value - abs(value) / 2, value + abs(value) / 2, p, "mcnemar", 5, 1)

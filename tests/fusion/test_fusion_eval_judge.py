@@ -257,6 +257,15 @@ def test_the_calibration_error_is_the_gap_by_confidence() -> None:
     # Sure in two, right in one: .47; unsure in two, right in both: .44.
     assert found.ece.value == pytest.approx((0.47 + 0.44) / 2)
     assert [(one.n, one.accuracy) for one in found.bins] == [(2, 1.0), (2, 0.5)]
+    assert [(one.low, one.high) for one in found.bins] == [pytest.approx((0.55, 0.6)), pytest.approx((0.95, 1.0))]
+
+
+def test_pairs_of_neighbouring_confidence_are_in_bins_of_their_own() -> None:
+    rows = [Comparison(f"p{n}", "x", "y", "first") for n in range(10)]
+    views = [Views(0.5 + step, 0.5 - step) for step in (0.02 + 0.05 * n for n in range(10))]
+    bins = report_on(rows, views).reliability.bins
+    assert [one.n for one in bins] == [1] * 10
+    assert all(one.low <= one.confidence <= one.high for one in bins)
 
 
 def test_accuracy_by_how_long_the_better_answer_is() -> None:

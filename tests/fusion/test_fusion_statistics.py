@@ -99,8 +99,8 @@ def test_a_means_interval_is_about_the_normal_one() -> None:
     values = [float(generator.random() < 0.7) for _ in range(400)]
     figure = Clusters(range(400)).mean(values)
     spread = 1.96 * math.sqrt(figure.value * (1 - figure.value) / 400)
-    assert figure.low == pytest.approx(figure.value - spread, abs=0.012)
-    assert figure.high == pytest.approx(figure.value + spread, abs=0.012)
+    assert figure.low == pytest.approx(figure.value - spread, abs=0.005)
+    assert figure.high == pytest.approx(figure.value + spread, abs=0.005)
 
 
 def test_a_statistic_of_rows_sees_each_as_often_as_it_was_drawn() -> None:

@@ -1,0 +1,416 @@
+"""The combiner as it is kept: a strict JSON file of weights, and what a gateway does with it.
+
+A conditional logit over the classes of equal answers and "none of them" (McFadden 1974; stacked generalisation, Wolpert
+1992). The score of a class is the sum of what is known of it:
+
+    score(c) = Σ_m s_mc · (weight_m + domain_m + doubt_m + length_m) + Σ_mn s_mc · s_nc · pair_mn + counts(Σ_m s_mc)
+               + Σ_j judge_j · strength_jc
+
+with s_mc the share of member m's answers that are in class c. Pairs are there because the errors of models are
+correlated: votes weighed by each member's own log-odds lose to the best member in mixed pools. The probability of a
+class is its share of exp(score), "none of them" included, made honest by a calibration on questions that the fit has
+not seen (Platt 1999).
+
+Plain Python: a gateway weighs some answers of a request in well under a millisecond and needs no numpy for it.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.files import read_json, sha256_json, write_json
+from mixfuse.contracts.strict_yaml import Strict, describe
+from mixfuse.fusion.combiner.evidence import UNREAD, Answer, Comparison
+
+VERSION = 1
+BINS = 20
+"""A policy tells confidences apart in so many steps."""
+
+_LONGEST_Z = 3.0
+
+
+class Length(Strict):
+    """What the length of a member's answer says: `slope`·z + `square`·z², z its length in standard deviations."""
+
+    mean: float
+    spread: float = Field(gt=0)
+    slope: float = 0.0
+    square: float = 0.0
+
+
+class MemberWeights(Strict):
+    """What it weighs that a member gave an answer.
+
+    Attributes:
+        weight: In every domain.
+        domains: Added in a domain.
+        doubt: Added where the answer is doubtful (`evidence.read`).
+        length: Added for the answer's length.
+        accuracy: Share of its marked answers that were right.
+        price: Dollars an answer, or any unit in which members are compared.
+        latency_ms: Of its answers, the median.
+    """
+
+    weight: float
+    domains: dict[str, float] = {}
+    doubt: float = 0.0
+    length: Length | None = None
+    accuracy: float = Field(ge=0, le=1)
+    price: float = Field(ge=0)
+    latency_ms: float | None = Field(default=None, ge=0)
+
+
+class Pair(Strict):
+    """What it weighs that both members gave the same answer, beside what each weighs alone."""
+
+    first: str
+    second: str
+    weight: float
+
+
+class NoneOfThem(Strict):
+    """The score of "no answer in hand is right".
+
+    Attributes:
+        weight: Always.
+        domains: Added in a domain.
+        asked: Added for the first, second, … member that answered.
+    """
+
+    weight: float
+    domains: dict[str, float] = {}
+    asked: list[float] = []
+
+
+class Calibrated(Strict):
+    """log-odds of being right = `slope` · log-odds of the model + `intercept`."""
+
+    slope: float = Field(default=1.0, ge=0)
+    intercept: float = 0.0
+
+    def __call__(self, probability: float) -> float:
+        """The honest probability."""
+        clipped = min(1 - 1e-6, max(1e-6, probability))
+        return _logistic(self.slope * math.log(clipped / (1 - clipped)) + self.intercept)
+
+
+class Policy(Strict):
+    """Whom to ask next, for one target.
+
+    Attributes:
+        target: The confidence at which asking stops.
+        accuracy: What it reached on questions it was not fitted to.
+        cost_ratio: What it cost there, over the best member's cost.
+        asked: Members a question, on average, there.
+        actions: The members asked so far, as `a+b` in the combiner's order of members ("" for none) → for each bin of
+            the confidence the member to ask next, or "" to stop.
+        calibration: Of the confidence with which it stops.
+    """
+
+    target: float = Field(gt=0, le=1)
+    accuracy: float
+    cost_ratio: float
+    asked: float
+    actions: dict[str, list[str]]
+    calibration: Calibrated = Calibrated()
+
+
+class Data(Strict):
+    """What a combiner was fitted to.
+
+    Attributes:
+        sha256: Over every question's answers and marks.
+        questions: How many.
+        marked: Of them, those with a mark.
+        complete: Of them, those in which every member was asked.
+    """
+
+    sha256: str
+    questions: int
+    marked: int
+    complete: int
+
+
+class Combiner(Strict):
+    """A fitted combiner.
+
+    Attributes:
+        version: Of this format.
+        agreement: What makes two answers equal.
+        members: By name.
+        pairs: Of members.
+        counts: Added for the second, third, … member that gave the same answer.
+        unread: Added for an answer in which nothing could be read.
+        judges: What a judge's strength (`strengths`) is multiplied by; by judge.
+        none: The score of "none of them".
+        calibration: Of the leading class, by the number of members that answered (the last holds for more).
+        best_member: Its name.
+        fallback: Why the best member is returned whatever the others say; empty where answers are weighed.
+        policies: By rising target.
+        data: What it was fitted to.
+        figures: Cross-validated, as `combiner fit --json` prints them.
+    """
+
+    version: Literal[1] = 1
+    agreement: Literal["never", "exact", "number", "json", "choice"]
+    members: dict[str, MemberWeights] = Field(min_length=1)
+    pairs: list[Pair] = []
+    counts: list[float] = []
+    unread: float = 0.0
+    judges: dict[str, float] = {}
+    none: NoneOfThem
+    calibration: list[Calibrated] = Field(default=[Calibrated()], min_length=1)
+    best_member: str
+    fallback: str = ""
+    policies: list[Policy] = []
+    data: Data
+    figures: dict[str, Any] = {}
+
+    @property
+    def revision(self) -> str:
+        """12 hex digits over everything that is in it: equal revisions weigh alike."""
+        return sha256_json(self.model_dump(mode="json"))[:12]
+
+
+@dataclass(frozen=True)
+class WeighedClass:
+    """One class of equal answers.
+
+    Attributes:
+        key: What the answers say.
+        answers: Their places among the answers that were weighed.
+        score: In nats.
+        probability: That it is right, before calibration.
+    """
+
+    key: str
+    answers: tuple[int, ...]
+    score: float
+    probability: float
+
+
+@dataclass(frozen=True)
+class Weighing:
+    """What a combiner makes of some answers.
+
+    Attributes:
+        classes: The likeliest first.
+        none: The probability that none is right, before calibration.
+        confidence: The calibrated probability that the leading class is right.
+        leader: The place of the answer to return: of the leading class, by the member that is right most often.
+    """
+
+    classes: tuple[WeighedClass, ...]
+    none: float
+    confidence: float
+    leader: int
+
+
+def load(path: Path) -> Combiner:
+    """Reads a combiner.
+
+    Raises:
+        MixfuseError: It is no combiner of this version; the message names what does not fit.
+    """
+    data = read_json(path)
+    if isinstance(data, dict) and data.get("version", VERSION) != VERSION:
+        raise MixfuseError(
+            f"{path}: version {data['version']!r} of the combiner's format; this program reads {VERSION}"
+        )
+    try:
+        combiner = Combiner.model_validate(data)
+    except ValidationError as error:
+        raise MixfuseError(f"{path}: no combiner: {describe(error, Combiner)}") from None
+    check(combiner, path)
+    return combiner
+
+
+def save(combiner: Combiner, path: Path) -> None:
+    """Writes a combiner."""
+    write_json(path, combiner.model_dump(mode="json"))
+
+
+def check(combiner: Combiner, source: Path | str) -> None:
+    """Sees to it that the parts of a combiner fit one another, and that every number is finite.
+
+    Raises:
+        MixfuseError: They do not.
+    """
+    known = set(combiner.members)
+    named = {name for pair in combiner.pairs for name in (pair.first, pair.second)} | {combiner.best_member}
+    for policy in combiner.policies:
+        named |= {name for state in policy.actions for name in state.split("+")} - {""}
+        named |= {action for actions in policy.actions.values() for action in actions} - {""}
+        if wrong := next((state for state, actions in policy.actions.items() if len(actions) != BINS), None):
+            raise MixfuseError(f"{source}: the policy for {policy.target} has no {BINS} bins after {wrong!r}")
+    if unknown := sorted(named - known):
+        raise MixfuseError(f"{source}: no member is called {unknown[0]!r}; its members are {', '.join(sorted(known))}")
+    if not _finite(combiner.model_dump()):
+        raise MixfuseError(f"{source}: a weight is not a finite number; fit the combiner again")
+
+
+def weigh(
+    combiner: Combiner,
+    answers: Sequence[Answer],
+    *,
+    domain: str | None = None,
+    comparisons: Sequence[Comparison] = (),
+) -> Weighing:
+    """Weighs the answers in hand.
+
+    A member that the combiner does not know weighs what members weigh on average, and has no pairs.
+
+    Args:
+        combiner: The weights.
+        answers: At least one.
+        domain: The kind of question; one that the combiner does not know adds nothing.
+        comparisons: What judges said of the answers.
+
+    Raises:
+        ValueError: There are no answers.
+    """
+    if not answers:
+        raise ValueError("there are no answers to weigh")
+    groups = grouped(answers)
+    given = _counts(answers)
+    scores = [_score(combiner, group, answers, domain) for group in groups.items()]
+    for judge, weight in combiner.judges.items():
+        if weight and (said := [comparison for comparison in comparisons if comparison.judge == judge]):
+            for place, strength in enumerate(strengths(list(groups.values()), said)):
+                scores[place] += weight * strength
+    none = combiner.none
+    asked = min(len(given), len(none.asked))
+    scores.append(none.weight + none.domains.get(domain or "", 0.0) + sum(none.asked[:asked]))
+    *probabilities, nothing = _softmax(scores)
+    classes = sorted(
+        (
+            WeighedClass(key, tuple(places), score, probability)
+            for (key, places), score, probability in zip(groups.items(), scores, probabilities, strict=False)
+        ),
+        key=lambda weighed: (-weighed.probability, weighed.answers),
+    )
+    if combiner.fallback and (own := [row for row in classes if _holds(row, combiner.best_member, answers)]):
+        best = own[0]
+        classes = [best, *(row for row in classes if row is not best)]
+    calibrate = combiner.calibration[min(len(given), len(combiner.calibration)) - 1]
+    return Weighing(
+        tuple(classes),
+        nothing,
+        calibrate(classes[0].probability),
+        _spokesman(combiner, classes[0].answers, answers),
+    )
+
+
+def grouped(answers: Sequence[Answer]) -> dict[str, list[int]]:
+    """Class key → the places of its answers, in the order of first appearance; each unread answer is its own class."""
+    groups: dict[str, list[int]] = {}
+    for place, answer in enumerate(answers):
+        groups.setdefault(answer.key if answer.key != UNREAD else f"{UNREAD}#{place}", []).append(place)
+    return groups
+
+
+def strengths(classes: Sequence[Sequence[int]], comparisons: Sequence[Comparison]) -> list[float]:
+    """How strong a judge finds each class, in nats: Bradley-Terry by least squares on its log-odds, mean 0.
+
+    Args:
+        classes: The places of each class's answers.
+        comparisons: By one judge; those between two answers of one class say nothing.
+    """
+    of = {place: number for number, places in enumerate(classes) for place in places}
+    met: dict[tuple[int, int], list[float]] = {}
+    for comparison in comparisons:
+        first, second = of[comparison.first], of[comparison.second]
+        if first != second:
+            met.setdefault((first, second), []).append(comparison.log_odds)
+            met.setdefault((second, first), []).append(-comparison.log_odds)
+    against: list[list[tuple[int, float]]] = [[] for _ in classes]
+    for (first, second), odds in met.items():
+        against[first].append((second, sum(odds) / len(odds)))
+    strength = [0.0] * len(classes)
+    for _ in range(50):  # Gauss-Seidel; the ridge keeps classes that never met where they are
+        for number, rivals in enumerate(against):
+            if rivals:
+                strength[number] = sum(odds + strength[rival] for rival, odds in rivals) / (len(rivals) + 0.1)
+    mean = sum(strength) / len(strength)
+    return [value - mean for value in strength]
+
+
+def _score(combiner: Combiner, group: tuple[str, list[int]], answers: Sequence[Answer], domain: str | None) -> float:
+    """One class's score without the judges."""
+    key, places = group
+    given = _counts(answers)
+    shares: dict[str, float] = {}
+    score = combiner.unread if key.startswith(f"{UNREAD}#") else 0.0
+    for place in places:
+        answer = answers[place]
+        share = 1.0 / given[answer.member]
+        shares[answer.member] = shares.get(answer.member, 0.0) + share
+        score += share * _answer_score(combiner, answer, domain)
+    for pair in combiner.pairs:
+        if pair.first in shares and pair.second in shares:
+            score += shares[pair.first] * shares[pair.second] * pair.weight
+    count = sum(shares.values())
+    return score + sum(weight * min(1.0, max(0.0, count - 1.0 - place)) for place, weight in enumerate(combiner.counts))
+
+
+def _answer_score(combiner: Combiner, answer: Answer, domain: str | None) -> float:
+    weights = combiner.members.get(answer.member)
+    if weights is None:
+        known = combiner.members.values()
+        return sum(member.weight for member in known) / len(known)
+    score = weights.weight + weights.domains.get(domain or "", 0.0)
+    if answer.doubtful:
+        score += weights.doubt
+    if weights.length is not None:
+        z = (answer.length - weights.length.mean) / weights.length.spread
+        z = min(_LONGEST_Z, max(-_LONGEST_Z, z))
+        score += weights.length.slope * z + weights.length.square * z * z
+    return score
+
+
+def _spokesman(combiner: Combiner, places: Sequence[int], answers: Sequence[Answer]) -> int:
+    """Of equal answers the one to return: by the member that is right most often, undoubtful before doubtful."""
+
+    def merit(place: int) -> tuple[bool, float, int]:
+        weights = combiner.members.get(answers[place].member)
+        return not answers[place].doubtful, weights.accuracy if weights else 0.0, -place
+
+    return max(places, key=merit)
+
+
+def _holds(row: WeighedClass, member: str, answers: Sequence[Answer]) -> bool:
+    return any(answers[place].member == member for place in row.answers)
+
+
+def _counts(answers: Sequence[Answer]) -> dict[str, int]:
+    """How many answers each member gave."""
+    given: dict[str, int] = {}
+    for answer in answers:
+        given[answer.member] = given.get(answer.member, 0) + 1
+    return given
+
+
+def _softmax(scores: Sequence[float]) -> list[float]:
+    highest = max(scores)
+    exponentials = [math.exp(score - highest) for score in scores]
+    total = sum(exponentials)
+    return [value / total for value in exponentials]
+
+
+def _logistic(log_odds: float) -> float:
+    if log_odds >= 0:
+        return 1.0 / (1.0 + math.exp(-log_odds))
+    return math.exp(log_odds) / (1.0 + math.exp(log_odds))
+
+
+def _finite(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(map(_finite, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)

@@ -1,0 +1,215 @@
+"""Evidence: what is known of one question's answers before anyone weighs them.
+
+A class is a set of equal answers. Its evidence is which members gave it and how they wrote it. Texts are read once,
+here; the weighing (`artefact.py`) and the fit (`fit.py`) see classes only.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.files import iter_jsonl
+from mixfuse.fusion.answering.agreement import readings
+from mixfuse.fusion.config import Agreement
+
+UNREAD = ""
+"""The class key of an answer in which nothing could be read. Two such answers are never equal."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer of one member.
+
+    Attributes:
+        member: The member's name.
+        key: What the answer says: answers with equal keys are equal. `UNREAD` where nothing could be read.
+        doubtful: The answer was cut, names several results, or its reading is contested.
+        length: The natural logarithm of one plus its characters.
+        right: The mark, where there is one.
+        text: The answer itself; empty where only its key is known.
+    """
+
+    member: str
+    key: str
+    doubtful: bool = False
+    length: float = 0.0
+    right: bool | None = None
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a judge said of two answers of one question.
+
+    Attributes:
+        judge: The judge's name.
+        first: Index of the first answer.
+        second: Index of the second answer.
+        log_odds: Log-odds, averaged over both orders, that the first is better.
+    """
+
+    judge: str
+    first: int
+    second: int
+    log_odds: float
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question and the answers given to it.
+
+    Attributes:
+        id: Names the question in messages.
+        answers: In the order in which they came.
+        domain: The kind of question, where it is known.
+        comparisons: What judges said.
+        propensities: Member → the probability with which it was asked; a member that is not named was asked for sure.
+    """
+
+    id: str
+    answers: tuple[Answer, ...]
+    domain: str | None = None
+    comparisons: tuple[Comparison, ...] = ()
+    propensities: Mapping[str, float] = field(default_factory=dict)
+
+
+def read(text: str, how: Agreement, *, choice: str | None = None, cut: bool = False) -> tuple[str, bool]:
+    """Reads what an answer says.
+
+    Args:
+        text: The answer.
+        how: What makes two answers equal.
+        choice: What the source of the answer read in it, where it says so. It is taken for the answer.
+        cut: The answer ended at a token limit.
+
+    Returns:
+        Its class key, `UNREAD` where nothing could be read, and whether that reading is doubtful: the answer was cut,
+        or its first, its last and the source's reading are not all the same.
+    """
+    found = readings(text, how)
+    key = choice if choice is not None else (found[-1] if found else UNREAD)
+    agreed = bool(found) and found[0] == found[-1] == key
+    return key, cut or (key != UNREAD and not agreed)
+
+
+def answer(
+    member: str,
+    text: str,
+    how: Agreement,
+    *,
+    choice: str | None = None,
+    cut: bool = False,
+    right: bool | None = None,
+) -> Answer:
+    """Makes an `Answer` of a text; see `read` for the arguments."""
+    key, doubtful = read(text, how, choice=choice, cut=cut)
+    return Answer(member, key, doubtful, math.log1p(len(text)), right, text)
+
+
+def read_pool(paths: Iterable[Path], how: Agreement | None = None) -> tuple[list[Question], Agreement]:
+    """Reads recorded pools: `{id, prompt, responses: [{model, text, correct?, choice?}], domain?, verdicts?}` a line.
+
+    Args:
+        paths: JSONL files, as `pool collect` and `traces export` write them.
+        how: What makes two answers equal; found out from the rows where it is None: `choice` where the answers carry
+            one, `number` where every reference is a number, else `exact`.
+
+    Raises:
+        MixfuseError: A row has another shape (the message names file and line), or there are none.
+    """
+    rows: list[tuple[str, dict[str, Any]]] = []
+    for path in paths:
+        rows += [(f"{path}:{number}", row) for number, row in iter_jsonl(path)]
+    if not rows:
+        raise MixfuseError(f"{', '.join(map(str, paths))}: there are no rows")
+    how = how or _agreement_of([row for _, row in rows])
+    return [_question(place, row, how) for place, row in rows], how
+
+
+def members_of(questions: Sequence[Question]) -> list[str]:
+    """Every member that answered, in the order of first appearance."""
+    return list(dict.fromkeys(answer.member for question in questions for answer in question.answers))
+
+
+def subset(questions: Sequence[Question], members: Sequence[str]) -> list[Question]:
+    """The questions with the answers of some members only, and the comparisons between those."""
+    wanted = set(members)
+    result = []
+    for question in questions:
+        places = [place for place, answer in enumerate(question.answers) if answer.member in wanted]
+        new = {place: number for number, place in enumerate(places)}
+        comparisons = tuple(
+            replace(one, first=new[one.first], second=new[one.second])
+            for one in question.comparisons
+            if one.first in new and one.second in new
+        )
+        if places:
+            answers = tuple(question.answers[place] for place in places)
+            result.append(replace(question, answers=answers, comparisons=comparisons))
+    return result
+
+
+def _agreement_of(rows: Sequence[dict[str, Any]]) -> Agreement:
+    responses = [response for row in rows for response in row.get("responses") or () if isinstance(response, dict)]
+    if any(isinstance(response.get("choice"), str) for response in responses):
+        return "choice"
+    references = [row.get("reference") for row in rows]
+    numeric = [isinstance(reference, str) and _is_number(reference) for reference in references]
+    return "number" if numeric and all(numeric) else "exact"
+
+
+def _is_number(text: str) -> bool:
+    """Whether a reference comes to a number: as a whole, or in its last line, as GSM8K's solutions do."""
+    lines = text.strip().splitlines() or [""]
+    last = lines[-1].rpartition(":")[2].replace("####", "").replace(",", "").replace("$", "").strip()
+    try:
+        return math.isfinite(float(last))
+    except ValueError:
+        return False
+
+
+def _question(place: str, row: dict[str, Any], how: Agreement) -> Question:
+    responses = row.get("responses")
+    if not isinstance(responses, list) or not responses:
+        raise MixfuseError(f"{place}: no pool row: it needs 'responses', a list of answers")
+    answers = tuple(_answer(place, response, how) for response in responses)
+    domain = row.get("domain")
+    if domain is not None and not isinstance(domain, str):
+        raise MixfuseError(f"{place}: 'domain' must be text")
+    comparisons = tuple(_comparison(place, verdict, len(answers)) for verdict in row.get("verdicts") or ())
+    propensities = row.get("propensities") or {}
+    if not isinstance(propensities, dict) or not all(
+        isinstance(value, int | float) and 0 < value <= 1 for value in propensities.values()
+    ):
+        raise MixfuseError(f"{place}: 'propensities' must map members to probabilities above 0, at most 1")
+    return Question(str(row.get("id", place)), answers, domain, comparisons, propensities)
+
+
+def _answer(place: str, response: Any, how: Agreement) -> Answer:
+    match response:
+        case {"model": str(member), "text": str(text)}:
+            pass
+        case _:
+            raise MixfuseError(f"{place}: an answer needs 'model' and 'text'")
+    choice, right = response.get("choice"), response.get("correct")
+    if choice is not None and not isinstance(choice, str):
+        raise MixfuseError(f"{place}: 'choice' of {member} must be text")
+    if right is not None and not isinstance(right, bool):
+        raise MixfuseError(f"{place}: 'correct' of {member} must be true or false")
+    if "choice" in response and choice is None:  # the source looked and found none
+        return Answer(member, UNREAD, True, math.log1p(len(text)), right, text)
+    key = None if choice is None else f"{how} {choice}"
+    return answer(member, text, how, choice=key, cut=response.get("finish_reason") == "length", right=right)
+
+
+def _comparison(place: str, verdict: Any, answers: int) -> Comparison:
+    match verdict:
+        case {"first": int(first), "second": int(second), "score": int() | float() as score} if (
+            0 <= first < answers and 0 <= second < answers and first != second and 0 <= score <= 1
+        ):
+            clipped = min(1 - 1e-4, max(1e-4, float(score)))
+            return Comparison(str(verdict.get("judge", "judge")), first, second, math.log(clipped / (1 - clipped)))
+    raise MixfuseError(f"{place}: a verdict needs 'first', 'second' (two answers' places) and 'score' from 0 to 1")
