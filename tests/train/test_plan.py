@@ -150,10 +150,10 @@ def test_parts_add_up_and_shrink_with_the_world(tmp_path: Path) -> None:
 def test_activations_grow_with_the_batch_and_checkpointing_keeps_few(tmp_path: Path) -> None:
     checkpointed = planned(recipe_for(tmp_path))
     all_of_them = planned(recipe_for(tmp_path, gradient_checkpointing=False))
-    assert checkpointed.saved == {**all_of_them.saved, "kept": checkpointed.saved["kept"]}
-    assert checkpointed.saved["kept"] < 0.1 * all_of_them.saved["kept"]
+    assert checkpointed.saved == {**all_of_them.saved, "planned": checkpointed.saved["planned"]}
+    assert checkpointed.saved["planned"] < 0.1 * all_of_them.saved["planned"]
     longer = planned(recipe_for(tmp_path, optimizer={"micro_batch": 2}))
-    assert longer.saved["kept"] == pytest.approx(2 * checkpointed.saved["kept"], rel=0.01)
+    assert longer.saved["planned"] == pytest.approx(2 * checkpointed.saved["planned"], rel=0.01)
 
 
 def test_dpo_runs_twice_the_sequences(tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_dpo_runs_twice_the_sequences(tmp_path: Path) -> None:
         {key: keys[key] for key in keys if key in training_plan.JudgeRecipe.model_fields}
     )
     assert planned(judge).batch == Batch(2, 4096)
-    assert planned(judge).saved["kept"] == pytest.approx(2 * planned(recipe).saved["kept"], rel=0.01)
+    assert planned(judge).saved["planned"] == pytest.approx(2 * planned(recipe).saved["planned"], rel=0.01)
 
 
 def test_offloading_moves_bytes_to_the_host(tmp_path: Path) -> None:
