@@ -280,12 +280,12 @@ def _peak(step: MicroStep, gathers: Sequence[Gathered], trained: int) -> Moment:
 
 
 def _saved(step: MicroStep) -> dict[str, int]:
-    """Returns the bytes of saved activations: as planned (`kept`), with checkpointing, and without."""
+    """Returns the bytes of saved activations: as planned, with checkpointing, and without."""
     shape, batch, w = step.shape, step.batch, step.w
     layer = memory.layer_saved(shape, batch, w, step.lora, cuda=step.cuda)
     checkpoints = shape.L * memory.checkpoint_saved(shape, batch, w)
     return {
-        "kept": (checkpoints if step.checkpointing else shape.L * layer) + memory.final_body(shape, batch, w),
+        "planned": (checkpoints if step.checkpointing else shape.L * layer) + memory.final_body(shape, batch, w),
         "with_checkpointing": checkpoints + layer,
         "without_checkpointing": shape.L * layer,
     }
