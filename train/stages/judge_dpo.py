@@ -21,8 +21,8 @@ from mixfuse.train.model.load import load_base, load_tokenizer, lora_config
 from mixfuse.train.processes.checkpoint import last_checkpoint
 from mixfuse.train.recipe import JudgeRecipe, TrainRecipe
 from mixfuse.train.stages.core import train_and_save, trainer_arguments
+from mixfuse.train.stages.one_pass_dpo import Reference
 from mixfuse.train.stages.trainers import JudgeTrainer, NamedPairs, Verdicts, verdict_rows
-from mixfuse.train.stages.verdicts import Reference
 
 REFERENCE = "data/reference.json"
 """The reference's log-probabilities, in a run's folder until the run ends."""
