@@ -44,7 +44,9 @@ BOUNDS = {
     "upstream._CONNECT_S": Bounds(
         2, 30, "a lost SYN is sent again after 1 s and 3 s; a dead host must not use up 120 s"
     ),
-    "upstream.LONGEST_RESPONSE": Bounds(1 << 20, 1 << 28, "bytes; a long answer fits, a hundred of them fit in memory"),
+    "responses.LONGEST_RESPONSE": Bounds(
+        1 << 20, 1 << 28, "bytes; a long answer fits, a hundred of them fit in memory"
+    ),
     "gateway._LEAVE_S": Bounds(1, 10, "probes of Kubernetes and of load balancers give up after some seconds"),
     "keys._REFRESH_S": Bounds(0.1, 2, "docs/operations.md: a revoked key is refused within two seconds"),
     "server._KEEP_ALIVE_S": Bounds(61, 600, "longer than the 60 s of load balancers"),

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.mode_names import model_name
-from mixfuse.fusion.calls.upstream import split_events
+from mixfuse.fusion.calls.responses import split_events
 from mixfuse.fusion.config import FusedMode
 
 # Answers are untrusted: control characters, which could steer the terminal, are replaced; tabs and newlines stay.
