@@ -13,7 +13,8 @@ from typing import Any
 from mixfuse.contracts.judge_protocol import MAX_CHARS, VERDICTS, comparison, explained, read_explained, read_verdict
 from mixfuse.fusion.calls.failures import CallError
 from mixfuse.fusion.calls.ledger import Ledger
-from mixfuse.fusion.calls.upstream import Client, Endpoint, Purpose, Reply, call, first_token_logprobs
+from mixfuse.fusion.calls.responses import first_token_logprobs
+from mixfuse.fusion.calls.upstream import Client, Endpoint, Purpose, Reply, call
 from mixfuse.fusion.messages import Message
 
 # One token is enough: the verdict is read from its alternatives; 20 is the most OpenAI and vLLM give.

@@ -1,13 +1,10 @@
 """One chat completion from one endpoint: a typed result or failure, and a ledger entry for every attempt."""
 
 import asyncio
-import math
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from email.utils import parsedate_to_datetime
 from functools import lru_cache
-from typing import Any, NoReturn
+from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -21,6 +18,15 @@ from mixfuse.contracts.trace import Call, Stage, Usage
 from mixfuse.fusion.calls.failures import KINDS, CallError, FailureKind
 from mixfuse.fusion.calls.ledger import NOTHING, Ledger, Spend, most, prompt_tokens, tokens
 from mixfuse.fusion.calls.model_limits import Guard
+from mixfuse.fusion.calls.responses import (
+    PartialAnswer,
+    check_refusal,
+    raise_status,
+    read_body,
+    read_chunk,
+    read_complete,
+    stream_events,
+)
 from mixfuse.fusion.config import ModelConfig, Price
 from mixfuse.fusion.messages import Message
 
@@ -29,14 +35,11 @@ Client = aiohttp.ClientSession
 Emit = Callable[[str], Awaitable[None]]
 """Takes the next piece of an answer's text."""
 
-LONGEST_RESPONSE = 64 << 20
-"""Bytes; a longer response is cut off, so that no endpoint can fill the gateway's memory."""
-
-# Shorter than the 5 s after which uvicorn, and with it vLLM, closes an idle connection: no request may be sent on a
-# connection that the other end is closing.
-_KEEP_ALIVE_S = 4.0
+# Well below the 5 s after which uvicorn closes an idle connection: no request may be sent on a connection that the
+# other end is closing, even if this process gets no CPU for seconds. With 4 s the demo lost 17 requests on a busy
+# machine.
+_KEEP_ALIVE_S = 2.0
 _CONNECT_S = 10.0
-_TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504, 529})
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,35 +152,6 @@ async def call(
     return await _hedged(pending, endpoint.guard.hedge_after_s)
 
 
-def first_token_logprobs(logprobs: Mapping[str, Any] | None) -> dict[str, float]:
-    """Returns the natural-log probabilities of the alternatives for a reply's first token, by their text.
-
-    Probabilities of tokens with the same text are added: SentencePiece's "A" and "▁A" both decode to "A".
-
-    Args:
-        logprobs: A choice's `logprobs` object; if it is absent or malformed, the result is empty.
-    """
-    try:
-        top = (logprobs or {})["content"][0]["top_logprobs"]
-        pairs = [(str(entry["token"]), float(entry["logprob"])) for entry in top]
-    except (KeyError, IndexError, TypeError, ValueError):
-        return {}
-    total: dict[str, float] = {}
-    for token, logprob in pairs:
-        total[token] = logprob if token not in total else math.log(math.exp(total[token]) + math.exp(logprob))
-    return total
-
-
-def split_events(received: bytes) -> tuple[list[bytes], bytes]:
-    """Splits the received part of a server-sent event stream into the data of complete events, and the rest.
-
-    Lines end at newline bytes only: httpx's `iter_lines` also splits at U+2028 and similar characters, which some
-    servers send unescaped in JSON.
-    """
-    *lines, rest = received.split(b"\n")
-    return [line.removeprefix(b"data:").strip() for line in lines if line.startswith(b"data:")], rest
-
-
 class _PendingCall:
     """One call under way, over all attempts at it.
 
@@ -205,7 +179,7 @@ class _PendingCall:
         # Estimated only if there are budgets: the estimate reads the whole prompt.
         self.estimate: Spend = most(messages, parameters, purpose.price) if ledger.budgets else NOTHING
         self._attempts = 0
-        self._emitting: _Partial | None = None
+        self._emitting: PartialAnswer | None = None
 
     @property
     def begun(self) -> bool:
@@ -227,7 +201,7 @@ class _PendingCall:
 
     async def attempt(self) -> Reply:
         """Makes one attempt and notes it in the ledger, however it ends."""
-        guard, ledger, answer = self._endpoint.guard, self.ledger, _Partial()
+        guard, ledger, answer = self._endpoint.guard, self.ledger, PartialAnswer()
         self._attempts += 1
         number = self._attempts
         started_ms = ledger.elapsed_ms()
@@ -271,7 +245,7 @@ class _PendingCall:
         ledger.enter(line, opened)
         return Reply(answer.text, answer.finish_reason or "stop", answer.logprobs, line, answer.tool_calls)
 
-    async def _send(self, answer: "_Partial") -> None:
+    async def _send(self, answer: PartialAnswer) -> None:
         answer.sent = True
         url, headers, proxy = _address(self._endpoint.base_url, self._endpoint.api_key)
         try:
@@ -284,19 +258,19 @@ class _PendingCall:
             ):
                 if response.status != 200:
                     answer.free = True
-                    _refuse(response, await _read(response), self._endpoint)
+                    raise_status(response, await read_body(response), self._endpoint.api_key)
                 if self._emit is None:
-                    _read_whole(await _read(response), answer)
+                    read_complete(await read_body(response), answer)
                 else:
                     await self._read_stream(response, answer)
         except (aiohttp.ClientError, TimeoutError) as error:
             raise _typed(error, answer, self._purpose.timeout_s) from error
 
-    async def _read_stream(self, response: aiohttp.ClientResponse, answer: "_Partial") -> None:
+    async def _read_stream(self, response: aiohttp.ClientResponse, answer: PartialAnswer) -> None:
         any_event = False
-        async for event in _events(response):
+        async for event in stream_events(response):
             any_event = True
-            text = _read_chunk(event, answer, self._endpoint)
+            text = read_chunk(event, answer, self._endpoint.api_key)
             if not text:
                 continue
             if self._emitting is None:
@@ -310,9 +284,9 @@ class _PendingCall:
         if answer.finish_reason is None:
             raise CallError("upstream_error", "the stream broke off before its end", transient=True)
         if not answer.text and answer.tool_calls is None:
-            _check_refusal(answer)
+            check_refusal(answer)
 
-    def _line(self, outcome: str, error: str | None, answer: "_Partial", number: int, started_ms: float) -> Call:
+    def _line(self, outcome: str, error: str | None, answer: PartialAnswer, number: int, started_ms: float) -> Call:
         """Returns the attempt's ledger entry."""
         purpose, usage, estimated = self._purpose, answer.usage, False
         if usage is None:
@@ -335,7 +309,7 @@ class _PendingCall:
             duration_ms=self.ledger.elapsed_ms() - started_ms,
         )
 
-    def _estimate(self, answer: "_Partial") -> tuple[Usage, bool]:
+    def _estimate(self, answer: PartialAnswer) -> tuple[Usage, bool]:
         """Returns the tokens of an attempt whose endpoint reported none, and whether they are an estimate.
 
         An endpoint that was not reached, or that refused by its HTTP status, used none; any other read the prompt.
@@ -380,26 +354,7 @@ def cancelled_as(stop: asyncio.CancelledError) -> FailureKind:
     return next((kind for kind in KINDS if stop.args and stop.args[0] == kind), "cancelled")
 
 
-@dataclass
-class _Partial:
-    """The part of an answer that has been received.
-
-    Attributes:
-        sent: Whether the request may have reached the endpoint.
-        free: Whether it cost nothing: the endpoint was not reached, or refused by its HTTP status.
-    """
-
-    text: str = ""
-    tool_calls: list[dict[str, Any]] | None = None
-    refusal: str = ""
-    usage: Usage | None = None
-    finish_reason: str | None = None
-    logprobs: dict[str, Any] | None = None
-    sent: bool = False
-    free: bool = False
-
-
-def _typed(error: Exception, answer: _Partial, timeout_s: float) -> CallError:
+def _typed(error: Exception, answer: PartialAnswer, timeout_s: float) -> CallError:
     """Returns an error of the HTTP client as a failure of the call."""
     text = str(error) or type(error).__name__
     if isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError | aiohttp.InvalidURL):
@@ -430,163 +385,3 @@ def _proxy(url: str) -> str | None:
         return None
     proxies = getproxies()
     return proxies.get(parts.scheme) or proxies.get("all")
-
-
-async def _read(response: aiohttp.ClientResponse) -> bytes:
-    """Reads the whole body.
-
-    Raises:
-        CallError: It is longer than `LONGEST_RESPONSE`.
-    """
-    parts: list[bytes] = []
-    size = 0
-    async for part in response.content.iter_any():
-        size += len(part)
-        if size > LONGEST_RESPONSE:
-            raise CallError("invalid_response", f"the response is longer than {LONGEST_RESPONSE >> 20} MiB")
-        parts.append(part)
-    return parts[0] if len(parts) == 1 else b"".join(parts)
-
-
-def _read_whole(content: bytes, answer: _Partial) -> None:
-    """Reads a complete response into `answer`."""
-    data = _json_object(content)
-    answer.usage = _usage(data)
-    try:
-        choice = data["choices"][0]
-        message = choice["message"]
-        text, tool_calls, refusal = message.get("content"), message.get("tool_calls"), message.get("refusal")
-    except (KeyError, IndexError, TypeError, AttributeError):
-        raise CallError("invalid_response", "the answer has no choices[0].message") from None
-    answer.finish_reason, answer.logprobs = choice.get("finish_reason"), choice.get("logprobs")
-    if isinstance(tool_calls, list) and tool_calls:
-        answer.tool_calls = tool_calls
-    answer.refusal = refusal if isinstance(refusal, str) else ""
-    if isinstance(text, str):
-        answer.text = text
-    if not answer.text and answer.tool_calls is None:
-        _check_refusal(answer)
-        if not isinstance(text, str):
-            raise CallError("invalid_response", "the answer's message has no text content")
-
-
-def _read_chunk(event: dict[str, Any], answer: _Partial, endpoint: Endpoint) -> str:
-    """Reads a chunk of a stream into `answer`, except for its text, which is returned."""
-    if event.get("error"):
-        raise CallError("upstream_error", f"the stream ended with: {_error_message(event, endpoint)}", transient=True)
-    if "usage" in event:
-        answer.usage = _usage(event) or answer.usage
-    try:
-        choices = event["choices"]
-        if not choices:
-            return ""
-        choice = choices[0]
-        delta = choice["delta"]
-        text, tool_calls, refusal = delta.get("content"), delta.get("tool_calls"), delta.get("refusal")
-    except (KeyError, IndexError, TypeError, AttributeError):
-        raise CallError("invalid_response", "a chunk has no choices[0].delta") from None
-    answer.finish_reason = choice.get("finish_reason") or answer.finish_reason
-    if refusal:
-        answer.refusal += str(refusal)
-    for piece in tool_calls or ():
-        _add_tool_call(piece, answer)
-    return text if isinstance(text, str) else ""
-
-
-def _add_tool_call(piece: Any, answer: _Partial) -> None:
-    """Adds a piece of a streamed tool call: the first piece of an index names the function, all carry arguments."""
-    try:
-        index, function = piece["index"], piece.get("function") or {}
-        calls = answer.tool_calls = answer.tool_calls or []
-        if index == len(calls):
-            calls.append({"id": piece.get("id"), "type": "function", "function": {"name": "", "arguments": ""}})
-        for key in ("name", "arguments"):
-            calls[index]["function"][key] += function.get(key) or ""
-    except (KeyError, IndexError, TypeError, AttributeError):
-        raise CallError("invalid_response", "a chunk has a malformed tool call") from None
-
-
-def _check_refusal(answer: _Partial) -> None:
-    """Raises `refused` if an answer without text says that the model or its filter declined."""
-    if answer.refusal:
-        raise CallError("refused", f"the model refused: {answer.refusal[:300]}")
-    if answer.finish_reason == "content_filter":
-        raise CallError("refused", "the endpoint's content filter removed the answer")
-
-
-async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any]]:
-    """Yields the JSON objects of a stream, up to its end mark."""
-    rest = b""
-    async for part in response.content.iter_any():
-        events, rest = split_events(rest + part)
-        if len(rest) > LONGEST_RESPONSE:
-            raise CallError("invalid_response", f"a line of the stream is longer than {LONGEST_RESPONSE >> 20} MiB")
-        for data in events:
-            if data == b"[DONE]":
-                return
-            yield _json_object(data)
-
-
-def _json_object(content: bytes) -> dict[str, Any]:
-    try:
-        data = orjson.loads(content)
-    except ValueError:
-        raise CallError("invalid_response", f"not JSON: {content[:100]!r}") from None
-    if not isinstance(data, dict):
-        raise CallError("invalid_response", f"expected a JSON object, found {type(data).__name__}")
-    return data
-
-
-def _refuse(response: aiohttp.ClientResponse, content: bytes, endpoint: Endpoint) -> NoReturn:
-    """Raises the failure that an HTTP status other than 200 stands for."""
-    status = response.status
-    try:
-        data = orjson.loads(content)
-    except ValueError:
-        data = {}
-    message = _error_message(data, endpoint) if isinstance(data, dict) else ""
-    detail = f"HTTP {status}" + (f": {message}" if message else "")
-    retry_after_s = _retry_after_s(response.headers.get("retry-after"))
-    if status == 429:
-        raise CallError("rate_limited", detail, transient=True, retry_after_s=retry_after_s)
-    lowered = f"{message} {data.get('error') if isinstance(data, dict) else ''}".lower()
-    if status in (400, 413, 422):
-        # OpenAI's code is `context_length_exceeded`; vLLM and Mistral say it only in the message.
-        if any(sign in lowered for sign in ("context_length", "context length", "maximum context", "max_model_len")):
-            raise CallError("context_length", detail)
-        # OpenAI's and Azure's codes.
-        if any(sign in lowered for sign in ("content_filter", "content_policy", "responsibleaipolicy")):
-            raise CallError("refused", detail)
-    raise CallError("upstream_error", detail, transient=status in _TRANSIENT_STATUS, retry_after_s=retry_after_s)
-
-
-def _retry_after_s(value: str | None) -> float | None:
-    """Returns the seconds of a `Retry-After` header, which is a number or a date (RFC 9110, 10.2.3)."""
-    if value is None:
-        return None
-    try:
-        return max(0.0, float(value))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
-        return None
-
-
-def _error_message(data: dict[str, Any], endpoint: Endpoint) -> str:
-    error = data.get("error", data)
-    message = error.get("message") if isinstance(error, dict) else error
-    text = str(message)[:300] if message else ""
-    # Some endpoints repeat the key that they refuse.
-    return text.replace(endpoint.api_key, "[key]") if endpoint.api_key else text
-
-
-def _usage(data: dict[str, Any]) -> Usage | None:
-    usage = data.get("usage")
-    if not isinstance(usage, dict):
-        return None
-    prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens", 0)
-    if not isinstance(prompt, int) or not isinstance(completion, int) or min(prompt, completion) < 0:
-        return None
-    return Usage(prompt_tokens=prompt, completion_tokens=completion)

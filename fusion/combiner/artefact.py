@@ -25,7 +25,8 @@ from pydantic import Field, ValidationError
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.files import read_json, sha256_json, write_json
 from mixfuse.contracts.strict_yaml import Strict, describe
-from mixfuse.fusion.combiner.evidence import UNREAD, Answer, Comparison
+from mixfuse.fusion.answering.strengths import Comparison, strengths
+from mixfuse.fusion.combiner.evidence import UNREAD, Answer
 
 VERSION = 1
 BINS = 10
@@ -318,32 +319,6 @@ def grouped(answers: Sequence[Answer]) -> dict[str, list[int]]:
     for place, answer in enumerate(answers):
         groups.setdefault(answer.key if answer.key != UNREAD else f"{UNREAD}#{place}", []).append(place)
     return groups
-
-
-def strengths(classes: Sequence[Sequence[int]], comparisons: Sequence[Comparison]) -> list[float]:
-    """How strong a judge finds each class, in nats: Bradley-Terry by least squares on its log-odds, mean 0.
-
-    Args:
-        classes: The places of each class's answers.
-        comparisons: By one judge; those between two answers of one class say nothing.
-    """
-    of = {place: number for number, places in enumerate(classes) for place in places}
-    met: dict[tuple[int, int], list[float]] = {}
-    for comparison in comparisons:
-        first, second = of[comparison.first], of[comparison.second]
-        if first != second:
-            met.setdefault((first, second), []).append(comparison.log_odds)
-            met.setdefault((second, first), []).append(-comparison.log_odds)
-    against: list[list[tuple[int, float]]] = [[] for _ in classes]
-    for (first, second), odds in met.items():
-        against[first].append((second, sum(odds) / len(odds)))
-    strength = [0.0] * len(classes)
-    for _ in range(50):  # Gauss-Seidel; the ridge keeps classes that never met where they are
-        for number, rivals in enumerate(against):
-            if rivals:
-                strength[number] = sum(odds + strength[rival] for rival, odds in rivals) / (len(rivals) + 0.1)
-    mean = sum(strength) / len(strength)
-    return [value - mean for value in strength]
 
 
 def _score(combiner: Combiner, group: tuple[str, list[int]], answers: Sequence[Answer], domain: str | None) -> float:

@@ -13,6 +13,7 @@ from typing import Any
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.files import iter_jsonl
 from mixfuse.fusion.answering.agreement import readings
+from mixfuse.fusion.answering.strengths import Comparison
 from mixfuse.fusion.config import Agreement
 
 UNREAD = ""
@@ -38,23 +39,6 @@ class Answer:
     length: float = 0.0
     right: bool | None = None
     text: str = ""
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What a judge said of two answers of one question.
-
-    Attributes:
-        judge: The judge's name.
-        first: Index of the first answer.
-        second: Index of the second answer.
-        log_odds: Log-odds, averaged over both orders, that the first is better.
-    """
-
-    judge: str
-    first: int
-    second: int
-    log_odds: float
 
 
 @dataclass(frozen=True)

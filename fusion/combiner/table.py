@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from mixfuse.fusion.combiner.artefact import grouped, strengths
+from mixfuse.fusion.answering.strengths import strengths
+from mixfuse.fusion.combiner.artefact import grouped
 from mixfuse.fusion.combiner.evidence import UNREAD, Question
 
 Floats = NDArray[np.float64]

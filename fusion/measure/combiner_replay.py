@@ -11,9 +11,10 @@ from typing import Any
 
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.extras import needs_extra
+from mixfuse.fusion.answering.strengths import Comparison
 from mixfuse.fusion.combiner.artefact import Combiner, Policy, Weighing, grouped, weigh
 from mixfuse.fusion.combiner.asking import next_member
-from mixfuse.fusion.combiner.evidence import UNREAD, Answer, Comparison, Question
+from mixfuse.fusion.combiner.evidence import UNREAD, Answer, Question
 from mixfuse.fusion.measure.statistics import Difference, Estimate, difference
 
 _ECE_BINS = 10

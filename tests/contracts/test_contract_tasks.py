@@ -54,7 +54,9 @@ def test_any_prefix_holds_every_kind(file: Path) -> None:
 
 
 def test_a_verifier_accepts_the_reference_and_nothing_else(file: Path) -> None:
-    for task in tasks.make(file, "heldout", 12):
+    held_out = tasks.make(file, "heldout", 12)
+    assert len(held_out) == 12
+    for task in held_out:
         wrong = str(int(task.reference) + 1)
         assert task.verify(f" {task.reference}\n")
         assert not task.verify(wrong)

@@ -207,7 +207,7 @@ async def test_an_error_after_the_first_token_is_the_last_event(gateway: Gateway
     assert last["error"]["type"] == "upstream_error"
     assert all(chunk["choices"][0]["finish_reason"] is None for chunk in chunks)
     stream = await gateway.client.chat.completions.create(model="fusion/merge", messages=HELLO, stream=True)
-    with pytest.raises(openai.APIError):
+    with pytest.raises(openai.APIError, match="the stream broke off"):
         async for _chunk in stream:
             pass
 
@@ -299,7 +299,7 @@ async def test_the_client_raises_what_openai_would(gateway: Gateway, upstream: F
     with pytest.raises(openai.BadRequestError, match="'n' is not supported"):
         await gateway.client.chat.completions.create(model="alpha", messages=HELLO, n=2)
     upstream.models["alpha"] = Script(status=429)
-    with pytest.raises(openai.RateLimitError):
+    with pytest.raises(openai.RateLimitError, match="HTTP 429"):
         await gateway.client.chat.completions.create(model="alpha", messages=HELLO)
 
 

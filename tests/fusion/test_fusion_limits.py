@@ -229,8 +229,9 @@ def test_one_call_at_a_time_finds_out_whether_a_model_is_well() -> None:
     now[0] = 1.0
     assert breaker.circuit is Circuit.HALF_OPEN
     breaker.admit()
-    with pytest.raises(CallError):
-        breaker.admit()  # the one let through is still out
+    with pytest.raises(CallError) as caught:
+        breaker.admit()  # the probe call has not ended
+    assert caught.value.kind == "circuit_open"
     breaker.report("cancelled")  # it learned nothing
     breaker.admit()
     breaker.report("upstream_error")
@@ -338,7 +339,7 @@ def test_a_reservation_counts_until_it_is_settled() -> None:
     one.reserve(Spend(0.6, 60))
     with pytest.raises(CallError, match=r"b: \$0.6 of \$1"):
         other.reserve(Spend(0.6, 10))
-    with pytest.raises(CallError):
+    with pytest.raises(CallError, match="60 of 100 tokens taken"):
         other.reserve(Spend(0.1, 50))
     one.open(Spend(0.6, 60))  # what was reserved is not reserved twice
     used = Usage(prompt_tokens=5, completion_tokens=5)

@@ -61,7 +61,7 @@ async def test_a_gateway_with_keys_wants_one_everywhere(start_gateway: StartGate
     use(gateway, secret)
     assert (await gateway.post(**BEST)).status_code == 200
     assert (await gateway.http.get("/healthz")).status_code == 200
-    with pytest.raises(openai.AuthenticationError):
+    with pytest.raises(openai.AuthenticationError, match="API key"):
         await gateway.client.chat.completions.create(model="alpha", messages=HELLO)
 
 

@@ -13,7 +13,8 @@ from mixfuse.contracts.trace import Usage
 from mixfuse.fusion.calls.failures import CallError
 from mixfuse.fusion.calls.ledger import Ledger
 from mixfuse.fusion.calls.pool import HttpRoles, Pool, fan_out
-from mixfuse.fusion.calls.upstream import Client, Endpoint, Purpose, Reply, call, first_token_logprobs, http_client
+from mixfuse.fusion.calls.responses import first_token_logprobs
+from mixfuse.fusion.calls.upstream import Client, Endpoint, Purpose, Reply, call, http_client
 from mixfuse.fusion.config import FusionConfig, Price
 
 HELLO = [{"role": "user", "content": "hello you"}]

@@ -98,8 +98,8 @@ async def test_only_whole_responses_up_to_the_limit_are_read(
     body = json.dumps({"choices": [{"message": {"role": "assistant", "content": "x" * 999}}]}).encode()
     upstream.models["alpha"].body = body
     question = [{"role": "user", "content": "?"}]
-    monkeypatch.setattr("mixfuse.fusion.calls.upstream.LONGEST_RESPONSE", len(body))
+    monkeypatch.setattr("mixfuse.fusion.calls.responses.LONGEST_RESPONSE", len(body))
     assert (await gateway.post(model="alpha", messages=question)).status_code == 200
-    monkeypatch.setattr("mixfuse.fusion.calls.upstream.LONGEST_RESPONSE", len(body) - 1)
+    monkeypatch.setattr("mixfuse.fusion.calls.responses.LONGEST_RESPONSE", len(body) - 1)
     response = await gateway.post(model="alpha", messages=question)
     assert (response.status_code, response.json()["error"]["type"]) == (502, "invalid_response")

@@ -238,7 +238,7 @@ def test_what_the_hub_refuses_is_one_line_that_says_what_to_do(case: str, mixfus
     changes, fault, message = REFUSED[case]
     hub.faults = [fault] if fault else []
     assert message in one_line(mixfuse("push", judge, "org/judge", **changes))
-    assert "org/judge" not in hub.repos or not hub.repos["org/judge"].tags
+    assert [tag for repo in hub.repos.values() for tag in repo.tags] == []
 
 
 def test_a_commit_made_in_between_is_not_lost(mixfuse: Run, hub: Hub, judge: Path, tmp_path: Path) -> None:

@@ -642,7 +642,7 @@ async def test_a_commit_whose_caller_is_cancelled_completes(made, stores):
 async def test_refusals_and_pins_are_in_the_history_and_pins_last(made, stores):
     swapper = table(FakeEngine(), store=stores())
     await RecordFollower(swapper).start({"domain": made(1)})
-    with pytest.raises(MixfuseError):
+    with pytest.raises(MixfuseError, match="rank"):
         await swapper.swap("domain", made(2, rank=9))
     canary = await swapper.stage("domain", made(3))
     await swapper.discard(canary, reason="agreement 0.3 is below 0.5")

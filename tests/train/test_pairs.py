@@ -115,7 +115,9 @@ def test_an_answer_cannot_close_its_fence(tmp_path: Path) -> None:
     answers = [response(crowd, correct=True), response("no", correct=False)]
     entry = {"id": "1", "prompt": "Q?", "responses": answers}
     pairs.build(write_jsonl(tmp_path / "pool.jsonl", [entry]), tmp_path / "pairs.jsonl", dev_share=0.0)
-    for pair in read(tmp_path / "pairs.jsonl"):
+    rows = read(tmp_path / "pairs.jsonl")
+    assert len(rows) == 2
+    for pair in rows:
         nonce = re.findall(r"\[end (\w+)\]", content(pair))[-1]
         assert f"[end {nonce}]" not in crowd
         assert content(pair).count(nonce) == 4

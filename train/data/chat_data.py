@@ -131,17 +131,7 @@ def _tokenised(source: DataSource, recipe: SftRecipe, tokenizer: Any, work: Path
     def tokenise(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         out: dict[str, list[Any]] = {name: [] for name in features}
         for name, messages, where in zip(batch["id"], batch["messages"], batch["where"], strict=True):
-            try:
-                encoded = encode(messages, tokenizer, recipe.loss_on)
-            except MixfuseError as error:
-                raise MixfuseError(f"{where}: {error}") from None
-            if len(encoded.input_ids) > recipe.max_length:
-                if recipe.truncation == "error":
-                    raise MixfuseError(
-                        f"{where}: the chat has {len(encoded.input_ids)} tokens, more than max_length "
-                        f"{recipe.max_length}; raise it, or set truncation to drop, left or right"
-                    )
-                encoded = truncate(encoded, recipe.max_length, recipe.truncation)
+            encoded = _encode_to_length(messages, tokenizer, recipe, where)
             if encoded.learns:
                 held_out = share is not None and is_held_out(json.dumps(messages[:-1]), share)
                 values = (name, encoded.input_ids, encoded.labels, len(encoded.input_ids), held_out)
@@ -184,6 +174,26 @@ def _tokenised(source: DataSource, recipe: SftRecipe, tokenizer: Any, work: Path
     if not len(tokenised):
         raise MixfuseError(f"{source.name}: no chat fits max_length {recipe.max_length}; raise it")
     return tokenised
+
+
+def _encode_to_length(messages: list[dict[str, Any]], tokenizer: Any, recipe: SftRecipe, where: str) -> Encoded:
+    """Encodes a chat and truncates it to `max_length` as the recipe says.
+
+    Raises:
+        MixfuseError: The chat cannot be encoded, or it is too long and `truncation` is `error`.
+    """
+    try:
+        encoded = encode(messages, tokenizer, recipe.loss_on)
+    except MixfuseError as error:
+        raise MixfuseError(f"{where}: {error}") from None
+    if len(encoded.input_ids) <= recipe.max_length:
+        return encoded
+    if recipe.truncation == "error":
+        raise MixfuseError(
+            f"{where}: the chat has {len(encoded.input_ids)} tokens, more than max_length "
+            f"{recipe.max_length}; raise it, or set truncation to drop, left or right"
+        )
+    return truncate(encoded, recipe.max_length, recipe.truncation)
 
 
 def _generate(
