@@ -46,11 +46,11 @@ def is_hub_id(name: str) -> bool:
 def named(directory: Path) -> Named:
     """Reads these facts from the card of an adapter directory."""
     path = directory / CARD
-    found = _FRONT_MATTER.match(path.read_text(encoding="utf-8")) if path.is_file() else None
+    front_matter = _FRONT_MATTER.match(path.read_text(encoding="utf-8")) if path.is_file() else None
     try:
-        metadata = yaml.safe_load(found[1]) if found else None
+        metadata = yaml.safe_load(front_matter[1]) if front_matter else None
     except yaml.YAMLError as error:
-        raise MixfuseError(f"{path}: its metadata is no YAML ({error}); export again", kind="adapter") from None
+        raise MixfuseError(f"{path}: its metadata is not YAML ({error}); export again", kind="adapter") from None
     if not isinstance(metadata, dict):
         return Named()
     base_model, licence = metadata.get("base_model"), metadata.get("license")
@@ -123,9 +123,9 @@ def _model_index(manifest: Manifest) -> list[dict[str, Any]]:
     """The results measured on held-out data; the Hub's schema requires the data set of each."""
     data = _evaluated_on(manifest.recipe)
     metrics = [
-        {"type": found["metric"], "value": value, "name": name}
+        {"type": match["metric"], "value": value, "name": name}
         for name, value in _flat(manifest.metrics).items()
-        if (found := _MEASURED.fullmatch(name)) and isinstance(value, int | float) and found["metric"] != "step"
+        if (match := _MEASURED.fullmatch(name)) and isinstance(value, int | float) and match["metric"] != "step"
     ]
     if not data or not metrics:
         return []
@@ -162,11 +162,15 @@ def _what_it_is(manifest: Manifest, facts: Named) -> str:
         if facts.base_model
         else f"`{_base(manifest)}`, a {family_named(manifest.model_type).title}"
     )
-    fused = "; `peft/` holds PEFT's fused layout of the same weights, to train on from" if _has_fused(manifest) else ""
+    fused = (
+        " `peft/` holds the same weights in PEFT's fused layout; continue training from it."
+        if _has_fused(manifest)
+        else ""
+    )
     return f"""# {manifest.role} adapter, revision {manifest.revision}
 
 A LoRA adapter of rank {manifest.rank} on {trained} of {base}, for the role `{manifest.role}`, made with mixfuse.
-Safetensors only. The experts' tensors are per expert, which vLLM applies and PEFT loads{fused}."""
+Safetensors only. Each expert has its own tensors, a layout that both vLLM and PEFT load.{fused}"""
 
 
 def _use(manifest: Manifest, facts: Named) -> str:
@@ -174,7 +178,7 @@ def _use(manifest: Manifest, facts: Named) -> str:
     rank = next((rank for rank in LORA_RANKS[1:] if rank >= manifest.rank), manifest.rank)
     return f"""## How to use it
 
-`ADAPTER` is this repository's name, or a folder that holds its files.
+`ADAPTER` is the name of this repository, or a folder with its files.
 
 With mixfuse, in a running server:
 
@@ -207,19 +211,20 @@ def _judging(manifest: Manifest) -> str:
     protocol = manifest.judge_protocol or {}
     calibration = manifest.calibration
     read = (
-        f"Calibrated: log-odds are divided by {calibration.temperature:g}; a pair whose order-averaged score lies "
-        f"within {calibration.tie_margin:g} of 1/2 is a tie."
+        f"The judge is calibrated: log-odds are divided by {calibration.temperature:g}; a pair whose order-averaged "
+        f"score is within {calibration.tie_margin:g} of 1/2 is a tie."
         if calibration
-        else "Not calibrated: probabilities are the model's own."
+        else "The judge is not calibrated: its probabilities are the model's own."
     )
     same = protocol == judge_protocol.describe()
     text = f"system: {protocol.get('system')}\n\nuser:\n{protocol.get('template')}"
     return f"""## How it judges
 
 It was trained with judge protocol {protocol.get("version")} (digest `{sha256_json(protocol)[:12]}`\
-{"" if same else ", not the one of the mixfuse that wrote this card"}), which mixfuse checks before it serves it.
-A comparison is written as below; the verdict is read from the log-probabilities of one token, \
-{" or ".join(f"`{verdict}`" for verdict in protocol.get("verdicts", ()))}. Each pair is asked in \
+{"" if same else ", which is not the protocol of the mixfuse that wrote this card"}). mixfuse checks the digest before \
+it serves the judge.
+A comparison has the form below. The verdict is read from the log-probabilities of one token, \
+{" or ".join(f"`{verdict}`" for verdict in protocol.get("verdicts", ()))}. Each pair is judged in \
 {protocol.get("orders")} orders; a verdict that flips with the order is a tie. {read}
 
 ````
@@ -230,25 +235,25 @@ A comparison is written as below; the verdict is read from the log-probabilities
 def _training(manifest: Manifest, facts: Named) -> str:
     rows = [
         f"| {_cell(data.name)} | {'' if data.rows is None else data.rows} | {_cell(data.licence or 'not stated')} | "
-        f"{_where(data)} |"
+        f"{_hash_or_hub(data)} |"
         for data in manifest.training_data
     ]
     table = (
         "\n".join(["| data | rows | licence | SHA-256 |", "| --- | --- | --- | --- |", *rows])
         if rows
-        else "What it was trained on is not recorded."
+        else "The training data is not recorded."
     )
-    licence = facts.licence or "not stated; what the base's and the data's licences ask for holds in any case"
-    made = ", ".join(f"{name} {version}" for name, version in manifest.libraries.items())
+    licence = facts.licence or "not stated; the licences of the base and of the data apply"
+    libraries = ", ".join(f"{name} {version}" for name, version in manifest.libraries.items())
     return f"## Training data and licence\n\n{table}\n\nLicence of the adapter: {licence}." + (
-        f"\n\nMade with {made}." if made else ""
+        f"\n\nMade with {libraries}." if libraries else ""
     )
 
 
 def _metrics(manifest: Manifest) -> str:
     rows = [f"| {_cell(name)} | {_cell(_figure(value))} |" for name, value in _flat(manifest.metrics).items()]
     return "## Metrics\n\n" + (
-        "\n".join(["| metric | value |", "| --- | --- |", *rows]) if rows else "None are recorded."
+        "\n".join(["| metric | value |", "| --- | --- |", *rows]) if rows else "No metrics are recorded."
     )
 
 
@@ -259,24 +264,28 @@ def _parity(manifest: Manifest) -> str:
     experts = f", its experts alone by up to {parity.expert_effect:.2g}" if parity.expert_effect else ""
     return f"""## Parity
 
-Log-probabilities in vLLM and PEFT differ by at most {parity.max_abs_logprob_difference:.1e} nats over \
+The log-probabilities in vLLM and PEFT differ by at most {parity.max_abs_logprob_difference:.1e} nats over \
 {parity.tokens} prompt tokens
-({parity.dtype}, {parity.engine}; tolerance {parity.tolerance:.0e}). The adapter moves them by up to \
-{parity.adapter_effect:.2g} nats{experts}: an engine that ignored it would have been seen."""
+({parity.dtype}, {parity.engine}; tolerance {parity.tolerance:.0e}). The adapter changes them by up to \
+{parity.adapter_effect:.2g} nats{experts}. So the test would have detected an engine that ignores the adapter."""
 
 
 def _limits(manifest: Manifest) -> str:
     base = manifest.base
-    measured = f"on {manifest.parity.engine} in {manifest.parity.dtype} alone" if manifest.parity else "nowhere yet"
+    parity = (
+        f"Parity of vLLM with PEFT was measured on {manifest.parity.engine} in {manifest.parity.dtype} only."
+        if manifest.parity
+        else "Parity of vLLM with PEFT has not been measured."
+    )
     return f"""## Limits
 
 - It fits one base only: config `{base.config[:12]}`, tokenizer `{base.tokenizer[:12]}`, chat template \
 `{base.chat_template[:12]}`,
-  weights `{base.weights[:12]}`. mixfuse refuses any other; PEFT and vLLM do not look.
-- That vLLM applies it as PEFT does was measured {measured}. Measure it on your own engine first:
+  weights `{base.weights[:12]}`. mixfuse refuses any other base; PEFT and vLLM do not check it.
+- {parity} Measure it on your own engine first:
   `mixfuse adapter verify DIR --base BASE`.
-- The metrics are of its own training run and data; they say nothing of other tasks or languages.
-- It was not examined for harmful or biased answers, and inherits what its base and data have of them."""
+- The metrics come from its own training run and data. They say nothing about other tasks or languages.
+- It was not tested for harmful or biased answers. It inherits those of its base and its data."""
 
 
 def _has_fused(manifest: Manifest) -> bool:
@@ -287,7 +296,7 @@ def _base(manifest: Manifest) -> str:
     return Path(manifest.base_path).name
 
 
-def _where(data: TrainingData) -> str:
+def _hash_or_hub(data: TrainingData) -> str:
     return f"`{data.sha256[:12]}…`" if data.sha256 else "on the Hub"
 
 

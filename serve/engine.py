@@ -33,7 +33,7 @@ _EMPTY_ERROR = re.compile(r"See (?:root cause|stack trace)|Engine core initializ
 
 
 class Restart(Strict):
-    """When an engine counts as gone, how it is restarted, and when it is given up.
+    """When an engine counts as dead or hung, how it is restarted, and when the supervisor gives up.
 
     Attributes:
         first_delay_s: Pause before the first restart, in seconds. Each further crash doubles it. A random part, up to
@@ -267,6 +267,8 @@ def environment(config: EngineConfig, *, cpu: bool | None = None) -> dict[str, s
     return {
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
         "VLLM_NO_USAGE_STATS": "1",
+        # Its clients close idle connections first (`fusion/calls/upstream.py`), so that no request meets a closed one.
+        "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "75",
         "HF_HUB_OFFLINE": "1",
         **(on_cpu if _on_cpu(cpu) else {}),
         **config.env,

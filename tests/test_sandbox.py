@@ -31,7 +31,7 @@ def test_a_program_that_comes_to_its_end_has_passed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("program", "said"),
+    ("program", "output"),
     [
         ("assert 1 == 2, 'not so'", "AssertionError: not so"),
         ("def broken(:", "SyntaxError"),
@@ -41,10 +41,10 @@ def test_a_program_that_comes_to_its_end_has_passed() -> None:
         ("raise KeyboardInterrupt", "KeyboardInterrupt"),
     ],
 )
-def test_one_that_ends_otherwise_has_failed(program: str, said: str) -> None:
+def test_one_that_ends_otherwise_has_failed(program: str, output: str) -> None:
     outcome = run(program)
     assert outcome.ended == "failed"
-    assert said in outcome.said
+    assert output in outcome.output
 
 
 def test_there_is_no_network() -> None:
@@ -54,7 +54,7 @@ def test_there_is_no_network() -> None:
             pass  # from here it can be reached
         outcome = run(f"import socket; socket.create_connection(('127.0.0.1', {port}), 5)")
     assert outcome.ended == "failed"
-    assert "unreachable" in outcome.said
+    assert "unreachable" in outcome.output
 
 
 def test_it_sees_no_file_but_the_libraries_and_writes_only_in_its_own_folder(tmp_path: Path) -> None:
@@ -62,9 +62,9 @@ def test_it_sees_no_file_but_the_libraries_and_writes_only_in_its_own_folder(tmp
     secret.write_text("a secret")
     secret.chmod(0o666)
     for path in (secret, "/etc/passwd", "/proc/1/environ"):
-        assert "No such file" in run(f"print(open({str(path)!r}).read())").said
+        assert "No such file" in run(f"print(open({str(path)!r}).read())").output
     # Which of the two depends on who owns the file: the owner is checked before the mount.
-    assert re.search("Permission denied|Read-only", run("import os; open(os.__file__, 'a')").said)
+    assert re.search("Permission denied|Read-only", run("import os; open(os.__file__, 'a')").output)
     assert run("open('notes', 'w').write('x'); assert open('/tmp/notes').read() == 'x'").passed
     assert run("import os; assert os.listdir('/tmp') == []").passed, "what another program wrote is still there"
 
@@ -76,17 +76,17 @@ def test_it_has_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_it_cannot_be_or_become_root() -> None:
     assert run("import os; assert 0 not in (os.getuid(), os.geteuid(), os.getgid(), os.getegid())").passed
-    assert "not permitted" in run("import os; os.setuid(0)").said
-    assert "not permitted" in run("import os; os.chroot('/tmp')").said
+    assert "not permitted" in run("import os; os.setuid(0)").output
+    assert "not permitted" in run("import os; os.chroot('/tmp')").output
 
 
 def test_it_starts_nothing_and_signals_nobody() -> None:
     for program in ("import os; os.fork()", "import subprocess; subprocess.run(['/bin/true'])"):
         assert run(program).ended == "failed"
-    assert "thread" in run("import threading; threading.Thread(target=print).start()").said
+    assert "thread" in run("import threading; threading.Thread(target=print).start()").output
     bystander = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     try:
-        assert "No such process" in run(f"import os; os.kill({bystander.pid}, 9)").said
+        assert "No such process" in run(f"import os; os.kill({bystander.pid}, 9)").output
         assert bystander.poll() is None
     finally:
         bystander.communicate(b"\n")
@@ -94,12 +94,12 @@ def test_it_starts_nothing_and_signals_nobody() -> None:
 
 def test_limits_hold() -> None:
     assert run("while True: pass").ended == "killed"
-    assert "MemoryError" in run("x = bytearray(1 << 30)").said
+    assert "MemoryError" in run("x = bytearray(1 << 30)").output
     assert run("open('big', 'wb').write(bytes(64 << 20))").ended == "failed"
-    assert "Too many open files" in run("files = [open(str(n), 'w') for n in range(99)]").said
+    assert "Too many open files" in run("files = [open(str(n), 'w') for n in range(99)]").output
     # In many small files, too: its folder is no larger than one file may be.
     many = "for n in range(20): open(f'{n}', 'wb').write(bytes(1 << 20))"
-    assert "No space left" in run(many, Limits(file_bytes=8 << 20)).said
+    assert "No space left" in run(many, Limits(file_bytes=8 << 20)).output
 
 
 def children() -> Iterator[str]:

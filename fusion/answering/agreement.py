@@ -37,8 +37,8 @@ def distinct(candidates: Sequence[Candidate], rule: Agreement) -> list[Candidate
 FIRST = 0.5
 """What the first answer in the config's order counts beyond its votes, so that the judge alone settles no even vote.
 
-Without it a judge of .55 to .66 pair accuracy loses to the majority vote whose ties go by that order. With it no
-calibrated one does, in any pool of benchmarks/best_of_votes.py.
+Without it a judge of .55 to .66 pair accuracy loses to a majority vote whose ties go by that order. With it none
+does, in any pool of benchmarks/best_of_votes.py.
 """
 
 

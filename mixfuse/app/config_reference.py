@@ -1,8 +1,8 @@
-"""Tables of a recipe's keys for the docs, from the models that check recipes: type, default and meaning cannot differ.
+"""Tables of config keys for the docs, made from the pydantic models, so that docs and code always agree.
 
 `python -m mixfuse.app.config_reference docs/training.md` writes the tables between the page's marks
-`<!-- keys: MODULE:MODEL -->` and `<!-- end -->`; a test compares the page with the models. Given a file of `SCHEMAS`,
-it writes the JSON schema of its model.
+`<!-- keys: MODULE:MODEL -->` and `<!-- end -->`. A test compares the page with the models. For a file in `SCHEMAS` the
+command writes the JSON schema of its model.
 """
 
 import importlib
@@ -26,17 +26,17 @@ _TABLE = re.compile(r"(<!-- keys: (\S+):(\S+) -->\n).*?(<!-- end -->)", re.DOTAL
 
 
 def models_in(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
-    """The model and those its fields hold, each once, a group after the one that names it."""
-    seen = [model]
-    for current in seen:
+    """Yields the model and the models in its fields, each once and after the model that refers to it."""
+    models = [model]
+    for current in models:
         yield current
         for field in current.model_fields.values():
-            seen += [found for found in _models(field.annotation) if found not in seen]
+            models += [part for part in _models(field.annotation) if part not in models]
 
 
 def meanings(model: type[BaseModel]) -> dict[str, str]:
-    """Field → what the `Attributes:` of the class's docstring, or of those it inherits from, say of it."""
-    found: dict[str, str] = {}
+    """Returns field → its text under `Attributes:` in the docstring of the class or of a base class."""
+    text_of: dict[str, str] = {}
     for base in reversed(model.__mro__):
         if base in (Strict, BaseModel, object) or not issubclass(base, BaseModel):
             continue
@@ -44,35 +44,35 @@ def meanings(model: type[BaseModel]) -> dict[str, str]:
         name = ""
         for line in attributes.splitlines():
             if entry := re.match(r"    (\w+): (.*)", line):
-                name, found[entry[1]] = entry[1], entry[2]
+                name, text_of[entry[1]] = entry[1], entry[2]
             elif line.startswith("        ") and name:
-                found[name] += " " + line.strip()
+                text_of[name] += " " + line.strip()
             else:
                 name = ""
-    return {name: text for name, text in found.items() if name in model.model_fields}
+    return {name: text for name, text in text_of.items() if name in model.model_fields}
 
 
 def table(model: type[BaseModel], *, inherited: bool = True) -> str:
-    """A Markdown table of the model's keys: key, type, default, meaning.
+    """Returns a Markdown table of the model's keys: key, type, default, meaning.
 
     Args:
         model: The model.
-        inherited: The keys it has from another model, too, unless it changes their default.
+        inherited: Whether to list inherited keys, too. A key whose default the model changes is always listed.
     """
     bases = [base for base in model.__mro__[1:] if issubclass(base, Strict) and base is not Strict]
     known = {name: field for base in bases for name, field in base.model_fields.items()}
-    meant = meanings(model)
+    meaning_of = meanings(model)
     lines = ["| Key | Type | Default | Meaning |", "| --- | --- | --- | --- |"]
     for name, field in model.model_fields.items():
         if not inherited and name in known and repr(known[name]) == repr(field):
             continue
-        meaning = meant.get(name, "").replace("|", "\\|")
+        meaning = meaning_of.get(name, "").replace("|", "\\|")
         lines.append(f"| `{name}` | {_type(field)} | {_default(field)} | {meaning} |")
     return "\n".join(lines)
 
 
 def schema(model: type[BaseModel]) -> dict[str, Any]:
-    """The model's JSON schema (draft 2020-12), each key described as its class's docstring does."""
+    """Returns the model's JSON schema (draft 2020-12), with the descriptions from the classes' docstrings."""
     written = model.model_json_schema()
     for part in models_in(model):
         described = written if part is model else written["$defs"][part.__name__]
@@ -90,9 +90,9 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def _type(field: FieldInfo) -> str:
-    """The type in the words of YAML."""
+    """Returns the type in YAML's terms, with its bounds."""
     bounds = [f"{sign} {value:g}" for sign, value in _bounds(field.metadata)]
-    return " ".join([_words(field.annotation), *bounds])
+    return " ".join([_type_name(field.annotation), *bounds])
 
 
 def _bounds(metadata: Any) -> Iterator[tuple[str, float]]:
@@ -104,21 +104,21 @@ def _bounds(metadata: Any) -> Iterator[tuple[str, float]]:
                 yield sign, value
 
 
-def _words(annotation: Any) -> str:
+def _type_name(annotation: Any) -> str:
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         bounds = [f"{sign} {value:g}" for sign, value in _bounds(annotation.__metadata__)]
-        return " ".join([_words(arguments[0]), *bounds])
+        return " ".join([_type_name(arguments[0]), *bounds])
     if origin is Literal:
         return ", ".join(f"`{value}`" for value in arguments)
     if origin in (Union, types.UnionType):
-        return " or ".join(_words(argument) for argument in arguments if argument is not type(None))
+        return " or ".join(_type_name(argument) for argument in arguments if argument is not type(None))
     if origin in (tuple, list):
         if origin is tuple and Ellipsis not in arguments:
-            return "[" + ", ".join(_words(argument) for argument in arguments) + "]"
-        return f"list of {_words(arguments[0])}"
+            return "[" + ", ".join(_type_name(argument) for argument in arguments) + "]"
+        return f"list of {_type_name(arguments[0])}"
     if origin is dict:
-        return f"{{{_words(arguments[0])}: {_words(arguments[1])}}}"
+        return f"{{{_type_name(arguments[0])}: {_type_name(arguments[1])}}}"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return f"group `{annotation.__name__}`"
     names = {int: "integer", float: "number", str: "text", bool: "`true`, `false`", Path: "path"}
@@ -141,23 +141,23 @@ def _default(field: FieldInfo) -> str:
 
 
 def rewritten(page: str) -> str:
-    """The page with its tables made anew."""
+    """Returns the page with new tables."""
 
-    def fill(found: re.Match[str]) -> str:
-        return f"{found[1]}\n{table(_named(f'{found[2]}:{found[3]}'), inherited=False)}\n\n{found[4]}"
+    def fill(match: re.Match[str]) -> str:
+        return f"{match[1]}\n{table(_model_named(f'{match[2]}:{match[3]}'), inherited=False)}\n\n{match[4]}"
 
     return _TABLE.sub(fill, page)
 
 
-def _named(name: str) -> type[BaseModel]:
-    module, _, model = name.partition(":")
-    found: type[BaseModel] = getattr(importlib.import_module(module), model)
-    return found
+def _model_named(name: str) -> type[BaseModel]:
+    module_name, _, model_name = name.partition(":")
+    model: type[BaseModel] = getattr(importlib.import_module(module_name), model_name)
+    return model
 
 
 if __name__ == "__main__":
     for argument in sys.argv[1:]:
         if argument in SCHEMAS:
-            write_json(Path(argument), schema(_named(SCHEMAS[argument])))
+            write_json(Path(argument), schema(_model_named(SCHEMAS[argument])))
         else:
             write_text(Path(argument), rewritten(Path(argument).read_text(encoding="utf-8")))

@@ -236,7 +236,7 @@ class Gates:
                         await shadow.done.wait()
             except TimeoutError:
                 raise GateError(
-                    f"no swap: within {timeout_s:g} s {gate.shadow.new.requests} of {wanted} live requests asked role "
+                    f"no swap: within {timeout_s:g} s {gate.shadow.new.requests} of {wanted} live requests used role "
                     f"{gate.role!r}; the old revision serves on. Ask for fewer (--shadow), or wait longer (--timeout)"
                 ) from None
         if limit := broken(gate.limits, gate.shadow):
@@ -264,8 +264,8 @@ class Gates:
             self._table.clear_canary(gate.role)
         if figures.new.requests < (request.requests or least):
             raise GateError(
-                f"rolled back: within {request.for_s or request.timeout_s:g} s {figures.new.requests} requests met the "
-                f"canary, {request.requests or least} are needed; the old revision serves all again"
+                f"rolled back: within {request.for_s or request.timeout_s:g} s {figures.new.requests} requests reached "
+                f"the canary, {request.requests or least} are needed; the old revision serves all again"
             )
 
     def _part(self, gate: Gate) -> Part:

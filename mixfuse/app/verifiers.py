@@ -1,4 +1,4 @@
-"""Who says whether an answer is right: a comparison with the reference, a task's verifier, a function, unit tests."""
+"""Verifiers mark answers right or wrong: by the reference, a task's own verifier, a Python function or unit tests."""
 
 import importlib
 import re
@@ -14,7 +14,7 @@ from mixfuse.fusion.measure.questions import Question, matches
 from mixfuse.fusion.measure.questions import Verifier as Comparing
 
 Check = Callable[[Mapping[str, Any], str], bool | None]
-"""(a pool row, an answer) → whether it is right; None where nothing can be said."""
+"""(a pool row, an answer) → whether the answer is right; None if the verifier cannot tell."""
 
 _CODE = re.compile(r"```[^\n`]*\n(.*?)```", re.DOTALL)
 
@@ -24,9 +24,9 @@ class ByTasks(Strict):
 
     Attributes:
         tasks: The task file.
-        split: Which of its splits.
-        count: How many tasks of it to make.
-        seed: Of the tasks.
+        split: The split of the task file.
+        count: The number of tasks to make.
+        seed: The seed of the tasks.
     """
 
     tasks: Path
@@ -36,7 +36,7 @@ class ByTasks(Strict):
 
 
 class ByFunction(Strict):
-    """A function of yours: `function(prompt, answer, reference) -> bool`. It runs in this very process.
+    """A user's function: `function(prompt, answer, reference) -> bool`. It runs in this process.
 
     Attributes:
         python: `module:function`; the module must be importable.
@@ -46,12 +46,12 @@ class ByFunction(Strict):
 
 
 class ByTests(Strict):
-    """Unit tests in the row's `tests`: Python that raises where the answer is wrong. See `mixfuse.sandbox.runner`.
+    """Unit tests in the row's `tests`: Python that raises if the answer is wrong. See `mixfuse.sandbox.runner`.
 
     Attributes:
-        tests: "python", the only language there is.
-        timeout_s: Seconds for one answer.
-        memory_mib: Address space for one answer.
+        tests: The language; only "python" is supported.
+        timeout_s: The most seconds for one answer.
+        memory_mib: The most address space for one answer, in MiB.
     """
 
     tests: Literal["python"]
@@ -60,16 +60,16 @@ class ByTests(Strict):
 
 
 Verifier = Literal["marked"] | Comparing | ByTasks | ByFunction | ByTests
-"""`marked`: the rows say so themselves. `exact`, `number` (the last one), `json`: it says what the reference says.
-`regex`: the reference, a pattern, is found in it."""
+"""`marked`: the rows have the marks. `exact`, `number` (the last one), `json`: the answer equals the reference.
+`regex`: the reference, a pattern, matches a part of the answer."""
 
 
 def check_of(verifier: Verifier) -> Check:
-    """Returns what marks answers as the verifier says.
+    """Returns the verifier as a function.
 
     Raises:
-        MixfuseError: The task file or the function is not there. What is returned raises one for a row that lacks what
-            the verifier needs.
+        MixfuseError: The task file or the function is missing. The returned function raises it for a row without the
+            key that the verifier needs.
     """
     if isinstance(verifier, ByTasks):
         return _by_tasks(verifier)
@@ -84,15 +84,17 @@ def check_of(verifier: Verifier) -> Check:
 
 def _marked(row: Mapping[str, Any], answer: str) -> bool | None:
     marks = {
-        one["correct"] for one in row["responses"] if one["text"] == answer and isinstance(one.get("correct"), bool)
+        response["correct"]
+        for response in row["responses"]
+        if response["text"] == answer and isinstance(response.get("correct"), bool)
     }
     return marks.pop() if len(marks) == 1 else None
 
 
-def _by_reference(how: Comparing) -> Check:
+def _by_reference(comparison: Comparing) -> Check:
     def check(row: Mapping[str, Any], answer: str) -> bool:
         reference = _text(row, "reference")
-        return matches(Question(str(row.get("id")), str(row.get("prompt")), reference), answer, how)
+        return matches(Question(str(row.get("id")), str(row.get("prompt")), reference), answer, comparison)
 
     return check
 
@@ -137,12 +139,12 @@ def _by_tests(verifier: ByTests) -> Check:
 
 
 def program(answer: str) -> str:
-    """The program in an answer: what stands in its code fences, or all of it."""
+    """Returns the program in an answer: the content of its code fences, or the whole answer if it has none."""
     return "\n\n".join(_CODE.findall(answer)) or answer
 
 
 def _text(row: Mapping[str, Any], key: str) -> str:
     value = row.get(key)
     if not isinstance(value, str) or not value:
-        raise MixfuseError(f"row {row.get('id')!r}: the verifier needs {key!r}, a text")
+        raise MixfuseError(f"row {row.get('id')!r}: the verifier needs {key!r} as text")
     return value

@@ -1,15 +1,17 @@
-"""Programs that a model wrote, run where they can do little harm.
+"""Runs programs that a model wrote in a sandbox of Linux namespaces and limits, which `sandboxed.py` builds.
 
-What holds them (Linux, by namespaces and limits; `sandboxed.py` builds it): a network without any interface, a
-file system that is the Python interpreter's folder and the system's libraries, read only, and an empty /tmp in memory;
-process numbers of their own, so that no other process can be signalled; no further process or thread; limits on
-processor time, memory, open files and bytes written; an end after `timeout_s` in any case; an empty environment. The
-user is nobody where root runs it, else whoever runs it, without any capability.
+A program in the sandbox has:
 
-What does not: a hole in the kernel, whose whole interface of system calls stays open (there is no seccomp filter); what
-one processor core and `memory_bytes` can do in that time; and a program that looks for the test harness in its own
-process can make a failed test look passed. For programs of people who mean harm, run all of mixfuse in a virtual
-machine. Where a wall cannot be built nothing is run.
+- no network interface;
+- the Python interpreter's folder and the system's libraries, read only, and an empty /tmp in memory;
+- a process namespace of its own, so that it cannot signal other processes, and no right to start processes or threads;
+- limits on processor time, memory, open files and bytes written, and an end after `timeout_s`;
+- an empty environment and no capability. Its user is nobody if root runs it, else the user that runs it.
+
+The sandbox does not protect against three things. The program can use every system call (there is no seccomp filter),
+so a hole in the kernel opens the sandbox. It can use one processor core and `memory_bytes` until its end. And a program
+that looks for the test harness in its own process can make a failed test look passed. If the authors of programs may be
+hostile, run all of mixfuse in a virtual machine. If a part of the sandbox cannot be built, the program is not run.
 """
 
 import json
@@ -30,14 +32,14 @@ _TAIL = 2000
 
 @dataclass(frozen=True)
 class Limits:
-    """What one program may use.
+    """The limits of one program.
 
     Attributes:
-        timeout_s: Seconds until it is ended, whatever it does.
-        cpu_s: Seconds of processor time.
-        memory_bytes: Address space.
-        file_bytes: Of one file, and of all that is in its /tmp.
-        files: Open at once.
+        timeout_s: The program is killed after this many seconds.
+        cpu_s: The most processor time, in seconds.
+        memory_bytes: The most address space.
+        file_bytes: The largest size of one file, and of all files in /tmp together.
+        files: The most open files at once.
     """
 
     timeout_s: float = 10.0
@@ -52,17 +54,17 @@ class Outcome:
     """How a program ended.
 
     Attributes:
-        ended: `passed`: it came to its end; `failed`: an exception or an exit before its end; `timeout`; `killed`: by a
+        ended: `passed`: it ran to its end; `failed`: it raised or exited before its end; `timeout`; `killed`: by a
             limit.
-        said: The end of what it wrote.
+        output: The last 2000 bytes that it wrote to standard output and standard error.
     """
 
     ended: Literal["passed", "failed", "timeout", "killed"]
-    said: str
+    output: str
 
     @property
     def passed(self) -> bool:
-        """Whether it came to its end."""
+        """Whether it ran to its end."""
         return self.ended == "passed"
 
 
@@ -71,15 +73,15 @@ def run(program: str, limits: Limits | None = None) -> Outcome:
 
     Args:
         program: Its source.
-        limits: What it may use.
+        limits: Its limits.
 
     Raises:
         MixfuseError: The sandbox cannot be built here (kind "sandbox"); the program was not run.
     """
     if sys.platform != "linux":
-        raise MixfuseError("programs are only run on Linux: the sandbox is made of its namespaces", kind="sandbox")
+        raise MixfuseError("programs run on Linux only: the sandbox needs Linux namespaces", kind="sandbox")
     limits = limits or Limits()
-    word = secrets.token_hex(16)
+    end_token = secrets.token_hex(16)  # the report ends with it only if the program ran to its end
     reader, writer = os.pipe()
     with tempfile.TemporaryDirectory(prefix="mixfuse-sandbox-") as root, tempfile.TemporaryFile() as output:
         job = {
@@ -90,7 +92,7 @@ def run(program: str, limits: Limits | None = None) -> Outcome:
             "files": limits.files,
             "root": root,
             "report": writer,
-            "word": word,
+            "end_token": end_token,
         }
         try:
             process = subprocess.Popen(
@@ -116,18 +118,18 @@ def run(program: str, limits: Limits | None = None) -> Outcome:
                 process.kill()
                 process.wait()
         with os.fdopen(reader, "rb") as report:
-            reported = report.read(len(sandboxed.WALLED) + len(word)).decode(errors="replace")
+            reported = report.read(len(sandboxed.BUILT) + len(end_token)).decode(errors="replace")
         size = output.seek(0, os.SEEK_END)
         output.seek(max(0, size - _TAIL))
-        said = output.read().decode(errors="replace").strip()
+        tail = output.read().decode(errors="replace").strip()
     if timed_out:
-        return Outcome("timeout", said)
+        return Outcome("timeout", tail)
     if not reported:
         raise MixfuseError(
-            f"the sandbox for programs cannot be built here ({said}); allow user namespaces, or run as root of a "
+            f"the sandbox for programs cannot be built here ({tail}); allow user namespaces, or run as root of a "
             "container with CAP_SYS_ADMIN",
             kind="sandbox",
         )
-    if reported == sandboxed.WALLED + word and process.returncode == 0:
-        return Outcome("passed", said)
-    return Outcome("killed" if process.returncode > 128 else "failed", said)
+    if reported == sandboxed.BUILT + end_token and process.returncode == 0:
+        return Outcome("passed", tail)
+    return Outcome("killed" if process.returncode > 128 else "failed", tail)

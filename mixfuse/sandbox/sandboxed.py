@@ -1,9 +1,9 @@
-"""Runs one Python program walled in: the script that `mixfuse.sandbox.runner` starts with `python -I -S`.
+"""Builds the sandbox and runs one Python program in it: the script that `mixfuse.sandbox.runner` starts.
 
-It imports nothing but the standard library. It reads one JSON object from standard input (`program`, `cpu_s`,
-`memory_bytes`, `file_bytes`, `files`, `root`: an empty folder, `report`: a file descriptor, `word`), builds the walls,
-writes `WALLED` to `report`, runs the program, and writes `word` there if it came to its end. Where a wall
-cannot be built nothing is run, and nothing written there.
+`runner` starts it with `python -I -S`, so it imports only the standard library. It reads one JSON object from standard
+input: `program`, `cpu_s`, `memory_bytes`, `file_bytes`, `files`, `root` (an empty folder), `report` (a file descriptor)
+and `end_token`. It builds the sandbox, writes `BUILT` to `report`, runs the program, and writes `end_token` to `report`
+if the program ran to its end. If the sandbox cannot be built, it neither runs the program nor writes to `report`.
 """
 
 import ctypes
@@ -14,24 +14,24 @@ import signal
 import sys
 from pathlib import Path
 
-WALLED = "walled "
+BUILT = "built "
 _NOBODY = 65534
 _NEW_MOUNTS, _NEW_IPC, _NEW_USER, _NEW_PIDS, _NEW_NETWORK = 0x20000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
 _READ_ONLY, _NO_SUID, _NO_DEVICES, _REMOUNT, _BIND, _RECURSIVE, _PRIVATE = 1, 2, 4, 32, 4096, 16384, 1 << 18
 _DEATH_SIGNAL, _NO_NEW_PRIVILEGES = 1, 38
 _LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib")
 
-_HOME = "/tmp"  # noqa: S108 - its own
+_HOME = "/tmp"  # noqa: S108 - a private one
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def main() -> None:
-    """Builds what needs rights, then lets a first process of a new namespace give them up and run the program."""
+    """Creates the namespaces, then forks; the child gives up its rights and runs the program."""
     job = json.loads(sys.stdin.buffer.read())
     try:
         user, group = os.geteuid(), os.getegid()
-        # Root needs no user namespace and becomes nobody; anyone else gets the right to build walls by one.
+        # Root needs no user namespace and becomes nobody. Another user gets the right to mount from a user namespace.
         spaces = _NEW_MOUNTS | _NEW_IPC | _NEW_PIDS | _NEW_NETWORK | (_NEW_USER if user else 0)
         _checked("new namespaces", _libc.unshare(spaces))
         if user:
@@ -40,7 +40,7 @@ def main() -> None:
             Path("/proc/self/gid_map").write_text(f"{group} {group} 1")
         child = os.fork()
         if not child:
-            _wall_in(job, user)
+            _confine(job, user)
     except OSError as error:
         _refuse(error)
     if not child:
@@ -50,8 +50,8 @@ def main() -> None:
     sys.exit(code if code >= 0 else 128 - code)
 
 
-def _wall_in(job: dict[str, object], user: int) -> None:
-    """A root with the interpreter and the libraries alone, read only; no rights; limits."""
+def _confine(job: dict[str, object], user: int) -> None:
+    """Changes to a root with only the interpreter and the libraries, gives up all rights, and sets the limits."""
     root = str(job["root"])
     _checked("private mounts", _libc.mount(b"none", b"/", None, _RECURSIVE | _PRIVATE, None))
     size = f"size={job['file_bytes']},mode=0755".encode()
@@ -68,7 +68,7 @@ def _wall_in(job: dict[str, object], user: int) -> None:
             _checked(f"{path} read only", _libc.mount(b"none", str(target).encode(), None, flags, None))
     os.chroot(root)
     os.mkdir(_HOME)
-    os.chmod(_HOME, 0o777)  # noqa: S103 - of a root that one program sees, once
+    os.chmod(_HOME, 0o777)  # noqa: S103 - only this program sees this root
     os.chdir(_HOME)
     if user == 0:
         os.setgroups([])
@@ -96,12 +96,12 @@ def _give_up_rights() -> None:
 def _run(job: dict[str, object]) -> None:
     """Runs the program; never returns."""
     code = 1
-    os.write(int(str(job["report"])), WALLED.encode())
+    os.write(int(str(job["report"])), BUILT.encode())
     try:
-        exec(compile(str(job["program"]), "<program>", "exec"), {"__name__": "__main__"})  # noqa: S102 - what this is for
-        os.write(int(str(job["report"])), str(job["word"]).encode())
+        exec(compile(str(job["program"]), "<program>", "exec"), {"__name__": "__main__"})  # noqa: S102 - its purpose
+        os.write(int(str(job["report"])), str(job["end_token"]).encode())
         code = 0
-    except BaseException as error:  # whatever a program raises is an answer of its own
+    except BaseException as error:  # a program may raise anything
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
     finally:
         sys.stdout.flush()
@@ -109,10 +109,10 @@ def _run(job: dict[str, object]) -> None:
         os._exit(code)
 
 
-def _checked(what: str, result: int) -> None:
+def _checked(step: str, result: int) -> None:
     if result:
         number = ctypes.get_errno()
-        raise OSError(number, f"{what}: {os.strerror(number)}")
+        raise OSError(number, f"{step}: {os.strerror(number)}")
 
 
 def _refuse(error: OSError) -> None:

@@ -257,7 +257,7 @@ async def test_too_few_live_requests_are_no_swap(house: House) -> None:
     request = SwapRequest(directory=house.make("judge", Script()), shadow=50, timeout_s=0.2)
     gate = await house.through("judge", request)
     assert gate.state == "refused"
-    assert "of 50 live requests asked role 'judge'" in gate.reason
+    assert "of 50 live requests used role 'judge'" in gate.reason
     assert house.serving("judge") == old
 
 
@@ -324,7 +324,7 @@ async def test_a_canary_that_nobody_meets_is_rolled_back(house: House) -> None:
     while gate.under_way:  # noqa: ASYNC110
         await asyncio.sleep(0.01)
     assert gate.state == "refused"
-    assert "0 requests met the canary, 20 are needed" in gate.reason
+    assert "0 requests reached the canary, 20 are needed" in gate.reason
 
 
 async def test_the_end_of_the_server_ends_a_canary_and_the_old_one_serves(house: House) -> None:

@@ -335,7 +335,7 @@ def test_refused_swaps_leave_the_old_revision_serving(server: Server, client: op
 def test_ask_prints_the_answer_and_why(server: Server):
     done = mixfuse("ask", "hello", "--mode", "best_of", "--max-tokens", "4", "--url", server.url)
     assert done.returncode == 0, done.stderr
-    assert "who said what" in done.stdout
+    assert "candidates ─" in done.stdout
     assert "trace-" in done.stdout
 
 

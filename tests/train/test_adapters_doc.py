@@ -45,7 +45,7 @@ def test_the_pages_commands_lead_to_a_judge_that_serves(judge_by_one: Run, tiny_
             told = run(serving, tmp_path, {**environment, "MIXFUSE_URL": url})
     revision = tag.removeprefix("rev-")
     assert f"judge: base -> {revision}" in told
-    assert "who said what" in told
+    assert "candidates ─" in told
     assert f"judge: {revision} -> base" in told
 
 

@@ -54,8 +54,8 @@ def test_the_loop_s_config_is_one() -> None:
 
 
 def test_the_words_of_the_page_are_those_of_the_code() -> None:
-    kinds = re.findall(r"^\| `(\w+)` \| ", DATA, re.MULTILINE)
-    assert kinds.pop(0) == "kind"
+    sources = DATA.partition("### Sources\n")[2].partition("\n### ")[0]
+    kinds = re.findall(r"^- `(\w+)`: ", sources, re.MULTILINE)
     assert kinds == list(get_args(Kind))
     for name in (*get_args(Comparing), *get_args(Trait)):
         assert f"`{name}`" in DATA, name

@@ -20,13 +20,13 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 REASONS = {
     "judged": "the judge preferred it",
-    "agreement": "all members say the same; the judge was not asked",
-    "lone_survivor": "it is the only answer there is",
-    "judge_failed": "the judge failed, so it is the first member's",
+    "agreement": "all members agree; the judge was not called",
+    "lone_survivor": "it is the only answer",
+    "judge_failed": "the judge failed, so the first member's answer is returned",
     "primary": "with tools the first member answers alone",
-    "pass_through": "it is the model that was asked for",
+    "pass_through": "the request named this model",
     "synthesis": "the synthesizer wrote it from the candidates",
-    "synthesizer_failed": "the synthesizer failed, so it is the first member's",
+    "synthesizer_failed": "the synthesizer failed, so the first member's answer is returned",
 }
 """The reasons of traces in words."""
 
@@ -79,7 +79,7 @@ def show(fusion: dict[str, Any], usage: dict[str, int], console: Console) -> Non
         console: The console to print on.
     """
     names = {candidate["candidate"]: candidate["member"] for candidate in fusion.get("candidates", [])}
-    console.print(Rule("who said what", align="left"))
+    console.print(Rule("candidates", align="left"))
     for candidate in fusion.get("candidates", []):
         mark = " (returned)" if candidate["candidate"] == fusion.get("winner") else ""
         console.print(Text(f"[{candidate['candidate']}] {candidate['member']}{mark}", style="bold"))
@@ -90,15 +90,15 @@ def show(fusion: dict[str, Any], usage: dict[str, int], console: Console) -> Non
         console.print(Text(_verdict_line(verdict, names)))
     if debate := fusion.get("debate"):
         ended = debate["stopped"].replace("_", " ")
-        console.print(Text(f"debated for {debate['rounds']} rounds; what ended it: {ended}"))
+        console.print(Text(f"debated for {debate['rounds']} rounds; stopped by: {ended}"))
     for failure in fusion.get("failed", []):
         line = f"{failure['member']} ({failure['stage']}): {failure['type']}: {failure['message']}"
         console.print(Text(_safe(line), style="yellow"))
     console.print(Rule("why", align="left"))
     winner = fusion.get("winner")
-    who = f"{names[winner]}'s answer: " if winner in names else ""
+    owner = f"{names[winner]}'s answer: " if winner in names else ""
     reason = str(fusion.get("reason"))
-    console.print(Text(f"{who}{REASONS.get(reason, reason)}."))
+    console.print(Text(f"{owner}{REASONS.get(reason, reason)}."))
     tokens = f"{usage.get('prompt_tokens', 0)} + {usage.get('completion_tokens', 0)} tokens"
     console.print(Text(f"{tokens}, ${fusion.get('cost', 0):.6f}, trace {fusion.get('trace_id')}", style="dim"))
 
