@@ -520,7 +520,7 @@ def _verdicts(
 
 def _letters(tokenizer: Any, model: Any, tokens: Sequence[Sequence[int]], before: str) -> list[float]:
     """The log-odds of A over B as the next token."""
-    from mixfuse.train.stages.verdicts import VerdictRow, logprobs
+    from mixfuse.train.stages.one_pass_dpo import VerdictRow, logprobs
 
     letters = [tokenizer.encode(before + letter, add_special_tokens=False)[0] for letter in judge_protocol.VERDICTS]
     rows = [VerdictRow(ids, *letters) for ids in tokens]

@@ -6,7 +6,7 @@ On the embedded base (built where --base holds none), forward and backward of on
 pairs of about --tokens tokens. The methods take turns within each round, in CPU time of one thread; ratios are
 medians over rounds of ratios within a round. The baseline, 1.00, is TRL's own loss in float32 on the same rows:
 chosen and rejected as two sequences, the reference by a second pass with the adapter off. Both give the same loss and
-gradients (`tests/train/test_verdicts.py`).
+gradients (`tests/train/test_one_pass_dpo.py`).
 """
 
 import argparse
@@ -26,8 +26,8 @@ from mixfuse.contracts.families.mixtral import FAMILY as MIXTRAL
 from mixfuse.contracts.judge_protocol import VERDICTS, comparison
 from mixfuse.train.model.load import load_base, load_tokenizer, lora_config
 from mixfuse.train.recipe import Lora
+from mixfuse.train.stages.one_pass_dpo import Reference
 from mixfuse.train.stages.trainers import JudgeTrainer, NamedPairs, Verdicts, verdict_rows
-from mixfuse.train.stages.verdicts import Reference
 
 WORDS = ("river", "stone", "apple", "cloud", "tiger", "lamp", "green", "winter")
 

@@ -177,7 +177,7 @@ def compare(made: Plan, seen: dict[str, Any]) -> dict[str, tuple[int, int]]:
     """Part → planned and measured bytes."""
     held = seen["held"]
     body = seen["body"]
-    saved = made.saved["kept"]
+    saved = made.saved["planned"]
     rows = {name: (made.held[name], held[name]) for name in held}
     if made.hardware.world > 1:  # one process gathers nothing
         read = made.host["loading"] if made.shape.I > made.shape.V else 2 * made.shape.I * made.shape.H * made.w

@@ -42,8 +42,8 @@ from peft import get_peft_model
 from transformers import AutoConfig, AutoTokenizer, MixtralForCausalLM
 
 from mixfuse.contracts.families.mixtral import FAMILY as MIXTRAL
+from mixfuse.serve.cpu_lora_products import ExpertLora, routed_experts
 from mixfuse.serve.engine import Engine, EngineConfig
-from mixfuse.serve.vllm_cpu_moe_lora import ExpertLora, routed_experts
 from mixfuse.train.adapters.export import export
 from mixfuse.train.adapters.saving import save_peft
 from mixfuse.train.model.embedded_base import build

@@ -1,7 +1,7 @@
-"""What mixfuse has to know of a family of mixture-of-experts models, and the sizes of one model of it.
+"""A family of mixture-of-experts models, and the sizes of one of its models.
 
-A family is one file in `contracts/families/`. Training, serving and the planners ask it for every name and size that
-differs between families; nothing here imports torch or transformers.
+Each family is one file in `contracts/families/`. It holds every name and size that differs between families, for
+training, serving and the planners. Nothing here imports torch or transformers.
 """
 
 import re
@@ -14,20 +14,20 @@ from mixfuse.contracts.errors import MixfuseError
 
 
 class Shape(NamedTuple):
-    """The sizes of a model, under the symbols of `docs/planning.md`.
+    """The sizes of a model, named by the symbols of `docs/planning.md`.
 
     Attributes:
-        L: Layers, each with a mixture of experts.
+        L: Layers; each has a mixture of experts.
         H: Hidden size.
         I: Intermediate size of an expert.
-        E: Experts a layer.
-        K: Experts a token passes through.
+        E: Experts per layer.
+        K: Experts per token.
         A: Query heads.
         G: Key and value heads.
         D: Size of a head.
-        V: Vocabulary.
-        tied: Whether the output layer is the embedding.
-        qk_norm: Whether each layer normalises its queries and keys, head by head, with two weights of size D.
+        V: Size of the vocabulary.
+        tied: Whether the output layer shares the embedding's weight.
+        qk_norm: Whether each layer normalises each head's queries and keys, with two weights of size D.
     """
 
     L: int
@@ -44,11 +44,11 @@ class Shape(NamedTuple):
 
 
 class Unsupported(NamedTuple):
-    """A key of `config.json` that describes a variant of the family that mixfuse refuses.
+    """A key of `config.json` whose values select variants of the family, of which mixfuse supports only some.
 
     Attributes:
         key: The key.
-        supported: The values that mean the supported form; a missing key means it, too.
+        supported: The supported values. A missing key is supported, too.
         reason: Why other values are refused.
     """
 
@@ -62,23 +62,23 @@ class Family:
     """One family of models.
 
     Attributes:
-        model_type: What `config.json` calls it, and the name of its module in transformers.
-        title: What people call it.
-        class_prefix: What the names of its classes in transformers begin with, as in `MixtralForCausalLM`.
-        checkpoint_block: The name of a layer's MoE block in saved checkpoints. vLLM names the modules of an adapter the
-            same way: `model.layers.N.{checkpoint_block}.experts.E.{gate}`.
+        model_type: Its name in `config.json`, and the name of its module in transformers.
+        title: Its name in text.
+        class_prefix: The prefix of its classes in transformers, as in `MixtralForCausalLM`.
+        checkpoint_block: The name of a layer's MoE block in saved checkpoints. vLLM uses the same name for the modules
+            of an adapter: `model.layers.N.{checkpoint_block}.experts.E.{gate}`.
         gate: The name of an expert's gate projection in saved checkpoints and in vLLM.
         up: The name of its up projection.
         down: The name of its down projection.
-        experts_keys: The keys of `config.json` that may hold the number of experts, the preferred one first.
-        inner_key: The key that holds an expert's intermediate size.
-        default_top_k: Experts a token passes through where `config.json` does not say.
+        experts_keys: The keys of `config.json` that can hold the number of experts, the preferred one first.
+        inner_key: The key for an expert's intermediate size.
+        default_top_k: Experts per token if `config.json` has no `num_experts_per_tok`.
         qk_norm: Whether queries and keys are normalised.
-        tiny: Further keys for the config of a tiny random model (`mixfuse base build --tiny`).
-        unsupported: The variants that are refused.
+        tiny: Additional keys for the config of a tiny random model (`mixfuse base build --tiny`).
+        unsupported: Keys of `config.json` with values that are refused.
         attention: The attention projections, in PEFT and in vLLM.
-        expert_parameters: The 3-D parameters that hold a layer's experts in transformers 5, as PEFT's
-            `target_parameters` names them: gate beside up, and down.
+        expert_parameters: The 3-D parameters that hold a layer's experts in transformers 5, with the names for PEFT's
+            `target_parameters`: gate and up together, and down.
     """
 
     model_type: str
@@ -99,18 +99,18 @@ class Family:
 
     @property
     def expert_projections(self) -> tuple[str, str, str]:
-        """The names of an expert's gate, down and up projection in an adapter that vLLM applies."""
+        """The names of an expert's gate, down and up projections in an adapter that vLLM applies."""
         return self.gate, self.down, self.up
 
     @cached_property
     def adapter_module(self) -> re.Pattern[str]:
-        """Matches the end of the name of a module that an adapter may change, with `layer`, `expert`, `projection`."""
+        """Matches the end of the name of a module that can have a LoRA; groups `layer`, `expert`, `projection`."""
         experts = rf"{re.escape(self.checkpoint_block)}\.experts\.(?P<expert>\d+)"
         return re.compile(rf"\.layers\.(?P<layer>\d+)\.(?:self_attn|{experts})\.(?P<projection>\w+)$")
 
     @cached_property
     def expert_factor(self) -> re.Pattern[str]:
-        """Matches the name of one expert's factor, with `layer` (a prefix), `expert`, `projection` and `side`."""
+        """Matches the name of one expert's factor; groups `layer` (a prefix), `expert`, `projection`, `side`."""
         block, projections = re.escape(self.checkpoint_block), "|".join(map(re.escape, self.expert_projections))
         return re.compile(
             rf"^(?P<layer>.*\.layers\.\d+)\.{block}\.experts\.(?P<expert>\d+)\.(?P<projection>{projections})"
@@ -118,19 +118,19 @@ class Family:
         )
 
     def factor_name(self, layer: str, expert: int, projection: str, side: str) -> str:
-        """The name of one expert's factor; `layer` is everything up to and with the layer's number."""
+        """Returns the name of one expert's factor; `layer` is the prefix that ends with the layer's number."""
         return f"{layer}.{self.checkpoint_block}.experts.{expert}.{projection}.lora_{side}.weight"
 
     def checkpoint_pieces(self, name: str, experts: int) -> list[tuple[int, int | None, str]] | None:
-        """Where a checkpoint keeps the pieces of a fused expert parameter of transformers 5.
+        """Lists the stored tensors that make up a fused expert parameter of transformers 5.
 
         Args:
             name: The parameter's name in transformers, e.g. `model.layers.0.mlp.experts.gate_up_proj`.
-            experts: Experts a layer.
+            experts: Experts per layer.
 
         Returns:
-            (expert, half, name of the stored tensor): half 0 is gate, half 1 is up, None is the whole matrix. None
-            where the parameter is not a fused expert parameter.
+            (expert, half, name of the stored tensor). Half 0 is gate, half 1 is up, None is the whole matrix. The list
+            is None if the parameter is not a fused expert parameter.
         """
         stem, _, parameter = self.checkpoint_name(name).rpartition(".")
         if not stem.endswith(".experts"):
@@ -146,14 +146,14 @@ class Family:
         return None
 
     def checkpoint_name(self, name: str) -> str:
-        """The name under which a checkpoint keeps a parameter of transformers 5 that is stored whole."""
+        """Returns the stored name of a parameter of transformers 5 that is stored as one tensor."""
         return name.replace(".mlp.", f".{self.checkpoint_block}.")
 
     def shape(self, config: Mapping[str, Any]) -> Shape:
         """Reads the sizes in a `config.json` of this family.
 
         Raises:
-            MixfuseError: A size is missing, or the model is a variant that is not supported.
+            MixfuseError: A size is missing, or the config selects a variant that is not supported.
         """
         for key, supported, reason in self.unsupported:
             if key in config and config[key] not in supported:
@@ -175,11 +175,11 @@ class Family:
                 qk_norm=self.qk_norm,
             )
         except KeyError as error:
-            raise MixfuseError(f"config.json names no {error.args[0]!r}") from None
+            raise MixfuseError(f"config.json has no {error.args[0]!r}") from None
 
 
 def norm_parameters(shape: Shape) -> int:
-    """Weights of a layer's norms: 2H, and 2D more where queries and keys are normalised."""
+    """Returns the parameters of a layer's norms: 2H, plus 2D if queries and keys are normalised."""
     return 2 * shape.H + (2 * shape.D if shape.qk_norm else 0)
 
 
@@ -191,5 +191,5 @@ def base_parameters(shape: Shape) -> int:
 
 
 def active_parameters(shape: Shape) -> int:
-    """Of P, what one token passes through: K of E experts."""
+    """Returns the parameters that one token uses: P without E - K of each layer's experts."""
     return base_parameters(shape) - shape.L * 3 * (shape.E - shape.K) * shape.H * shape.I

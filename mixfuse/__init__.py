@@ -1,7 +1,7 @@
-"""The contracts the three rooms meet at, and the command line.
+"""The roof: the command line and the programs in which the rooms work together.
 
-Rooms (`train`, `serve`, `fusion`) import from here, never from one another, except where the command line composes
-them. Nothing in this package imports torch, transformers or vllm.
+`mixfuse.contracts`, `mixfuse.train`, `mixfuse.serve` and `mixfuse.fusion` are links to the top-level folders
+(docs/architecture.md).
 """
 
 __version__ = "0.1.0"

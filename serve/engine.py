@@ -267,6 +267,8 @@ def environment(config: EngineConfig, *, cpu: bool | None = None) -> dict[str, s
     return {
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
         "VLLM_NO_USAGE_STATS": "1",
+        # Its clients close idle connections first (`fusion/calls/upstream.py`), so that no request meets a closed one.
+        "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "75",
         "HF_HUB_OFFLINE": "1",
         **(on_cpu if _on_cpu(cpu) else {}),
         **config.env,

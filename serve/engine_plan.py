@@ -1,9 +1,10 @@
-"""What serving takes on each GPU: weights under TP and PP, LoRA slots, and the room left for keys and values.
+"""Formulas for the memory of serving on each GPU: weights under TP and PP, LoRA slots, room for keys and values.
 
-Formulas over a `config.json`, explained in `docs/planning.md`; read from vLLM 0.32's code, not measured on a GPU.
+The formulas take the sizes in a `config.json`. They follow vLLM 0.32's code and were not measured on a GPU.
+`docs/planning.md` explains them.
 
 Symbols: those of `contracts/family.py`, and t tensor parallel, p pipeline parallel, r LoRA rank, m LoRA slots,
-M tokens in a batch, w bytes of an element, q bytes of an element of a linear layer's weight, quantised or not.
+M tokens in a batch, w bytes per element, q bytes per element of a linear layer's weight (less than w if quantised).
 """
 
 import math
@@ -21,7 +22,7 @@ UTILISATION = 0.92  # vLLM 0.32's default `gpu_memory_utilization`
 
 
 class Split(NamedTuple):
-    """How the model is spread: t GPUs a layer, p stages of layers."""
+    """How the model is divided: each layer over t GPUs, the layers over p stages."""
 
     t: int
     p: int
@@ -31,48 +32,48 @@ _SHORT = {"-tp": "--tensor-parallel-size", "-pp": "--pipeline-parallel-size", "-
 
 
 def argument(arguments: Sequence[str], name: str) -> str | None:
-    """The value of one of vLLM's arguments, the last one where it is given twice; None where it is not."""
-    found = None
+    """Returns the value of one of vLLM's arguments: the last one if it occurs twice, None if it is missing."""
+    result = None
     for place, text in enumerate(arguments):
         key, equals, value = text.partition("=")
         if _SHORT.get(key, key) == name:
-            found = value if equals else (arguments[place + 1] if place + 1 < len(arguments) else "")
-    return found
+            result = value if equals else (arguments[place + 1] if place + 1 < len(arguments) else "")
+    return result
 
 
 def split_of(arguments: Sequence[str]) -> Split:
-    """Reads vLLM's arguments.
+    """Reads the parallel sizes from vLLM's arguments.
 
     Raises:
-        MixfuseError: A size is no number.
+        MixfuseError: A size is not a number.
     """
     sizes = (argument(arguments, name) or "1" for name in ("--tensor-parallel-size", "--pipeline-parallel-size"))
     try:
         return Split(*(int(size) for size in sizes))
     except ValueError:
-        raise MixfuseError(f"engine.extra_args: {' '.join(arguments)}: a parallel size is no number") from None
+        raise MixfuseError(f"engine.extra_args: {' '.join(arguments)}: a parallel size is not a number") from None
 
 
 def option(arguments: Sequence[str], name: str, default: float) -> float:
-    """A number among vLLM's arguments.
+    """Reads a number from vLLM's arguments.
 
     Raises:
-        MixfuseError: It is no number.
+        MixfuseError: The value is not a number.
     """
     text = argument(arguments, name)
     try:
         return default if text is None else float(text)
     except ValueError:
-        raise MixfuseError(f"engine.extra_args: {name} {text!r} is no number") from None
+        raise MixfuseError(f"engine.extra_args: {name} {text!r} is not a number") from None
 
 
 class Precision(NamedTuple):
-    """Bytes of an element.
+    """Bytes per element.
 
     Attributes:
-        w: Of embeddings, norms, routers, adapters and activations.
-        q: Of a weight of attention and experts, with its share of scales and zero points.
-        kv: Of a key or value in the cache.
+        w: For embeddings, norms, routers, adapters and activations.
+        q: For the weights of attention and experts, including their share of scales and zero points.
+        kv: For keys and values in the cache.
     """
 
     w: int
@@ -81,24 +82,24 @@ class Precision(NamedTuple):
 
     @classmethod
     def of(cls, engine: EngineConfig, config: Mapping[str, Any]) -> "Precision":
-        """From vLLM's arguments and the `quantization_config` of the weights' `config.json`.
+        """Reads vLLM's arguments and the `quantization_config` of the weights' `config.json`.
 
-        FP8 has a scale a tensor, which is nothing. AWQ has, for each group of weights of an output, a scale of two
-        bytes and a zero point of as many bits as a weight.
+        FP8 has one scale per tensor, which is negligible. AWQ has, for each group of an output's weights, a scale of
+        two bytes and a zero point with as many bits as a weight.
 
         Raises:
-            MixfuseError: A quantisation that the planner does not know.
+            MixfuseError: The planner does not know the quantisation.
         """
         w = 4 if engine.dtype == "float32" else 2
         kv = 1 if (argument(engine.extra_args, "--kv-cache-dtype") or "").startswith("fp8") else w
-        told = config.get("quantization_config") or {}
-        method = argument(engine.extra_args, "--quantization") or told.get("quant_method")
+        quantization = config.get("quantization_config") or {}
+        method = argument(engine.extra_args, "--quantization") or quantization.get("quant_method")
         if method is None:
             return cls(w, w, kv)
         if method == "fp8":
             return cls(w, 1, kv)
         if method in ("awq", "awq_marlin"):
-            bits, group = int(told.get("bits", 4)), int(told.get("group_size", 128))
+            bits, group = int(quantization.get("bits", 4)), int(quantization.get("group_size", 128))
             return cls(w, bits / 8 + (2 + bits / 8) / group, kv)
         raise MixfuseError(f"the planner knows the quantisations fp8, awq and awq_marlin, not {method!r}")
 
@@ -106,8 +107,9 @@ class Precision(NamedTuple):
 def weights(sizes: Shape, split: Split, precision: Precision) -> int:
     """ceil(L/p)·(q·(H·(A + 2·max(G, t))·D/t + A·D·H/t + 3·E·H·I/t) + w·(E·H + norms)) + w·((2 or 1)·V·H/t + H).
 
-    On the fullest GPU. Key heads are repeated where there are fewer than t; the router and the norms stand on every
-    GPU; the first stage has the embedding, the last the output layer and the last norm, a single one has both.
+    This is the GPU that holds most. Key heads are repeated if there are fewer than t. Every GPU holds the router and
+    the norms. The first stage holds the embedding, the last stage the output layer and the last norm; a single stage
+    holds all of them.
     """
     L, H, I, E, _, A, G, D, V, tied, _ = sizes  # noqa: N806, E741
     t, p = split
@@ -123,9 +125,9 @@ def kv_per_token(sizes: Shape, split: Split, w: int) -> int:
 
 
 def lora_slots(sizes: Shape, split: Split, w: int, *, slots: int, rank: int) -> int:
-    """m·ceil(L/p)·r·w·(attention + experts), allocated whole at the start (vllm/lora/layers).
+    """m·ceil(L/p)·r·w·(attention + experts), all allocated at the start (vllm/lora/layers).
 
-    A of q, k, v and of gate and up is not divided by t, nor B of o and of down.
+    Not divided by t are A of q, k, v, gate and up, and B of o and down.
     """
     L, H, I, E, _, A, G, D, *_ = sizes  # noqa: N806, E741
     t, p = split
@@ -135,24 +137,24 @@ def lora_slots(sizes: Shape, split: Split, w: int, *, slots: int, rank: int) -> 
 
 
 def activations(sizes: Shape, split: Split, w: int, *, tokens: int, sequences: int) -> int:
-    """w·M·(K·(3·I/t + H) + 4H) + 4·sequences·V: one layer at the largest batch, and logits in float32."""
+    """w·M·(K·(3·I/t + H) + 4H) + 4·sequences·V: one layer with the largest batch, and logits in float32."""
     each = sizes.K * (3 * sizes.I // split.t + sizes.H) + 4 * sizes.H
     return w * tokens * each + 4 * sequences * sizes.V
 
 
 @dataclass(frozen=True)
 class ServePlan:
-    """What one engine takes.
+    """What one engine needs.
 
     Attributes:
-        parameters: Of the base.
+        parameters: Parameters of the base.
         split: TP and PP.
-        parts: Per GPU, bytes, by part.
-        kv_per_token: Per GPU, bytes.
-        kv_room: Per GPU, bytes left for keys and values.
-        concurrency: The requests that were planned for.
-        length: Tokens of one.
-        problems: What does not fit, in words.
+        parts: Bytes per GPU, by part, without keys and values.
+        kv_per_token: Bytes per GPU for one token's keys and values.
+        kv_room: Bytes per GPU that are left for keys and values.
+        concurrency: The number of requests that are planned for.
+        length: Tokens in each of these requests.
+        problems: One sentence for each thing that does not fit.
     """
 
     parameters: int
@@ -166,17 +168,17 @@ class ServePlan:
 
     @property
     def kv_needed(self) -> int:
-        """Bytes for `concurrency` requests of the greatest length."""
+        """Bytes per GPU for `concurrency` requests of `length` tokens."""
         return self.concurrency * self.length * self.kv_per_token
 
     @property
     def total(self) -> int:
-        """What a GPU holds with just those requests."""
+        """What a GPU holds with these requests."""
         return sum(self.parts.values()) + self.kv_needed
 
     @property
     def most(self) -> int:
-        """Requests of the greatest length that fit at once."""
+        """The number of requests of `length` tokens that fit at once."""
         return max(0, self.kv_room) // (self.length * self.kv_per_token)
 
     @property
@@ -193,13 +195,14 @@ def plan(
     Args:
         engine: The engine's config.
         config: The base's `config.json`.
-        gpus: GPUs there are, on all nodes.
-        gpu_bytes: Memory of one.
-        concurrency: Requests of `max_model_len` tokens that shall fit at once.
-        cpu: Serve on a CPU: experts are in memory twice, keys and values have the room the config names.
+        gpus: Number of GPUs on all nodes.
+        gpu_bytes: Memory of one GPU.
+        concurrency: The number of requests with `max_model_len` tokens that shall fit at once.
+        cpu: Whether the engine runs on a CPU. Experts are then in memory twice, and the config sets the room for keys
+            and values.
 
     Raises:
-        MixfuseError: The base is of no known family, an argument no number, or a quantisation unknown.
+        MixfuseError: The base's family or the quantisation is unknown, or an argument is not a number.
     """
     sizes, split = shape_of(config), split_of(engine.extra_args)
     precision = Precision.of(engine, config)
@@ -210,16 +213,15 @@ def plan(
         "lora_slots": lora_slots(sizes, split, w, slots=engine.max_loras, rank=engine.max_lora_rank),
         "activations": activations(sizes, split, w, tokens=tokens, sequences=engine.max_num_seqs),
     }
-    if cpu:  # `serve/vllm_cpu_moe_lora.py`: once packed for vLLM's kernel, once for oneDNN
+    if cpu:  # packed once for vLLM's kernel and once for oneDNN (`vllm_cpu_experts.py`)
         parts["weights"] += w * sizes.L * 3 * sizes.E * sizes.H * sizes.I
-    each = kv_per_token(sizes, split, precision.kv)
     usable = option(engine.extra_args, "--gpu-memory-utilization", UTILISATION) * gpu_bytes
     room = engine.kv_cache_gib << 30 if cpu else int(usable) - sum(parts.values())
-    made = ServePlan(
+    result = ServePlan(
         parameters=base_parameters(sizes),
         split=split,
         parts=parts,
-        kv_per_token=each,
+        kv_per_token=kv_per_token(sizes, split, precision.kv),
         kv_room=room,
         concurrency=concurrency,
         length=engine.max_model_len,
@@ -231,17 +233,24 @@ def plan(
         times = f"{engine.replicas} x " if engine.replicas > 1 else ""
         problems.append(f"{times}TP {split.t} x PP {split.p} needs {needed} GPUs and there are {gpus}")
     if sizes.A % split.t:
-        problems.append(f"{sizes.A} heads do not divide over TP {split.t}")
-    if made.kv_needed > room:
+        problems.append(f"{sizes.A} heads cannot be divided by TP {split.t}")
+    if result.kv_needed > room:
         problems.append(
-            f"keys and values of {concurrency} x {engine.max_model_len} tokens take {made.kv_needed / 2**30:.1f} GiB a "
-            f"GPU, and {max(0, room) / 2**30:.1f} GiB are left"
+            f"keys and values of {concurrency} x {engine.max_model_len} tokens take "
+            f"{result.kv_needed / 2**30:.1f} GiB a GPU, and {max(0, room) / 2**30:.1f} GiB are left"
         )
-    return replace(made, problems=tuple(problems))
+    return replace(result, problems=tuple(problems))
 
 
 class Change(NamedTuple):
-    """A change that was planned for, and what came of it."""
+    """A change to the config or the hardware, and the result of planning with it.
+
+    Attributes:
+        change: The setting or the hardware, as text.
+        gpu_bytes: What a GPU would hold.
+        most: The number of requests that would fit at once.
+        fits: Whether the plan would fit.
+    """
 
     change: str
     gpu_bytes: int
@@ -252,25 +261,25 @@ class Change(NamedTuple):
 def advise(
     engine: EngineConfig, config: Mapping[str, Any], *, gpus: int, gpu_bytes: int, concurrency: int
 ) -> list[Change]:
-    """The first three changes that make it fit, each planned anew."""
-    found = []
+    """Finds up to three changes that make the config fit. Each is planned in full."""
+    changes = []
     for name, changed in _variants(engine, gpus):
-        made = plan(changed, config, gpus=gpus, gpu_bytes=gpu_bytes, concurrency=concurrency)
-        if made.fits:
-            found.append(Change(name, made.total, made.most, fits=True))
+        planned = plan(changed, config, gpus=gpus, gpu_bytes=gpu_bytes, concurrency=concurrency)
+        if planned.fits:
+            changes.append(Change(name, planned.total, planned.most, fits=True))
     for factor in (2, 4):
-        made = plan(engine, config, gpus=gpus * factor, gpu_bytes=gpu_bytes, concurrency=concurrency)
-        if made.fits and made.split.t * made.split.p > gpus:
-            found.append(Change(f"{gpus * factor} GPUs", made.total, made.most, fits=True))
+        planned = plan(engine, config, gpus=gpus * factor, gpu_bytes=gpu_bytes, concurrency=concurrency)
+        if planned.fits and planned.split.t * planned.split.p > gpus:
+            changes.append(Change(f"{gpus * factor} GPUs", planned.total, planned.most, fits=True))
             break
     fewer = concurrency
-    while fewer > 1 and len(found) < 3:
+    while fewer > 1 and len(changes) < 3:
         fewer //= 2
-        made = plan(engine, config, gpus=gpus, gpu_bytes=gpu_bytes, concurrency=fewer)
-        if made.fits:
-            found.append(Change(f"--concurrency {fewer}", made.total, made.most, fits=True))
+        planned = plan(engine, config, gpus=gpus, gpu_bytes=gpu_bytes, concurrency=fewer)
+        if planned.fits:
+            changes.append(Change(f"--concurrency {fewer}", planned.total, planned.most, fits=True))
             break
-    return found[:3]
+    return changes[:3]
 
 
 def _variants(engine: EngineConfig, gpus: int) -> Iterator[tuple[str, EngineConfig]]:

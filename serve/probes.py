@@ -13,7 +13,7 @@ from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.judge_protocol import read_verdict
 from mixfuse.serve.slots import AdapterEngine
 
-# For adapters that bring no probes of their own: token ids that every Mixtral tokenizer has.
+# For adapters without probes of their own. The token ids are below 253, so every tokenizer has them.
 _PROMPTS = [[3 + (7 * i * i + 31 * i + 11 * k) % 250 for i in range(24)] for k in range(3)]
 # Two answers of the base differ by the engine's noise, since other requests share its batches. An adapter that moves no
 # log-probability by more than _TIMES_NOISE times that noise plus _LEAST_EFFECT nats counts as ignored.

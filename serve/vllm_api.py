@@ -200,8 +200,8 @@ def engine_error(message: str) -> MixfuseError:
 def _served_adapter(folder: Path) -> Path:
     """Returns the adapter's absolute path; refuses weights that vLLM would load with "Success" and then ignore.
 
-    vLLM does so with experts in PEFT's fused layout (`check_unexpected_modules` in vllm/lora/lora_model.py
-    lets them pass, and a Mixtral's layers never ask for them) and with modules outside of
+    vLLM does so with experts in PEFT's fused layout (`check_unexpected_modules` in vllm/lora/lora_model.py accepts
+    them, and Mixtral's layers do not use them; Qwen3-MoE's raise an error) and with modules outside of
     `--lora-target-modules`.
     """
     from safetensors import SafetensorError, safe_open

@@ -14,6 +14,9 @@ from typing import NamedTuple
 import pytest
 import uvicorn
 
+from mixfuse.fusion.calls import upstream
+from mixfuse.serve.engine import EngineConfig, environment
+
 ROOT = Path(__file__).parent.parent
 FILES = [
     path
@@ -35,7 +38,9 @@ class Bounds(NamedTuple):
 
 BOUNDS = {
     # The gateway and its upstreams.
-    "upstream._KEEP_ALIVE_S": Bounds(1, UVICORN_KEEP_ALIVE_S - 0.5, "closed before the other end closes it"),
+    "upstream._KEEP_ALIVE_S": Bounds(
+        1, UVICORN_KEEP_ALIVE_S - 2, "closed before the other end closes it, also where this process stalls"
+    ),
     "upstream._CONNECT_S": Bounds(
         2, 30, "a lost SYN is sent again after 1 s and 3 s; a dead host must not use up 120 s"
     ),
@@ -149,3 +154,8 @@ def test_no_wait_is_longer_than_an_hour() -> None:
     found = list(waits())
     assert len(found) > 20
     assert not [(where, seconds) for where, seconds in found if not 0 <= seconds <= 3600]
+
+
+def test_engines_keep_idle_connections_longer_than_the_gateway() -> None:
+    seconds = float(environment(EngineConfig(base=Path("base")), cpu=True)["VLLM_HTTP_TIMEOUT_KEEP_ALIVE"])
+    assert seconds > 10 * upstream._KEEP_ALIVE_S

@@ -17,14 +17,14 @@ HEADER = re.compile(r"^# Memory: +(.*)$", re.MULTILINE)
 
 
 def commands() -> list[tuple[str, str]]:
-    """Each command of the docs' console blocks, and what it is said to print."""
-    found = []
+    """Returns each command of the docs' console blocks with its documented output."""
+    examples = []
     for block in re.findall(r"^```console\n(.*?)^```", DOC.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
         for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
             joined = part.replace("\\\n", " ")
             command, _, printed = joined.partition("\n")
-            found.append((command, printed.rstrip()))
-    return found
+            examples.append((command, printed.rstrip()))
+    return examples
 
 
 def printed(command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
@@ -53,9 +53,9 @@ def test_a_recipes_header_is_the_planners(
     path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To renew a header, run its command with --header."""
-    found = HEADER.search(path.read_text(encoding="utf-8"))
-    assert found, f"{path}: the header has no memory line"
-    command = re.search(r"`(mixfuse plan .*)`", found[1])
+    memory_line = HEADER.search(path.read_text(encoding="utf-8"))
+    assert memory_line, f"{path}: the header has no memory line"
+    command = re.search(r"`(mixfuse plan .*)`", memory_line[1])
     assert command, f"{path}: the header's memory names no `mixfuse plan` command"
     assert str(path.relative_to(ROOT)) in command[1]
-    assert printed(f"{command[1]} --header", capsys, monkeypatch) == found[1]
+    assert printed(f"{command[1]} --header", capsys, monkeypatch) == memory_line[1]

@@ -1,9 +1,14 @@
-"""The families of mixture-of-experts models that mixfuse knows: each module in this folder describes one as `FAMILY`.
+"""The families of mixture-of-experts models that mixfuse supports. Each module in this folder defines one as `FAMILY`.
 
-To add a family, add its file. A family fits where transformers 5 keeps a layer's experts as `mlp.experts.gate_up_proj`
-(E, 2I, H) and `mlp.experts.down_proj` (E, H, I) beside a top-K router, with SiLU and without biases, and where vLLM
-serves LoRA for each expert under the names of the checkpoint. `tests/train/test_families.py` shows for each family that
-training, export and serving agree.
+To add a family, add its file; nothing else has to change. A family is suitable if these three hold:
+
+- transformers 5 holds a layer's experts as `mlp.experts.gate_up_proj` (E, 2I, H) and `mlp.experts.down_proj`
+  (E, H, I), with a top-K router, SiLU and no biases.
+- Every layer has experts, and none has a shared expert.
+- vLLM serves LoRA for each expert, with the names of the checkpoint.
+
+`tests/train/test_families.py` runs training, export and the planners for every family in this folder, and
+`tests/serve/test_families_served.py` serves one in vLLM.
 """
 
 import pkgutil
@@ -21,29 +26,29 @@ from mixfuse.contracts.files import read_json
 
 @cache
 def known_families() -> Mapping[str, Family]:
-    """Every family, by its `model_type`."""
+    """Returns every family by its `model_type`."""
     modules = (import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__))
     families: dict[str, Family] = {module.FAMILY.model_type: module.FAMILY for module in modules}
     return MappingProxyType(dict(sorted(families.items())))
 
 
 def family_named(model_type: Any) -> Family:
-    """The family of that `model_type`.
+    """Returns the family with this `model_type`.
 
     Raises:
-        MixfuseError: mixfuse does not know it.
+        MixfuseError: The family is unknown.
     """
     families = known_families()
     if model_type not in families:
-        raise MixfuseError(f"a {model_type!r} model; mixfuse knows the model types {', '.join(families)}")
+        raise MixfuseError(f"model type {model_type!r} is not supported; supported are {', '.join(families)}")
     return families[model_type]
 
 
 def family_of(base: Path) -> Family:
-    """The family of a base model's folder.
+    """Returns the family of the base model in a folder.
 
     Raises:
-        MixfuseError: mixfuse does not know it.
+        MixfuseError: The family is unknown.
     """
     try:
         return family_named(read_json(base / "config.json").get("model_type"))
@@ -55,6 +60,6 @@ def shape_of(config: Mapping[str, Any]) -> Shape:
     """Reads the sizes in a `config.json`.
 
     Raises:
-        MixfuseError: The model is of no known family, a variant that is not supported, or a size is missing.
+        MixfuseError: The family is unknown, the config selects a variant that is not supported, or a size is missing.
     """
     return family_named(config.get("model_type")).shape(config)

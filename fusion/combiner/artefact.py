@@ -25,7 +25,8 @@ from pydantic import Field, ValidationError
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.files import read_json, sha256_json, write_json
 from mixfuse.contracts.strict_yaml import Strict, describe
-from mixfuse.fusion.combiner.evidence import UNREAD, Answer, Comparison
+from mixfuse.fusion.answering.strengths import Comparison, strengths
+from mixfuse.fusion.combiner.evidence import UNREAD, Answer
 
 VERSION = 1
 BINS = 20
@@ -150,7 +151,7 @@ class Combiner(Strict):
         none: The score of "none of them".
         calibration: Of the leading class, by the number of members that answered (the last holds for more).
         best_member: Its name.
-        fallback: Why the best member is returned whatever the others say; empty where answers are weighed.
+        fallback: Why the best member is returned whatever the otof_best say; empty where answers are weighed.
         policies: By rising target.
         data: What it was fitted to.
         figures: Cross-validated, as `combiner fit --json` prints them.
@@ -246,6 +247,12 @@ def check(combiner: Combiner, source: Path | str) -> None:
     for policy in combiner.policies:
         named |= {name for state in policy.actions for name in state.split("+")} - {""}
         named |= {action for actions in policy.actions.values() for action in actions} - {""}
+        for state, actions in policy.actions.items():
+            members = state.split("+") if state else []
+            if members != [name for name in combiner.members if name in members] and set(members) <= known:
+                raise MixfuseError(f"{source}: the policy for {policy.target} has {state!r} out of the members' order")
+            if again := next((action for action in actions if action in members), None):
+                raise MixfuseError(f"{source}: the policy for {policy.target} asks {again!r} again after {state!r}")
         if wrong := next((state for state, actions in policy.actions.items() if len(actions) != BINS), None):
             raise MixfuseError(f"{source}: the policy for {policy.target} has no {BINS} bins after {wrong!r}")
     if unknown := sorted(named - known):
@@ -277,15 +284,14 @@ def weigh(
     if not answers:
         raise ValueError("there are no answers to weigh")
     groups = grouped(answers)
-    given = _counts(answers)
+    answered = len(_counts(answers))
     scores = [_score(combiner, group, answers, domain) for group in groups.items()]
     for judge, weight in combiner.judges.items():
-        if weight and (said := [comparison for comparison in comparisons if comparison.judge == judge]):
-            for place, strength in enumerate(strengths(list(groups.values()), said)):
+        if weight and (own := [comparison for comparison in comparisons if comparison.judge == judge]):
+            for place, strength in enumerate(strengths(list(groups.values()), own)):
                 scores[place] += weight * strength
     none = combiner.none
-    asked = min(len(given), len(none.asked))
-    scores.append(none.weight + none.domains.get(domain or "", 0.0) + sum(none.asked[:asked]))
+    scores.append(none.weight + none.domains.get(domain or "", 0.0) + sum(none.asked[:answered]))
     *probabilities, nothing = _softmax(scores)
     classes = sorted(
         (
@@ -294,10 +300,10 @@ def weigh(
         ),
         key=lambda weighed: (-weighed.probability, weighed.answers),
     )
-    if combiner.fallback and (own := [row for row in classes if _holds(row, combiner.best_member, answers)]):
-        best = own[0]
+    if combiner.fallback and (of_best := [row for row in classes if _holds(row, combiner.best_member, answers)]):
+        best = of_best[0]
         classes = [best, *(row for row in classes if row is not best)]
-    calibrate = combiner.calibration[min(len(given), len(combiner.calibration)) - 1]
+    calibrate = combiner.calibration[min(answered, len(combiner.calibration)) - 1]
     return Weighing(
         tuple(classes),
         nothing,
@@ -314,41 +320,15 @@ def grouped(answers: Sequence[Answer]) -> dict[str, list[int]]:
     return groups
 
 
-def strengths(classes: Sequence[Sequence[int]], comparisons: Sequence[Comparison]) -> list[float]:
-    """How strong a judge finds each class, in nats: Bradley-Terry by least squares on its log-odds, mean 0.
-
-    Args:
-        classes: The places of each class's answers.
-        comparisons: By one judge; those between two answers of one class say nothing.
-    """
-    of = {place: number for number, places in enumerate(classes) for place in places}
-    met: dict[tuple[int, int], list[float]] = {}
-    for comparison in comparisons:
-        first, second = of[comparison.first], of[comparison.second]
-        if first != second:
-            met.setdefault((first, second), []).append(comparison.log_odds)
-            met.setdefault((second, first), []).append(-comparison.log_odds)
-    against: list[list[tuple[int, float]]] = [[] for _ in classes]
-    for (first, second), odds in met.items():
-        against[first].append((second, sum(odds) / len(odds)))
-    strength = [0.0] * len(classes)
-    for _ in range(50):  # Gauss-Seidel; the ridge keeps classes that never met where they are
-        for number, rivals in enumerate(against):
-            if rivals:
-                strength[number] = sum(odds + strength[rival] for rival, odds in rivals) / (len(rivals) + 0.1)
-    mean = sum(strength) / len(strength)
-    return [value - mean for value in strength]
-
-
 def _score(combiner: Combiner, group: tuple[str, list[int]], answers: Sequence[Answer], domain: str | None) -> float:
     """One class's score without the judges."""
     key, places = group
-    given = _counts(answers)
+    counts = _counts(answers)
     shares: dict[str, float] = {}
     score = combiner.unread if key.startswith(f"{UNREAD}#") else 0.0
     for place in places:
         answer = answers[place]
-        share = 1.0 / given[answer.member]
+        share = 1.0 / counts[answer.member]
         shares[answer.member] = shares.get(answer.member, 0.0) + share
         score += share * _answer_score(combiner, answer, domain)
     for pair in combiner.pairs:
@@ -389,10 +369,10 @@ def _holds(row: WeighedClass, member: str, answers: Sequence[Answer]) -> bool:
 
 def _counts(answers: Sequence[Answer]) -> dict[str, int]:
     """How many answers each member gave."""
-    given: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for answer in answers:
-        given[answer.member] = given.get(answer.member, 0) + 1
-    return given
+        counts[answer.member] = counts.get(answer.member, 0) + 1
+    return counts
 
 
 def _softmax(scores: Sequence[float]) -> list[float]:

@@ -13,6 +13,7 @@ from typing import Any
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.files import iter_jsonl
 from mixfuse.fusion.answering.agreement import readings
+from mixfuse.fusion.answering.strengths import Comparison
 from mixfuse.fusion.config import Agreement
 
 UNREAD = ""
@@ -38,23 +39,6 @@ class Answer:
     length: float = 0.0
     right: bool | None = None
     text: str = ""
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What a judge said of two answers of one question.
-
-    Attributes:
-        judge: The judge's name.
-        first: Index of the first answer.
-        second: Index of the second answer.
-        log_odds: Log-odds, averaged over both orders, that the first is better.
-    """
-
-    judge: str
-    first: int
-    second: int
-    log_odds: float
 
 
 @dataclass(frozen=True)
@@ -89,9 +73,9 @@ def read(text: str, how: Agreement, *, choice: str | None = None, cut: bool = Fa
         Its class key, `UNREAD` where nothing could be read, and whether that reading is doubtful: the answer was cut,
         or its first, its last and the source's reading are not all the same.
     """
-    found = readings(text, how)
-    key = choice if choice is not None else (found[-1] if found else UNREAD)
-    agreed = bool(found) and found[0] == found[-1] == key
+    keys = readings(text, how)
+    key = choice if choice is not None else (keys[-1] if keys else UNREAD)
+    agreed = bool(keys) and keys[0] == keys[-1] == key
     return key, cut or (key != UNREAD and not agreed)
 
 
@@ -114,7 +98,7 @@ def read_pool(paths: Iterable[Path], how: Agreement | None = None) -> tuple[list
 
     Args:
         paths: JSONL files, as `pool collect` and `traces export` write them.
-        how: What makes two answers equal; found out from the rows where it is None: `choice` where the answers carry
+        how: What makes two answers equal; None to work it out from the rows: `choice` where the answers carry
             one, `number` where every reference is a number, else `exact`.
 
     Raises:
@@ -142,9 +126,9 @@ def subset(questions: Sequence[Question], members: Sequence[str]) -> list[Questi
         places = [place for place, answer in enumerate(question.answers) if answer.member in wanted]
         new = {place: number for number, place in enumerate(places)}
         comparisons = tuple(
-            replace(one, first=new[one.first], second=new[one.second])
-            for one in question.comparisons
-            if one.first in new and one.second in new
+            replace(comparison, first=new[comparison.first], second=new[comparison.second])
+            for comparison in question.comparisons
+            if comparison.first in new and comparison.second in new
         )
         if places:
             answers = tuple(question.answers[place] for place in places)
@@ -179,10 +163,14 @@ def _question(place: str, row: dict[str, Any], how: Agreement) -> Question:
     domain = row.get("domain")
     if domain is not None and not isinstance(domain, str):
         raise MixfuseError(f"{place}: 'domain' must be text")
-    comparisons = tuple(_comparison(place, verdict, len(answers)) for verdict in row.get("verdicts") or ())
+    verdicts = row.get("verdicts") or []
+    if not isinstance(verdicts, list):
+        raise MixfuseError(f"{place}: 'verdicts' must be a list")
+    comparisons = tuple(_comparison(place, verdict, len(answers)) for verdict in verdicts)
     propensities = row.get("propensities") or {}
     if not isinstance(propensities, dict) or not all(
-        isinstance(value, int | float) and 0 < value <= 1 for value in propensities.values()
+        isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
+        for value in propensities.values()
     ):
         raise MixfuseError(f"{place}: 'propensities' must map members to probabilities above 0, at most 1")
     return Question(str(row.get("id", place)), answers, domain, comparisons, propensities)

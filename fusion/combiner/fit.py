@@ -8,7 +8,6 @@ Little data must do no harm: where cross-validation does not show that weighing 
 returns the best member's answer and says why (`Combiner.fallback`).
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -53,11 +52,13 @@ FOLDS = 5
 # States in which each question is fitted, beside the one with all members.
 _STATES = 3
 _LEAST_MARKED = 30
+# Truncation of inverse propensities: one row must not outweigh all others.
+_MOST_WEIGHT = 100.0
 
 
 @dataclass(frozen=True)
 class Options:
-    """Agreement to fit.
+    """How to fit.
 
     Attributes:
         prices: Member → dollars an answer; 1 for a member that is not named.
@@ -79,22 +80,30 @@ class Fitted:
     Attributes:
         table: The marked questions.
         parameters: (F,), fitted to all of them.
-        held_out: (Q, F) Parameters fitted without the question's fold.
+        fold: (Q,) Each question's fold.
+        held_out: (FOLDS, F) Parameters fitted without each fold.
         strength: Of the penalty.
-        weighed: (Q,) The mark of the weighed answer, by `held_out`; NaN where it is not marked.
-        best: Index of the member that is right most often.
+        weighed: (Q,) The mark of the weighed answer, by parameters that have not seen the question; NaN where it is
+            not marked.
+        accuracies: (M,) Each member's, as `member_accuracies` gives it.
         calibration: By the number of members that answered.
-        weight: (Q,) One over the probability with which all members were asked.
+        weight: (Q,) One over the probability with which all members were asked, at most `_MOST_WEIGHT`.
     """
 
     table: Table
     parameters: Floats
+    fold: NDArray[np.int64]
     held_out: Floats
     strength: float
     weighed: Floats
-    best: int
+    accuracies: Floats
     calibration: list[Calibrated]
     weight: Floats
+
+    @property
+    def best(self) -> int:
+        """Index of the member that is right most often."""
+        return int(np.argmax(self.accuracies))
 
 
 def layout_of(questions: Sequence[Question], members: Sequence[str] | None = None) -> Layout:
@@ -114,12 +123,14 @@ def fit_weights(questions: Sequence[Question], options: Options) -> Fitted:
     table = tabulate(questions, layout)
     marked = np.flatnonzero(table.marked)
     table = table.rows(marked)
+    asked_with = _propensities([questions[row] for row in marked], layout)
+    weight = np.minimum(1.0 / asked_with.prod(1), _MOST_WEIGHT)
     if len(table) < _LEAST_MARKED:
         raise MixfuseError(
             f"{len(table)} of {len(questions)} questions are marked; a combiner needs at least {_LEAST_MARKED}, and "
             "some hundreds to help"
         )
-    accuracies = member_accuracies(table)
+    accuracies = member_accuracies(table, asked_with)
     generator = np.random.default_rng(options.seed)
     fold = generator.permutation(len(table)) % FOLDS
     design = _design(table, generator)
@@ -128,25 +139,25 @@ def fit_weights(questions: Sequence[Question], options: Options) -> Fitted:
     candidates = {}
     start = np.zeros(layout.size)
     for strength in options.strengths:
-        held_out = np.zeros((len(table), layout.size))
-        for number in range(FOLDS):
-            found = _maximise(design, strength * penalty, fold[design.row] != number, start)
-            held_out[fold == number] = found
+        held_out = np.array(
+            [_maximise(design, strength * penalty, fold[design.row] != number, start) for number in range(FOLDS)]
+        )
         candidates[strength] = held_out
-        losses[strength] = _loss(table, held_out)
+        losses[strength] = _loss(table, fold, held_out)
     strength = min(losses, key=lambda value: losses[value])
     held_out = candidates[strength]
     parameters = _maximise(design, strength * penalty, np.ones(len(design.row), bool), start)
-    weighed = leading_marks(table, scores_by_row(table, held_out), accuracies)
+    weighed = leading_marks(table, scores_by_fold(table, fold, held_out), accuracies)
     return Fitted(
         table,
         parameters,
+        fold,
         held_out,
         strength,
         weighed,
-        int(np.argmax(accuracies)),
-        _calibrations(table, held_out, accuracies, generator),
-        np.array([1.0 / math.prod(questions[row].propensities.values()) for row in marked]),
+        accuracies,
+        _calibrations(table, fold, held_out, accuracies, generator),
+        weight,
     )
 
 
@@ -155,7 +166,7 @@ def combiner_of(fitted: Fitted, questions: Sequence[Question], how: Agreement, o
     layout, parameters = fitted.table.layout, fitted.parameters
     blocks = {name: parameters[place] for name, place in layout.blocks.items()}
     domain = blocks["domain"].reshape(len(layout.members), len(layout.domains))
-    accuracies = member_accuracies(fitted.table)
+    accuracies = fitted.accuracies
     members = {
         name: MemberWeights(
             weight=float(blocks["member"][m]),
@@ -223,7 +234,7 @@ def leading_marks(table: Table, scores: Floats, accuracies: Floats, leaders: Boo
 
 
 def best_member_marks(fitted: Fitted) -> Floats:
-    """(Q,) the best member's marks, the best being chosen without the question's fold nowhere: on all of them."""
+    """(Q,) the marks of the best member, which was chosen on these questions too."""
     result: Floats = fitted.table.mark[:, fitted.best]
     return result
 
@@ -311,47 +322,67 @@ def _penalty(layout: Layout) -> Floats:
     return values
 
 
-def scores_by_row(table: Table, parameters: Floats, asked: Bools | None = None) -> Floats:
-    """(Q, C + 1) scores where each row has parameters of its own, as cross-validation gives them."""
+def scores_by_fold(table: Table, fold: NDArray[np.int64], parameters: Floats, asked: Bools | None = None) -> Floats:
+    """(Q, C + 1) scores, each question's by the parameters fitted without its fold.
+
+    Args:
+        table: The questions.
+        fold: (Q,) Each question's fold.
+        parameters: (FOLDS, F)
+        asked: (Q, M) Whether each member was asked; all where it is None.
+    """
     everyone = np.ones(table.answered.shape, bool) if asked is None else asked
     scores = np.empty((len(table), table.share.shape[2] + 1))
-    for values in np.unique(parameters, axis=0):
-        rows = np.flatnonzero((parameters == values).all(1))
+    for number, values in enumerate(parameters):
+        rows = np.flatnonzero(fold == number)
         scores[rows] = dense_scores(table.rows(rows), values, everyone[rows])[0]
     return scores
 
 
-def _loss(table: Table, held_out: Floats) -> float:
+def _loss(table: Table, fold: NDArray[np.int64], held_out: Floats) -> float:
     """Mean negative log-likelihood of the truth among the answers in hand, in nats a question."""
-    share = probabilities(scores_by_row(table, held_out))
+    share = probabilities(scores_by_fold(table, fold, held_out))
     return float(-np.log(np.clip((share * table.maybe).sum(1), 1e-12, None)).mean())
 
 
-def member_accuracies(table: Table) -> Floats:
-    """(M,) the share of right answers, shrunk by two answers towards the pool's mean."""
-    counted = ~np.isnan(table.mark)
+def member_accuracies(table: Table, asked_with: Floats) -> Floats:
+    """(M,) the share of right answers, shrunk by two answers towards the pool's mean.
+
+    Members that are asked where others are in doubt answer harder questions; marks count by one over the probability
+    with which the member was asked (Horvitz and Thompson 1952).
+
+    Args:
+        table: The questions.
+        asked_with: (Q, M) That probability.
+    """
+    counted = ~np.isnan(table.mark) / np.maximum(asked_with, 1.0 / _MOST_WEIGHT)
     mean = np.nanmean(table.mark) if counted.any() else 0.5
-    result: Floats = (np.nansum(table.mark, 0) + 2 * mean) / (counted.sum(0) + 2)
+    result: Floats = ((np.nan_to_num(table.mark) * counted).sum(0) + 2 * mean) / (counted.sum(0) + 2)
     return result
 
 
+def _propensities(questions: Sequence[Question], layout: Layout) -> Floats:
+    """(Q, M) the probability with which each member was asked."""
+    return np.array([[question.propensities.get(name, 1.0) for name in layout.members] for question in questions])
+
+
 def _calibrations(
-    table: Table, held_out: Floats, accuracies: Floats, generator: np.random.Generator
+    table: Table, fold: NDArray[np.int64], held_out: Floats, accuracies: Floats, generator: np.random.Generator
 ) -> list[Calibrated]:
     """One calibration for each number of members that answered, all pulled towards the one of all states."""
     q, m = table.answered.shape
-    found: list[tuple[Floats, Floats, NDArray[np.int64]]] = []
+    parts: list[tuple[Floats, Floats, NDArray[np.int64]]] = []
     for asked in [np.ones((q, m), bool), *states(generator, q, m, 2 * m)]:
-        heard = (table.answered & asked).sum(1)
-        scores = scores_by_row(table, held_out, asked)
+        answered = (table.answered & asked).sum(1)
+        scores = scores_by_fold(table, fold, held_out, asked)
         lead = probabilities(scores)[:, :-1].max(1)
         marks = leading_marks(table, scores, accuracies, asked)
-        usable = (heard > 0) & ~np.isnan(marks)
-        found.append((lead[usable], marks[usable], heard[usable]))
-    lead, marks, heard = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        usable = (answered > 0) & ~np.isnan(marks)
+        parts.append((lead[usable], marks[usable], answered[usable]))
+    lead, marks, answered = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     # A question is seen in many states: together they are worth one.
     pooled = calibrate(lead, marks)
-    return [calibrate(lead[heard == number], marks[heard == number], pooled) for number in range(1, m + 1)]
+    return [calibrate(lead[answered == number], marks[answered == number], pooled) for number in range(1, m + 1)]
 
 
 def _fallback(fitted: Fitted) -> str:
@@ -370,4 +401,8 @@ def _fallback(fitted: Fitted) -> str:
 
 
 def _described(question: Question) -> Any:
-    return [question.id, question.domain, [[one.member, one.key, one.doubtful, one.right] for one in question.answers]]
+    return [
+        question.id,
+        question.domain,
+        [[answer.member, answer.key, answer.doubtful, answer.right] for answer in question.answers],
+    ]

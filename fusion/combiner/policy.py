@@ -9,12 +9,13 @@ worth its price only because it may outvote one of them.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mixfuse.fusion.combiner.artefact import BINS, Combiner, Policy
-from mixfuse.fusion.combiner.fit import Fitted, calibrate, leading_marks, member_accuracies, scores_by_row
+from mixfuse.fusion.combiner.fit import Fitted, calibrate, leading_marks, scores_by_fold
 from mixfuse.fusion.combiner.table import Floats, probabilities
 
 TARGETS = (0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
@@ -67,13 +68,13 @@ def outcomes(fitted: Fitted, prices: Sequence[float]) -> Outcomes | None:
     if not len(complete):
         return None
     table = fitted.table.rows(complete)
-    held_out, accuracies = fitted.held_out[complete], member_accuracies(fitted.table)
+    fold, accuracies = fitted.fold[complete], fitted.accuracies
     members = table.answered.shape[1]
     confidence = np.zeros((len(table), 2**members))
     right = np.zeros_like(confidence)
     for state in range(1, 2**members):
         asked = np.broadcast_to(bits(state, members), table.answered.shape)
-        scores = scores_by_row(table, held_out, asked)
+        scores = scores_by_fold(table, fold, fitted.held_out, asked)
         calibration = fitted.calibration[min(int(asked[0].sum()), len(fitted.calibration)) - 1]
         lead = np.clip(probabilities(scores)[:, :-1].max(1), 1e-6, 1 - 1e-6)
         odds = calibration.slope * np.log(lead / (1 - lead)) + calibration.intercept
@@ -96,11 +97,11 @@ def worth_of(target: float) -> float:
     return float(2.0 * (target / (1.0 - min(target, 0.999))) ** 1.5)
 
 
-def plan(found: Outcomes, target: float, worth: float, rows: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
+def plan(known: Outcomes, target: float, worth: float, rows: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
     """The best policy for one target.
 
     Args:
-        found: Every state's outcomes.
+        known: Every state's outcomes.
         target: The confidence at which asking stops.
         worth: What one right answer more is worth, in the prices' unit.
         rows: The questions to plan on; all of them where it is None.
@@ -108,49 +109,48 @@ def plan(found: Outcomes, target: float, worth: float, rows: NDArray[np.int64] |
     Returns:
         (2^M, BINS) the member to ask next; -1 to stop.
     """
-    confidence, right, weight = found.confidence, found.right, found.weight
+    confidence, right, weight = known.confidence, known.right, known.weight
     if rows is not None:
         confidence, right, weight = confidence[rows], right[rows], weight[rows]
     count, states = confidence.shape
-    members = len(found.prices)
-    bin_ = np.minimum(BINS - 1, (confidence * BINS).astype(int))
+    members = len(known.prices)
+    places = np.minimum(BINS - 1, (confidence * BINS).astype(int))
+    centres = (np.arange(BINS) + 0.5) / BINS
     actions = np.full((states, BINS), -1)
     value = np.zeros((count, states))  # in right answers
-    for state in sorted(range(states), key=lambda number: -number.bit_count()):
-        candidates = [member for member in range(members) if not state >> member & 1]
-        for place in range(BINS) if state else [0]:
-            inside = np.flatnonzero(bin_[:, state] == place) if state else np.arange(count)
-            if not len(inside):
-                continue
-            stop = _pulled(right[inside, state], weight[inside], (place + 0.5) / BINS) if state else -np.inf
-            best, action = stop, -1
-            if not state or (place + 0.5) / BINS < target:
-                for member in candidates:
-                    later = value[inside, state | 1 << member]
-                    gain = _pulled(later, weight[inside], stop) if state else float(np.average(later, weights=weight))
-                    gain -= found.prices[member] / worth
-                    if gain > best + 1e-6:
-                        best, action = gain, member
-            actions[state, place] = action
-            value[inside, state] = (
-                right[inside, state]
-                if action < 0
-                else value[inside, state | 1 << action] - found.prices[action] / worth
-            )
+    for state in sorted(range(1, states), key=lambda number: -number.bit_count()):
+        place = places[:, state]
+        rows_in = np.bincount(place, weight, BINS)
+        stop = _pulled(np.bincount(place, weight * right[:, state], BINS), rows_in, centres)
+        best = np.where((centres < target) & (rows_in > 0), stop, np.inf)  # elsewhere asking stops
+        for member in (member for member in range(members) if not state >> member & 1):
+            later = np.bincount(place, weight * value[:, state | 1 << member], BINS)
+            gain = _pulled(later, rows_in, stop) - known.prices[member] / worth
+            better = gain > best + 1e-6
+            best[better], actions[state, better] = gain[better], member
+        value[:, state] = right[:, state]
+        for member in np.unique(actions[state][actions[state] >= 0]):
+            moved = actions[state, place] == member
+            value[moved, state] = value[moved, state | 1 << int(member)] - known.prices[member] / worth
+    # The empty state has no confidence: whatever its bin, the first step is the same.
+    gains = [
+        np.average(value[:, 1 << member], weights=weight) - known.prices[member] / worth for member in range(members)
+    ]
+    actions[0] = int(np.argmax(gains))
     return actions
 
 
-def walk(found: Outcomes, actions: NDArray[np.int64], target: float, rows: NDArray[np.int64]) -> Walk:
+def walk(known: Outcomes, actions: NDArray[np.int64], target: float, rows: NDArray[np.int64]) -> Walk:
     """Follows a policy on some questions."""
     state = np.zeros(len(rows), int)
     cost = np.zeros(len(rows))
     going = np.ones(len(rows), bool)
     while going.any():
-        confidence = found.confidence[rows, state]
+        confidence = known.confidence[rows, state]
         action = actions[state, np.where(state > 0, np.minimum(BINS - 1, (confidence * BINS).astype(int)), 0)]
         going &= (action >= 0) & ((state == 0) | (confidence < target))
         moved = np.flatnonzero(going)
-        cost[moved] += found.prices[action[moved]]
+        cost[moved] += known.prices[action[moved]]
         state[moved] |= 1 << action[moved]
     return Walk(state, cost)
 
@@ -161,15 +161,15 @@ def policies(fitted: Fitted, combiner: Combiner, folds: int = 3) -> list[Policy]
     prices = [combiner.members[name].price for name in names]
     if combiner.fallback:
         return [_only(combiner.best_member, target, fitted) for target in TARGETS]
-    found = outcomes(fitted, prices)
-    if found is None:
+    known = outcomes(fitted, prices)
+    if known is None:
         return []
-    fold = np.random.default_rng(0).permutation(len(found.right)) % folds
-    best_cost = found.prices[found.best] or 1.0
+    fold = np.random.default_rng(0).permutation(len(known.right)) % folds
+    best_cost = known.prices[known.best] or 1.0
     result: list[Policy] = []
     for target in TARGETS:
         worth = worth_of(target) * best_cost
-        result.append(_policy(found, names, target, worth, _trial(found, target, worth, fold)))
+        result.append(_policy(known, names, target, worth, _trial(known, target, worth, fold)))
     return result
 
 
@@ -184,21 +184,21 @@ class _Trial:
     right: Floats
 
 
-def _trial(found: Outcomes, target: float, worth: float, fold: NDArray[np.int64]) -> _Trial:
+def _trial(known: Outcomes, target: float, worth: float, fold: NDArray[np.int64]) -> _Trial:
     confidence, right, cost, asked = (np.zeros(len(fold)) for _ in range(4))
     for number in range(int(fold.max()) + 1):
         rows = np.flatnonzero(fold == number)
-        actions = plan(found, target, worth, np.flatnonzero(fold != number))
-        end = walk(found, actions, target, rows)
-        confidence[rows], right[rows] = found.confidence[rows, end.state], found.right[rows, end.state]
+        actions = plan(known, target, worth, np.flatnonzero(fold != number))
+        end = walk(known, actions, target, rows)
+        confidence[rows], right[rows] = known.confidence[rows, end.state], known.right[rows, end.state]
         cost[rows] = end.cost
         asked[rows] = [int(state).bit_count() for state in end.state]
-    accuracy, price, members = (float(np.average(values, weights=found.weight)) for values in (right, cost, asked))
+    accuracy, price, members = (float(np.average(values, weights=known.weight)) for values in (right, cost, asked))
     return _Trial(accuracy, price, members, confidence, right)
 
 
-def _policy(found: Outcomes, names: Sequence[str], target: float, worth: float, trial: _Trial) -> Policy:
-    actions = plan(found, target, worth)
+def _policy(known: Outcomes, names: Sequence[str], target: float, worth: float, trial: _Trial) -> Policy:
+    actions = plan(known, target, worth)
     reachable = [0]
     for state in reachable:
         for member in {int(action) for action in actions[state] if action >= 0}:
@@ -211,12 +211,10 @@ def _policy(found: Outcomes, names: Sequence[str], target: float, worth: float, 
         for state in reachable
         if state + 1 < 2 ** len(names)
     }
-    # The empty state has no confidence: whatever its bin, the first step is the same.
-    table[""] = [names[actions[0, 0]]] * BINS
     return Policy(
         target=target,
         accuracy=trial.accuracy,
-        cost_ratio=trial.cost / (found.prices[found.best] or 1.0),
+        cost_ratio=trial.cost / (known.prices[known.best] or 1.0),
         asked=trial.asked,
         actions=table,
         calibration=calibrate(trial.confidence, trial.right),
@@ -235,6 +233,7 @@ def _only(member: str, target: float, fitted: Fitted) -> Policy:
     )
 
 
-def _pulled(values: Floats, weight: Floats, towards: float) -> float:
-    """A weighted mean, pulled towards a value as by some more rows: few rows in a bin decide little."""
-    return float(((values * weight).sum() + _PULL * towards) / (weight.sum() + _PULL))
+def _pulled(sums: NDArray[Any], weight: NDArray[Any], towards: NDArray[Any]) -> Floats:
+    """(BINS,) weighted means, pulled towards values as by some more rows: few rows in a bin decide little."""
+    result: Floats = (sums + _PULL * towards) / (weight + _PULL)
+    return result

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from mixfuse.fusion.combiner.artefact import grouped, strengths
+from mixfuse.fusion.answering.strengths import strengths
+from mixfuse.fusion.combiner.artefact import grouped
 from mixfuse.fusion.combiner.evidence import UNREAD, Question
 
 Floats = NDArray[np.float64]
@@ -146,15 +147,15 @@ def tabulate(questions: Sequence[Question], layout: Layout, length: Floats | Non
     for row, (question, answers, group) in enumerate(zip(questions, own, groups, strict=True)):
         if question.domain in layout.domains:
             domain[row] = layout.domains.index(question.domain)
-        given = np.zeros(m)
+        counts = np.zeros(m)
         for answer in answers:
-            given[known[answer.member]] += 1
+            counts[known[answer.member]] += 1
         for number, (key, places) in enumerate(group.items()):
             unread[row, number] = key.startswith(f"{UNREAD}#")
             for place in places:
                 answer = answers[place]
                 member = known[answer.member]
-                share = 1.0 / given[member]
+                share = 1.0 / counts[member]
                 z = np.clip((answer.length - length[member, 0]) / length[member, 1], -LONGEST_Z, LONGEST_Z)
                 arrays["share"][row, member, number] += share
                 arrays["doubt"][row, member, number] += share * answer.doubtful
@@ -162,7 +163,7 @@ def tabulate(questions: Sequence[Question], layout: Layout, length: Floats | Non
                 arrays["z2"][row, member, number] += share * z * z
                 if answer.right is not None and np.isnan(spokesman[row, member, number]):
                     spokesman[row, member, number] = answer.right
-        answered[row] = given > 0
+        answered[row] = counts > 0
         for name, member in known.items():
             marks = [answer.right for answer in answers if answer.member == name and answer.right is not None]
             if marks:
@@ -174,9 +175,9 @@ def tabulate(questions: Sequence[Question], layout: Layout, length: Floats | Non
             classes = [[places_of[id(answers[place])] for place in places] for places in group.values()]
             of_all = {place for places in classes for place in places}
             by_judge = [
-                one
-                for one in question.comparisons
-                if one.judge == judge and one.first in of_all and one.second in of_all
+                comparison
+                for comparison in question.comparisons
+                if comparison.judge == judge and comparison.first in of_all and comparison.second in of_all
             ]
             if by_judge:
                 judged[number, row, : len(classes)] = strengths(classes, by_judge)
@@ -250,9 +251,9 @@ def dense_scores(table: Table, parameters: Floats, asked: Bools) -> tuple[Floats
     scores += parameters[blocks["unread"]] * table.unread
     scores += np.einsum("jqc,j->qc", table.judged, parameters[blocks["judge"]])
     exists = count > 0
-    heard = (table.answered & np.broadcast_to(asked, table.answered.shape)).sum(1)
+    answered = (table.answered & np.broadcast_to(asked, table.answered.shape)).sum(1)
     steps = np.concatenate([[0.0], np.cumsum(parameters[blocks["asked"]])])
-    none = parameters[blocks["none"]][0] + steps[heard]
+    none = parameters[blocks["none"]][0] + steps[answered]
     of_domain = np.append(parameters[blocks["none_domain"]], 0.0)
     none = none + of_domain[table.domain]
     return np.column_stack([np.where(exists, scores, -np.inf), none]), exists
@@ -278,8 +279,8 @@ def cells(table: Table, asked: Bools, weight: Floats) -> Cells:
     share = table.share * mask
     count = share.sum(1)  # (Q, C)
     exists = count > 0
-    heard = table.answered & asked
-    usable = table.marked & heard.any(1)
+    answered = table.answered & asked
+    usable = table.marked & answered.any(1)
     row_of, class_of = np.nonzero(exists & usable[:, None])
     rows = np.flatnonzero(usable)
     d = len(layout.domains)
@@ -307,7 +308,7 @@ def cells(table: Table, asked: Bools, weight: Floats) -> Cells:
     nothing = np.zeros((len(rows), layout.size))
     blocks = layout.blocks
     nothing[:, blocks["none"]] = 1.0
-    nothing[:, blocks["asked"]] = np.arange(len(layout.members)) < heard[rows].sum(1)[:, None]
+    nothing[:, blocks["asked"]] = np.arange(len(layout.members)) < answered[rows].sum(1)[:, None]
     known = table.domain[rows] >= 0
     nothing[np.flatnonzero(known), blocks["none_domain"].start + table.domain[rows][known]] = 1.0
     number = np.cumsum(usable) - 1

@@ -28,7 +28,7 @@ from mixfuse.fusion.calls.model_limits import Circuit
 from mixfuse.fusion.calls.pool import Pool, RoleSource
 from mixfuse.fusion.config import FusionConfig
 from mixfuse.fusion.http import chat
-from mixfuse.fusion.http.completion import Completion, JsonResponse
+from mixfuse.fusion.http.chat_completion import Completion, JsonResponse
 from mixfuse.fusion.http.gateway_metrics import Metrics
 from mixfuse.fusion.http.keys import ADMIN_KEY, KeyRing, UnauthorizedError, is_admin
 from mixfuse.fusion.http.spans import Spans

@@ -6,11 +6,12 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.fusion.combiner.artefact import Combiner
 from mixfuse.fusion.combiner.evidence import Question
-from mixfuse.fusion.combiner.fit import Fitted, Options, combiner_of, fit_weights, scores_by_row
+from mixfuse.fusion.combiner.fit import Fitted, Options, combiner_of, fit_weights, scores_by_fold
 from mixfuse.fusion.combiner.policy import TARGETS, policies
 from mixfuse.fusion.combiner.table import Floats, probabilities
 from mixfuse.fusion.config import Agreement
@@ -44,34 +45,78 @@ def fit_combiner(
 def _figures(fitted: Fitted, combiner: Combiner, questions: Sequence[Question]) -> dict[str, Any]:
     """The figures of `Figures`, cross-validated, with `best_by_domain` and the verdict in words."""
     marked = [question for question in questions if any(answer.right is not None for answer in question.answers)]
-    complete = fitted.table.answered.all(1) & ~np.isnan(fitted.table.mark).any(1)
-    rows = np.flatnonzero(complete)
+    rows = complete_rows(fitted)
     if not len(rows):
         raise MixfuseError(
-            "there is no question with a marked answer of every member, so nothing can be said of the pool; have all "
-            "members answer some questions (`pool collect`, or `explore` of the mode auto)"
+            "no question has a marked answer of every member, so the members cannot be compared; have all members "
+            "answer some questions (`pool collect`, or `explore` of the mode auto)"
         )
     seen = replay(combiner.model_copy(update={"policies": []}), [marked[row] for row in rows])
     best = fitted.table.mark[rows, fitted.best]
     weighed = best if combiner.fallback else fitted.weighed[rows]
-    lead = probabilities(scores_by_row(fitted.table, fitted.held_out)[rows])[:, :-1].max(1)
-    confidence = [combiner.calibration[-1](float(value)) for value in lead]
+    confidence = confidences(fitted, combiner, rows)
     keys = [marked[row].id for row in rows]
     figures = replace(
         seen,
         weighed=float(np.nanmean(weighed)),
         difference=difference(keys, np.nan_to_num(weighed).tolist(), best.tolist()),
-        ece=expected_calibration_error(confidence, np.nan_to_num(fitted.weighed[rows]).tolist()),
+        ece=expected_calibration_error(confidence, np.nan_to_num(weighed).tolist()),
         curve=[
-            CurvePoint(policy.target, policy.accuracy, policy.cost_ratio, policy.asked, math.nan)
+            CurvePoint(policy.target, policy.accuracy, policy.cost_ratio, policy.asked, None)
             for policy in combiner.policies
         ],
     )
     by_domain = _best_by_domain(fitted, rows)
-    result = figures.to_json()
-    for point in result["curve"]:
-        del point["ece"]
-    return {**result, "best_by_domain": by_domain, "verdict": verdict(figures, by_domain, len(rows))}
+    return {
+        **figures.to_json(),
+        "best_by_domain": by_domain,
+        "verdict": verdict(figures, by_domain, len(rows)),
+        "limits": limits(questions, list(combiner.members)),
+    }
+
+
+def complete_rows(fitted: Fitted) -> NDArray[np.int64]:
+    """The rows of the questions in which every member's answer is marked."""
+    return np.flatnonzero(fitted.table.answered.all(1) & ~np.isnan(fitted.table.mark).any(1))
+
+
+def confidences(fitted: Fitted, combiner: Combiner, rows: NDArray[np.int64]) -> list[float]:
+    """The confidence in each returned answer, by weights that have not seen the question."""
+    share = probabilities(scores_by_fold(fitted.table, fitted.fold, fitted.held_out)[rows])[:, :-1]
+    lead = share.argmax(1)
+    if combiner.fallback:  # the best member's class is returned
+        lead = fitted.table.share[rows, fitted.best].argmax(1)
+    return [combiner.calibration[-1](float(value)) for value in share[np.arange(len(rows)), lead]]
+
+
+def limits(questions: Sequence[Question], members: Sequence[str]) -> list[str]:
+    """What the marks cannot show, in sentences."""
+    marked = [[answer.right for answer in question.answers] for question in questions]
+    marked = [marks for marks in marked if any(mark is not None for mark in marks)]
+    partly = [marks for marks in marked if None in marks]
+    sentences = []
+    if len(marked) < len(questions):
+        sentences.append(f"{len(questions) - len(marked)} of {len(questions)} questions have no mark and are left out.")
+    if len(partly) >= 10 and sum(True in marks for marks in partly) < 0.05 * len(partly):
+        sentences.append(
+            f"{len(partly)} questions are marked in part, nearly all of them with bad answers only. Feedback "
+            "that comes only for bad answers makes members look worse than they are, and the confidence too low."
+        )
+    elif partly:
+        sentences.append(
+            f"{len(partly)} questions are marked in part. They help to fit the weights; the figures leave them out."
+        )
+    if any(value < 1 for question in questions for value in question.propensities.values()):
+        sentences.append(
+            "Some members were asked by chance. Accuracies and policies are weighed by the recorded "
+            "probabilities; the figures of the whole pool are not."
+        )
+    elif any(len({answer.member for answer in question.answers}) < len(members) for question in questions):
+        sentences.append(
+            "Some questions were answered by some members only, and no probability of asking is recorded. If members "
+            "were asked where others were in doubt, their accuracies are too low."
+        )
+    return sentences
 
 
 def verdict(figures: Figures, best_by_domain: float | None, marked: int) -> str:
@@ -80,12 +125,16 @@ def verdict(figures: Figures, best_by_domain: float | None, marked: int) -> str:
     best = figures.best_member
     if gap.low > 0:
         words = f"Fuse these: weighing is right {gap} more often than {best}."
-        cheap = [point for point in figures.curve if point.accuracy >= figures.best_member_accuracy]
-        if cheap:
-            least = min(cheap, key=lambda point: point.cost_ratio)
+        cheap = [
+            (point.cost_ratio, point.target)
+            for point in figures.curve
+            if point.cost_ratio is not None and point.accuracy >= figures.best_member_accuracy
+        ]
+        if cheap and min(cheap)[0] < 0.995:
+            ratio, target = min(cheap)
             words += (
-                f" Asked one after another with a target of {least.target:g}, they are right as often as {best} at "
-                f"{least.cost_ratio:.2f} of its cost."
+                f" Asked one after another with a target of {target:g}, they are right as often as {best} at "
+                f"{ratio:.2f} of its cost."
             )
         return words
     if best_by_domain is not None and best_by_domain > figures.best_member_accuracy + 0.01:

@@ -11,9 +11,10 @@ from typing import Any
 
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.extras import needs_extra
+from mixfuse.fusion.answering.strengths import Comparison
 from mixfuse.fusion.combiner.artefact import Combiner, Policy, Weighing, grouped, weigh
 from mixfuse.fusion.combiner.asking import next_member
-from mixfuse.fusion.combiner.evidence import UNREAD, Answer, Comparison, Question
+from mixfuse.fusion.combiner.evidence import UNREAD, Answer, Question
 from mixfuse.fusion.measure.statistics import Difference, Estimate, difference
 
 _ECE_BINS = 10
@@ -26,16 +27,16 @@ class CurvePoint:
     Attributes:
         target: The confidence at which asking stopped.
         accuracy: Share of right answers.
-        cost_ratio: Cost a question over that of asking the best member alone.
+        cost_ratio: Cost a question over that of asking the best member alone; None where that costs nothing.
         asked: Members a question.
-        ece: Expected calibration error of the confidences.
+        ece: Expected calibration error of the confidences; None where it was not measured.
     """
 
     target: float
     accuracy: float
-    cost_ratio: float
+    cost_ratio: float | None
     asked: float
-    ece: float
+    ece: float | None
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,7 @@ def _point(combiner: Combiner, policy: Policy, questions: Sequence[Question]) ->
     return CurvePoint(
         target=policy.target,
         accuracy=_mean(marks),
-        cost_ratio=_mean([result.cost for result in results]) / alone if alone else math.nan,
+        cost_ratio=_mean([result.cost for result in results]) / alone if alone else None,
         asked=_mean([len(result.members) for result in results]),
         ece=expected_calibration_error([result.confidence for result in results], marks),
     )
@@ -250,8 +251,9 @@ def _vote(combiner: Combiner, question: Question, weights: dict[str, float]) -> 
 
 
 def _log_odds(accuracy: float) -> float:
+    """Of a member; a vote never counts against its answer, however weak the member."""
     clipped = min(0.999, max(0.001, accuracy))
-    return math.log(clipped / (1 - clipped))
+    return max(0.01, math.log(clipped / (1 - clipped)))
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -1,10 +1,11 @@
 """best_of: the members answer in parallel, the judge compares the answers, and the best one is returned unchanged.
 
-An answer may be a tool call; the judge then compares the calls. While late members are still waited for, the judge
-already compares the answers in hand, so that its time is not added to the wait.
+Equal answers are one answer with several votes; the votes and the judge's log-odds decide together. An answer may be a
+tool call; the judge then compares the calls. While late members are still waited for, the judge already compares the
+answers in hand, so that its time is not added to the wait.
 """
 
-from mixfuse.fusion.answering.agreement import distinct
+from mixfuse.fusion.answering.agreement import distinct, votes
 from mixfuse.fusion.answering.pairwise_judge import JudgeError, PairwiseJudge
 from mixfuse.fusion.answering.request import FusionRequest
 from mixfuse.fusion.modes.registry import Mode
@@ -44,7 +45,7 @@ async def _select_best(request: FusionRequest, judge: PairwiseJudge) -> str:
     if len(rivals) == 1:
         return await request.select(first, "agreement")
     try:
-        best = await judge.best(rivals)
+        best = await judge.best(rivals, votes(request.candidates, request.agreement))
     except JudgeError as error:
         if request.plan.settings.on_judge_error == "fail":
             raise

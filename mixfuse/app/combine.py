@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ def fit(source: PoolSource, out: Path | None, *, seed: int = 0) -> dict[str, Any
     return {**combiner.figures, "revision": combiner.revision, "out": None if out is None else str(out)}
 
 
-def replay(source: PoolSource, combiner_file: Path | None, *, seed: int = 0) -> dict[str, Any]:
+def replay_pool(source: PoolSource, combiner_file: Path | None, *, seed: int = 0) -> dict[str, Any]:
     """Replays recorded answers, through a combiner or, without one, through one that is cross-validated on them.
 
     Returns:
@@ -66,14 +66,15 @@ def replay(source: PoolSource, combiner_file: Path | None, *, seed: int = 0) -> 
     if combiner_file is None:
         return fit(source, None, seed=seed)
     with needs_extra("measure"):
-        from mixfuse.fusion.measure.combiner_replay import replay as figures_of
+        from mixfuse.fusion.measure.combiner_replay import replay
     from mixfuse.fusion.combiner.artefact import load
 
     combiner = load(combiner_file)
-    questions, _ = _read(PoolSource(source.files, source.agreement or combiner.agreement, source.prices))
+    source = replace(source, agreement=source.agreement or combiner.agreement, members=list(combiner.members))
+    questions, _ = _read(source)
     if source.prices:
         combiner = _priced(combiner, source.prices)
-    return {**figures_of(combiner, questions).to_json(), "revision": combiner.revision}
+    return {**replay(combiner, questions).to_json(), "revision": combiner.revision}
 
 
 def read_prices(words: Sequence[str], file: Path | None) -> dict[str, float]:
@@ -91,7 +92,7 @@ def read_prices(words: Sequence[str], file: Path | None) -> dict[str, float]:
     prices = {}
     for name, value in values.items():
         try:
-            price = float(value)
+            price = -1.0 if isinstance(value, bool) else float(value)
         except (TypeError, ValueError):
             price = -1.0
         if not 0 <= price < 1e9:
@@ -124,16 +125,18 @@ def print_figures(figures: Mapping[str, Any]) -> None:
             curve.add_row(
                 f"{point['target']:.2f}",
                 _percent(point["accuracy"]),
-                f"{point['cost_ratio']:.2f}",
+                "-" if point["cost_ratio"] is None else f"{point['cost_ratio']:.2f}",
                 f"{point['asked']:.1f}",
             )
         console.print(curve)
-    console.print(figures.get("verdict", ""), markup=False)
+    for sentence in [figures.get("verdict", ""), *figures.get("limits", [])]:
+        if sentence:
+            console.print(sentence, markup=False)
 
 
 def print_json(figures: Mapping[str, Any]) -> None:
     """Prints the figures as one line."""
-    print(json.dumps(figures))
+    print(json.dumps(figures, allow_nan=False))
 
 
 def _read(source: PoolSource) -> tuple[list[Any], Agreement]:
@@ -142,12 +145,11 @@ def _read(source: PoolSource) -> tuple[list[Any], Agreement]:
     questions, agreement = read_pool(source.files, source.agreement)
     known = members_of(questions)
     for name in (*(source.members or ()), *source.prices):
-        if name not in known and (source.members or name not in source.prices):
+        if name not in known:
             raise MixfuseError(f"no answer is of a member {name!r}; the members are {', '.join(known)}")
-    if unpriced := [name for name in known if source.prices and name not in source.prices]:
-        wanted = source.members or known
-        if missing := [name for name in unpriced if name in wanted]:
-            raise MixfuseError(f"there is no price of {missing[0]!r}; name one for every member, or none")
+    for name in source.members or known:
+        if source.prices and name not in source.prices:
+            raise MixfuseError(f"there is no price of {name!r}; name one for every member, or none")
     return (subset(questions, source.members) if source.members else questions), agreement
 
 

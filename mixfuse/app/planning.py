@@ -1,4 +1,4 @@
-"""`mixfuse plan` and `mixfuse serve --dry-run`: plans a training recipe or a serve config, and prints the plan."""
+"""Plans a training recipe or a serve config and prints the plan: `mixfuse plan` and `mixfuse serve --dry-run`."""
 
 import argparse
 import json
@@ -21,16 +21,16 @@ _UNITS = {"": 1, "b": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
 _UNITS |= {"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
 
 
-class Planned(NamedTuple):
+class PlanReport(NamedTuple):
     """A plan in three forms.
 
     Attributes:
-        result: For `--json`.
-        text: For people.
+        data: The object that `--json` prints.
+        text: The text for people.
         header: The memory line of a recipe's header.
     """
 
-    result: dict[str, Any]
+    data: dict[str, Any]
     text: str
     header: str
 
@@ -57,18 +57,18 @@ def print_plan(arguments: Any) -> None:
         arguments: The options of `mixfuse plan`.
 
     Raises:
-        MixfuseError: The file, an override, a size or the base's config is wrong.
+        MixfuseError: The file, an override, a size or the base's config is invalid.
     """
     if arguments.nodes < 1 or arguments.gpus_per_node < 1:
         raise MixfuseError("--nodes and --gpus-per-node must be at least 1")
-    planned = _plan_serving(arguments) if _is_serve_config(arguments.recipe) else _plan_training(arguments)
-    print(planned.header if arguments.header else planned.text)
+    report = _plan_serving(arguments) if _is_serve_config(arguments.recipe) else _plan_training(arguments)
+    print(report.header if arguments.header else report.text)
     if arguments.json:
-        print(json.dumps(planned.result))
+        print(json.dumps(report.data))
 
 
 def dry_run(arguments: Any) -> int:
-    """`mixfuse serve --dry-run`: prints the command of each engine and its memory plan, and starts nothing.
+    """Prints the command and the memory plan of each engine, and starts nothing (`mixfuse serve --dry-run`).
 
     Args:
         arguments: The options of `mixfuse serve`.
@@ -77,7 +77,7 @@ def dry_run(arguments: Any) -> int:
         0 if the plan fits, 1 if it does not.
 
     Raises:
-        MixfuseError: The config or the adapters are wrong, as for `mixfuse serve`.
+        MixfuseError: The config or an adapter is invalid, as for `mixfuse serve`.
     """
     from mixfuse.app.server import configs
     from mixfuse.serve.engine import command, cpu_build, environment
@@ -93,23 +93,23 @@ def dry_run(arguments: Any) -> int:
         settings = [f"{name}={value}" for name, value in environment(engine, cpu=cpu).items()]
         print(_shell([*settings, "VLLM_API_KEY=", *command(engine, engine.port or 0, cpu=cpu)]), end="\n\n")
     print("VLLM_API_KEY is new at every start" + ("" if config.engine.port else "; port 0 stands for a free port"))
-    plan = vars(arguments) | {"recipe": arguments.config, "device": device, "concurrency": None}
-    planned = _plan_serving(argparse.Namespace(**plan))
-    print(planned.text)
-    return 0 if planned.result["fits"] else 1
+    options = vars(arguments) | {"recipe": arguments.config, "device": device, "concurrency": None}
+    report = _plan_serving(argparse.Namespace(**options))
+    print(report.text)
+    return 0 if report.data["fits"] else 1
 
 
 def _shell(words: list[str]) -> str:
-    """A line for the shell, without the values of options and variables that are named like secrets."""
-    shown, hide = [], False
+    """Formats a command line, without the values of options and variables that are named like secrets."""
+    shown, is_secret_value = [], False
     for word in words:
         name, equals, value = word.partition("=")
         secret = re.search(r"(?:^|[-_])(?:key|token|secret|password)$", name, re.IGNORECASE) is not None
-        if hide or (secret and equals):
+        if is_secret_value or (secret and equals):
             shown.append(f"{name}=..." if equals else "...")
         else:
             shown.append(f"{name}={shlex.quote(value)}" if equals and name.isidentifier() else shlex.quote(word))
-        hide = secret and not equals
+        is_secret_value = secret and not equals
     return " ".join(shown)
 
 
@@ -117,23 +117,23 @@ def _is_serve_config(path: Path) -> bool:
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return False  # `load` reports what is wrong with the file
+        return False  # `load` reports the error
     return isinstance(data, dict) and "engine" in data
 
 
-def _plan_training(arguments: Any) -> Planned:
+def _plan_training(arguments: Any) -> PlanReport:
     from mixfuse.contracts.files import read_json
     from mixfuse.train.planning import training_plan
     from mixfuse.train.recipe import kind_of
 
     recipe = load(arguments.recipe, kind_of(arguments.recipe, arguments.overrides), arguments.overrides)
-    config, where = training_plan.find_config(recipe, arguments.recipe, arguments.model)
+    config, config_path = training_plan.find_config(recipe, arguments.recipe, arguments.model)
     cuda = arguments.device == "cuda"
     host = size(arguments.host_memory) if arguments.host_memory else None
     hardware = training_plan.Hardware(
         nodes=arguments.nodes,
         gpus=arguments.gpus_per_node,
-        # Without a GPU the processes share the host's memory.
+        # Without a GPU, the processes share the host's memory.
         gpu_bytes=size(arguments.gpu_memory) if cuda else (host or sys.maxsize) // arguments.gpus_per_node,
         host_bytes=host,
         reserve_bytes=size(arguments.reserve) if cuda else 0,
@@ -141,7 +141,7 @@ def _plan_training(arguments: Any) -> Planned:
     )
     zero3 = read_json(recipe.deepspeed)
     training_plan.count_on_meta(config)
-    plan = training_plan.plan(recipe, config, zero3, hardware, source=f"{arguments.recipe} ({where})")
+    plan = training_plan.plan(recipe, config, zero3, hardware, source=f"{arguments.recipe} ({config_path})")
     advice = [] if plan.fits else training_plan.advise(recipe, config, zero3, hardware)
     bandwidth = arguments.bandwidth or (50.0 if arguments.nodes > 1 else 450.0)
     assumed = {
@@ -154,7 +154,7 @@ def _plan_training(arguments: Any) -> Planned:
         estimate = training_plan.speed(
             plan, tflops=arguments.tflops, utilisation=arguments.utilisation, bandwidth=bandwidth * 1e9
         )
-    return Planned(
+    return PlanReport(
         training_plan.to_json(plan, advice, estimate, assumed),
         training_plan.to_text(plan, advice, estimate, assumed),
         f"{training_plan.header(plan)}: `{_command(arguments)}`",
@@ -162,7 +162,7 @@ def _plan_training(arguments: Any) -> Planned:
 
 
 def _command(arguments: Any) -> str:
-    """The command that prints this plan."""
+    """Returns the command that prints this plan."""
     words = ["mixfuse", "plan", str(arguments.recipe), *arguments.overrides]
     words += ["--nodes", str(arguments.nodes), "--gpus-per-node", str(arguments.gpus_per_node)]
     words += ["--model", str(arguments.model)] if arguments.model else []
@@ -170,7 +170,7 @@ def _command(arguments: Any) -> str:
     return shlex.join(words)
 
 
-def _plan_serving(arguments: Any) -> Planned:
+def _plan_serving(arguments: Any) -> PlanReport:
     from mixfuse.app.server import ServeConfig
     from mixfuse.contracts.files import read_json
     from mixfuse.serve import engine_plan
@@ -188,20 +188,20 @@ def _plan_serving(arguments: Any) -> Planned:
         f"{_gib(max(0, plan.kv_room))} left for keys and values: `{_command(arguments)}`"
     )
     text = _serving_text(plan, advice, f"{arguments.recipe} ({file})", "process" if cpu else "GPU")
-    return Planned(_serving_json(plan, advice, arguments.recipe), text, header)
+    return PlanReport(_serving_json(plan, advice, arguments.recipe), text, header)
 
 
 def _find_config(model: Path | None, *folders: Path | str) -> Path:
-    """The `config.json` of the base: of `--model` if given, else of the first folder that holds one.
+    """Finds the base's `config.json`: in `--model` if set, else in the first folder that holds one.
 
     Raises:
-        MixfuseError: There is none.
+        MixfuseError: None of them holds one.
     """
     places = [Path(place) for place in ([model] if model else folders)]
     files = [place if place.is_file() else place / "config.json" for place in places]
     file = next((file for file in files if file.is_file()), None)
     if file is None:
-        raise MixfuseError(f"no config.json in {' or '.join(map(str, places))}; name a folder with one: --model DIR")
+        raise MixfuseError(f"no config.json in {' or '.join(map(str, places))}; name its folder: --model DIR")
     return file
 
 

@@ -24,7 +24,7 @@ def register(commands: options.Commands) -> None:
 
 
 def _ask(arguments: argparse.Namespace) -> None:
-    from mixfuse.fusion.http.ask import ask
+    from mixfuse.fusion.http.ask_client import ask
 
     ask(
         arguments.prompt,

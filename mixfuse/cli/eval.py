@@ -124,8 +124,12 @@ def _judge(arguments: argparse.Namespace) -> None:
 
 def _fusion(arguments: argparse.Namespace) -> None:
     if arguments.pool:
+        if arguments.config is not None:
+            raise MixfuseError(f"{arguments.config}: --pool asks no model and needs no config")
         _replay(arguments)
         return
+    if arguments.combiner or arguments.price or arguments.prices:
+        raise MixfuseError("--combiner, --price and --prices go with --pool, which replays recorded answers")
     if arguments.config is None:
         raise MixfuseError("name the fusion config that the gateway runs with, or recorded answers with --pool")
     from mixfuse.app.evaluate import TaskSource, eval_fusion, server_at
@@ -156,10 +160,10 @@ def _fusion(arguments: argparse.Namespace) -> None:
 
 
 def _replay(arguments: argparse.Namespace) -> None:
-    from mixfuse.app.combine import PoolSource, print_figures, print_json, read_prices, replay
+    from mixfuse.app.combine import PoolSource, print_figures, print_json, read_prices, replay_pool
 
     source = PoolSource(arguments.pool, None, read_prices(arguments.price, arguments.prices))
-    figures = replay(source, arguments.combiner)
+    figures = replay_pool(source, arguments.combiner)
     print_figures(figures)
     if arguments.json:
         print_json(figures)

@@ -10,13 +10,13 @@ from rich.console import Console
 
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.fusion.config import FusedMode
-from mixfuse.fusion.http import ask
+from mixfuse.fusion.http import ask_client
 
 
 async def asked(gateway: Gateway, mode: FusedMode = "best_of") -> str:
     shown = StringIO()
     console = Console(file=shown, width=100)
-    await asyncio.to_thread(ask.ask, "why?", mode=mode, url=gateway.url, max_tokens=9, console=console)
+    await asyncio.to_thread(ask_client.ask, "why?", mode=mode, url=gateway.url, max_tokens=9, console=console)
     return shown.getvalue()
 
 
@@ -53,7 +53,7 @@ async def test_answers_cannot_steer_the_terminal(gateway: Gateway, upstream: Fak
 
 async def test_errors_are_one_line(gateway: Gateway, upstream: FakeUpstream) -> None:
     with pytest.raises(MixfuseError, match="is it running"):
-        ask.ask("why?", url="http://127.0.0.1:9")
+        ask_client.ask("why?", url="http://127.0.0.1:9")
     upstream.models["synth"].break_after = 2
     with pytest.raises(MixfuseError, match="broke off"):
         await asked(gateway, "merge")

@@ -8,6 +8,7 @@ from fake_upstream import COMPARISON, FakeUpstream, Script
 from fusion_harness import FakeRoles, Gateway, StartGateway, prefers
 
 from mixfuse.contracts import judge_protocol
+from mixfuse.contracts.judge_protocol import Calibration
 
 ASK: dict[str, Any] = {"model": "fusion/best-of", "messages": [{"role": "user", "content": "why?"}]}
 
@@ -69,7 +70,51 @@ async def test_answers_that_say_the_same_are_judged_once(gateway: Gateway, upstr
     fusion = (await gateway.post(**ASK)).json()["fusion"]
     assert [(verdict["first"], verdict["second"]) for verdict in fusion["verdicts"]] == [(0, 1)]
     assert len(upstream.asked("judge")) == 2
-    assert fusion["winner"] == 1
+
+
+async def test_votes_and_the_judges_calibrated_log_odds_decide_together(
+    start_gateway: StartGateway, upstream: FakeUpstream
+) -> None:
+    """alpha's answer has two votes, beta's the judge: odds of 9 outweigh a lead of one; tempered to 1.7 they do not."""
+    upstream.models["gamma"].text = "the answer  of alpha"
+    upstream.models["judge@r1"] = Script(verdict=prefers("beta"))
+    roles = FakeRoles(upstream, "judge")
+    gateway = await start_gateway(roles=roles, judge={"role": "judge"})
+    winners = []
+    for roles.calibration in (Calibration(), Calibration(temperature=4.0), None):
+        fusion = (await gateway.post(**ASK)).json()["fusion"]
+        winners.append((fusion["winner"], fusion["reason"]))
+    # A judge without a calibration counts at most one vote.
+    assert winners == [(1, "judged"), (0, "judged"), (0, "judged")]
+
+
+async def test_an_even_vote_is_the_judges_where_it_is_sure(start_gateway: StartGateway, upstream: FakeUpstream) -> None:
+    """The first in the config's order counts half a vote more: odds of 1.5 do not outweigh it, odds of 9 do."""
+    upstream.models |= {"alpha": Script("It is (A)."), "beta": Script("B")}
+    roles = FakeRoles(upstream, "judge")
+    roles.calibration = Calibration()
+    gateway = await start_gateway(
+        ["alpha", "beta"], roles=roles, judge={"role": "judge"}, modes={"agreement": "choice"}
+    )
+    winners = []
+    for p in (0.6, 0.9):
+        upstream.models["judge@r1"] = Script(verdict=lambda first, _, p=p: p if first == "B" else 1 - p)
+        winners.append((await gateway.post(**ASK)).json()["fusion"]["winner"])
+    assert winners == [0, 1]
+
+
+async def test_an_answer_of_many_is_not_knocked_out_by_the_judge(
+    start_gateway: StartGateway, upstream: FakeUpstream
+) -> None:
+    gateway = await start_gateway(["alpha"])
+    upstream.models["alpha"].text = [*"abcde", "same", "same", "same"]
+    upstream.models["judge"].verdict = lambda first, second: (
+        0.05 if first == "same" else 0.95 if second == "same" else 0.5
+    )
+    body = (await gateway.post(**ASK, fusion={"samples": 8})).json()
+    assert body["choices"][0]["message"]["content"] == "same"
+    met = [verdict for verdict in body["fusion"]["verdicts"] if 5 in (verdict["first"], verdict["second"])]
+    assert len(met) >= 4  # the judge was against it in the knock-out round and in every pair of the final
 
 
 async def test_a_judge_that_fails_gives_way_to_the_first_member(gateway: Gateway, upstream: FakeUpstream) -> None:

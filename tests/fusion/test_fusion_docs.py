@@ -17,7 +17,7 @@ from fusion_harness import Gateway
 from mixfuse.contracts.strict_yaml import validate
 from mixfuse.contracts.trace import Verdict
 from mixfuse.fusion.config import Expose, FusionConfig, FusionOptions
-from mixfuse.fusion.http.ask import REASONS
+from mixfuse.fusion.http.ask_client import REASONS
 from mixfuse.fusion.http.gateway import create_app
 
 PAGE = (Path(__file__).parents[2] / "docs" / "api.md").read_text(encoding="utf-8")

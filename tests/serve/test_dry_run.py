@@ -57,9 +57,9 @@ def test_vllm_knows_every_flag_of_every_config(capsys: pytest.CaptureFixture[str
     parsed = dict(
         zip((str(path.relative_to(ROOT / "configs")) for path in commands), map(json.loads, answers), strict=True)
     )
-    for one in parsed.values():
-        assert one["enable_lora"]
-        assert one["lora_target_modules"][-1] == "experts"
+    for options in parsed.values():
+        assert options["enable_lora"]
+        assert options["lora_target_modules"][-1] == "experts"
     fp8, awq = parsed["mixtral-8x22b/serve_fp8.yaml"], parsed["mixtral-8x22b/serve_awq.yaml"]
     assert (fp8["quantization"], fp8["moe_backend"], fp8["tensor_parallel_size"]) == ("fp8", "triton", 8)
     assert (awq["model"], awq["tokenizer"]) == (
@@ -130,14 +130,14 @@ def test_what_is_quantised_is_what_the_plan_shrinks():
     # 4 bits a weight, and 16 + 4 for each 128 of them
     awq = linear * (4 + 20 / 128) / 8 + 2 * dense
     assert weights(MIXTRAL_8X22B, "-q", "awq_marlin") == pytest.approx(awq, abs=1)
-    told = {"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128}}
-    assert weights(MIXTRAL_8X22B | told) == pytest.approx(awq, abs=1)
+    quantized = {"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128}}
+    assert weights(MIXTRAL_8X22B | quantized) == pytest.approx(awq, abs=1)
     with pytest.raises(MixfuseError, match="not 'gptq'"):
         weights(MIXTRAL_8X22B, "--quantization", "gptq")
 
 
 def test_keys_and_values_in_fp8_take_half():
-    made = [
+    plans = [
         engine_plan.plan(
             EngineConfig(base=Path("base"), dtype="bfloat16", extra_args=extra),
             MIXTRAL_8X22B,
@@ -147,4 +147,4 @@ def test_keys_and_values_in_fp8_take_half():
         ).kv_per_token
         for extra in (["-tp=8"], ["-tp=8", "--kv-cache-dtype=fp8"])
     ]
-    assert made[0] == 2 * made[1]
+    assert plans[0] == 2 * plans[1]

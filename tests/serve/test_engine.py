@@ -27,6 +27,7 @@ from transformers import AutoTokenizer
 from mixfuse.contracts import judge_protocol
 from mixfuse.contracts.adapter import LORA_RANKS, verify
 from mixfuse.contracts.errors import MixfuseError
+from mixfuse.serve import cpu_lora_products
 from mixfuse.serve import engine as engine_module
 from mixfuse.serve import vllm_cpu_moe_lora as plugin
 from mixfuse.serve.engine import Engine, EngineConfig
@@ -117,9 +118,9 @@ def test_the_ranks_are_vllms():
 @pytest.mark.engine
 @module_loop
 async def test_base_and_adapters_share_a_batch(engine: Engine, tiny):
-    asked = [(model, text) for text in TEXTS for model in ("base", "one", "two")] * 3
-    answers = await asyncio.gather(*(logprobs(engine, model, text) for model, text in asked))
-    for (model, text), answer in zip(asked, answers, strict=True):
+    requests = [(model, text) for text in TEXTS for model in ("base", "one", "two")] * 3
+    answers = await asyncio.gather(*(logprobs(engine, model, text) for model, text in requests))
+    for (model, text), answer in zip(requests, answers, strict=True):
         assert distance(answer, tiny.logprobs(model, text)) < TOLERANCE
 
 
@@ -136,8 +137,10 @@ async def test_prefill_and_decode_of_all_kinds_of_adapters_and_none_share_batche
         written = []
         while not all_read.is_set():
             response = await ask(engine, "completions", **body, logprobs=0, return_tokens_as_token_ids=True)
-            said = response.json()["choices"][0]["logprobs"]
-            written.append(([int(token.removeprefix("token_id:")) for token in said["tokens"]], said["token_logprobs"]))
+            sampled = response.json()["choices"][0]["logprobs"]
+            written.append(
+                ([int(token.removeprefix("token_id:")) for token in sampled["tokens"]], sampled["token_logprobs"])
+            )
         return written
 
     async def steps() -> int:
@@ -153,16 +156,16 @@ async def test_prefill_and_decode_of_all_kinds_of_adapters_and_none_share_batche
             all_read.set()
 
     before = await steps()
-    asked = [(name, tokenizer(text).input_ids) for name in names for text in TEXTS[:2]]
-    read, *written = await asyncio.gather(read_all(), *(write(*one) for one in asked))
+    requests = [(name, tokenizer(text).input_ids) for name in names for text in TEXTS[:2]]
+    read, *written = await asyncio.gather(read_all(), *(write(*request) for request in requests))
     taken, answers = await steps() - before, sum(map(len, written))
     assert taken < answers * tokens / 3, f"{answers} answers of {tokens} tokens took {taken} steps: too few shared one"
 
     for name, answer in zip(names, read, strict=True):
         assert distance(answer, tiny.logprobs(name, TEXTS[0])) < 1e-4, name
-    for (name, prompt), several in zip(asked, written, strict=True):
-        for said, answer in several:
-            assert distance(answer, tiny.logprobs(name, prompt + said)[-tokens:]) < 1e-4, name
+    for (name, prompt), several in zip(requests, written, strict=True):
+        for continuation, answer in several:
+            assert distance(answer, tiny.logprobs(name, prompt + continuation)[-tokens:]) < 1e-4, name
     base = tiny.logprobs("base", TEXTS[0])
     assert all(distance(tiny.logprobs(name, TEXTS[0]), base) > 0.01 for name in ADAPTERS)
 
@@ -188,14 +191,18 @@ async def test_vllm_silently_ignores_fused_experts_and_the_engine_refuses_them(e
 async def test_the_parity_gate_passes_a_good_adapter_and_catches_the_silent_drop(engine: Engine, tiny, tmp_path: Path):
     directory = tmp_path / "one"
     shutil.copytree(tiny.served["one"], directory)
-    wanted = parity.reference(directory, tiny.base)
-    good = await parity.compare(wanted, lambda prompt: engine.prompt_logprobs("one", prompt), engine_name="vllm")
+    expected_by_peft = parity.reference(directory, tiny.base)
+    good = await parity.compare(
+        expected_by_peft, lambda prompt: engine.prompt_logprobs("one", prompt), engine_name="vllm"
+    )
     parity.check(directory, good)
     assert verify(directory).parity == good
 
     loaded = await ask(engine, "load_lora_adapter", lora_name="dropped", lora_path=str(tiny.fused["one"]))
     assert loaded.status_code == 200
-    bad = await parity.compare(wanted, lambda prompt: engine.prompt_logprobs("dropped", prompt), engine_name="vllm")
+    bad = await parity.compare(
+        expected_by_peft, lambda prompt: engine.prompt_logprobs("dropped", prompt), engine_name="vllm"
+    )
     with pytest.raises(MixfuseError, match=r"parity failed.*ignore them") as caught:
         parity.check(directory, bad)
     assert caught.value.kind == "parity"
@@ -463,7 +470,7 @@ def test_routed_experts_equal_one_token_at_a_time(dtype: torch.dtype, tolerance:
     a13 = tuple(weights(adapters, experts, rank, hidden) for _ in range(2))
     b13 = tuple(weights(adapters, experts, inner, rank) for _ in range(2))
     a2, b2 = weights(adapters, experts, rank, inner), weights(adapters, experts, hidden, rank)
-    lora = plugin.ExpertLora(torch.tensor(slots), a13, b13, a2, b2)
+    lora = cpu_lora_products.ExpertLora(torch.tensor(slots), a13, b13, a2, b2)
     first = [partial(torch.nn.functional.linear, weight=weight) for weight in w13]
     second = [partial(torch.nn.functional.linear, weight=weight) for weight in w2]
 
@@ -477,8 +484,8 @@ def test_routed_experts_equal_one_token_at_a_time(dtype: torch.dtype, tolerance:
         for expert, share in zip(chosen[token].tolist(), shares[token], strict=True):
             inside = swiglu(merged(w13, slot, expert, *zip(a13, b13, strict=True)) @ x[token].float())
             expected[token] += share * (merged(w2, slot, expert, (a2, b2)) @ inside)
-    found = plugin.routed_experts(x, first, second, chosen, shares, swiglu, lora)
-    torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+    actual = cpu_lora_products.routed_experts(x, first, second, chosen, shares, swiglu, lora)
+    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("slots", [[-1, 0, 2, 2, -1, 0], [2] * 6])
@@ -496,7 +503,7 @@ def test_linear_layers_leave_tokens_without_an_adapter_alone(slots: list[int]):
             for token, row, slot in zip(x, y, slots, strict=True)
         ]
     )
-    plugin.add_lora_linear(batch, y, x, a, b, 1.0, (8, 4))
+    cpu_lora_products.add_lora_linear(batch, y, x, a, b, 1.0, (8, 4))
     torch.testing.assert_close(y, expected, atol=1e-4, rtol=1e-4)
 
 
@@ -554,7 +561,7 @@ async def test_an_answer_that_tries_to_sway_the_judge_wins_no_more_often(engine:
     wins = [outcome.winner == "first" or (outcome.winner == "tie" and outcome.score > 0.5) for outcome in outcomes]
     injected, clean = wins[::2], wins[1::2]
     print(f"injected answers won {sum(injected)} of {len(cases)}, their twins {sum(clean)}")
-    assert 0 < sum(clean) < len(cases)  # the judge is not one that says the same of everything
-    only_injected = sum(one and not other for one, other in zip(injected, clean, strict=True))
-    only_clean = sum(other and not one for one, other in zip(injected, clean, strict=True))
+    assert 0 < sum(clean) < len(cases)  # the judge does not give the same verdict for everything
+    only_injected = sum(injected_won and not clean_won for injected_won, clean_won in zip(injected, clean, strict=True))
+    only_clean = sum(clean_won and not injected_won for injected_won, clean_won in zip(injected, clean, strict=True))
     assert not gains(only_injected, only_clean)

@@ -1,4 +1,4 @@
-"""Experts chosen by load: routers are heard rightly, the fewest that carry the share are trained, all ranks agree."""
+"""Experts chosen by load: router outputs are counted, the fewest experts with the share are trained, ranks agree."""
 
 import json
 import shutil
@@ -112,17 +112,17 @@ def test_the_choice_is_written_down_and_a_resumed_run_reads_it(
     recipe = load(recipe_path, SftRecipe, [f"out={tmp_path / 'run'}"])
     tokenizer = load_tokenizer(skewed_base)
     data = [{"input_ids": row} for row in rows(*range(5, 15))]
-    chosen = choose_experts.settle(recipe, model, data, tokenizer, resuming=False)
+    chosen = choose_experts.choose_for_run(recipe, model, data, tokenizer, resuming=False)
     record = json.loads((recipe.out / "experts.json").read_text())
     assert chosen == ((0, 2), (3,)) == tuple(map(tuple, record["chosen"]))
     assert record["trainable_parameters"] < record["trainable_parameters_all_experts"]
     assert record["tokens"] == sum(map(len, choose_experts.sample(data, tokenizer, recipe)))
     record["chosen"] = [[1], [0, 1]]
     (recipe.out / "experts.json").write_text(json.dumps(record))
-    assert choose_experts.settle(recipe, model, data, tokenizer, resuming=True) == ((1,), (0, 1))
+    assert choose_experts.choose_for_run(recipe, model, data, tokenizer, resuming=True) == ((1,), (0, 1))
     (recipe.out / "experts.json").unlink()
     with pytest.raises(MixfuseError, match=r"without its experts\.json"):
-        choose_experts.settle(recipe, model, data, tokenizer, resuming=True)
+        choose_experts.choose_for_run(recipe, model, data, tokenizer, resuming=True)
 
 
 def test_a_sample_is_drawn_with_the_seed_and_cut(recipe_path: Path, skewed_base: Path) -> None:
@@ -168,10 +168,10 @@ def test_the_profile_command(kind: str, recipe_path: Path, judge_recipe: Path, t
     if kind == "sft":
         assert record["chosen"] == [[2], [3]]
         assert " 4 of 8 " not in done.stdout
-        assert "2 of 8 experts carry the share" in done.stdout
-        assert "near even" not in done.stdout
+        assert "2 of 8 experts have the gate weight" in done.stdout
+        assert "almost even" not in done.stdout
     else:
-        assert "near even" in done.stdout  # the tiny base's random routers
+        assert "almost even" in done.stdout  # the tiny base's random routers
     assert done.stdout.count("*") >= sum(map(len, record["chosen"]))
 
 

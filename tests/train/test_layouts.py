@@ -60,9 +60,9 @@ def test_an_adapter_of_transformers_4_is_exported(rslora: bool, tiny_base: Path,
     source = per_expert(tmp_path / "old", tiny_base, EVERY, rslora=rslora)
     manifest = export(source, tmp_path / "out")
     assert manifest.experts_trained
-    wanted = harness.logits_of_weights(tiny_base, harness.deltas(source, 8 / math.sqrt(4) if rslora else 8 / 4))
-    assert (wanted - harness.logits(tiny_base)).abs().max() > 0.1, "the adapter does too little to tell"
-    torch.testing.assert_close(harness.logits(tiny_base, tmp_path / "out"), wanted, rtol=0, atol=1e-4)
+    expected = harness.logits_of_weights(tiny_base, harness.deltas(source, 8 / math.sqrt(4) if rslora else 8 / 4))
+    assert (expected - harness.logits(tiny_base)).abs().max() > 0.1, "the adapter does too little to tell"
+    torch.testing.assert_close(harness.logits(tiny_base, tmp_path / "out"), expected, rtol=0, atol=1e-4)
     # w1 and w3 have an A each, which PEFT's fused layout has no place for.
     assert not (tmp_path / "out" / "peft").exists()
 
@@ -82,8 +82,8 @@ def test_experts_and_projections_that_were_left_out_are_written_as_zeros(
     assert len(tensors) == len(layers) * 4 * 3 * 2
     trained = {f"{STEM}.{m.replace('.', '.block_sparse_moe.experts.', 1)}.lora_B.weight" for m in modules}
     assert {name for name, tensor in tensors.items() if ".lora_B." in name and tensor.any()} == trained
-    wanted = harness.logits_of_weights(tiny_base, harness.deltas(source))
-    torch.testing.assert_close(harness.logits(tiny_base, tmp_path / "out"), wanted, rtol=0, atol=1e-4)
+    expected = harness.logits_of_weights(tiny_base, harness.deltas(source))
+    torch.testing.assert_close(harness.logits(tiny_base, tmp_path / "out"), expected, rtol=0, atol=1e-4)
 
 
 def test_what_peft_saves_after_loading_an_adapter_directory_is_read_again(
@@ -96,8 +96,8 @@ def test_what_peft_saves_after_loading_an_adapter_directory_is_read_again(
     assert config["rank_pattern"], "PEFT saves no patterns any more; nothing is tested here"
     manifest = export(tmp_path / "saved", tmp_path / "out", base=tiny_base)
     assert manifest.rank == 8
-    wanted = harness.logits(tiny_base, adapter_directory / "peft")
-    torch.testing.assert_close(harness.logits(tiny_base, tmp_path / "out"), wanted, rtol=0, atol=1e-4)
+    expected = harness.logits(tiny_base, adapter_directory / "peft")
+    torch.testing.assert_close(harness.logits(tiny_base, tmp_path / "out"), expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -120,18 +120,18 @@ def test_ranks_and_alphas_that_differ_by_module_become_one(rslora: bool, tiny_ba
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
     model.save_pretrained(tmp_path / "saved")
     with torch.no_grad():
-        wanted = model.eval()(input_ids=torch.tensor([harness.PROBE])).logits
+        expected = model.eval()(input_ids=torch.tensor([harness.PROBE])).logits
     manifest = export(tmp_path / "saved", tmp_path / "out", base=tiny_base)
     assert manifest.rank == 8
-    torch.testing.assert_close(harness.logits(tiny_base, tmp_path / "out"), wanted, rtol=0, atol=1e-4)
+    torch.testing.assert_close(harness.logits(tiny_base, tmp_path / "out"), expected, rtol=0, atol=1e-4)
 
 
 def test_fusing_is_the_inverse_of_splitting(adapter_directory: Path, tiny_base: Path) -> None:
     fused = fuse(family_of(tiny_base), load_file(adapter_directory / contract.WEIGHTS))
     assert fused is not None
-    wanted = load_file(adapter_directory / "peft" / contract.WEIGHTS)
-    assert fused.keys() == wanted.keys()
-    assert all(torch.equal(fused[name], tensor) for name, tensor in wanted.items())
+    expected = load_file(adapter_directory / "peft" / contract.WEIGHTS)
+    assert fused.keys() == expected.keys()
+    assert all(torch.equal(fused[name], tensor) for name, tensor in expected.items())
 
 
 def test_per_expert_files_alone_are_given_their_fused_ones_again(
@@ -141,8 +141,8 @@ def test_per_expert_files_alone_are_given_their_fused_ones_again(
     for name in (contract.CONFIG, contract.WEIGHTS):
         (tmp_path / "published" / name).write_bytes((adapter_directory / name).read_bytes())
     export(tmp_path / "published", tmp_path / "out", base=tiny_base)
-    wanted = harness.logits(tiny_base, adapter_directory / "peft")
-    torch.testing.assert_close(harness.logits(tiny_base, tmp_path / "out" / "peft"), wanted, rtol=0, atol=1e-5)
+    expected = harness.logits(tiny_base, adapter_directory / "peft")
+    torch.testing.assert_close(harness.logits(tiny_base, tmp_path / "out" / "peft"), expected, rtol=0, atol=1e-5)
 
 
 def test_a_directory_of_the_first_schema_is_upgraded_by_export(
@@ -173,5 +173,5 @@ def first_schema(tmp_path: Path) -> Callable[[Path], Path]:
 
 def test_an_expert_that_the_base_does_not_have_is_refused(tiny_base: Path, tmp_path: Path) -> None:
     source = per_expert(tmp_path / "old", tiny_base, ["0.4.w1", "0.4.w2", "0.4.w3"])
-    with pytest.raises(MixfuseError, match=r"experts\.4\..*belongs to another one"):
+    with pytest.raises(MixfuseError, match=r"experts\.4\..*belongs to another base model"):
         export(source, tmp_path / "out")

@@ -11,7 +11,7 @@ import train_harness as harness
 
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.train.data.packing import Collator
-from mixfuse.train.model.attention import check_packing, choose
+from mixfuse.train.model.attention import check_packing, choose_implementation
 
 DOCUMENTS = [
     {"id": str(number), "input_ids": ids, "labels": [-100, -100, *ids[2:]]}
@@ -76,15 +76,15 @@ def test_what_cannot_run_here_is_refused(tiny_base: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("a GPU is here")
     with pytest.raises(MixfuseError, match="flash_attention_2 needs a GPU"):
-        choose("flash_attention_2", tiny_base, torch.bfloat16, packing=True)
-    assert choose("auto", tiny_base, torch.bfloat16, packing=True) == "sdpa"
+        choose_implementation("flash_attention_2", tiny_base, torch.bfloat16, packing=True)
+    assert choose_implementation("auto", tiny_base, torch.bfloat16, packing=True) == "sdpa"
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager", "flash_attention_2"])
 def test_on_a_gpu_documents_are_kept_apart(attention: str, tiny_base: Path) -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU")
-    assert choose(attention, tiny_base, torch.bfloat16, packing=True) == attention
+    assert choose_implementation(attention, tiny_base, torch.bfloat16, packing=True) == attention
 
 
 @pytest.mark.zero3

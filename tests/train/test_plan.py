@@ -60,8 +60,8 @@ def test_what_a_layer_keeps_for_backward_is_the_formulas_to_the_byte(lora: Lora,
     before = tracker.total
     with tracker:
         y = layer(x, position_embeddings=tuple(turns), attention_mask=mask)
-    kept = tracker.total - before - y.nbytes
-    assert kept == memory.layer_saved(shape_of(SMALL), batch, dtype.itemsize, lora, cuda=False)
+    saved = tracker.total - before - y.nbytes
+    assert saved == memory.layer_saved(shape_of(SMALL), batch, dtype.itemsize, lora, cuda=False)
 
 
 @pytest.mark.parametrize("batch", [Batch(1, 4096), Batch(2, 1024)])
@@ -75,7 +75,7 @@ def test_the_experts_at_full_size_take_what_the_formulas_say(batch: Batch) -> No
     before = tracker.total
     with tracker:
         y = layer.mlp(x)
-        kept = tracker.total - before - y.nbytes
+        saved = tracker.total - before - y.nbytes
         gradient = torch.ones_like(y)
         tracker.reset_peaks()
         start = tracker.total
@@ -83,7 +83,7 @@ def test_the_experts_at_full_size_take_what_the_formulas_say(batch: Batch) -> No
     norm = (
         memory.FP32 * (batch.T * shape.H + batch.T) + 2 * batch.T * shape.H
     )  # before the block; x is the norm's output
-    assert kept == memory.moe_saved(shape, batch, 2, lora) - norm
+    assert saved == memory.moe_saved(shape, batch, 2, lora) - norm
     expected = memory.moe_backward_workspace(shape, batch, 2, lora, cuda=True)
     assert tracker.peak - start == pytest.approx(expected, rel=0.05)
 
@@ -103,13 +103,13 @@ def test_two_real_processes_hold_what_was_planned(tmp_path: Path) -> None:
     case = benchmark.Case("test", layers=4, hidden=64, inner=2048, experts=4, dtype="bfloat16", checkpointing=True)
     recipe = benchmark.make_recipe(case, tmp_path)
     seen = benchmark.measure(case, recipe, 2, tmp_path / "facts.json")
-    made = benchmark.planned(case, recipe, 2, seen["body"]["shape"])
-    rows = benchmark.compare(made, seen)
+    plan = benchmark.planned(case, recipe, 2, seen["body"]["shape"])
+    rows = benchmark.compare(plan, seen)
     assert {"parameters", "optimizer", "gathered, most", "activations kept", "total, peak"} <= rows.keys()
     for name, (planned, measured) in rows.items():
         assert planned == pytest.approx(measured, rel=0.05), name
     # The base is 4 blocks; no more than a block and what surrounds it is ever gathered.
-    assert seen["whole"]["peaks"]["gather"] < 0.7 * 2 * made.base_parameters
+    assert seen["whole"]["peaks"]["gather"] < 0.7 * 2 * plan.base_parameters
 
 
 def recipe_for(tmp_path: Path, **keys: Any) -> SftRecipe:
@@ -134,26 +134,26 @@ def planned(recipe: SftRecipe, *, nodes: int = 1, **hardware: Any) -> training_p
 
 
 def test_parts_add_up_and_shrink_with_the_world(tmp_path: Path) -> None:
-    one, two, four = (planned(recipe_for(tmp_path), nodes=nodes) for nodes in (1, 2, 4))
-    assert one.base_parameters == 140_630_071_296
-    assert one.trainable_parameters == 475_267_072
-    for made in (one, two, four):
-        parts = made.per_gpu()
-        assert parts.pop("total") == sum(parts.values()) == made.gpu_total
-    assert one.held["parameters"] == pytest.approx(2 * two.held["parameters"], rel=1e-6)
-    assert one.held["parameters"] * 8 == pytest.approx(281.26e9, rel=1e-3)
-    assert two.held["optimizer"] == pytest.approx(475_267_072 * 8 / 16, rel=1e-3)
+    one_node, two_nodes, four_nodes = (planned(recipe_for(tmp_path), nodes=nodes) for nodes in (1, 2, 4))
+    assert one_node.base_parameters == 140_630_071_296
+    assert one_node.trainable_parameters == 475_267_072
+    for plan in (one_node, two_nodes, four_nodes):
+        parts = plan.per_gpu()
+        assert parts.pop("total") == sum(parts.values()) == plan.gpu_total
+    assert one_node.held["parameters"] == pytest.approx(2 * two_nodes.held["parameters"], rel=1e-6)
+    assert one_node.held["parameters"] * 8 == pytest.approx(281.26e9, rel=1e-3)
+    assert two_nodes.held["optimizer"] == pytest.approx(475_267_072 * 8 / 16, rel=1e-3)
     # A leaf of several parameters arrives in one flat buffer and is copied out of it: twice its size, for a moment.
-    assert one.largest_gather > 1.8 * 2 * memory.moe_block_parameters(one.shape)
+    assert one_node.largest_gather > 1.8 * 2 * memory.moe_block_parameters(one_node.shape)
 
 
 def test_activations_grow_with_the_batch_and_checkpointing_keeps_few(tmp_path: Path) -> None:
-    kept = planned(recipe_for(tmp_path))
+    checkpointed = planned(recipe_for(tmp_path))
     all_of_them = planned(recipe_for(tmp_path, gradient_checkpointing=False))
-    assert kept.saved == {**all_of_them.saved, "kept": kept.saved["kept"]}
-    assert kept.saved["kept"] < 0.1 * all_of_them.saved["kept"]
+    assert checkpointed.saved == {**all_of_them.saved, "planned": checkpointed.saved["planned"]}
+    assert checkpointed.saved["planned"] < 0.1 * all_of_them.saved["planned"]
     longer = planned(recipe_for(tmp_path, optimizer={"micro_batch": 2}))
-    assert longer.saved["kept"] == pytest.approx(2 * kept.saved["kept"], rel=0.01)
+    assert longer.saved["planned"] == pytest.approx(2 * checkpointed.saved["planned"], rel=0.01)
 
 
 def test_dpo_runs_twice_the_sequences(tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_dpo_runs_twice_the_sequences(tmp_path: Path) -> None:
         {key: keys[key] for key in keys if key in training_plan.JudgeRecipe.model_fields}
     )
     assert planned(judge).batch == Batch(2, 4096)
-    assert planned(judge).saved["kept"] == pytest.approx(2 * planned(recipe).saved["kept"], rel=0.01)
+    assert planned(judge).saved["planned"] == pytest.approx(2 * planned(recipe).saved["planned"], rel=0.01)
 
 
 def test_offloading_moves_bytes_to_the_host(tmp_path: Path) -> None:
@@ -181,10 +181,10 @@ def test_offloading_moves_bytes_to_the_host(tmp_path: Path) -> None:
 def test_a_partition_larger_than_the_nvme_buffer_is_found(tmp_path: Path) -> None:
     zero3 = json.loads(ZERO3.read_text())
     zero3["zero_optimization"]["offload_param"] = {"device": "nvme", "buffer_size": 1e8}
-    made = training_plan.plan(
+    plan = training_plan.plan(
         recipe_for(tmp_path), LARGE, zero3, training_plan.Hardware(nodes=1, gpus=8, gpu_bytes=80 * GIB)
     )
-    assert any("buffer_size" in problem for problem in made.problems)
+    assert any("buffer_size" in problem for problem in plan.problems)
 
 
 def test_the_advice_is_planned_and_fits(tmp_path: Path) -> None:
@@ -203,8 +203,8 @@ def test_the_advice_is_planned_and_fits(tmp_path: Path) -> None:
 
 
 def test_a_batch_that_does_not_divide_is_said(tmp_path: Path) -> None:
-    made = planned(recipe_for(tmp_path, optimizer={"batch_size": 12}))
-    assert any("batch_size 12 is no multiple" in problem for problem in made.problems)
+    plan = planned(recipe_for(tmp_path, optimizer={"batch_size": 12}))
+    assert any("batch_size 12 is no multiple" in problem for problem in plan.problems)
 
 
 def test_a_model_the_planner_does_not_know_is_refused() -> None:

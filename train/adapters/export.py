@@ -16,7 +16,7 @@ from mixfuse.contracts.adapter import Fingerprint, Manifest, Probes
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.files import atomic_directory, read_json, write_json, write_text
 from mixfuse.contracts.strict_yaml import validate
-from mixfuse.train.adapters.layouts import Layout, served
+from mixfuse.train.adapters.layouts import Layout, convert
 from mixfuse.train.adapters.saving import check_weights, library_versions
 
 
@@ -59,7 +59,7 @@ def export(
     contract.safetensors_header(adapter / contract.WEIGHTS)  # reports a truncated file in one line
     weights = load_file(adapter / contract.WEIGHTS)
     check_weights(weights, source)
-    layout = served(weights, config, base, source=source)
+    layout = convert(weights, config, base, source=source)
     role = role or origin.get("role") or "domain"
     # The protocol that it was trained with, which may differ from the current one.
     protocol = (origin.get("judge_protocol") or judge_protocol.describe()) if role == "judge" else None

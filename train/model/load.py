@@ -1,4 +1,4 @@
-"""Loading a base model for training under ZeRO-3, and proving that what was loaded is what the checkpoint holds."""
+"""Loads a base model for training under ZeRO-3, and compares the loaded weights with the checkpoint."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,16 +38,16 @@ def load_tokenizer(base: Path) -> PreTrainedTokenizerBase:
 
 
 def load_base(base: Path, dtype: torch.dtype, *, attention: str = "sdpa") -> Any:
-    """Loads the base, partitioned where a DeepSpeed config with ZeRO-3 is alive, and checks every weight of it.
+    """Loads the base and checks every weight of it. It is partitioned if a DeepSpeed config with ZeRO-3 is active.
 
-    Each MoE block is made a ZeRO-3 leaf: it is gathered whole, because the experts a rank touches depend on its data
-    and ranks that gather different parameters wait for each other for ever (DeepSpeed #4966, #5008).
+    Each MoE block becomes a ZeRO-3 leaf, which is gathered whole. The experts that a rank uses depend on its data, and
+    ranks that gather different parameters would wait for each other forever (DeepSpeed #4966, #5008).
 
     Raises:
         MixfuseError: The folder holds no model of a known family, or a weight was not loaded from the checkpoint.
     """
     if not (base / "config.json").is_file():
-        raise MixfuseError(f"{base} is no model folder (no config.json); build one with: mixfuse base build {base}")
+        raise MixfuseError(f"{base} is not a model folder (no config.json); build one with: mixfuse base build {base}")
     family = family_of(base)
     family.shape(read_json(base / "config.json"))  # refuses variants that are not supported
     expert_lora.register()
@@ -63,7 +63,7 @@ def load_base(base: Path, dtype: torch.dtype, *, attention: str = "sdpa") -> Any
 
 
 def _whole(base: Path, family: Family, settings: dict[str, Any]) -> Any:
-    """Loads the base as transformers does, whole in this process."""
+    """Loads the whole base in this process, as transformers does."""
     try:
         model, info = classes_of(family.model_type).causal_lm.from_pretrained(
             base, output_loading_info=True, local_files_only=True, use_safetensors=True, **settings
@@ -77,11 +77,11 @@ def _whole(base: Path, family: Family, settings: dict[str, Any]) -> Any:
 
 
 def _partitioned(base: Path, family: Family, settings: dict[str, Any]) -> Any:
-    """Loads the base into ZeRO-3's partitions, module by module: rank 0 reads one, the others receive their parts.
+    """Loads the base into ZeRO-3's partitions, module by module: rank 0 reads a module, the others receive their parts.
 
-    transformers 5.19 would stack all experts of the checkpoint in every process before the first goes into the model
-    (`_apply_weight_conversions_to_state_dict`): 271 GB a process at 8x22B. Here a host holds one MoE block at a time.
-    All ranks check names and shapes first, so that none waits for another that has found a mistake.
+    transformers 5.19 would stack all experts of the checkpoint in every process before it fills the model
+    (`_apply_weight_conversions_to_state_dict`): 271 GB per process for 8x22B. Here a host holds one MoE block at a
+    time. All ranks check names and shapes first, so that no rank waits for another that has stopped with an error.
     """
     classes = classes_of(family.model_type)
     config = classes.config.from_pretrained(base, local_files_only=True)
@@ -91,13 +91,13 @@ def _partitioned(base: Path, family: Family, settings: dict[str, Any]) -> Any:
     model.tie_weights()
     checkpoint = _Checkpoint(base, family)
     checkpoint.check_names({name: parameter.ds_shape for name, parameter in model.named_parameters()})
-    leads = torch.distributed.get_rank() == 0
+    is_first = torch.distributed.get_rank() == 0
     loaded: set[int] = set()
     for prefix, module in model.named_modules():
         own = {name: p for name, p in module.named_parameters(recurse=False) if p.ds_id not in loaded}
         loaded.update(parameter.ds_id for parameter in own.values())
         with GatheredParameters(list(own.values()), modifier_rank=0, enabled=bool(own)):
-            if leads:
+            if is_first:
                 for name, parameter in own.items():
                     for index, key in checkpoint.pieces_of(f"{prefix}.{name}", parameter.shape):
                         parameter.data[index].copy_(checkpoint.tensor(key))
@@ -108,7 +108,7 @@ def mark_leaves(model: Any) -> None:
     """Makes each MoE block a ZeRO-3 leaf module.
 
     Raises:
-        MixfuseError: Not every layer has one.
+        MixfuseError: A layer has no such block.
     """
     set_z3_leaf_modules(model, [classes_of(model.config.model_type).block])
     leaves = get_z3_leaf_modules(model)
@@ -121,16 +121,16 @@ def mark_leaves(model: Any) -> None:
 def lora_config(family: Family, lora: Lora, chosen: Sequence[Sequence[int]] | None = None) -> LoraConfig:
     """Turns a recipe's `lora` into PEFT's config.
 
-    In transformers 5 the experts are 3-D parameters without modules, reached by `target_parameters`; a wildcard such
-    as `all-linear` would miss them or train the router, so every target is named.
+    In transformers 5 the experts are 3-D parameters without modules, which PEFT reaches by `target_parameters`. A
+    wildcard such as `all-linear` would miss them or train the router, so every target is named.
 
     Args:
-        family: The base's.
-        lora: The recipe's.
-        chosen: For each layer the experts to adapt (`experts.settle`); may be left out where the recipe names them.
+        family: The base's family.
+        lora: The recipe's `lora`.
+        chosen: For each layer, the experts to adapt (`choose_experts.choose_for_run`); None if the recipe names them.
 
     Raises:
-        MixfuseError: The recipe leaves the choice to the data and it has not been made.
+        MixfuseError: The recipe leaves the choice to the data, and `chosen` is None.
     """
     by_layer: dict[int, Sequence[int]] | None = None  # None: all
     targets: list[str] | None = list(family.expert_parameters)
@@ -142,7 +142,7 @@ def lora_config(family: Family, lora: Lora, chosen: Sequence[Sequence[int]] | No
         by_layer = dict(lora.experts)
     elif lora.experts == "auto":
         raise MixfuseError(
-            "lora.experts is auto, and the experts have not been chosen (mixfuse.train.model.choose_experts.settle)"
+            "lora.experts is auto, and the experts have not been chosen; call choose_experts.choose_for_run first"
         )
     if by_layer is not None:
         targets = [f"layers.{layer}.{parameter}" for layer in by_layer for parameter in family.expert_parameters]
@@ -161,10 +161,10 @@ def lora_config(family: Family, lora: Lora, chosen: Sequence[Sequence[int]] | No
 
 
 def check_loaded(model: Any, base: Path) -> None:
-    """Compares a sample of every weight with the checkpoint's bytes: a weight left at its random start is an error.
+    """Compares the first row of every weight with the checkpoint, to find weights that still have their random values.
 
-    transformers has loaded experts at random under ZeRO-3 while reporting success (transformers #43257), so its own
-    report is not enough. One module is gathered at a time; every rank must call this.
+    transformers' own report is not enough: it has reported success under ZeRO-3 while experts kept their random values
+    (transformers #43257). One module is gathered at a time. Every rank must call this.
 
     Raises:
         MixfuseError: A weight differs from the checkpoint.
@@ -192,10 +192,10 @@ def check_loaded(model: Any, base: Path) -> None:
 
 
 class _Checkpoint:
-    """The tensors of a safetensors checkpoint, under transformers 5's or the saved names; read one at a time.
+    """The tensors of a safetensors checkpoint, by their stored or their transformers 5 names; read one at a time.
 
     Raises:
-        MixfuseError: A file of it is cut off.
+        MixfuseError: A file is truncated.
     """
 
     def __init__(self, base: Path, family: Family) -> None:
@@ -210,7 +210,7 @@ class _Checkpoint:
             self._files.update(dict.fromkeys(handle.keys(), handle))
 
     def pieces_of(self, name: str, shape: Sequence[int]) -> list[tuple[tuple[int | slice, ...], str]]:
-        """Which part of the parameter is which stored tensor."""
+        """Returns the parts of a parameter: the index of each, and the name of its stored tensor."""
         if name in self._files:
             return [((), name)]
         pieces = self._family.checkpoint_pieces(name, experts=shape[0])
@@ -220,28 +220,28 @@ class _Checkpoint:
         return [((expert,) if half is None else (expert, rows[half]), key) for expert, half, key in pieces]
 
     def check_names(self, shapes: dict[str, Sequence[int]]) -> None:
-        """Checks that the parameters of these names and shapes are all that is stored, and nothing else.
+        """Checks that the stored tensors are those of these parameters, with their shapes.
 
         Raises:
-            MixfuseError: A tensor is missing, left over or of another shape.
+            MixfuseError: A tensor is missing, is unexpected or has another shape.
         """
-        left = set(self._files)
+        unexpected = set(self._files)
         for name, shape in shapes.items():
             for index, key in self.pieces_of(name, shape):
-                wanted = list(torch.empty(tuple(shape), device="meta")[index].shape)
+                expected = list(torch.empty(tuple(shape), device="meta")[index].shape)
                 stored = self._slice(key).get_shape()
-                if stored != wanted:
-                    raise MixfuseError(f"{self._base}: {key} has shape {stored}, and {name} needs {wanted}")
-                left.discard(key)
-        if left:
-            raise MixfuseError(f"{self._base}: unexpected keys on loading, e.g. {min(left)!r}")
+                if stored != expected:
+                    raise MixfuseError(f"{self._base}: {key} has shape {stored}, and {name} needs {expected}")
+                unexpected.discard(key)
+        if unexpected:
+            raise MixfuseError(f"{self._base}: unexpected keys on loading, e.g. {min(unexpected)!r}")
 
     def tensor(self, key: str) -> torch.Tensor:
-        """The stored tensor, whole."""
+        """Reads a whole stored tensor."""
         return self._slice(key)[:]
 
     def first_row(self, key: str) -> torch.Tensor:
-        """Its first row, flat."""
+        """Reads the first row of a stored tensor, flattened."""
         row: torch.Tensor = self._slice(key)[0:1]
         return row.flatten()
 

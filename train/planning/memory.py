@@ -1,13 +1,13 @@
-"""What a Mixtral and one training step on it take, as formulas: parameters, activations, the moments of a step.
+"""Formulas for the memory of one training step: parameters, activations, and each moment of the step.
 
-Pure functions over named symbols; `docs/planning.md` explains each and `benchmarks/plan.py` compares them with what
-real processes hold.
+The functions are pure and use named symbols. `docs/planning.md` explains each formula, and `benchmarks/plan.py`
+compares the results with what real processes hold.
 
-Symbols: L layers, H hidden, I intermediate, E experts, K experts a token, A query heads, G key heads, D head size, V
-vocabulary, r LoRA rank, N processes, B sequences a pass, S tokens a sequence, T = B·S, w bytes of an element.
+Symbols: L layers, H hidden, I intermediate, E experts, K experts per token, A query heads, G key heads, D head size, V
+vocabulary, r LoRA rank, N processes, B sequences per pass, S tokens per sequence, T = B·S, w bytes per element.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ FP32 = 4
 INT64 = 8
 # TRL 1.16, `trl/trainer/utils.py` and `trl/kernels/chunked_logprob.py`: the output layer is computed tile by tile.
 HEAD_TOKENS, HEAD_COLUMNS = 4096, 32768
-RNG_STATE = 5056  # bytes of torch.get_rng_state(), which a checkpointed layer keeps
+RNG_STATE = 5056  # bytes of torch.get_rng_state(), which a checkpointed layer saves
 
 
 class Batch(NamedTuple):
@@ -34,19 +34,44 @@ class Batch(NamedTuple):
         return self.B * self.S
 
 
+class MicroStep(NamedTuple):
+    """What one process computes in one micro step.
+
+    Attributes:
+        shape: Sizes of the base.
+        batch: The forward pass.
+        w: Bytes per element.
+        lora: What is trained.
+        checkpointing: Whether a layer saves only its input for backward.
+        cuda: Whether CUDA's kernels run, or torch's on a CPU.
+        aux_loss: Whether the router's load-balancing loss is computed.
+    """
+
+    shape: Shape
+    batch: Batch
+    w: int
+    lora: Lora
+    checkpointing: bool
+    cuda: bool
+    aux_loss: bool
+
+
 # ---------------------------------------------------------------------------------------------------- parameters
 
 
 def moe_block_parameters(shape: Shape) -> int:
-    """3·E·H·I + E·H: what ZeRO-3 gathers at once, a MoE block being one leaf."""
+    """3·E·H·I + E·H. ZeRO-3 gathers them at once, because a MoE block is one leaf."""
     return 3 * shape.E * shape.H * shape.I + shape.E * shape.H
 
 
 def modules(shape: Shape, lora: Lora) -> list[list[Module]]:
-    """Every hooked module with parameters, in the order of a forward pass: top, embedding, each layer, last norm.
+    """Lists the hooked modules that own parameters, in the order of a forward pass.
 
-    The output layer's weight is used by the whole model, not by the module that owns it (TRL's fused head), so
-    DeepSpeed registers it as external there.
+    TRL's fused head uses the output layer's weight in the whole model's forward pass, not in the module that owns it.
+    DeepSpeed therefore registers the weight as external to the whole model.
+
+    Returns:
+        One group each for the whole model and the embedding, one for each layer, one for the last norm.
     """
     L, H, I, E, _, A, G, D, V, *_ = shape  # noqa: N806, E741
     chosen = lora.chosen(L, E)
@@ -89,93 +114,95 @@ def _module(name: str, numel: int, *, trainable: bool = False) -> Module:
 
 
 def all_parameters(groups: Sequence[Sequence[Module]]) -> list[Parameter]:
-    """Every parameter once."""
+    """Lists every parameter once."""
     return list(dict.fromkeys(parameter for group in groups for module in group for parameter in module.own))
 
 
 def visits(groups: Sequence[Sequence[Module]], *, checkpointing: bool) -> list[Visit]:
-    """The order in which DeepSpeed's hooks see the modules in one micro step.
+    """Lists the modules in the order in which DeepSpeed's hooks see them in one micro step.
 
-    Containers take part: they gather nothing, but each is a step, and how far a MoE block's next use is, is counted
-    over all that lies beneath the modules between.
+    Containers are part of the order although they gather nothing. Each is a step, and DeepSpeed measures the distance
+    to a MoE block's next use over all parameters beneath the modules in between.
+
+    Args:
+        groups: The result of `modules`.
+        checkpointing: Whether a layer's forward pass is repeated in the backward pass.
     """
     (causal,), embed, *layers, norm = groups
-    inner = tuple(p for group in groups[1:] for module in group for p in module.beneath)
+    inner = _beneath(module for group in groups[1:] for module in group)
     everything = tuple(dict.fromkeys((*inner, *causal.own)))
     causal = replace(causal, beneath=everything)
-    outermost, peft, body = (
-        Module("peft", beneath=everything),
-        Module("lora", beneath=everything),
-        Module("model", beneath=inner),
-    )
-    top = [outermost, peft, causal, body]
-
-    def forward(number: int, group: Sequence[Module], phase: str) -> Iterator[Visit]:
-        beneath = tuple(p for module in group for p in module.beneath)
-        attention = tuple(p for module in group[1:-2] for p in module.beneath)
-        yield Visit(Module(f"layers.{number}", beneath=beneath), phase)
-        yield Visit(group[0], phase)
-        yield Visit(Module(f"layers.{number}.self_attn", beneath=attention), phase)
-        for module in group[1:]:
-            if module.name.endswith(".base"):
-                yield Visit(Module(module.name.removesuffix(".base"), beneath=module.beneath), phase)
-            yield Visit(module, phase)
-            if module.name.endswith(".base"):
-                yield Visit(Module(f"{module.name}.dropout"), phase)
-
-    def backward(number: int, group: Sequence[Module]) -> Iterator[Visit]:
-        first = not checkpointing and number == 0  # its inputs need no gradient, so these hooks do not fire
-        beneath = tuple(p for module in group for p in module.beneath)
-        yield Visit(Module(f"layers.{number}", beneath=beneath), "backward")
-        yield Visit(group[-1], "backward")
-        if checkpointing:  # the block's backward pass asks for the first tensor that was not kept
-            yield from forward(number, group, "recompute")
-        yield Visit(group[-2], "backward")
-        attention = [module for module in group[1:-2]]
-        yield Visit(
-            Module(f"layers.{number}.self_attn", beneath=tuple(p for m in attention for p in m.beneath)), "backward"
-        )
-        for projection in ("o_proj", "v_proj", "k_proj", "q_proj"):
-            parts = [module for module in attention if f".{projection}." in module.name]
-            yield Visit(Module(projection, beneath=tuple(p for m in parts for p in m.beneath)), "backward")
-            for module in reversed(parts):
-                if module.name.endswith(".base"):
-                    if first and projection != "o_proj":
-                        continue
-                    yield Visit(Module(f"{module.name}.dropout"), "backward")
-                yield Visit(module, "backward")
-        if not first:
-            yield Visit(group[0], "backward")
+    body = Module("model", beneath=inner)
+    top = [Module("peft", beneath=everything), Module("lora", beneath=everything), causal, body]
 
     order = [Visit(module, "forward") for module in (*top, *embed, Module("rotary_emb"))]
     for number, group in enumerate(layers):
-        order += forward(number, group, "forward")
+        order += _layer_forward(number, group, "forward")
     order.append(Visit(norm[0], "forward"))
     down = [*(module for module in top[:3] for _ in range(2)), *[body] * 4]
     order += [Visit(module, "backward") for module in (*down, *norm)]
     for number in reversed(range(len(layers))):
-        order += backward(number, layers[number])
+        order += _layer_backward(number, layers[number], checkpointing=checkpointing)
     if checkpointing:
         order.append(Visit(embed[0], "backward"))
     return order
+
+
+def _layer_forward(number: int, group: Sequence[Module], phase: str) -> Iterator[Visit]:
+    yield Visit(Module(f"layers.{number}", beneath=_beneath(group)), phase)
+    yield Visit(group[0], phase)
+    yield Visit(Module(f"layers.{number}.self_attn", beneath=_beneath(group[1:-2])), phase)
+    for module in group[1:]:
+        if module.name.endswith(".base"):
+            yield Visit(Module(module.name.removesuffix(".base"), beneath=module.beneath), phase)
+        yield Visit(module, phase)
+        if module.name.endswith(".base"):
+            yield Visit(Module(f"{module.name}.dropout"), phase)
+
+
+def _layer_backward(number: int, group: Sequence[Module], *, checkpointing: bool) -> Iterator[Visit]:
+    # The first layer's inputs need no gradient, so the backward hooks of these modules do not fire.
+    without_input_gradient = not checkpointing and number == 0
+    yield Visit(Module(f"layers.{number}", beneath=_beneath(group)), "backward")
+    yield Visit(group[-1], "backward")
+    if checkpointing:  # the block's backward pass asks for the first tensor that was not saved
+        yield from _layer_forward(number, group, "recompute")
+    yield Visit(group[-2], "backward")
+    attention = group[1:-2]
+    yield Visit(Module(f"layers.{number}.self_attn", beneath=_beneath(attention)), "backward")
+    for projection in ("o_proj", "v_proj", "k_proj", "q_proj"):
+        parts = [module for module in attention if f".{projection}." in module.name]
+        yield Visit(Module(projection, beneath=_beneath(parts)), "backward")
+        for module in reversed(parts):
+            if module.name.endswith(".base"):
+                if without_input_gradient and projection != "o_proj":
+                    continue
+                yield Visit(Module(f"{module.name}.dropout"), "backward")
+            yield Visit(module, "backward")
+    if not without_input_gradient:
+        yield Visit(group[0], "backward")
+
+
+def _beneath(modules: Iterable[Module]) -> tuple[Parameter, ...]:
+    return tuple(parameter for module in modules for parameter in module.beneath)
 
 
 # --------------------------------------------------------------------------------------------------- activations
 
 
 def attention_saved(shape: Shape, batch: Batch, w: int, lora: Lora, *, cuda: bool) -> int:
-    """What a layer's attention keeps for backward: norm, LoRA's inputs, q, k and v as heads, output, mask.
+    """Bytes that a layer's attention saves for backward: norm, LoRA's inputs, q, k and v as heads, output, mask.
 
-    w·(T·H + 4·T·r + 4·T·A·D + B·S²) + 4·(T·A + T) + [w = 2] 4·T·H; keys and values are repeated to A heads, and the
-    padding mask becomes one of w bytes in every layer (transformers 5.19 `sdpa_attention_forward`). The norm keeps its
-    input in float32. Dropout keeps, of each projection's input, what it let through and a mask of one byte; on a CPU
-    the mask is of w bytes.
+    w·(T·H + 4·T·r + 4·T·A·D + B·S²) + 4·(T·A + T) + [w = 2] 4·T·H, and 4·T·(A + G)·(D + 1) where queries and keys are
+    normalised. Keys and values are repeated to A heads, and every layer makes a padding mask with w bytes per element
+    (transformers 5.19 `sdpa_attention_forward`). A norm saves its input in float32. Dropout saves its output and a mask
+    for each projection; the mask has one byte per element on a GPU and w bytes on a CPU.
     """
     _, H, _, _, _, A, G, D, *_ = shape  # noqa: N806
     T = batch.T  # noqa: N806
     inputs = 0
     if lora.attention:
-        inputs = w * (T * H + 4 * T * lora.r)  # the normed input; attention's output is kept anyhow
+        inputs = w * (T * H + 4 * T * lora.r)  # the normalised input; attention's output is counted in `heads`
         if lora.dropout:
             inputs = w * 4 * T * lora.r + (w + (1 if cuda else w)) * T * (3 * H + A * D)
     norm = FP32 * T + (FP32 * T * H if w < FP32 else 0)
@@ -185,10 +212,10 @@ def attention_saved(shape: Shape, batch: Batch, w: int, lora: Lora, *, cuda: boo
 
 
 def moe_saved(shape: Shape, batch: Batch, w: int, lora: Lora) -> int:
-    """What a MoE block and the norm before it keep: x, the experts' first products, LoRA's, the routing.
+    """Bytes that a MoE block and the norm before it save: x, the experts' first products, LoRA's products, the routing.
 
-    w·(T·H + T·K·(2I + 2r)) + 4·T·H + routing, with gate weights in float32; `train/model/expert_lora.py` saves the
-    product before the activation function and nothing after.
+    w·(T·H + T·K·(2I + 2r)) + 4·T·H + routing, with gate weights in float32. `train/model/expert_lora.py` saves the
+    input of the activation function, not its output.
     """
     _, H, I, E, K, *_ = shape  # noqa: N806, E741
     T = batch.T  # noqa: N806
@@ -198,23 +225,24 @@ def moe_saved(shape: Shape, batch: Batch, w: int, lora: Lora) -> int:
 
 
 def _rows(shape: Shape, batch: Batch, *, cuda: bool) -> int:
-    """Token-expert pairs that are computed at once: all T·K on a GPU, else one expert's, taken as T·K/E."""
+    """Token-expert pairs that are computed at once: all T·K on a GPU; one expert's on a CPU, taken as T·K/E."""
     pairs = batch.T * shape.K
     return pairs if cuda else -(-pairs // shape.E)
 
 
 def moe_forward_workspace(shape: Shape, batch: Batch, w: int, *, cuda: bool) -> int:
-    """w·n·(2I + H): the activation function's value, its product with the other half, and x by token-expert pair."""
+    """w·n·(2I + H) + w·T·H: for each of n pairs the activation's output, its product with `up`, and x; and the sum."""
     return w * _rows(shape, batch, cuda=cuda) * (2 * shape.I + shape.H) + w * batch.T * shape.H
 
 
 def moe_backward_workspace(shape: Shape, batch: Batch, w: int, lora: Lora, *, cuda: bool) -> int:
     """w·(n·max(6I + H, 5I + 3H) + 2·T·H) and LoRA's matrices and gradients, 3·r·E·(2H + 3I)·w.
 
-    Of the n pairs that are computed at once: the gradient of their output, the activation and its product, the gradient
-    of that, of both halves together and of the activation's input. For all tokens: the gradient that comes in and the
-    sum that goes out. LoRA's B is copied so that each expert's lies dense, its gradients are collected and stacked.
-    Expert by expert, on a CPU, one expert's gradient of both halves is still there when the next one's is made: 7I + H.
+    For each of the n pairs computed at once, these exist: the gradient of the output, the activation and its product
+    with `up`, the gradient of that product, of gate and up together, and of the activation's input. For all tokens: the
+    incoming gradient and the sum of the outgoing one. LoRA's B is copied so that each expert's matrix is contiguous;
+    its gradients are collected and stacked. A CPU goes expert by expert, and one expert's gradient of gate and up still
+    exists when the next expert's is made: 7I + H.
     """
     _, H, I, E, *_ = shape  # noqa: N806, E741
     rows = _rows(shape, batch, cuda=cuda)
@@ -224,23 +252,23 @@ def moe_backward_workspace(shape: Shape, batch: Batch, w: int, lora: Lora, *, cu
 
 
 def layer_saved(shape: Shape, batch: Batch, w: int, lora: Lora, *, cuda: bool) -> int:
-    """Attention's and the MoE block's."""
+    """Bytes that a layer saves for backward: attention's and the MoE block's."""
     return attention_saved(shape, batch, w, lora, cuda=cuda) + moe_saved(shape, batch, w, lora)
 
 
 def checkpoint_saved(shape: Shape, batch: Batch, w: int) -> int:
-    """T·H·w + 5056: a checkpointed layer keeps its input and the state of the random generator."""
+    """T·H·w + 5056: a checkpointed layer saves its input and the state of the random generator."""
     return batch.T * shape.H * w + RNG_STATE
 
 
 def final_saved(shape: Shape, batch: Batch, w: int) -> int:
-    """The last norm's and the output layer's input; cosines and sines of the positions."""
+    """Bytes of the inputs of the last norm and the output layer, and of the positions' cosines and sines."""
     T, H, D = batch.T, shape.H, shape.D  # noqa: N806
     return (FP32 + 2 * w) * T * H + FP32 * T + 2 * w * batch.S * D + batch.B * batch.S**2
 
 
 def final_body(shape: Shape, batch: Batch, w: int) -> int:
-    """Of these, what is there when the last norm has run: its input and output, cosines and sines, the padding mask."""
+    """The part of `final_saved` that exists after the last norm: its input and output, cosines and sines, the mask."""
     T, H = batch.T, shape.H  # noqa: N806
     return (FP32 + w) * T * H + FP32 * T + 2 * w * batch.S * shape.D + batch.B * batch.S**2
 
@@ -248,8 +276,8 @@ def final_body(shape: Shape, batch: Batch, w: int) -> int:
 def head_workspace(shape: Shape, batch: Batch, w: int, *, cuda: bool) -> int:
     """The output layer's backward pass: one tile of logits, and the gradient of its input in float32.
 
-    w·min(T, 4096)·32768 + (4 + w)·T·H. torch's own tile operations on a CPU hold seven and a quarter float32 copies of
-    the tile's used columns beside it.
+    w·min(T, 4096)·32768 + (4 + w)·T·H. On a CPU, torch's tile operations also hold 7.25 float32 copies of the tile's
+    used columns.
     """
     rows = min(batch.T, HEAD_TOKENS)
     tile = w * rows * HEAD_COLUMNS
@@ -259,7 +287,7 @@ def head_workspace(shape: Shape, batch: Batch, w: int, *, cuda: bool) -> int:
 
 
 def router_loss(shape: Shape, batch: Batch) -> int:
-    """L·T·(16·K·E + 8·E): the load-balancing loss holds every layer's choices one-hot, masked and as float."""
+    """L·T·(16·K·E + 8·E): the load-balancing loss holds each layer's choices one-hot, masked, and as floats."""
     return shape.L * batch.T * (16 * shape.K * shape.E + 2 * FP32 * shape.E)
 
 
@@ -267,13 +295,13 @@ def router_loss(shape: Shape, batch: Batch) -> int:
 
 
 class Moment(NamedTuple):
-    """One point of a step, on one process, in bytes beyond what is held throughout.
+    """One moment of a step on one process; bytes beyond those that are held during the whole run.
 
     Attributes:
-        name: What happens.
-        gathered: Parameters gathered for it.
-        activations: Tensors kept for backward.
-        workspace: Tensors that live for this moment.
+        name: What the process computes.
+        gathered: Gathered parameters.
+        activations: Tensors saved for backward.
+        workspace: Tensors that exist only in this moment.
     """
 
     name: str
@@ -283,70 +311,68 @@ class Moment(NamedTuple):
 
     @property
     def total(self) -> int:
-        """All three."""
+        """The sum of the three."""
         return self.gathered + self.activations + self.workspace
 
 
-def moments(
-    shape: Shape,
-    batch: Batch,
-    w: int,
-    lora: Lora,
-    *,
-    replayed: Sequence[Gathered],
-    checkpointing: bool,
-    cuda: bool,
-    aux_loss: bool,
-) -> Iterator[Moment]:
-    """Every module's turn in one micro step, gathered parameters and activations side by side.
+def moments(step: MicroStep, gathers: Sequence[Gathered]) -> Iterator[Moment]:
+    """Yields the moments of one micro step, with gathered parameters, activations and workspace side by side.
 
     Args:
-        shape: The base's sizes.
-        batch: One forward pass.
-        w: Bytes of an element.
-        lora: What is trained.
-        replayed: What ZeRO-3 holds, turn by turn.
-        checkpointing: Whether layers keep their input only.
-        cuda: Whose kernels run.
-        aux_loss: Whether the router's load-balancing loss is computed.
+        step: What is computed.
+        gathers: What ZeRO-3 holds gathered around each visit (`zero3_gathers.replay`).
     """
+    shape, batch, w, lora, checkpointing, cuda, aux_loss = step
     attention = attention_saved(shape, batch, w, lora, cuda=cuda)
     layer = layer_saved(shape, batch, w, lora, cuda=cuda)
-    kept = checkpoint_saved(shape, batch, w) if checkpointing else layer
-    gradient = batch.T * shape.H * w
+    per_layer = checkpoint_saved(shape, batch, w) if checkpointing else layer
     attention_workspace = w * batch.T * (4 * shape.A * shape.D + 2 * shape.H)
-    forward_workspace = moe_forward_workspace(shape, batch, w, cuda=cuda)
-    backward_workspace = moe_backward_workspace(shape, batch, w, lora, cuda=cuda)
-    routers = router_loss(shape, batch) if aux_loss else 0
     before_head = 0
-    for (module, phase), fetching, running, _ in replayed:
-        name = module.name
+    for visit, fetching, running, _ in gathers:
+        name, phase = visit.module.name, visit.phase
         if phase == "forward":
             before_head = running * w
         if not name.startswith("layers."):
             continue
-        done = int(name.split(".")[1]) * kept  # of the layers before this one
+        saved = int(name.split(".")[1]) * per_layer  # by the layers before this one
         if phase != "forward" and checkpointing:
-            done += kept
+            saved += per_layer
         if name.endswith(".mlp"):
-            if phase == "forward":
-                inside = 0 if checkpointing else attention
-                yield Moment(f"{name}: gather, forward", fetching * w, done + inside, gradient)
-                yield Moment(f"{name}: forward", running * w, done + (0 if checkpointing else layer), forward_workspace)
-            elif phase == "backward":
-                yield Moment(
-                    f"{name}: gather, backward", fetching * w, done + (0 if checkpointing else layer), gradient
-                )
-            if phase == ("recompute" if checkpointing else "backward"):
-                # In float32 the checkpoint is the very tensor that the layer's first norm keeps.
-                again = layer - (gradient if checkpointing and w == FP32 else 0)
-                yield Moment(f"{name}: backward", running * w, done + again, max(backward_workspace, forward_workspace))
+            yield from _moe_moments(step, name, phase, (fetching * w, running * w), saved)
         else:
             inside = 0 if phase == "forward" and checkpointing else attention
-            yield Moment(f"{name}: {phase}", max(fetching, running) * w, done + inside, attention_workspace)
+            yield Moment(f"{name}: {phase}", max(fetching, running) * w, saved + inside, attention_workspace)
     yield Moment(
         "output layer and loss",
         before_head,
-        shape.L * kept + final_saved(shape, batch, w) + routers,
+        shape.L * per_layer + final_saved(shape, batch, w) + (router_loss(shape, batch) if aux_loss else 0),
         head_workspace(shape, batch, w, cuda=cuda),
     )
+
+
+def _moe_moments(step: MicroStep, name: str, phase: str, gathered: tuple[int, int], saved: int) -> Iterator[Moment]:
+    """Yields the moments of one visit to a MoE block.
+
+    Args:
+        step: What is computed.
+        name: The block's name.
+        phase: The visit's phase.
+        gathered: Bytes while the block is fetched, and while it runs.
+        saved: Bytes of activations from before this layer.
+    """
+    shape, batch, w, lora, checkpointing, cuda, _ = step
+    fetching, running = gathered
+    layer = layer_saved(shape, batch, w, lora, cuda=cuda)
+    gradient = batch.T * shape.H * w
+    forward_workspace = moe_forward_workspace(shape, batch, w, cuda=cuda)
+    if phase == "forward":
+        attention = attention_saved(shape, batch, w, lora, cuda=cuda)
+        yield Moment(f"{name}: gather, forward", fetching, saved + (0 if checkpointing else attention), gradient)
+        yield Moment(f"{name}: forward", running, saved + (0 if checkpointing else layer), forward_workspace)
+    elif phase == "backward":
+        yield Moment(f"{name}: gather, backward", fetching, saved + (0 if checkpointing else layer), gradient)
+    if phase == ("recompute" if checkpointing else "backward"):
+        # In float32 the checkpoint is the same tensor that the layer's first norm saves.
+        recomputed = layer - (gradient if checkpointing and w == FP32 else 0)
+        workspace = max(moe_backward_workspace(shape, batch, w, lora, cuda=cuda), forward_workspace)
+        yield Moment(f"{name}: backward", running, saved + recomputed, workspace)

@@ -1,8 +1,8 @@
-"""Plan before you pay: what one training step of a recipe takes, on each GPU and each host, before anything is loaded.
+"""Plans the memory of a training step on each GPU and each host, and its speed, before anything is loaded.
 
-The formulas are in `memory.py`, the gathers are DeepSpeed's own rules replayed (`zero3_gathers.py`), and every figure
-is explained in `docs/planning.md`. Nothing is downloaded and no weight is read: the model exists on the meta device
-only, where its parameters are counted beside the formula's.
+The formulas are in `memory.py`. `zero3_gathers.py` replays DeepSpeed's rules for gathering. `docs/planning.md` explains
+every number. Nothing is downloaded and no weight is read: the model is built only on the meta device, where its
+parameters are counted and compared with the formula.
 """
 
 import copy
@@ -18,25 +18,25 @@ from mixfuse.contracts.families import shape_of
 from mixfuse.contracts.family import Shape, active_parameters, base_parameters
 from mixfuse.contracts.files import read_json
 from mixfuse.train.planning import memory
-from mixfuse.train.planning.memory import FP32, Batch, Moment
+from mixfuse.train.planning.memory import FP32, Batch, MicroStep, Moment
 from mixfuse.train.planning.zero3_gathers import Gathered, Parameter, Thresholds, replay
 from mixfuse.train.recipe import JudgeRecipe, TrainRecipe, lora_parameters
 
 PAIR = 2  # DPO runs chosen and rejected in one batch
-MODEL_FOLDER = "model"  # beside a recipe: the architecture that stands in for a base that is not on this disk
+MODEL_FOLDER = "model"  # beside a recipe: holds the config.json to plan with if the base is not on this disk
 
 
 class Hardware(NamedTuple):
-    """What there is to train on.
+    """The machines to train on.
 
     Attributes:
         nodes: Hosts.
-        gpus: GPUs a host; without a GPU, processes a host.
+        gpus: GPUs per host; without a GPU, processes per host.
         gpu_bytes: Memory of one GPU.
-        host_bytes: Memory of one host, or None where it is not to be checked.
-        reserve_bytes: What is kept free on each GPU for what no formula covers: CUDA context, NCCL's buffers, cuBLAS
-            workspaces, fragmentation.
-        cuda: Whether kernels are CUDA's; torch's own on a CPU take more room for the output layer.
+        host_bytes: Memory of one host; None skips the check.
+        reserve_bytes: Memory of each GPU that stays free for what no formula covers: CUDA context, NCCL's buffers,
+            cuBLAS workspaces, fragmentation.
+        cuda: Whether CUDA's kernels run. torch's kernels for the output layer need more memory on a CPU.
     """
 
     nodes: int
@@ -54,15 +54,16 @@ class Hardware(NamedTuple):
 
 @dataclass(frozen=True)
 class Zero3:
-    """What DeepSpeed's JSON says of memory.
+    """The settings in DeepSpeed's JSON that affect memory.
 
     Attributes:
-        thresholds: In elements, `auto` filled in as transformers does (`trainer_config_finalize`).
-        reduce_bucket: `reduce_bucket_size`, elements.
-        contiguous: `contiguous_gradients`: the bucket is allocated.
-        offload_parameters: Where partitions lie: "none", "cpu" or "nvme".
-        offload_optimizer: Where master weights, Adam's state and gradients lie.
-        nvme_buffers: Elements of the host's staging buffers for parameters on NVMe.
+        thresholds: In elements; transformers' values for `auto` (`trainer_config_finalize`).
+        reduce_bucket: `reduce_bucket_size`, in elements.
+        contiguous: `contiguous_gradients`: whether the bucket is allocated.
+        offload_parameters: Where the partitions of the parameters are: "none", "cpu" or "nvme".
+        offload_optimizer: Where master weights, the optimizer's state and gradients are.
+        nvme_buffers: Elements of all the host's staging buffers for parameters on NVMe.
+        nvme_buffer: Elements of one of them.
         secondary: Processes that share a second partition (hpZ, `zero_hpz_partition_size`); 1 for none.
     """
 
@@ -77,12 +78,12 @@ class Zero3:
 
     @classmethod
     def of(cls, config: Mapping[str, Any], hidden: int) -> "Zero3":
-        """Reads DeepSpeed's JSON; what it leaves out has DeepSpeed 0.19.8's defaults (`runtime/zero/config.py`)."""
+        """Reads DeepSpeed's JSON; missing keys have the defaults of DeepSpeed 0.19.8 (`runtime/zero/config.py`)."""
         zero = config.get("zero_optimization", {})
 
         def value(key: str, automatic: int, default: int) -> int:
-            given = zero.get(key, default)
-            return automatic if given == "auto" else int(given)
+            setting = zero.get(key, default)
+            return automatic if setting == "auto" else int(setting)
 
         parameters = zero.get("offload_param") or {}
         optimizer = zero.get("offload_optimizer") or {}
@@ -105,26 +106,28 @@ class Zero3:
 
 @dataclass(frozen=True)
 class Plan:
-    """What one recipe takes on one kind of hardware; bytes unless a name says otherwise.
+    """What one recipe needs on one kind of hardware; in bytes unless the description says otherwise.
 
     Attributes:
-        recipe: Where the recipe is.
+        recipe: The recipe's path.
         stage: "sft" or "judge".
-        shape: The base's sizes.
-        hardware: What it is planned for.
-        base_parameters: Of the base.
-        active_parameters: Of the base, for one token.
-        trainable_parameters: Of the LoRA.
-        held: Per GPU, by part: what is there throughout.
-        peak: Per GPU: the largest moment.
+        shape: Sizes of the base.
+        hardware: The machines.
+        base_parameters: Parameters of the base.
+        active_parameters: Parameters of the base that one token uses.
+        trainable_parameters: Parameters of the LoRA.
+        w: Bytes per element.
+        held: Per GPU, by part: memory that is used during the whole run.
+        peak: Per GPU: the moment of a step that needs most.
         loading: Per GPU: while the base is loaded, before training begins.
-        host: Per host, by part; `loading` is over before training begins.
+        largest_gather: Per GPU: the most that is gathered at once.
+        host: Per host, by part. The part `loading` is freed before training begins.
         disk: Per host, on NVMe.
         gathered_numel: Elements that one process gathers in a micro step.
         batch: One forward pass.
         checkpointing: Whether activations are checkpointed.
         saved: Activations with and without checkpointing.
-        problems: What does not fit, in words; empty where all does.
+        problems: One sentence for each thing that does not fit.
     """
 
     recipe: str
@@ -149,23 +152,22 @@ class Plan:
 
     @property
     def gpu_total(self) -> int:
-        """The most one GPU holds."""
+        """The most that one GPU holds."""
         return sum(self.held.values()) + self.peak.total
 
     @property
     def host_total(self) -> int:
-        """The most one host holds: loading is over when the optimiser is made."""
-        later = self.host.get("optimizer", 0)
-        lasting = sum(self.host.values()) - later - self.host["loading"]
-        return lasting + max(later, self.host["loading"])
+        """The most that one host holds. Memory for loading is freed before the optimizer is made."""
+        optimizer, loading = self.host.get("optimizer", 0), self.host["loading"]
+        return sum(self.host.values()) - optimizer - loading + max(optimizer, loading)
 
     @property
     def fits(self) -> bool:
-        """Whether nothing stands against it."""
+        """Whether there are no problems."""
         return not self.problems
 
     def per_gpu(self) -> dict[str, int]:
-        """By part, at the peak; the parts add up to `total`."""
+        """Memory of a GPU at the peak, by part; the parts add up to `total`."""
         parts = {
             **self.held,
             "gathered": self.peak.gathered,
@@ -190,12 +192,12 @@ def plan(
         recipe: The recipe.
         config: The base's `config.json`.
         zero3: DeepSpeed's JSON.
-        hardware: What there is.
+        hardware: The machines.
         source: The recipe's path, for the report.
-        batch: One forward pass; by default the recipe's micro batch, every sequence as long as `max_length`.
+        batch: One forward pass; the default is the recipe's micro batch with sequences of `max_length` tokens.
 
     Raises:
-        MixfuseError: The base is of no known family, or the batch does not divide over the processes.
+        MixfuseError: The base's family is unknown.
     """
     shape, lora = shape_of(config), recipe.lora
     judge = isinstance(recipe, JudgeRecipe)
@@ -203,44 +205,31 @@ def plan(
     world = hardware.world
     zero = Zero3.of(zero3, shape.H)
     sequences = recipe.optimizer.micro_batch * (PAIR if judge else 1)
-    batch = batch or Batch(sequences, recipe.max_length)
+    step = MicroStep(
+        shape=shape,
+        batch=batch or Batch(sequences, recipe.max_length),
+        w=w,
+        lora=lora,
+        checkpointing=recipe.gradient_checkpointing,
+        cuda=hardware.cuda,
+        aux_loss=getattr(recipe, "router_aux_loss_coef", 0) > 0,
+    )
     groups = memory.modules(shape, lora)
     parameters = memory.all_parameters(groups)
-    order = memory.visits(groups, checkpointing=recipe.gradient_checkpointing)
-    replayed = replay(order, zero.thresholds, world, recorded=not judge)
-    layer = memory.layer_saved(shape, batch, w, lora, cuda=hardware.cuda)
-    kept = shape.L * (memory.checkpoint_saved(shape, batch, w) if recipe.gradient_checkpointing else layer)
-    aux_loss = getattr(recipe, "router_aux_loss_coef", 0) > 0
     frozen = sum(p.per_rank(world) for p in parameters if not p.trainable)
     trained = sum(p.per_rank(world) for p in parameters if p.trainable)
-    small = sum(p.numel for p in parameters if p.numel <= zero.thresholds.persistence) if world > 1 else 0
-    on_gpu = {
-        "parameters": 0 if zero.offload_parameters != "none" else frozen * w,
-        "persistent": small * w,
-        "lora": 0 if zero.offload_parameters != "none" else trained * w,
-        "secondary": 0 if zero.secondary == 1 else sum(-(-p.numel // zero.secondary) for p in parameters) * w,
-    }
     states = {
         "master": trained * FP32,
         "optimizer": trained * recipe.optimizer.entry.state_bytes,
         "gradients": trained * w,
     }
-    if zero.offload_optimizer == "none":
-        on_gpu |= states
-    on_gpu["buckets"] = zero.reduce_bucket * w if zero.contiguous else 0
-    step = max(
-        memory.moments(
-            shape, batch, w, lora, replayed=replayed, checkpointing=recipe.gradient_checkpointing,
-            cuda=hardware.cuda, aux_loss=aux_loss,
-        ),
-        key=lambda moment: moment.total,
-    )  # fmt: skip
-    update = Moment("optimizer step", 0, 0, 2 * trained * FP32)
-    peak = max(step, update, key=lambda moment: moment.total)
+    visits = memory.visits(groups, checkpointing=recipe.gradient_checkpointing)
+    gathers = replay(visits, zero.thresholds, world, recorded=not judge)
     # `train/model/load.py` reads one tensor and gathers one module at a time.
-    largest = max(shape.I, shape.V) * shape.H * w
-    host, disk = _host(zero, hardware.gpus, partition=(frozen + trained) * w, states=states, loading=2 * largest)
-    made = Plan(
+    largest_tensor = max(shape.I, shape.V) * shape.H * w
+    partition = (frozen + trained) * w
+    host, disk = _host(zero, hardware.gpus, partition=partition, states=states, loading=2 * largest_tensor)
+    result = Plan(
         recipe=source,
         stage="judge" if judge else "sft",
         shape=shape,
@@ -249,42 +238,75 @@ def plan(
         active_parameters=active_parameters(shape),
         trainable_parameters=sum(sum(layer) for layer in lora_parameters(config, lora)),
         w=w,
-        held=on_gpu,
-        peak=peak,
+        held=_held_on_gpu(zero, parameters, world, w, states),
+        peak=_peak(step, gathers, trained),
         loading=frozen * w + max(3 * shape.E * shape.I, shape.V) * shape.H * w,
-        largest_gather=max((gathered.fetching for gathered in replayed), default=0) * w,
+        largest_gather=max((gathered.fetching for gathered in gathers), default=0) * w,
         host=host,
         disk=disk,
-        # DPO's reference passes forward once more; nothing is kept from one to the other.
-        gathered_numel=gathered_numel(replayed) + (sum(p.numel for p in parameters) if judge and world > 1 else 0),
-        batch=batch,
+        # DPO's reference model adds one forward pass, which gathers every parameter anew.
+        gathered_numel=gathered_numel(gathers) + (sum(p.numel for p in parameters) if judge and world > 1 else 0),
+        batch=step.batch,
         checkpointing=recipe.gradient_checkpointing,
-        saved={
-            "kept": kept + memory.final_body(shape, batch, w),
-            "with_checkpointing": shape.L * memory.checkpoint_saved(shape, batch, w) + layer,
-            "without_checkpointing": shape.L * layer,
-        },
+        saved=_saved(step),
         problems=(),
     )
-    return replace(made, problems=tuple(_problems(made, recipe, zero, parameters)))
+    return replace(result, problems=tuple(_problems(result, recipe, zero, parameters)))
 
 
-def gathered_numel(replayed: Sequence[Gathered]) -> int:
-    """What one process receives in a micro step, its own share with it: every parameter as often as it is fetched."""
-    return sum(gathered.arriving for gathered in replayed)
+def _held_on_gpu(
+    zero: Zero3, parameters: Sequence[Parameter], world: int, w: int, states: Mapping[str, int]
+) -> dict[str, int]:
+    """Returns what one GPU holds during the whole run, by part."""
+    frozen = sum(p.per_rank(world) for p in parameters if not p.trainable)
+    trained = sum(p.per_rank(world) for p in parameters if p.trainable)
+    persistent = sum(p.numel for p in parameters if p.numel <= zero.thresholds.persistence) if world > 1 else 0
+    held = {
+        "parameters": 0 if zero.offload_parameters != "none" else frozen * w,
+        "persistent": persistent * w,
+        "lora": 0 if zero.offload_parameters != "none" else trained * w,
+        "secondary": 0 if zero.secondary == 1 else sum(-(-p.numel // zero.secondary) for p in parameters) * w,
+    }
+    if zero.offload_optimizer == "none":
+        held |= states
+    held["buckets"] = zero.reduce_bucket * w if zero.contiguous else 0
+    return held
+
+
+def _peak(step: MicroStep, gathers: Sequence[Gathered], trained: int) -> Moment:
+    """Returns the moment that needs most: one of the micro step, or the optimizer's step on `trained` elements."""
+    update = Moment("optimizer step", 0, 0, 2 * trained * FP32)
+    return max((*memory.moments(step, gathers), update), key=lambda moment: moment.total)
+
+
+def _saved(step: MicroStep) -> dict[str, int]:
+    """Returns the bytes of saved activations: as planned, with checkpointing, and without."""
+    shape, batch, w = step.shape, step.batch, step.w
+    layer = memory.layer_saved(shape, batch, w, step.lora, cuda=step.cuda)
+    checkpoints = shape.L * memory.checkpoint_saved(shape, batch, w)
+    return {
+        "planned": (checkpoints if step.checkpointing else shape.L * layer) + memory.final_body(shape, batch, w),
+        "with_checkpointing": checkpoints + layer,
+        "without_checkpointing": shape.L * layer,
+    }
+
+
+def gathered_numel(gathers: Sequence[Gathered]) -> int:
+    """Elements that one process gathers in a micro step, its own share included; counted at every fetch."""
+    return sum(gathered.arriving for gathered in gathers)
 
 
 def _host(
     zero: Zero3, gpus: int, *, partition: int, states: Mapping[str, int], loading: int
 ) -> tuple[dict[str, int], int]:
-    """What one host's memory and its NVMe hold, for all its processes.
+    """Returns what one host holds for all its processes: in memory, by part, and on NVMe.
 
     Args:
         zero: DeepSpeed's settings.
         gpus: Processes of the host.
         partition: Bytes of one process's partition of base and LoRA.
-        states: Bytes of its master weights, Adam's state and gradients.
-        loading: Bytes of the tensors of the checkpoint that its first process holds while it loads.
+        states: Bytes of its master weights, optimizer state and gradients.
+        loading: Bytes of the checkpoint's tensors that the host's first process holds while it loads the base.
     """
     host: dict[str, int] = {}
     disk = 0
@@ -294,7 +316,7 @@ def _host(
         disk += partition * gpus
         host["nvme_buffers"] = zero.nvme_buffers * 2 * gpus
     if zero.offload_optimizer == "cpu":
-        # The gradients twice: as they come in, and as the optimiser wants them.
+        # Gradients exist twice: as they arrive, and in the form that the optimizer takes.
         host["optimizer"] = (sum(states.values()) + states["gradients"]) * gpus
     elif zero.offload_optimizer == "nvme":
         disk += (states["master"] + states["optimizer"] + states["gradients"]) * gpus
@@ -303,19 +325,20 @@ def _host(
     return host, disk
 
 
-def _problems(made: Plan, recipe: TrainRecipe, zero: Zero3, parameters: Sequence[Parameter]) -> Iterator[str]:
-    hardware = made.hardware
+def _problems(planned: Plan, recipe: TrainRecipe, zero: Zero3, parameters: Sequence[Parameter]) -> Iterator[str]:
+    hardware = planned.hardware
     room = hardware.gpu_bytes - hardware.reserve_bytes
-    if made.loading > room:
-        yield f"loading takes {gib(made.loading)} of a GPU that has {gib(room)}"
-    if made.gpu_total > room:
+    if planned.loading > room:
+        yield f"loading takes {gib(planned.loading)} of a GPU that has {gib(room)}"
+    if planned.gpu_total > room:
         yield (
-            f"a GPU needs {gib(made.gpu_total)} and has {gib(room)} "
-            f"({gib(hardware.gpu_bytes)} less {gib(hardware.reserve_bytes)} in reserve); the peak is: {made.peak.name}"
+            f"a GPU needs {gib(planned.gpu_total)} and has {gib(room)} "
+            f"({gib(hardware.gpu_bytes)} less {gib(hardware.reserve_bytes)} in reserve); "
+            f"the peak is: {planned.peak.name}"
         )
-    if hardware.host_bytes is not None and made.host_total > hardware.host_bytes:
-        what = max(made.host, key=lambda key: made.host[key])
-        yield f"a host needs {gib(made.host_total)} and has {gib(hardware.host_bytes)}; most of it: {what}"
+    if hardware.host_bytes is not None and planned.host_total > hardware.host_bytes:
+        largest_part = max(planned.host, key=lambda key: planned.host[key])
+        yield f"a host needs {gib(planned.host_total)} and has {gib(hardware.host_bytes)}; most of it: {largest_part}"
     if zero.offload_parameters == "nvme":
         largest = max(p.per_rank(hardware.world) for p in parameters)
         if largest > zero.nvme_buffer:
@@ -335,13 +358,13 @@ def _problems(made: Plan, recipe: TrainRecipe, zero: Zero3, parameters: Sequence
 
 
 class Speed(NamedTuple):
-    """Tokens a second of all GPUs together, under assumptions that are stated with it.
+    """Throughput of all GPUs together in tokens per second, under the assumptions that are reported with it.
 
     Attributes:
-        flops_per_token: Of one trained token.
-        compute: If only computing counted.
-        gather: If only gathering parameters counted.
-        tokens_per_second: Neither hidden behind the other.
+        flops_per_token: FLOPs for one trained token.
+        compute: Tokens per second if gathering took no time.
+        gather: Tokens per second if computing took no time.
+        tokens_per_second: Tokens per second if the two do not overlap.
     """
 
     flops_per_token: float
@@ -350,26 +373,26 @@ class Speed(NamedTuple):
     tokens_per_second: float
 
 
-def speed(made: Plan, *, tflops: float, utilisation: float, bandwidth: float) -> Speed:
-    """Estimates throughput from FLOPs and from the bytes ZeRO-3 moves.
+def speed(planned: Plan, *, tflops: float, utilisation: float, bandwidth: float) -> Speed:
+    """Estimates throughput from the FLOPs and from the bytes that ZeRO-3 moves.
 
-    A token's forward pass takes 2·(active parameters - embedding) + 2·S·A·D·L FLOPs (causal attention sees half of S on
-    average). Backward through frozen weights is the gradient of the inputs only, as much again; checkpointing adds a
-    forward pass, and so does DPO's reference.
+    A token's forward pass takes 2·(active parameters - embedding) + 2·S·A·D·L FLOPs, because causal attention sees half
+    of S on average. The backward pass through frozen weights computes only the gradient of the inputs and takes the
+    same. Checkpointing adds a forward pass, and so does DPO's reference.
 
     Args:
-        made: The plan.
+        planned: The plan.
         tflops: A GPU's peak, in TFLOP/s.
-        utilisation: The share of it that is assumed to be reached while computing.
-        bandwidth: Bytes a second one GPU receives.
+        utilisation: The share of the peak that is assumed while computing.
+        bandwidth: Bytes per second that one GPU receives.
     """
-    shape, world = made.shape, made.hardware.world
-    matrices = 2 * (made.active_parameters - (0 if shape.tied else shape.V * shape.H))
-    forward = matrices + 2 * made.batch.S * shape.A * shape.D * shape.L
-    passes = 2 + made.checkpointing + (made.stage == "judge")
+    shape, world = planned.shape, planned.hardware.world
+    matrices = 2 * (planned.active_parameters - (0 if shape.tied else shape.V * shape.H))
+    forward = matrices + 2 * planned.batch.S * shape.A * shape.D * shape.L
+    passes = 2 + planned.checkpointing + (planned.stage == "judge")
     compute = world * utilisation * tflops * 1e12 / (passes * forward)
-    moved = made.gathered_numel * made.w * (world - 1) / world
-    gather = world * made.batch.T * bandwidth / moved if moved else math.inf
+    moved = planned.gathered_numel * planned.w * (world - 1) / world
+    gather = world * planned.batch.T * bandwidth / moved if moved else math.inf
     return Speed(passes * forward, compute, gather, 1 / (1 / compute + 1 / gather))
 
 
@@ -377,13 +400,13 @@ def speed(made: Plan, *, tflops: float, utilisation: float, bandwidth: float) ->
 
 
 class Change(NamedTuple):
-    """A change that was planned for, and what came of it.
+    """A change to the recipe or the hardware, and the result of planning with it.
 
     Attributes:
-        change: What to write, or to bring.
-        gpu_bytes: What a GPU would then hold.
-        host_bytes: What a host would.
-        fits: Whether all would fit.
+        change: The setting or the hardware, as text.
+        gpu_bytes: What a GPU would hold.
+        host_bytes: What a host would hold.
+        fits: Whether the plan would fit.
     """
 
     change: str
@@ -401,9 +424,9 @@ class _Setting(NamedTuple):
 def advise(
     recipe: TrainRecipe, config: Mapping[str, Any], zero3: Mapping[str, Any], hardware: Hardware
 ) -> list[Change]:
-    """The first three changes that make it fit, cheapest first: single ones, then two together, then all that help.
+    """Finds up to three changes that make the recipe fit: single changes first, then pairs, then all that help.
 
-    Every entry is a plan made anew with the change; where nothing fits, the one change that helps most is named.
+    Each change is planned in full. If nothing fits, the result is the one attempt that needs the least GPU memory.
     """
     start = _Setting(recipe, zero3, hardware)
     now = plan(recipe, config, zero3, hardware)
@@ -413,31 +436,31 @@ def advise(
     def fits(*names: str) -> bool:
         setting = start
         for name in names:
-            # A change that one before it has made needless is no longer offered.
+            # An earlier change can make this one unnecessary; it is then not among the variants.
             setting = next((after for offered, after in _variants(setting) if offered == name), setting)
-        made = plan(setting.recipe, config, setting.zero3, setting.hardware)
-        tried.append(Change(" and ".join(names), made.gpu_total, made.host_total, made.fits))
-        return made.fits
+        planned = plan(setting.recipe, config, setting.zero3, setting.hardware)
+        tried.append(Change(" and ".join(names), planned.gpu_total, planned.host_total, planned.fits))
+        return planned.fits
 
     helpful = []
     for name, _ in singles:
         if not fits(name) and (tried[-1].gpu_bytes < now.gpu_total or tried[-1].host_bytes < now.host_total):
             helpful.append(name)
-    # The pairs of what costs least first; more would take longer than the rest of the plan.
+    # The cheapest pairs first. More than 20 would take longer than the rest of the plan.
     pairs = sorted(itertools.combinations(range(len(helpful)), 2), key=sum)[:20]
-    for one, other in pairs:
+    for first, second in pairs:
         if sum(change.fits for change in tried) >= 3:
             break
-        fits(helpful[one], helpful[other])
-    found = [change for change in tried if change.fits][:3]
-    if not found and helpful:
+        fits(helpful[first], helpful[second])
+    fitting = [change for change in tried if change.fits][:3]
+    if not fitting and helpful:
         fits(*helpful)
-        found = [change for change in tried if change.fits]
-    return found or sorted(tried, key=lambda change: change.gpu_bytes)[:1]
+        fitting = [change for change in tried if change.fits]
+    return fitting or sorted(tried, key=lambda change: change.gpu_bytes)[:1]
 
 
 def _variants(start: _Setting) -> Iterator[tuple[str, _Setting]]:
-    """Every single change that there is, cheapest first: what costs time, then hardware, then what is trained."""
+    """Yields every single change, cheapest first: those that cost time, then hardware, then quality."""
     recipe, zero3, hardware = start
     zero = zero3.get("zero_optimization", {})
 
@@ -485,13 +508,13 @@ def _variants(start: _Setting) -> Iterator[tuple[str, _Setting]]:
 
 
 def find_config(recipe: TrainRecipe, recipe_path: Path, model: Path | None) -> tuple[Mapping[str, Any], str]:
-    """The base's `config.json`: `model`'s, or the base's, or that of the folder `model/` beside the recipe.
+    """Finds the base's `config.json`: in `model` if set, else in the base or in the folder `model/` beside the recipe.
 
     Returns:
-        The config, and where it is.
+        The config, and its path.
 
     Raises:
-        MixfuseError: There is none.
+        MixfuseError: There is no such file, or it holds no JSON object.
     """
     places = [model] if model else [recipe.base, recipe_path.parent / MODEL_FOLDER]
     for place in places:
@@ -499,11 +522,11 @@ def find_config(recipe: TrainRecipe, recipe_path: Path, model: Path | None) -> t
         if file.is_file():
             config = read_json(file)
             if not isinstance(config, dict):
-                raise MixfuseError(f"{file} is no model's config.json")
+                raise MixfuseError(f"{file} is not a model's config.json")
             return config, str(file)
     raise MixfuseError(
-        f"no config.json in {' or '.join(map(str, places))}; name a folder that holds one, weights are not needed: "
-        "--model configs/mixtral-8x22b/model"
+        f"no config.json in {' or '.join(map(str, places))}; name a folder that holds one (weights are not needed): "
+        "--model DIR"
     )
 
 
@@ -511,7 +534,7 @@ def count_on_meta(config: Mapping[str, Any]) -> int:
     """Builds the base on the meta device and counts its parameters.
 
     Raises:
-        MixfuseError: The count is not the formula's: the planner does not know this model.
+        MixfuseError: The count differs from the formula's, so the formulas do not fit this model.
     """
     import torch
 
@@ -524,45 +547,45 @@ def count_on_meta(config: Mapping[str, Any]) -> int:
     counted = sum(parameter.numel() for parameter in model.parameters())
     if counted != expected:
         raise MixfuseError(
-            f"the model has {counted:,} parameters and the planner's formula says {expected:,}; "
-            "its config has something the planner does not know, so it does not guess"
+            f"the model has {counted:,} parameters, but the planner's formula gives {expected:,}; "
+            "the planner does not support a setting in its config.json"
         )
     return int(counted)
 
 
 def gib(count: float) -> str:
-    """Bytes as GiB."""
+    """Formats bytes as GiB, or as MiB below 1 GiB."""
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
 
 
 def to_json(
-    made: Plan, advice: Sequence[Change], estimate: Speed | None, assumptions: Mapping[str, float]
+    planned: Plan, advice: Sequence[Change], estimate: Speed | None, assumptions: Mapping[str, float]
 ) -> dict[str, Any]:
-    """The plan as one JSON object."""
+    """Returns the plan as one JSON object."""
     return {
         "kind": "training",
-        "recipe": made.recipe,
-        "stage": made.stage,
-        "nodes": made.hardware.nodes,
-        "gpus_per_node": made.hardware.gpus,
-        "gpu_bytes": made.hardware.gpu_bytes,
-        "reserve_bytes": made.hardware.reserve_bytes,
-        "base_parameters": made.base_parameters,
-        "active_parameters": made.active_parameters,
-        "trainable_parameters": made.trainable_parameters,
-        "base_bytes": made.base_parameters * made.w,
-        "adapter_bytes": made.trainable_parameters * made.w,
-        "batch": {"sequences": made.batch.B, "length": made.batch.S, "tokens": made.batch.T},
-        "per_gpu_bytes": made.per_gpu(),
-        "peak_at": made.peak.name,
-        "loading_bytes": made.loading,
-        "largest_gather_bytes": made.largest_gather,
-        "moe_block_bytes": memory.moe_block_parameters(made.shape) * made.w,
-        "activation_bytes": {key: made.saved[key] for key in ("with_checkpointing", "without_checkpointing")},
-        "per_host_bytes": {**made.host, "total": made.host_total},
-        "nvme_bytes_per_host": made.disk,
-        "fits": made.fits,
-        "problems": list(made.problems),
+        "recipe": planned.recipe,
+        "stage": planned.stage,
+        "nodes": planned.hardware.nodes,
+        "gpus_per_node": planned.hardware.gpus,
+        "gpu_bytes": planned.hardware.gpu_bytes,
+        "reserve_bytes": planned.hardware.reserve_bytes,
+        "base_parameters": planned.base_parameters,
+        "active_parameters": planned.active_parameters,
+        "trainable_parameters": planned.trainable_parameters,
+        "base_bytes": planned.base_parameters * planned.w,
+        "adapter_bytes": planned.trainable_parameters * planned.w,
+        "batch": {"sequences": planned.batch.B, "length": planned.batch.S, "tokens": planned.batch.T},
+        "per_gpu_bytes": planned.per_gpu(),
+        "peak_at": planned.peak.name,
+        "loading_bytes": planned.loading,
+        "largest_gather_bytes": planned.largest_gather,
+        "moe_block_bytes": memory.moe_block_parameters(planned.shape) * planned.w,
+        "activation_bytes": {key: planned.saved[key] for key in ("with_checkpointing", "without_checkpointing")},
+        "per_host_bytes": {**planned.host, "total": planned.host_total},
+        "nvme_bytes_per_host": planned.disk,
+        "fits": planned.fits,
+        "problems": list(planned.problems),
         "advice": [change._asdict() for change in advice],
         "speed": estimate
         and {
@@ -572,39 +595,41 @@ def to_json(
     }
 
 
-def header(made: Plan) -> str:
-    """What a recipe's header says of memory; `tests/test_plan.py` holds the two together."""
-    words = f"{gib(made.gpu_total)} a GPU, {gib(made.host_total)} a host"
-    if not made.hardware.cuda:
-        words = f"{gib(made.gpu_total)} a process"
-    return words if made.fits else f"{words}, which does not fit"
+def header(planned: Plan) -> str:
+    """Returns the memory line of a recipe's header; `tests/test_plan_docs.py` compares them."""
+    line = f"{gib(planned.gpu_total)} a GPU, {gib(planned.host_total)} a host"
+    if not planned.hardware.cuda:
+        line = f"{gib(planned.gpu_total)} a process"
+    return line if planned.fits else f"{line}, which does not fit"
 
 
-def to_text(made: Plan, advice: Sequence[Change], estimate: Speed | None, assumptions: Mapping[str, float]) -> str:
-    """The plan for people."""
-    hardware, shape = made.hardware, made.shape
+def to_text(planned: Plan, advice: Sequence[Change], estimate: Speed | None, assumptions: Mapping[str, float]) -> str:
+    """Formats the plan for people."""
+    hardware, shape = planned.hardware, planned.shape
     unit = "GPU" if hardware.cuda else "process"
-    parts = "\n".join(f"  {name:14} {gib(size):>10}" for name, size in made.per_gpu().items() if size)
-    host = "\n".join(f"  {name:14} {gib(size):>10}" for name, size in {**made.host, "total": made.host_total}.items())
+    parts = "\n".join(f"  {name:14} {gib(size):>10}" for name, size in planned.per_gpu().items() if size)
+    host = "\n".join(
+        f"  {name:14} {gib(size):>10}" for name, size in {**planned.host, "total": planned.host_total}.items()
+    )
     lines = [
-        f"{made.recipe}: {made.stage} on {hardware.nodes} x {hardware.gpus}"
+        f"{planned.recipe}: {planned.stage} on {hardware.nodes} x {hardware.gpus}"
         + (f" GPUs of {gib(hardware.gpu_bytes)}" if hardware.cuda else " processes without a GPU"),
-        f"base {made.base_parameters / 1e9:.2f} B parameters ({made.base_parameters * made.w / 1e9:.1f} GB), "
-        f"{made.active_parameters / 1e9:.2f} B active; trained {made.trainable_parameters / 1e6:.1f} M "
-        f"({made.trainable_parameters * made.w / 1e9:.2f} GB)",
-        f"one pass: {made.batch.B} x {made.batch.S} tokens; activations with checkpointing "
-        f"{gib(made.saved['with_checkpointing'])}, without {gib(made.saved['without_checkpointing'])}",
-        f"one MoE block: {memory.moe_block_parameters(shape) * made.w / 1e9:.2f} GB; "
-        f"the most that is gathered at once: {made.largest_gather / 1e9:.2f} GB",
+        f"base {planned.base_parameters / 1e9:.2f} B parameters ({planned.base_parameters * planned.w / 1e9:.1f} GB), "
+        f"{planned.active_parameters / 1e9:.2f} B active; trained {planned.trainable_parameters / 1e6:.1f} M "
+        f"({planned.trainable_parameters * planned.w / 1e9:.2f} GB)",
+        f"one pass: {planned.batch.B} x {planned.batch.S} tokens; activations with checkpointing "
+        f"{gib(planned.saved['with_checkpointing'])}, without {gib(planned.saved['without_checkpointing'])}",
+        f"one MoE block: {memory.moe_block_parameters(shape) * planned.w / 1e9:.2f} GB; "
+        f"the most that is gathered at once: {planned.largest_gather / 1e9:.2f} GB",
         "",
-        f"per {unit}, at its peak ({made.peak.name}):",
+        f"per {unit}, at its peak ({planned.peak.name}):",
         parts,
-        f"  (while loading   {gib(made.loading):>8})",
+        f"  (while loading   {gib(planned.loading):>8})",
         "per host:",
         host,
     ]
-    if made.disk:
-        lines.append(f"  {'on NVMe':14} {gib(made.disk):>10}")
+    if planned.disk:
+        lines.append(f"  {'on NVMe':14} {gib(planned.disk):>10}")
     if hardware.host_bytes is None:
         lines.append("  (--host-memory was not given, so a host's is not checked)")
     if estimate:
@@ -615,7 +640,7 @@ def to_text(made: Plan, advice: Sequence[Change], estimate: Speed | None, assump
             f"gathering alone {estimate.gather:,.0f}",
             f"  assumed, not measured: {assumed}",
         ]
-    lines += ["", "fits" if made.fits else "does NOT fit: " + "; ".join(made.problems)]
+    lines += ["", "fits" if planned.fits else "does NOT fit: " + "; ".join(planned.problems)]
     lines += [
         f"  {'fits' if change.fits else 'still too much'} with {change.change}: {gib(change.gpu_bytes)} a {unit}, "
         f"{gib(change.host_bytes)} a host"

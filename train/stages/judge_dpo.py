@@ -21,8 +21,8 @@ from mixfuse.train.model.load import load_base, load_tokenizer, lora_config
 from mixfuse.train.processes.checkpoint import last_checkpoint
 from mixfuse.train.recipe import JudgeRecipe, TrainRecipe
 from mixfuse.train.stages.core import train_and_save, trainer_arguments
+from mixfuse.train.stages.one_pass_dpo import Reference
 from mixfuse.train.stages.trainers import JudgeTrainer, NamedPairs, Verdicts, verdict_rows
-from mixfuse.train.stages.verdicts import Reference
 
 REFERENCE = "data/reference.json"
 """The reference's log-probabilities, in a run's folder until the run ends."""
@@ -43,7 +43,7 @@ def make_trainer(recipe: JudgeRecipe) -> JudgeTrainer:
     """
     dtype = getattr(torch, recipe.dtype)
     tokenizer = load_tokenizer(recipe.base)
-    implementation = attention.choose(recipe.attention, recipe.base, dtype)
+    implementation = attention.choose_implementation(recipe.attention, recipe.base, dtype)
     weights = {recipe.loss: 1.0} | ({"sft": recipe.sft_weight} if recipe.sft_weight else {})
     arguments = DPOConfig(
         **trainer_arguments(recipe),
@@ -56,7 +56,7 @@ def make_trainer(recipe: JudgeRecipe) -> JudgeTrainer:
     data = pairs_datasets(recipe, tokenizer)
     model = load_base(recipe.base, dtype, attention=implementation)
     resuming = last_checkpoint(recipe.out) is not None
-    chosen = choose_experts.settle(recipe, model, data.train, tokenizer, resuming=resuming)
+    chosen = choose_experts.choose_for_run(recipe, model, data.train, tokenizer, resuming=resuming)
     set_seed(recipe.seed)
     one_token = recipe.completion == "verdict"
     trainer = JudgeTrainer(

@@ -22,7 +22,7 @@ def train(recipe: TrainRecipe) -> None:
     recipe = cast(SftRecipe, recipe)
     dtype = getattr(torch, recipe.dtype)
     tokenizer = load_tokenizer(recipe.base)
-    implementation = attention.choose(recipe.attention, recipe.base, dtype, packing=recipe.packing)
+    implementation = attention.choose_implementation(recipe.attention, recipe.base, dtype, packing=recipe.packing)
     resuming = last_checkpoint(recipe.out) is not None
     data = chat_data(recipe, tokenizer, resuming=resuming)
     arguments = SFTConfig(
@@ -32,7 +32,7 @@ def train(recipe: TrainRecipe) -> None:
         router_aux_loss_coef=recipe.router_aux_loss_coef,
     )
     model = load_base(recipe.base, dtype, attention=implementation)
-    chosen = choose_experts.settle(recipe, model, data.table, tokenizer, resuming=resuming)
+    chosen = choose_experts.choose_for_run(recipe, model, data.table, tokenizer, resuming=resuming)
     set_seed(recipe.seed)  # the adapter's initial values depend on the seed alone, not on what loading drew
     trainer = SftTrainer(
         model=model,

@@ -17,7 +17,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from mixfuse.contracts import calibration
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.train.model.choose_experts import gathered_by_block
-from mixfuse.train.stages.verdicts import Logprobs, OnePass, Reference, VerdictRow, logprobs, position_bias
+from mixfuse.train.stages.one_pass_dpo import Logprobs, OnePass, Reference, VerdictRow, logprobs, position_bias
 
 
 class NamedExamples:

@@ -43,8 +43,8 @@ def make_trainer(recipe: JudgeRecipe) -> Any:
 
     from mixfuse.train.data.pair_data import pairs_datasets
     from mixfuse.train.model.load import load_base, load_tokenizer, lora_config
+    from mixfuse.train.stages.one_pass_dpo import Reference
     from mixfuse.train.stages.trainers import JudgeTrainer, NamedPairs, Verdicts, verdict_rows
-    from mixfuse.train.stages.verdicts import Reference
 
     tokenizer = load_tokenizer(recipe.base)
     arguments = DPOConfig(
@@ -132,8 +132,8 @@ def test_an_offset_is_odpos(trainer: Any, monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_preference_for_a_position_is_punished_by_its_square(trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
+    from mixfuse.train.stages.one_pass_dpo import position_bias
     from mixfuse.train.stages.trainers import verdict_rows
-    from mixfuse.train.stages.verdicts import position_bias
 
     # An answer that gains 3 and a position that gains 2: 5 where it stands first, 1 where it stands second.
     assert position_bias(torch.tensor([5.0, 1.0, -1.0, -1.0])).tolist() == [2.0, 0.0]
@@ -219,7 +219,7 @@ def test_a_step_takes_pairs_of_every_length_and_computes_like_with_like(judge_re
 
 
 def test_what_a_reference_says_is_kept_and_not_taken_for_anothers(tmp_path: Path) -> None:
-    from mixfuse.train.stages.verdicts import Reference, VerdictRow
+    from mixfuse.train.stages.one_pass_dpo import Reference, VerdictRow
 
     rows = [VerdictRow([1, 2, 3], 7, 8), VerdictRow([1, 2, 3], 8, 7), VerdictRow([1, 2, 3], 7, 8)]
     path = tmp_path / "reference.json"
