@@ -16,7 +16,10 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
 SHARED = Path(sysconfig.get_path("purelib"))
-SOURCES = ("pyproject.toml", "README.md", "LICENSE", "mixfuse", "contracts", "train", "serve", "fusion", "configs")
+SOURCES = (
+    *("pyproject.toml", "requirements.lock", "README.md", "LICENSE"),
+    *("mixfuse", "contracts", "train", "serve", "fusion", "configs"),
+)
 
 
 def build(kind: str, source: Path, out: Path) -> Path:

@@ -29,8 +29,9 @@ from mixfuse.fusion.answering.strengths import Comparison, strengths
 from mixfuse.fusion.combiner.evidence import UNREAD, Answer
 
 VERSION = 1
-BINS = 20
-"""A policy tells confidences apart in so many steps."""
+BINS = 10
+"""A policy tells confidences apart in so many steps. Fine steps fit noise: cross-validated on the pool of eight in
+benchmarks/combiner.py, the best member's accuracy cost 0.32 of its price with 10 steps, 0.38 with 20, 0.49 with 40."""
 
 _LONGEST_Z = 3.0
 

@@ -18,7 +18,7 @@ from mixfuse.fusion.combiner.artefact import BINS, Combiner, Policy
 from mixfuse.fusion.combiner.fit import Fitted, calibrate, leading_marks, scores_by_fold
 from mixfuse.fusion.combiner.table import Floats, probabilities
 
-TARGETS = (0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
+TARGETS = (0.4, 0.5, *(round(0.55 + 0.025 * step, 3) for step in range(17)))
 # Members that the policy chooses among; with more, those that are worth least are asked last.
 _MOST_MEMBERS = 8
 # Rows that a bin's mean is pulled towards its own confidence by.

@@ -11,11 +11,11 @@ from pathlib import Path
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.files import disk_errors
 
-_SUFFIXES = (".yaml", ".json", ".md")
+_SUFFIXES = (".yaml", ".json", ".md", ".lock")
 
 
 def write_project(folder: Path, model: str) -> list[Path]:
-    """Writes recipes, serve and fusion configs, DeepSpeed configs and a README.
+    """Writes recipes, serve and fusion configs, DeepSpeed configs, a README and, for `tiny`, the lock of its packages.
 
     Args:
         folder: Where to write. It may exist and hold other files.

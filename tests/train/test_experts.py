@@ -121,7 +121,7 @@ def test_the_choice_is_written_down_and_a_resumed_run_reads_it(
     (recipe.out / "experts.json").write_text(json.dumps(record))
     assert choose_experts.choose_for_run(recipe, model, data, tokenizer, resuming=True) == ((1,), (0, 1))
     (recipe.out / "experts.json").unlink()
-    with pytest.raises(MixfuseError, match=r"without its experts\.json"):
+    with pytest.raises(MixfuseError, match=r"not its experts\.json"):
         choose_experts.choose_for_run(recipe, model, data, tokenizer, resuming=True)
 
 

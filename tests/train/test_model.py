@@ -11,6 +11,7 @@ import torch
 from deepspeed.utils import z3_leaf_module
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import MixtralForCausalLM
 
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.families.mixtral import FAMILY as MIXTRAL
@@ -69,9 +70,9 @@ def test_a_checkpoint_is_checked_by_name_and_shape_before_any_process_waits_for_
     shapes = {
         name: tuple(parameter.shape) for name, parameter in load_base(tiny_base, torch.float32).named_parameters()
     }
-    _Checkpoint(tiny_base).check_names(shapes)
+    _Checkpoint(tiny_base, MIXTRAL).check_names(shapes)
     with pytest.raises(MixfuseError, match=message):
-        _Checkpoint(changed(edit)).check_names(shapes)
+        _Checkpoint(changed(edit), MIXTRAL).check_names(shapes)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +95,7 @@ def test_a_weight_left_at_its_random_start_is_found(
         check_loaded(model, tiny_base)
     # And loading does ask: transformers here returns such a model, and says that all went well.
     info = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}
-    monkeypatch.setattr("mixfuse.train.model.load.MixtralForCausalLM.from_pretrained", lambda *_, **__: (model, info))
+    monkeypatch.setattr(MixtralForCausalLM, "from_pretrained", lambda *_, **__: (model, info))
     with pytest.raises(MixfuseError, match="differ from the checkpoint"):
         load_base(tiny_base, torch.float32)
 
@@ -129,7 +130,7 @@ def test_a_model_of_another_kind_is_refused(tiny_base: Path, tmp_path: Path) -> 
     shutil.copytree(tiny_base, copy)
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
-    with pytest.raises(MixfuseError, match="'llama' model"):
+    with pytest.raises(MixfuseError, match="model type 'llama' is not supported"):
         load_base(copy, torch.float32)
     with pytest.raises(MixfuseError, match="mixfuse base build"):
         load_base(tmp_path / "nowhere", torch.float32)
