@@ -298,17 +298,17 @@ async def _view(request: FusionRequest, model: ModelConfig, judge: JudgeEndpoint
     Raises:
         CallError: The call failed.
     """
-    way = model.verdicts if isinstance(model, Judge) else "auto"
+    verdict_form = model.verdicts if isinstance(model, Judge) else "auto"
     without_logprobs = request.pool.without_logprobs
     address = (judge.endpoint.base_url, judge.endpoint.model)
-    if way == "logprobs" or (way == "auto" and address not in without_logprobs):
+    if verdict_form == "logprobs" or (verdict_form == "auto" and address not in without_logprobs):
         try:
             return View(await logprob_verdict(judge, pair), "logprobs")
         except NoLogprobsError:
-            if way == "logprobs":
+            if verdict_form == "logprobs":
                 raise
             without_logprobs.add(address)
-    write = rationale_verdict if way == "rationale" else written_verdict
+    write = rationale_verdict if verdict_form == "rationale" else written_verdict
     return View(await write(judge, pair), "parsed")
 
 

@@ -74,7 +74,7 @@ async def test_each_member_answers_each_task_several_times(
             {"model": "beta", "text": "the answer of beta", "correct": False},
         ],
     }
-    sent = {(one["temperature"], one["max_tokens"], one["seed"]) for one in upstream.requests}
+    sent = {(request["temperature"], request["max_tokens"], request["seed"]) for request in upstream.requests}
     assert sent == {(0.8, 16, 5), (0.8, 16, 6)}
     assert (report.rows, report.answers["alpha"], report.correct["alpha"], report.correct["beta"]) == (4, 8, 8, 0)
     assert list(tmp_path.glob("*.partial")) == []
@@ -101,7 +101,7 @@ async def test_an_interrupted_run_goes_on_where_it_was(config: Config, upstream:
     report = await gather(pool, out, samples=1)
     assert (report.resumed, report.rows) == (2, 4)
     assert [row["id"] for row in read_jsonl(out)] == ["t0", "t1", "t2", "t3"]
-    assert [one["messages"][0]["content"] for one in upstream.requests[3:]] == ["1 + 2?", "1 + 3?"]
+    assert [request["messages"][0]["content"] for request in upstream.requests[3:]] == ["1 + 2?", "1 + 3?"]
     assert not partial.exists()
 
 

@@ -115,19 +115,19 @@ async def test_the_fields_are_all_there(documented: Gateway, upstream: FakeUpstr
         {"model": "fusion/merge", "messages": question, "fusion": {"cite": True}},
         {"model": "fusion/best-of", "messages": [{"role": "user", "content": [picture]}]},
     ]
-    seen: dict[str, set[str]] = {}
+    fields_by_expose: dict[str, set[str]] = {}
     for expose in get_args(Expose):
-        found: set[str] = set()
+        field_names: set[str] = set()
         for body in asked:
             options = {**body.get("fusion", {}), "expose": expose}
             fusion = (await documented.post(**{**body, "fusion": options})).json().get("fusion", {})
-            found |= fusion.keys()
+            field_names |= fusion.keys()
             for verdict in fusion.get("verdicts", ()):
                 assert verdict.keys() == Verdict.model_fields.keys()
-        seen[expose] = found
+        fields_by_expose[expose] = field_names
     table = {name: expose for name, expose, _ in rows("field")}
-    assert seen["none"] == set()
-    assert seen["summary"] == {name for name, expose in table.items() if expose == "summary"}
-    assert seen["full"] == set(table)
+    assert fields_by_expose["none"] == set()
+    assert fields_by_expose["summary"] == {name for name, expose in table.items() if expose == "summary"}
+    assert fields_by_expose["full"] == set(table)
     (verdicts,) = [row[2] for row in rows("field") if row[0] == "verdicts"]
     assert all(name in verdicts for name in Verdict.model_fields)

@@ -50,8 +50,8 @@ async def test_the_commands_of_the_page_run(
     assert len(COMMANDS) == 2
     for command in COMMANDS:
         assert await asyncio.to_thread(main, shlex.split(command)) == 0, command
-    told = json.loads(Path("runs/judged/report.json").read_text())
-    assert told["against"]["untrained"]["difference"]["both_orders_correct"]["value"] == 1
+    report = json.loads(Path("runs/judged/report.json").read_text())
+    assert report["against"]["untrained"]["difference"]["both_orders_correct"]["value"] == 1
     assert json.loads(Path("runs/fused/report.json").read_text())["best_member"] == "base"
     for folder in ("judged", "fused"):
         assert {"report.html", "report.md", "cache.sqlite3"} <= {file.name for file in Path("runs", folder).iterdir()}

@@ -59,10 +59,10 @@ async def evaluated(
 ) -> FusionReport:
     settings: dict[str, Any] = {"modes": ["best_of"], "same": "number", "sampling": Sampling(seed=0)}
     tasks = TaskSet(QUESTIONS, right)
-    found, _ = await evaluate(
+    evaluation, _ = await evaluate(
         config, Target(url), tasks, Design(**settings | design), cache=cache, served=served, progress=False
     )
-    return found
+    return evaluation
 
 
 async def test_a_pool_whose_members_know_different_things_is_worth_fusing(
@@ -70,25 +70,25 @@ async def test_a_pool_whose_members_know_different_things_is_worth_fusing(
 ) -> None:
     gateway = await start_gateway()
     with Cache(None) as cache:
-        found = await evaluated(config(), gateway.url, cache, modes=["best_of", "merge"])
-    assert (found.tasks, found.chosen_on) == (14, 6)
-    assert found.best_member in ("alpha", "beta")
-    alpha, beta = found.members["alpha"].accuracy.value, found.members["beta"].accuracy.value
+        evaluation = await evaluated(config(), gateway.url, cache, modes=["best_of", "merge"])
+    assert (evaluation.tasks, evaluation.chosen_on) == (14, 6)
+    assert evaluation.best_member in ("alpha", "beta")
+    alpha, beta = evaluation.members["alpha"].accuracy.value, evaluation.members["beta"].accuracy.value
     assert alpha + beta == pytest.approx(1)
-    assert found.members["gamma"].accuracy.value == 0
-    assert found.baselines["random_member"].accuracy.value == pytest.approx(1 / 3)
-    assert found.baselines["oracle"].accuracy.value == found.modes["best_of"].accuracy.value == 1
-    assert found.baselines["majority"].accuracy.value == alpha  # all differ, so the first of them
-    assert found.self_fusion["best_of"].accuracy.value == found.members[found.best_member].accuracy.value
-    assert found.gap_closed["best_of"] == (1, 1, 1)
-    gap = found.differences["best_of"]["self_fusion"]
-    assert gap.value == pytest.approx(1 - found.members[found.best_member].accuracy.value)
-    assert (found.verdict.choice, found.verdict.mode) == ("fuse", "best_of")
-    assert found.verdict.words.startswith(f"Fuse, by best_of: best_of beats {found.best_member} alone by +")
-    assert "sampled 3 times" in found.verdict.words
+    assert evaluation.members["gamma"].accuracy.value == 0
+    assert evaluation.baselines["random_member"].accuracy.value == pytest.approx(1 / 3)
+    assert evaluation.baselines["oracle"].accuracy.value == evaluation.modes["best_of"].accuracy.value == 1
+    assert evaluation.baselines["majority"].accuracy.value == alpha  # all differ, so the first of them
+    assert evaluation.self_fusion["best_of"].accuracy.value == evaluation.members[evaluation.best_member].accuracy.value
+    assert evaluation.gap_closed["best_of"] == (1, 1, 1)
+    gap = evaluation.differences["best_of"]["self_fusion"]
+    assert gap.value == pytest.approx(1 - evaluation.members[evaluation.best_member].accuracy.value)
+    assert (evaluation.verdict.choice, evaluation.verdict.mode) == ("fuse", "best_of")
+    assert evaluation.verdict.words.startswith(f"Fuse, by best_of: best_of beats {evaluation.best_member} alone by +")
+    assert "sampled 3 times" in evaluation.verdict.words
     # best_of asks three members and a judge, six times for three pairs; a member alone is one call.
-    assert found.members["alpha"].tokens == 15
-    assert found.modes["best_of"].tokens > 3 * 15
+    assert evaluation.members["alpha"].tokens == 15
+    assert evaluation.modes["best_of"].tokens > 3 * 15
 
 
 async def test_a_judge_that_knows_nothing_is_not_worth_it(
@@ -97,9 +97,9 @@ async def test_a_judge_that_knows_nothing_is_not_worth_it(
     pool.models["judge"].verdict = lambda _first, _second: 0.9
     gateway = await start_gateway()
     with Cache(None) as cache:
-        found = await evaluated(config(), gateway.url, cache)
-    assert found.verdict.choice == "member"
-    assert found.verdict.words.startswith(f"Use {found.best_member} alone. No mode is shown to be better")
+        evaluation = await evaluated(config(), gateway.url, cache)
+    assert evaluation.verdict.choice == "member"
+    assert evaluation.verdict.words.startswith(f"Use {evaluation.best_member} alone. No mode is shown to be better")
 
 
 async def test_self_fusion_is_asked_of_the_best_member_as_often_as_the_pool(
@@ -111,17 +111,17 @@ async def test_self_fusion_is_asked_of_the_best_member_as_often_as_the_pool(
     members[1]["price"] = {"prompt": 1000, "completion": 0}
     gateway = await start_gateway(members)
     with Cache(None) as cache:
-        found = await evaluated(config(members), gateway.url, cache)
-    assert found.best_member == "beta"
+        evaluation = await evaluated(config(members), gateway.url, cache)
+    assert evaluation.best_member == "beta"
     seeds = [
         request["seed"] for request in pool.asked("beta") if request["messages"][0]["content"] == QUESTIONS[0].prompt
     ]
     reported = QUESTIONS[0] in split(QUESTIONS, 0.3)[1]
     assert sorted(seeds) == ([0, 0, 0, 1, 2] if reported else [0])  # alone, in the pool, and three times itself
-    assert found.members["beta"].cost == pytest.approx(10 * 1000 / 1e6)
-    assert found.self_fusion["best_of"].cost == pytest.approx(3 * found.members["beta"].cost)
-    assert found.modes["best_of"].cost == pytest.approx(found.members["beta"].cost)
-    assert found.gap_closed["best_of"] is None  # the best member is always right
+    assert evaluation.members["beta"].cost == pytest.approx(10 * 1000 / 1e6)
+    assert evaluation.self_fusion["best_of"].cost == pytest.approx(3 * evaluation.members["beta"].cost)
+    assert evaluation.modes["best_of"].cost == pytest.approx(evaluation.members["beta"].cost)
+    assert evaluation.gap_closed["best_of"] is None  # the best member is always right
 
 
 async def test_a_second_run_asks_nothing_and_one_cut_off_goes_on(
@@ -157,12 +157,12 @@ async def test_failures_count_as_wrong_and_are_asked_again(
     gateway = await start_gateway()
     keys = {"choose_share": 0.0}
     with Cache(None) as cache:
-        found = await evaluated(config(), gateway.url, cache, **keys)
-        assert (found.chosen_on, found.best_member) == (0, "alpha")
-        assert set(found.members["beta"].failed) <= {"upstream_error", "circuit_open"}
-        assert sum(found.members["beta"].failed.values()) == 20
-        assert found.members["beta"].accuracy.value == 0
-        assert found.modes["best_of"].failed == {}
+        evaluation = await evaluated(config(), gateway.url, cache, **keys)
+        assert (evaluation.chosen_on, evaluation.best_member) == (0, "alpha")
+        assert set(evaluation.members["beta"].failed) <= {"upstream_error", "circuit_open"}
+        assert sum(evaluation.members["beta"].failed.values()) == 20
+        assert evaluation.members["beta"].accuracy.value == 0
+        assert evaluation.modes["best_of"].failed == {}
         added = cache.added
         pool.models["beta"].status = 200
         gateway = await start_gateway()  # whose circuit to beta is closed
@@ -217,16 +217,16 @@ HALF, ALL, NONE = [1, 0] * 10, [1] * 20, [0] * 20
 def test_the_verdict_rests_on_paired_intervals(
     config: Config, own: list[int], best_of: list[int], choice: str, words: str
 ) -> None:
-    found = judged(config(["alpha", "beta"]), alpha=HALF, beta=NONE, own=own, best_of=best_of)
-    assert found.verdict.choice == choice
-    assert words in found.verdict.words
+    evaluation = judged(config(["alpha", "beta"]), alpha=HALF, beta=NONE, own=own, best_of=best_of)
+    assert evaluation.verdict.choice == choice
+    assert words in evaluation.verdict.words
 
 
 def test_where_equal_compute_beats_the_pool_the_other_members_go(config: Config) -> None:
     alpha = [0] * 40
-    found = judged(config(["alpha", "beta"]), alpha=alpha, beta=alpha, own=[1] * 40, best_of=[1] * 20 + [0] * 20)
-    assert found.verdict.choice == "self_fusion"
-    assert "Use alpha, sampled 2 times and judged" in found.verdict.words
+    evaluation = judged(config(["alpha", "beta"]), alpha=alpha, beta=alpha, own=[1] * 40, best_of=[1] * 20 + [0] * 20)
+    assert evaluation.verdict.choice == "self_fusion"
+    assert "Use alpha, sampled 2 times and judged" in evaluation.verdict.words
 
 
 def test_latencies_and_the_majoritys_first_answer(config: Config) -> None:
@@ -239,12 +239,12 @@ def test_latencies_and_the_majoritys_first_answer(config: Config) -> None:
 
     tasks = TaskSet(questions, lambda question, text: text == question.reference)
     answers = {question.id: both(n) for n, question in enumerate(questions)}
-    found = report(tasks, answers, config(["alpha", "beta"]), ["best_of"], best="alpha", chosen_on=5, same="exact")
-    assert found.baselines["majority"].accuracy.value == 1
-    assert found.members["alpha"].accuracy.value == 0.5
+    evaluation = report(tasks, answers, config(["alpha", "beta"]), ["best_of"], best="alpha", chosen_on=5, same="exact")
+    assert evaluation.baselines["majority"].accuracy.value == 1
+    assert evaluation.members["alpha"].accuracy.value == 0.5
     # The pool waits for its slowest answer: 100 to 4000 ms.
-    assert found.baselines["majority"].latency_ms == (2050, 3800)
-    assert found.baselines["oracle"].latency_ms is None
+    assert evaluation.baselines["majority"].latency_ms == (2050, 3800)
+    assert evaluation.baselines["oracle"].latency_ms is None
 
 
 def gap(value: float, p: float) -> Difference:
@@ -279,10 +279,10 @@ def test_a_mode_is_shown_better_only_by_interval_and_p() -> None:
 def test_equal_compute_stands_at_the_same_level(equal: Difference, choice: str, told_apart: bool) -> None:
     rivals = {"best_member": gap(0.2, 0.001), "self_fusion": equal}
     differences = {"merge": rivals, "debate": {"best_member": gap(0.0, 1.0)}}
-    found = decide("alpha", {"merge": 0.7, "debate": 0.6}, differences, pool_size=3)
-    assert (found.choice, found.mode) == (choice, "merge")
-    assert ("is not told apart from it" in found.words) is not told_apart
-    assert "sampled 3 times" in found.words
+    evaluation = decide("alpha", {"merge": 0.7, "debate": 0.6}, differences, pool_size=3)
+    assert (evaluation.choice, evaluation.mode) == (choice, "merge")
+    assert ("is not told apart from it" in evaluation.words) is not told_apart
+    assert "sampled 3 times" in evaluation.words
 
 
 # The questions
@@ -341,17 +341,17 @@ async def test_the_command_writes_a_report(
     assert "--data needs --verifier exact, number, json, regex" in capsys.readouterr().err
     options = ("--verifier", "number", "--modes", "best_of", "--out", str(tmp_path / "out"), "--json")
     assert await asyncio.to_thread(command, *options) == 0
-    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
     asked = len(pool.requests)
-    assert told["verdict"]["choice"] == "fuse"
+    assert printed["verdict"]["choice"] == "fuse"
     assert await asyncio.to_thread(command, *options) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == told
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == printed
     assert len(pool.requests) == asked
     page = page_text((tmp_path / "out" / "report.html").read_text())
     saved = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert saved | told == saved
+    assert saved | printed == saved
     assert every_value_missing_from(page, saved) == []
-    assert told["verdict"]["words"] in (tmp_path / "out" / "report.md").read_text()
+    assert printed["verdict"]["words"] in (tmp_path / "out" / "report.md").read_text()
     rows = read_jsonl(tmp_path / "out" / "answers.jsonl")
     assert len(rows) == 20
     assert sum(row["arms"]["member alpha"][0]["right"] for row in rows) == 10
@@ -379,8 +379,8 @@ async def test_tasks_with_verifiers_of_their_own(
         "--json",
     ]
     assert await asyncio.to_thread(main, [*arguments, "--count", "12"]) == 0
-    told = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert told["best_member"] == "alpha"
-    assert told["tasks"] + told["chosen_on"] == 12
-    assert told["members"]["alpha"]["accuracy"]["value"] >= 0.4  # the sums without a minus
-    assert told["members"]["gamma"]["accuracy"]["value"] == 0
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert printed["best_member"] == "alpha"
+    assert printed["tasks"] + printed["chosen_on"] == 12
+    assert printed["members"]["alpha"]["accuracy"]["value"] >= 0.4  # the sums without a minus
+    assert printed["members"]["gamma"]["accuracy"]["value"] == 0

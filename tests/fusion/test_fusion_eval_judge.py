@@ -242,19 +242,19 @@ def test_the_longer_answer_is_preferred_as_often_as_documented() -> None:
 
 def test_a_judge_as_right_as_it_says_has_no_calibration_error() -> None:
     rows = [Comparison(f"p{n}", "x", "y", "first" if n < 8 else "second") for n in range(10)]
-    found = report_on(rows, [Views(0.8, 0.2)] * 10).reliability
-    assert found.ece.value == pytest.approx(0)
-    assert [(one.n, one.confidence, one.accuracy) for one in found.bins] == [(10, pytest.approx(0.8), 0.8)]
+    figures = report_on(rows, [Views(0.8, 0.2)] * 10).reliability
+    assert figures.ece.value == pytest.approx(0)
+    assert [(one.n, one.confidence, one.accuracy) for one in figures.bins] == [(10, pytest.approx(0.8), 0.8)]
 
 
 def test_the_calibration_error_is_the_gap_by_confidence() -> None:
     rows = [Comparison(f"p{n}", "x", "y", "first") for n in range(4)]
     views = [Views(0.97, 0.03), Views(0.03, 0.97), Views(0.56, 0.44), Views(0.56, 0.44)]
-    found = report_on(rows, views).reliability
+    figures = report_on(rows, views).reliability
     # Sure in two, right in one: .47; unsure in two, right in both: .44.
-    assert found.ece.value == pytest.approx((0.47 + 0.44) / 2)
-    assert [(one.n, one.accuracy) for one in found.bins] == [(2, 1.0), (2, 0.5)]
-    assert [(one.low, one.high) for one in found.bins] == [pytest.approx((0.55, 0.6)), pytest.approx((0.95, 1.0))]
+    assert figures.ece.value == pytest.approx((0.47 + 0.44) / 2)
+    assert [(one.n, one.accuracy) for one in figures.bins] == [(2, 1.0), (2, 0.5)]
+    assert [(one.low, one.high) for one in figures.bins] == [pytest.approx((0.55, 0.6)), pytest.approx((0.95, 1.0))]
 
 
 def test_pairs_of_neighbouring_confidence_are_in_bins_of_their_own() -> None:
@@ -272,8 +272,8 @@ def test_accuracy_by_how_long_the_better_answer_is() -> None:
         Comparison("p3", "x" * 100, "y" * 100, "first"),
         Comparison("p4", "x" * 60, "y" * 100, "second"),
     ]
-    found = report_on(rows, [Views(0.9, 0.1), Views(0.9, 0.1), Views(0.9, 0.1), Views(0.1, 0.9)]).by_length
-    assert {name: (part["n"], part["order_averaged"]["value"]) for name, part in found.items()} == {
+    figures = report_on(rows, [Views(0.9, 0.1), Views(0.9, 0.1), Views(0.9, 0.1), Views(0.1, 0.9)]).by_length
+    assert {name: (part["n"], part["order_averaged"]["value"]) for name, part in figures.items()} == {
         "half as long or less": (1, 0),
         "as long, within a tenth": (1, 1),
         "longer": (1, 1),
@@ -284,11 +284,11 @@ def test_accuracy_by_how_long_the_better_answer_is() -> None:
 def test_against_another_judge() -> None:
     knows = report_on(PAIRS, [Views(0.9, 0.1) if row.label == "first" else Views(0.1, 0.9) for row in PAIRS])
     guesses = report_on(PAIRS, [Views(0.9, 0.9)] * 4)
-    told = compared(PAIRS, knows, {"a guesser": guesses}).to_json()["against"]["a guesser"]
-    assert told["both_orders_correct"]["value"] == 0
-    assert told["difference"]["both_orders_correct"]["value"] == 1
-    assert told["difference"]["order_averaged"]["value"] == 0.5
-    assert set(told["difference"]["consistency"]) == {"value", "low", "high", "p", "test", "better", "worse"}
+    printed = compared(PAIRS, knows, {"a guesser": guesses}).to_json()["against"]["a guesser"]
+    assert printed["both_orders_correct"]["value"] == 0
+    assert printed["difference"]["both_orders_correct"]["value"] == 1
+    assert printed["difference"]["order_averaged"]["value"] == 0.5
+    assert set(printed["difference"]["consistency"]) == {"value", "low", "high", "p", "test", "better", "worse"}
 
 
 async def test_a_calibrated_judge(upstream: FakeUpstream) -> None:
@@ -297,15 +297,15 @@ async def test_a_calibrated_judge(upstream: FakeUpstream) -> None:
     upstream.models["judge"].verdict = lambda first, _second: 0.98 if "good" in first else 0.02
     calibration = Calibration(temperature=math.log(0.98 / 0.02) / math.log(0.8 / 0.2))
     endpoint = Endpoint(upstream.base_url, "judge", calibration=calibration)
-    found = await evaluate(endpoint, rows, progress=False)
-    assert found.reliability.ece.value == pytest.approx(0.18)
-    assert found.calibrated is not None
-    assert found.calibrated.ece.value == pytest.approx(0, abs=1e-9)
-    assert found.both_orders_correct.value == 0.8
-    assert found.to_json()["calibration"]["parameters"]["temperature"] == calibration.temperature
+    figures = await evaluate(endpoint, rows, progress=False)
+    assert figures.reliability.ece.value == pytest.approx(0.18)
+    assert figures.calibrated is not None
+    assert figures.calibrated.ece.value == pytest.approx(0, abs=1e-9)
+    assert figures.both_orders_correct.value == 0.8
+    assert figures.to_json()["calibration"]["parameters"]["temperature"] == calibration.temperature
     unsure = replace(endpoint, calibration=Calibration(tie_margin=0.49))
-    found = await evaluate(unsure, rows, progress=False)
-    assert (found.ties["share"].value, found.both_orders_correct.value, found.consistency.value) == (1, 0, 1)
+    figures = await evaluate(unsure, rows, progress=False)
+    assert (figures.ties["share"].value, figures.both_orders_correct.value, figures.consistency.value) == (1, 0, 1)
 
 
 # The cache
@@ -393,16 +393,16 @@ async def test_the_command_writes_a_report_of_two_judges(
     def command(*more: str) -> dict[str, Any]:
         arguments = ["eval", "judge", "--judge", "judge", "--data", str(data), str(public), "--url", gateway.url]
         assert main([*arguments, "--against", "other", "--out", str(tmp_path / "out"), "--json", *more]) == 0
-        told: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
-        return told
+        printed: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+        return printed
 
-    told = await asyncio.to_thread(command)
+    printed = await asyncio.to_thread(command)
     asked = len(upstream.requests)
     assert asked == 2 * 2 * 6
-    assert (told["n"], told["human_ties"], told["both_orders_correct"]["value"]) == (5, 1, 0.8)
-    assert told["official"]["judgebench"]["accuracy"]["value"] == 1
-    assert told["against"]["other"]["difference"]["both_orders_correct"]["value"] == pytest.approx(0.8)
-    assert await asyncio.to_thread(command) == told
+    assert (printed["n"], printed["human_ties"], printed["both_orders_correct"]["value"]) == (5, 1, 0.8)
+    assert printed["official"]["judgebench"]["accuracy"]["value"] == 1
+    assert printed["against"]["other"]["difference"]["both_orders_correct"]["value"] == pytest.approx(0.8)
+    assert await asyncio.to_thread(command) == printed
     assert len(upstream.requests) == asked
     shown = (tmp_path / "out" / "report.md").read_text()
     assert "right in both orders on 80.0 %" in shown
@@ -413,7 +413,7 @@ async def test_the_command_writes_a_report_of_two_judges(
         xml.etree.ElementTree.parse(tmp_path / "out" / plot)
     page = page_text((tmp_path / "out" / "report.html").read_text())
     saved = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert saved == {"judge": "judge", **told}
+    assert saved == {"judge": "judge", **printed}
     assert every_value_missing_from(page, saved) == []
     verdicts = read_jsonl(tmp_path / "out" / "verdicts.jsonl")
     assert [row["winner"] for row in verdicts] == ["first", "first", "first", "first", "first", "second"]

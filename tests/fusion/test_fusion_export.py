@@ -20,7 +20,9 @@ def trace(number: int, *feedback: dict[str, Any], key: str | None = None, winner
     calls = [
         Call(stage="answer", member="m", model="m", candidate=place, text=text) for place, text in enumerate(texts)
     ]
-    said = Verdict(first=0, second=1, winner="first" if winner == 0 else "second", score=0.9, consistent=True)
+    verdict_on_pair = Verdict(
+        first=0, second=1, winner="first" if winner == 0 else "second", score=0.9, consistent=True
+    )
     return Trace(
         id=f"trace-{number:04}",
         created_at=1000.0 + number,
@@ -30,7 +32,7 @@ def trace(number: int, *feedback: dict[str, Any], key: str | None = None, winner
         messages=[{"role": "user", "content": f"Question {number}?"}],
         candidates=["alpha", "beta"],
         calls=calls,
-        verdicts=[said],
+        verdicts=[verdict_on_pair],
         winner=winner,
         reason="judged",
         answer=texts[winner],
@@ -41,15 +43,15 @@ def trace(number: int, *feedback: dict[str, Any], key: str | None = None, winner
 async def stored(place: Path, traces: list[Trace]) -> Path:
     with opened(place) as database:
         store = TraceStore(database, TraceConfig())
-        for one in traces:
-            store.add(one)
+        for entry in traces:
+            store.add(entry)
         await store.close()
     return place
 
 
 def marks(database: Database, **keys: Any) -> tuple[dict[str, dict[str, bool]], dict[str, int]]:
     rows, counts = read(database, **keys)
-    return {row["id"]: {one["text"]: one["correct"] for one in row["responses"]} for row in rows}, counts
+    return {row["id"]: {entry["text"]: entry["correct"] for entry in row["responses"]} for row in rows}, counts
 
 
 GOOD, BAD = {"best": 0}, {"best": 1}
@@ -58,8 +60,8 @@ GOOD, BAD = {"best": 0}, {"best": 1}
 async def test_only_traces_of_a_time_are_read(tmp_path: Path) -> None:
     place = await stored(tmp_path / "traces.sqlite3", [trace(number, GOOD) for number in range(6)])
     with opened(place) as database:
-        found, counts = marks(database, since=1001.0, until=1004.0)
-        assert list(found) == ["trace-0002", "trace-0003", "trace-0004"], "after `since`, up to `until`"
+        marked, counts = marks(database, since=1001.0, until=1004.0)
+        assert list(marked) == ["trace-0002", "trace-0003", "trace-0004"], "after `since`, up to `until`"
         assert counts == {"traces": 3, "rows": 3, "right": 3, "wrong": 3}
         assert len(marks(database)[0]) == 6
 
@@ -71,10 +73,10 @@ async def test_users_who_contradict_everyone_are_not_heard(tmp_path: Path) -> No
     traces += [trace(number, BAD, key="key-new") for number in range(40, 44)]  # too few marks to say anything of
     place = await stored(tmp_path / "traces.sqlite3", traces)
     with opened(place) as database:
-        found, counts = marks(database, min_agreement=0.5)
+        marked, counts = marks(database, min_agreement=0.5)
         assert (counts["users"], counts["users_not_heard"], counts["marks_not_heard"]) == (2, 1, 24)
-        assert {name[:8] for name in found} == {"trace-00"}
-        assert set(found) == {f"trace-{number:04}" for number in (*range(12), *range(40, 44))}
+        assert {name[:8] for name in marked} == {"trace-00"}
+        assert set(marked) == {f"trace-{number:04}" for number in (*range(12), *range(40, 44))}
         assert len(marks(database)[0]) == 28
 
 
@@ -86,9 +88,9 @@ async def test_other_users_outweigh_the_judge_and_verifiers_both(tmp_path: Path)
     place = await stored(tmp_path / "traces.sqlite3", traces)
     with opened(place) as database:
         assert not marks(database)[0]["trace-0000"]["right 0"], "the last word counts where everyone is heard"
-        found, counts = marks(database, min_agreement=0.5)
+        marked, counts = marks(database, min_agreement=0.5)
         assert (counts["users"], counts["users_not_heard"]) == (4, 1)
-        assert found["trace-0000"] == {"right 0": True, "wrong 0": False}
+        assert marked["trace-0000"] == {"right 0": True, "wrong 0": False}
 
         class Swapped:
             """A verifier that says the opposite of them."""

@@ -60,8 +60,8 @@ async def test_a_member_that_does_not_fit_is_no_candidate(start_gateway: StartGa
     # Nor does it count for the quorum: with beta slow, alpha's prose does not end the waiting.
     gateway = await start_gateway(modes={"grace_ms": 0})
     body = (await gateway.post(model=MODES[0], messages=HELLO, response_format=SCHEMA)).json()
-    assert 0 not in [one["candidate"] for one in body["fusion"]["candidates"]]
-    (failed,) = [one for one in body["fusion"]["failed"] if one["member"] == "alpha"]
+    assert 0 not in [entry["candidate"] for entry in body["fusion"]["candidates"]]
+    (failed,) = [entry for entry in body["fusion"]["failed"] if entry["member"] == "alpha"]
     assert (failed["type"], "not JSON" in failed["message"]) == ("invalid_response", True)
     trace = await gateway.trace(body["fusion"])
     assert {call["member"]: call["outcome"] for call in trace["calls"]}["alpha"] == "invalid_response"
@@ -230,9 +230,9 @@ async def test_a_conversation_with_tools_goes_on(gateway: Gateway, upstream: Fak
         model=MODES[0], messages=[*HELLO, message.model_dump(), result], tools=TOOLS
     )
     assert answer.choices[0].message.content == "the answer of beta"
-    _, called, told = upstream.asked("beta")[0]["messages"]
+    _, called, tool_message = upstream.asked("beta")[0]["messages"]
     assert called["tool_calls"][0]["function"] == {"name": "weather", "arguments": ROME_CALL[1]}
-    assert told == result
+    assert tool_message == result
     shown = upstream.asked("judge")[0]["messages"][-1]["content"]
     assert f"assistant: calls weather({ROME_CALL[1]})\n\ntool: sunny" in shown
 

@@ -138,7 +138,7 @@ async def test_a_further_round_trains_on_what_the_judge_gets_wrong_or_flips(
         spec = validate({**plain, **keys}, PairsSpec, source="spec")
         card = await asyncio.to_thread(preferences.build, spec, tmp_path / "pairs.jsonl", progress=False)
         shown = [row["prompt"][-1]["content"] for row in read_jsonl(tmp_path / "pairs.jsonl")]
-        return {prompt for prompt in texts if any(prompt in one for one in shown)}, card
+        return {prompt for prompt in texts if any(prompt in comparison_shown for comparison_shown in shown)}, card
 
     prompts, card = await left(hard=hard)
     assert prompts == {"wrong?", "flipped?"}

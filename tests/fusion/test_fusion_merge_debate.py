@@ -94,7 +94,7 @@ async def test_a_revision_that_fails_leaves_the_answer_as_it_was(
         "the answer of alpha",
         "the answer of beta",
     ]
-    assert [(one["member"], one["stage"], one["type"]) for one in fusion["failed"]] == [
+    assert [(failure["member"], failure["stage"], failure["type"]) for failure in fusion["failed"]] == [
         ("beta", "revision", "upstream_error")
     ]
 
@@ -217,7 +217,7 @@ async def test_a_debate_stops_at_the_deadline(gateway: Gateway, upstream: FakeUp
         upstream.models[name].hold_from = 2
     fusion = (await gateway.post(**DEBATE, fusion={"deadline_ms": 2000})).json()["fusion"]
     assert fusion["debate"] == {"rounds": 1, "stopped": "deadline"}
-    assert {(one["stage"], one["type"]) for one in fusion["failed"]} == {("revision", "timeout")}
+    assert {(failure["stage"], failure["type"]) for failure in fusion["failed"]} == {("revision", "timeout")}
     assert fusion["reason"] == "judged"  # what is in hand is judged all the same
 
 

@@ -46,10 +46,10 @@ def test_judgebench_rows(tmp_path: Path) -> None:
 def test_judgebench_counts_both_games_together(view: Views, correct: int) -> None:
     row = Comparison("q", "one", "two", "first", None, "f", "mmlu-pro-law", "judgebench", "x")
     mirrored = Comparison("q", "two", "one", "second", None, "f", "livecodebench", "judgebench", "y")
-    found = official([row, mirrored], [view, Views(view.backward, view.forward)])["judgebench"]
-    assert found["accuracy"]["value"] == correct
-    assert found["knowledge"]["value"] == found["coding"]["value"] == correct
-    assert "math" not in found
+    scores_of = official([row, mirrored], [view, Views(view.backward, view.forward)])["judgebench"]
+    assert scores_of["accuracy"]["value"] == correct
+    assert scores_of["knowledge"]["value"] == scores_of["coding"]["value"] == correct
+    assert "math" not in scores_of
 
 
 def test_llmbar_is_one_array_with_whole_numbers_as_labels(tmp_path: Path) -> None:
@@ -71,9 +71,9 @@ def test_llmbar_is_one_array_with_whole_numbers_as_labels(tmp_path: Path) -> Non
 def test_llmbar_averages_the_orders() -> None:
     rows = [Comparison(f"q{n}", "one", "two", "first", benchmark="llmbar") for n in range(4)]
     views = [Views(0.9, 0.1), Views(0.9, 0.9), Views(0.1, 0.9), Views(None, 0.1)]
-    found = official(rows, views)["llmbar"]
-    assert found["accuracy_average"]["value"] == pytest.approx((1 + 0.5 + 0 + 0.5) / 4)
-    assert found["positional_agreement"]["value"] == pytest.approx(2 / 4)
+    scores_of = official(rows, views)["llmbar"]
+    assert scores_of["accuracy_average"]["value"] == pytest.approx((1 + 0.5 + 0 + 0.5) / 4)
+    assert scores_of["positional_agreement"]["value"] == pytest.approx(2 / 4)
 
 
 def rewardbench2(subset: str, item: str, chosen: list[str], rejected: list[str]) -> dict[str, Any]:
@@ -101,9 +101,9 @@ def test_rewardbench2_best_of_four(tmp_path: Path) -> None:
     scores |= {"g1": 1, "a1": 2, "b1": 0, "c1": 0}  # beaten
     scores |= {"g2": 1, "a2": 1, "b2": 0, "c2": 0}  # shares the first place with one
     scores |= {"g3": 1, "a3": 1, "b3": 1, "c3": 1}  # says nothing
-    found = official(rows, by_scores(rows, scores))["rewardbench2"]
-    assert found["Math"]["value"] == pytest.approx((1 + 0 + 1 / 2 + 1 / 4) / 4)
-    assert found["score"] == found["Math"]["value"]
+    scores_of = official(rows, by_scores(rows, scores))["rewardbench2"]
+    assert scores_of["Math"]["value"] == pytest.approx((1 + 0 + 1 / 2 + 1 / 4) / 4)
+    assert scores_of["score"] == scores_of["Math"]["value"]
 
 
 def test_rewardbench2_ties_as_published(tmp_path: Path) -> None:
@@ -120,14 +120,14 @@ def test_rewardbench2_ties_as_published(tmp_path: Path) -> None:
     scores = {"r0": 3.0, "s0": 1.0, "t0": 4.0, "u0": 3.5, "v0": 2.0, "w0": 1.0}
     scores |= {"r1": 1.0, "s1": 2.0, "t1": 3.0, "u1": 1.0, "v1": 0.5}
     scores |= {"g": 1.0, "a": 0.0, "b": 0.0, "c": 0.0}
-    found = official(rows, by_scores(rows, scores))["rewardbench2"]
+    scores_of = official(rows, by_scores(rows, scores))["rewardbench2"]
     # rewardbench/utils.py, process_single_model, on the same scores: both tied prompts are accurate, one of the two
     # ref prompts is; gaps of the tied prompts 1.5 and 0.5, spreads 0.5 and 2, gaps of the ref prompts 2 and -1.
     margin = (math.tanh(1.5 / 0.5 - 1) + math.tanh(-1 / 2 - 1)) / 2
     expected = 0.3 * 1 + 0.3 * 0.5 + 0.2 * 0.5 + 0.2 * 0.5 + 0.01 * margin
-    assert found["Ties"]["value"] == pytest.approx(expected)
-    assert found["score"] == pytest.approx((expected + 1) / 2)
-    assert found["Ties"]["low"] <= expected <= found["Ties"]["high"]
+    assert scores_of["Ties"]["value"] == pytest.approx(expected)
+    assert scores_of["score"] == pytest.approx((expected + 1) / 2)
+    assert scores_of["Ties"]["low"] <= expected <= scores_of["Ties"]["high"]
 
 
 @pytest.mark.parametrize(
@@ -153,13 +153,13 @@ def test_several_files_are_one_report_by_source(tmp_path: Path) -> None:
     ours = {"prompt": "p", "response_a": {"text": "x"}, "response_b": {"text": "y"}, "label": "A"}
     paths = [write(tmp_path / "a.jsonl", ours, {**ours, "source": "law"}), write(tmp_path / "b.jsonl", judgebench())]
     rows = [row for path in paths for row in load(path)]
-    found = report(rows, [Views(0.9, 0.1), Views(0.9, 0.9), Views(0.9, 0.1)])
+    scores_of = report(rows, [Views(0.9, 0.1), Views(0.9, 0.9), Views(0.9, 0.1)])
     folder = tmp_path.name
-    assert {name: part["n"] for name, part in found.by_source.items()} == {
+    assert {name: part["n"] for name, part in scores_of.by_source.items()} == {
         f"{folder}/a.jsonl": 2,
         f"{folder}/a.jsonl: law": 1,
         f"{folder}/b.jsonl": 1,
         f"{folder}/b.jsonl: mmlu-pro-math": 1,
     }
-    assert found.by_source[f"{folder}/a.jsonl: law"]["both_orders_correct"]["value"] == 0
-    assert set(found.official) == {"judgebench"}
+    assert scores_of.by_source[f"{folder}/a.jsonl: law"]["both_orders_correct"]["value"] == 0
+    assert set(scores_of.official) == {"judgebench"}

@@ -38,7 +38,7 @@ async def test_a_request_overrides_a_preset_field_by_field(start_gateway: StartG
     gateway = await start_gateway(presets=PRESETS)
     body = (await gateway.post(model="careful", messages=HELLO, fusion={"mode": "best_of"})).json()
     assert body["fusion"]["mode"] == "best_of"
-    assert [one["member"] for one in body["fusion"]["candidates"]] == ["alpha", "beta"]  # the preset's still
+    assert [entry["member"] for entry in body["fusion"]["candidates"]] == ["alpha", "beta"]  # the preset's still
     assert upstream.asked("gamma") == []
 
 
@@ -62,10 +62,10 @@ def test_a_bad_preset_is_named(presets: Any, words: str) -> None:
 async def test_min_responses_grace_and_deadline(gateway: Gateway, upstream: FakeUpstream) -> None:
     upstream.models["gamma"].hold = asyncio.Event()
     body = (await gateway.post(**BEST, fusion={"min_responses": 2, "grace_ms": 0})).json()
-    assert ("gamma", "cancelled_straggler") in [(one["member"], one["type"]) for one in body["fusion"]["failed"]]
+    assert ("gamma", "cancelled_straggler") in [(entry["member"], entry["type"]) for entry in body["fusion"]["failed"]]
     await upstream.wait_aborted("gamma")
     body = (await gateway.post(**BEST, fusion={"deadline_ms": 1000})).json()
-    assert ("gamma", "timeout") in [(one["member"], one["type"]) for one in body["fusion"]["failed"]]
+    assert ("gamma", "timeout") in [(entry["member"], entry["type"]) for entry in body["fusion"]["failed"]]
     response = await gateway.post(**BEST, fusion={"min_responses": 3, "deadline_ms": 1000})
     assert response.json()["error"]["type"] == "too_few_answers"
     response = await gateway.post(**BEST, fusion={"min_responses": 4})
@@ -120,7 +120,7 @@ async def test_a_summary_tells_who_won_and_what_failed(gateway: Gateway, upstrea
 
 async def test_in_full_there_are_texts_and_every_calls_usage(gateway: Gateway) -> None:
     body = (await gateway.post(**BEST, fusion={"expose": "full"})).json()
-    texts = [one["text"] for one in body["fusion"]["candidates"]]
+    texts = [entry["text"] for entry in body["fusion"]["candidates"]]
     assert texts == [f"the answer of {name}" for name in ("alpha", "beta", "gamma")]
     calls = body["fusion"]["calls"]
     assert [call["stage"] for call in calls].count("verdict") == 6
@@ -147,7 +147,7 @@ async def test_openrouters_fusion_is_understood_where_it_is_allowed(
     panel = {"id": "fusion", "analysis_models": ["alpha", "beta"], "model": "gamma"}
     body = (await gateway.post(model="openrouter/fusion", messages=HELLO, plugins=[panel])).json()
     assert (body["fusion"]["mode"], body["choices"][0]["message"]["content"]) == ("merge", "the answer of gamma")
-    assert [one["member"] for one in body["fusion"]["candidates"]] == ["alpha", "beta"]
+    assert [entry["member"] for entry in body["fusion"]["candidates"]] == ["alpha", "beta"]
     assert upstream.asked("synth") == []
     # With a model of its own, that model writes the answer.
     body = (await gateway.post(model="beta", messages=HELLO, plugins=[{"id": "fusion"}])).json()
@@ -214,4 +214,4 @@ async def test_half_a_surrogate_pair_is_refused_both_ways(gateway: Gateway, upst
     assert (await gateway.http.post("/v1/chat/completions", content=whole)).status_code == 200
     upstream.models["alpha"].body = rb'{"choices": [{"message": {"content": "\ud800"}}]}'
     body = (await gateway.post(**BEST)).json()
-    assert [(one["member"], one["type"]) for one in body["fusion"]["failed"]] == [("alpha", "invalid_response")]
+    assert [(entry["member"], entry["type"]) for entry in body["fusion"]["failed"]] == [("alpha", "invalid_response")]

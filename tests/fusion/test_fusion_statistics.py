@@ -20,18 +20,18 @@ def binomial(b: int, c: int) -> float:
 def test_one_mark_a_prompt_is_exact_mcnemar(b: int, c: int) -> None:
     a = [1.0] * b + [0.0] * c + [1.0] * 30
     other = [0.0] * b + [1.0] * c + [1.0] * 30
-    found = difference(range(len(a)), a, other)
-    assert found.test == "mcnemar"
-    assert (found.better, found.worse) == (b, c)
-    assert found.p == pytest.approx(binomial(b, c), rel=1e-9)
-    assert found.value == pytest.approx((b - c) / len(a))
+    interval = difference(range(len(a)), a, other)
+    assert interval.test == "mcnemar"
+    assert (interval.better, interval.worse) == (b, c)
+    assert interval.p == pytest.approx(binomial(b, c), rel=1e-9)
+    assert interval.value == pytest.approx((b - c) / len(a))
 
 
 def test_pairs_of_one_prompt_change_sides_together() -> None:
     keys = ["p"] * 4 + ["q"] * 4
-    found = difference(keys, [1.0] * 8, [0.0] * 8)
-    assert found.test == "sign_flip"
-    assert found.p == pytest.approx(0.5)  # two prompts: 2 of 4 ways of signs are as extreme
+    interval = difference(keys, [1.0] * 8, [0.0] * 8)
+    assert interval.test == "sign_flip"
+    assert interval.p == pytest.approx(0.5)  # two prompts: 2 of 4 ways of signs are as extreme
     assert difference(range(8), [1.0] * 8, [0.0] * 8).p == pytest.approx(2 / 2**8)
 
 
@@ -71,8 +71,8 @@ def test_wilsons_interval_is_the_textbooks() -> None:
     z, n, k = 1.959964, 20, 3
     centre = (k + z * z / 2) / (n + z * z)
     half = z * math.sqrt(k * (n - k) / n + z * z / 4) / (n + z * z)
-    found = wilson([True] * k + [False] * (n - k))
-    assert found == pytest.approx((0.15, centre - half, centre + half), abs=1e-6)
+    interval = wilson([True] * k + [False] * (n - k))
+    assert interval == pytest.approx((0.15, centre - half, centre + half), abs=1e-6)
     assert wilson([False] * 10).low == 0
     with pytest.raises(ValueError, match="n"):
         wilson([])
@@ -90,8 +90,8 @@ def test_intervals_cover_the_truth_about_as_often_as_they_claim() -> None:
 
 
 def test_no_difference_is_no_evidence() -> None:
-    found = difference(range(5), [1.0] * 5, [1.0] * 5)
-    assert (found.value, found.low, found.high, found.p) == (0, 0, 0, 1)
+    interval = difference(range(5), [1.0] * 5, [1.0] * 5)
+    assert (interval.value, interval.low, interval.high, interval.p) == (0, 0, 0, 1)
 
 
 def test_a_means_interval_is_about_the_normal_one() -> None:
@@ -126,10 +126,10 @@ def test_two_judges_on_the_same_pairs() -> None:
     knows = [Views(0.9, 0.1) if row.label == "first" else Views(0.1, 0.9) for row in rows]
     favours_a = [Views(0.9, 0.8)] * 12
     tie = [Comparison("p0", "x", "y", "tie")]
-    found = paired([*rows, *tie], [*knows, Views(0.5, 0.5)], [*favours_a, Views(0.5, 0.5)])
-    assert (found.value, found.low, found.high) == (1, 1, 1)
-    assert (found.better, found.worse, found.test) == (6, 0, "sign_flip")
-    assert found.p == pytest.approx(2 / 2**6)
+    interval = paired([*rows, *tie], [*knows, Views(0.5, 0.5)], [*favours_a, Views(0.5, 0.5)])
+    assert (interval.value, interval.low, interval.high) == (1, 1, 1)
+    assert (interval.better, interval.worse, interval.test) == (6, 0, "sign_flip")
+    assert interval.p == pytest.approx(2 / 2**6)
     averaged = paired(rows, knows, favours_a, measure="order_averaged")
     assert averaged.value == pytest.approx(0.5)
     assert paired(rows, favours_a, knows).value == -1

@@ -87,7 +87,9 @@ async def test_the_judge_decides_between_the_members_that_take_images(
     gateway = await start_gateway([at("alpha"), at("beta", images=True), at("gamma", images=True)])
     body = (await gateway.post(model="fusion/best-of", messages=SEVERAL_IMAGES)).json()
     assert body["choices"][0]["message"]["content"] == "the answer of beta"
-    (winner,) = [one for one in body["fusion"]["candidates"] if one["candidate"] == body["fusion"]["winner"]]
+    (winner,) = [
+        candidate for candidate in body["fusion"]["candidates"] if candidate["candidate"] == body["fusion"]["winner"]
+    ]
     assert winner["member"] == "beta"
 
 

@@ -28,7 +28,7 @@ DATA_YAML, LOOP_YAML = (re.findall(r"^```yaml\n(.*?)^```", part, re.MULTILINE | 
 def test_the_commands_about_data_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     responses = [{"model": f"m-{n}", "text": f"First this, then that, so in the end it is {n}."} for n in (4, 5)]
-    marked = [{**one, "correct": one["text"].endswith("4.")} for one in responses]
+    marked = [{**response, "correct": response["text"].endswith("4.")} for response in responses]
     reference = responses[0]["text"].replace("First", "Again")
     rows = [{"id": n, "prompt": f"{n} + {4 - n}?", "reference": reference, "responses": marked} for n in range(60)]
     write_jsonl(Path("pool.jsonl"), rows)
