@@ -112,6 +112,48 @@ class Citation(Strict):
     candidates: list[int]
 
 
+class WeighedAnswer(Strict):
+    """One class of equal answers, as mode `auto` weighed it.
+
+    Attributes:
+        candidates: The candidates that give it, counted from 0.
+        score: What it weighs, in nats.
+        probability: That it is right, before calibration.
+    """
+
+    candidates: list[int]
+    score: float
+    probability: float
+
+
+class Weighing(Strict):
+    """How mode `auto` came to its answer.
+
+    Attributes:
+        combiner: The combiner's revision; None where votes were counted without one.
+        target: The confidence that was asked for.
+        domain: The kind of question, as the request named it.
+        confidence: The probability that the answer is right; without a combiner a rough one, from votes alone.
+        low_confidence: Whether it is below `abstain_below`.
+        stopped: Why no further member was asked: `target`, `not_worth_more`, `all_asked`, `budget`, `deadline`,
+            `explore`.
+        asked: The members that were asked, in order.
+        propensities: Member → the probability with which it was asked, given the answers before it; a member that was
+            asked and is not named was asked for sure.
+        classes: The likeliest first.
+    """
+
+    combiner: str | None = None
+    target: float | None = None
+    domain: str | None = None
+    confidence: float
+    low_confidence: bool = False
+    stopped: str
+    asked: list[str]
+    propensities: dict[str, float] = {}
+    classes: list[WeighedAnswer]
+
+
 class Trace(Strict):
     """One fused request.
 
@@ -120,7 +162,8 @@ class Trace(Strict):
         candidates: The member's name of each candidate.
         debate: The transcript, in mode `debate`.
         citations: The candidates that each paragraph uses, if citations were requested in mode `merge`.
-        winner: The candidate whose text was returned, in mode `best_of`.
+        weighing: How mode `auto` came to its answer.
+        winner: The candidate whose text was returned, in the modes `best_of` and `auto`.
         reason: How the answer was chosen: `judged`, `agreement`, `lone_survivor`, `judge_failed`, `synthesis`, …
         tool_calls: The tools that the answer calls.
         feedback: Feedback that users gave later.
@@ -138,6 +181,7 @@ class Trace(Strict):
     verdicts: list[Verdict] = []
     debate: Debate | None = None
     citations: list[Citation] | None = None
+    weighing: Weighing | None = None
     winner: int | None = None
     reason: str = ""
     answer: str | None = None

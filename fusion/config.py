@@ -174,6 +174,7 @@ FusedMode = Annotated[str, AfterValidator(_fused_mode)]
 
 Expose = Literal["none", "summary", "full"]
 OnJudgeError = Literal["first", "fail"]
+Prefer = Literal["cost", "latency"]
 Agreement = Literal["never", "exact", "number", "json", "choice"]
 
 
@@ -195,6 +196,14 @@ class Modes(Strict):
         cite: Whether `merge` names the candidates that each paragraph drew on.
         max_candidate_chars: The most characters of one answer that the judge and the synthesizer are shown.
         expose: How much the answer's `fusion` object tells the client.
+        target: In `auto`, the confidence at which no further member is asked.
+        prefer: In `auto`, whether members are asked one after another in the order that costs least, or all at once
+            until the answer is sure enough (`latency`).
+        width: In `auto`, how many members are asked at once.
+        abstain_below: In `auto`, the confidence below which an answer is marked as `low_confidence`; needs `combiner`.
+        on_abstain: What follows below it: the answer with that mark, or an error.
+        explore: In `auto`, the share of requests in which every member is asked, so that a combiner can be fitted to
+            the traces without bias.
         keep_alive_ms: The longest silence of a stream, in milliseconds, before a comment is sent to keep it open.
     """
 
@@ -210,6 +219,12 @@ class Modes(Strict):
     cite: bool = False
     max_candidate_chars: int = Field(default=MAX_CHARS, ge=200, le=MAX_CHARS)
     expose: Expose = "summary"
+    target: float = Field(default=0.9, gt=0, le=1)
+    prefer: Prefer = "cost"
+    width: int = Field(default=1, ge=1, le=64)
+    abstain_below: float | None = Field(default=None, gt=0, le=1)
+    on_abstain: Literal["mark", "refuse"] = "mark"
+    explore: float = Field(default=0.0, ge=0, le=1)
     keep_alive_ms: Positive = 1000.0
 
 
@@ -230,6 +245,10 @@ class FusionOptions(Strict):
         on_judge_error: …
         cite: …
         expose: …
+        target: …
+        prefer: …
+        width: …
+        domain: The kind of question, as the combiner knows it.
     """
 
     mode: FusedMode | None = None
@@ -245,6 +264,10 @@ class FusionOptions(Strict):
     on_judge_error: OnJudgeError | None = None
     cite: bool | None = None
     expose: Expose | None = None
+    target: float | None = Field(default=None, gt=0, le=1)
+    prefer: Prefer | None = None
+    width: int | None = Field(default=None, ge=1, le=64)
+    domain: str | None = None
 
     def over(self, below: "FusionOptions") -> "FusionOptions":
         """Returns these options, with those below filling in what these leave unset."""
@@ -317,6 +340,8 @@ class FusionConfig(Strict):
         judge: The model that compares candidates; without one `best_of` is refused.
         synthesizer: The model that writes `merge`'s answer; without one `merge` is refused.
         modes: How long the modes wait, and how they decide.
+        combiner: A file that `mixfuse combiner fit` wrote; `auto` weighs answers by it. It is read again when it
+            changes.
         presets: Options by name; a client asks for a preset as for a model.
         openrouter_alias: Whether requests for OpenRouter's Fusion are accepted: the model `openrouter/fusion`, and the
             plugin `fusion` in `plugins`.
@@ -331,6 +356,7 @@ class FusionConfig(Strict):
     judge: Judge | None = None
     synthesizer: ModelConfig | None = None
     modes: Modes = Modes()
+    combiner: Path | None = None
     presets: dict[str, FusionOptions] = {}
     openrouter_alias: bool = False
     trace_db: Annotated[str, BeforeValidator(str), AfterValidator(_database)] = "runs/traces.sqlite3"
@@ -351,6 +377,8 @@ class FusionConfig(Strict):
                 raise ValueError(f"preset {preset!r}: that name is a member's or begins with {MODEL_PREFIX!r}")
             if unknown := [name for name in options.members or () if name not in names]:
                 raise ValueError(f"preset {preset!r}: there is no member {unknown[0]!r}")
+        if self.modes.abstain_below is not None and self.combiner is None:
+            raise ValueError("modes.abstain_below needs a 'combiner': votes alone do not say how sure an answer is")
         candidates = sum(member.samples for member in self.members)
         if self.modes.min_responses > candidates:
             raise ValueError(

@@ -9,7 +9,7 @@ from typing import Any
 
 from mixfuse.contracts import judge_protocol
 from mixfuse.contracts.errors import MixfuseError
-from mixfuse.contracts.trace import Citation, Debate, Trace, Verdict
+from mixfuse.contracts.trace import Citation, Debate, Trace, Verdict, Weighing
 from mixfuse.fusion.answering.candidate import Candidate
 from mixfuse.fusion.answering.response_format import OutputFormat
 from mixfuse.fusion.calls.failures import CallError
@@ -40,6 +40,7 @@ class Plan:
         tools: Whether an answer may call tools.
         output: The form that the answer must have; None for plain text.
         skipped: Members that are not asked because they take no images.
+        domain: The kind of question, as the request names it.
     """
 
     model: str
@@ -53,6 +54,7 @@ class Plan:
     tools: bool = False
     output: OutputFormat | None = None
     skipped: tuple[str, ...] = ()
+    domain: str | None = None
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,8 @@ class FusionRequest:
         debate: The transcript of a debate so far.
         citations: The candidates that each paragraph of a merged answer drew on, if `cite` is set.
         logprobs: The log-probabilities of the text returned, in a pass-through that asked for them.
+        combiner: What weighs the answers in mode `auto`: a `mixfuse.fusion.combiner.serving.Serving`; None for votes.
+        weighing: How mode `auto` came to its answer.
     """
 
     plan: Plan
@@ -122,6 +126,8 @@ class FusionRequest:
     debate: Debate | None = None
     citations: list[Citation] | None = None
     logprobs: dict[str, Any] | None = None
+    combiner: object | None = None
+    weighing: Weighing | None = None
 
     @property
     def names(self) -> list[str]:
@@ -184,6 +190,36 @@ class FusionRequest:
                 self.candidates.append(Candidate.of(index, member, result))
         if len(self.candidates) < settings.min_responses:
             raise TooFewAnswersError(len(self.candidates), settings.min_responses, failures)
+
+    async def ask_member(self, member: Member) -> list[Failure]:
+        """Asks one member for all its samples and adds its answers to `candidates`; returns its failures."""
+        first = sum(other.samples for other in self.plan.members[: self.plan.members.index(member)])
+        attempts = [
+            self._ask_member(
+                member,
+                self.plan.messages,
+                _sample_parameters(self.plan.parameters, sample),
+                Purpose.of(member, "answer", member.name, first + sample),
+            )
+            for sample in range(member.samples)
+        ]
+        failures = []
+        for index, result in enumerate(await fan_out(attempts, quorum=1), first):
+            if isinstance(result, CallError):
+                failures.append(Failure(member.name, index, result.kind, str(result)))
+            else:
+                self.candidates.append(Candidate.of(index, member, result))
+        self.candidates.sort(key=lambda candidate: candidate.index)
+        return failures
+
+    def affords(self, member: Member) -> bool:
+        """Whether the budgets allow asking this member."""
+        if not self.ledger.budgets:
+            return True
+        need = reduce(
+            Spend.plus, [estimate(member, self.plan.messages, self.plan.parameters)] * member.samples, NOTHING
+        )
+        return self.ledger.affords(need)
 
     async def revise(self, prompts: Sequence[Sequence[Message]]) -> None:
         """Asks each candidate's member for a revision; a candidate whose revision fails or is late stays as it is.
@@ -325,6 +361,7 @@ class FusionRequest:
             verdicts=list(self.verdicts),
             debate=self.debate,
             citations=self.citations,
+            weighing=self.weighing,
             winner=self.winner,
             reason=self.reason,
             answer=answer,

@@ -19,6 +19,7 @@ from mixfuse.fusion.config import FusedMode
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 REASONS = {
+    "weighed": "it is the likeliest of the answers, by who gave them",
     "judged": "the judge preferred it",
     "agreement": "all members agree; the judge was not called",
     "lone_survivor": "it is the only answer",

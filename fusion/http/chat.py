@@ -45,7 +45,7 @@ _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "web_search_options": (),
 }
 # These concern the request, not the answer.
-_IGNORED = ("user", "metadata", "safety_identifier", "prompt_cache_key")
+_IGNORED = ("user", "safety_identifier", "prompt_cache_key")
 _PARTS = ("text", "image_url")
 _LONGEST_MESSAGE = 500
 _WITHOUT_TOOLS: tuple[tuple[str, object], ...] = (
@@ -174,6 +174,7 @@ class ChatRequest(BaseModel):
     tools: tuple[Tool, ...] | None = None
     tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
+    metadata: Any = None
     fusion: FusionOptions | None = None
     plugins: tuple[Plugin, ...] | None = None
 
@@ -345,6 +346,10 @@ class _FusedPlanner:
         name = self.options.mode or "best_of"
         settings = self.options.settings(self.config.modes)
         mode, ending = mode_named(name), ending_mode(name, settings)
+        if name != "auto":
+            for option in ("target", "prefer", "width", "domain"):
+                if request.fusion is not None and getattr(request.fusion, option) is not None:
+                    raise _unsupported(f"fusion.{option}", f"'fusion.{option}' goes with {MODEL_PREFIX}auto only")
         members, skipped = self._members(with_images=bool(images(messages)))
         candidates = sum(member.samples for member in members)
         if candidates < settings.min_responses:
@@ -375,6 +380,7 @@ class _FusedPlanner:
             tools=tools,
             output=form,
             skipped=skipped,
+            domain=self.options.domain or _metadata_domain(request.metadata),
         )
 
     def _members(self, *, with_images: bool) -> tuple[tuple[Member, ...], tuple[str, ...]]:
@@ -400,6 +406,11 @@ class _FusedPlanner:
             message = f"there is no member or role {name!r}; {_near(name, known)}"
             raise RequestError(message, code="unknown_member", param=f"fusion.{task}")
         return _by_name(name, self.config, self.role_names)
+
+
+def _metadata_domain(metadata: Any) -> str | None:
+    domain = metadata.get("domain") if isinstance(metadata, dict) else None
+    return domain if isinstance(domain, str) else None
 
 
 def _output_format(request: ChatRequest) -> response_format.OutputFormat | None:

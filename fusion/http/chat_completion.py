@@ -255,6 +255,8 @@ def _fusion_block(request: FusionRequest, trace: Trace) -> dict[str, Any]:
         block["skipped"] = [{"member": name, "reason": "no_images"} for name in request.plan.skipped]
     if trace.debate is not None:
         block["debate"] = {"rounds": len(trace.debate.rounds) - 1, "stopped": trace.debate.stopped}
+    if (weighing := trace.weighing) is not None:
+        block |= weighing.model_dump(exclude={"propensities", "domain"})
     if trace.citations is not None:
         block["citations"] = [citation.model_dump() for citation in trace.citations]
     if expose == "full":

@@ -26,6 +26,7 @@ from mixfuse.fusion.answering.request import FusionRequest
 from mixfuse.fusion.calls.ledger import Budget, Ledger
 from mixfuse.fusion.calls.model_limits import Circuit
 from mixfuse.fusion.calls.pool import Pool, RoleSource
+from mixfuse.fusion.combiner.serving import ServingCombiner
 from mixfuse.fusion.config import FusionConfig
 from mixfuse.fusion.http import chat
 from mixfuse.fusion.http.chat_completion import Completion, JsonResponse
@@ -118,6 +119,8 @@ class _Gateway:
     ) -> None:
         self.config, self.pool, self.database, self.checks = config, pool, database, checks
         self._observers = observers
+        names = [member.name for member in config.members]
+        self.combiner = ServingCombiner(config.combiner, names) if config.combiner is not None else None
         self.keys = KeyRing(database, config.api_keys)
         self.traces = TraceStore(database, config.traces, committed=self.keys.committed)
         self.metrics = Metrics(pool.guards, self.traces)
@@ -156,6 +159,8 @@ class _Gateway:
             budgets.append(Budget("max_cost", max_cost=plan.settings.max_cost))
         ledger = Ledger(deadline_ms=plan.settings.deadline_ms, budgets=budgets)
         fusion_request = FusionRequest(plan, self.pool, key=key.id if key else None, ledger=ledger)
+        if plan.mode == "auto" and self.combiner is not None:
+            fusion_request.combiner = await self.combiner.current()
         self._under_way += 1
         self._idle.clear()
 
@@ -221,8 +226,12 @@ class _Gateway:
                 await self.database.run(probe)
         except (SQLAlchemyError, TimeoutError) as error:
             problems.append(f"the trace database cannot be written: {str(error) or 'it does not answer'}")
-        status = "not ready" if problems else "ok"
-        return JsonResponse({"status": status, "problems": problems}, 503 if problems else 200)
+        status, code = ("not ready", 503) if problems else ("ok", 200)
+        if self.combiner is not None:
+            await self.combiner.current()
+            if self.combiner.problem:  # the gateway serves all the same
+                problems.append(f"{self.combiner.problem}; the combiner read before it keeps serving")
+        return JsonResponse({"status": status, "problems": problems}, code)
 
     async def show_metrics(self, request: Request) -> Response:
         if not is_admin(request.headers.get("authorization")):

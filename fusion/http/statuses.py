@@ -14,6 +14,7 @@ STATUS_OF_KIND: dict[str, int] = {
     "budget": 402,
     "role": 404,
     "conflict": 409,
+    "low_confidence": 422,
     "queue_full": 429,
     "rate_limited": 429,
     "invalid_response": 502,

@@ -136,8 +136,18 @@ def read(
         for response in responses:
             counts["right" if response["correct"] else "wrong"] += 1
         reference = task.reference if task is not None else ""
-        rows.append({"id": trace.id, "prompt": prompt, "reference": reference, "responses": responses})
+        rows.append(
+            {"id": trace.id, "prompt": prompt, "reference": reference, "responses": responses, **_weighing(trace)}
+        )
     return rows, dict(counts)
+
+
+def _weighing(trace: Trace) -> dict[str, Any]:
+    """Returns what a combiner's fit needs of a trace of mode `auto`: the domain, and who was asked how probably."""
+    if trace.weighing is None:
+        return {}
+    row: dict[str, Any] = {"propensities": trace.weighing.propensities} if trace.weighing.propensities else {}
+    return row | ({"domain": trace.weighing.domain} if trace.weighing.domain else {})
 
 
 def _traces(database: Database, since: float, until: float) -> Iterator[Trace]:
