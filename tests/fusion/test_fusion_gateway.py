@@ -30,7 +30,7 @@ async def events(gateway: Gateway, **body: Any) -> list[Any]:
 # The official client
 
 
-@pytest.mark.parametrize("model", ["fusion/best-of", "fusion/merge", "fusion/debate", "alpha"])
+@pytest.mark.parametrize("model", ["fusion/auto", "fusion/best-of", "fusion/merge", "fusion/debate", "alpha"])
 async def test_the_sync_client_gets_an_answer(gateway: Gateway, model: str) -> None:
     def ask() -> Any:
         return gateway.sync_client.chat.completions.create(model=model, messages=HELLO)
@@ -45,7 +45,7 @@ async def test_the_sync_client_gets_an_answer(gateway: Gateway, model: str) -> N
     assert answer.model_extra["fusion"]["trace_id"].startswith("trace-")
 
 
-@pytest.mark.parametrize("model", ["fusion/best-of", "fusion/merge", "fusion/debate", "alpha"])
+@pytest.mark.parametrize("model", ["fusion/auto", "fusion/best-of", "fusion/merge", "fusion/debate", "alpha"])
 async def test_the_client_streams_what_it_would_get_whole(gateway: Gateway, model: str) -> None:
     whole = await gateway.client.chat.completions.create(model=model, messages=HELLO)
     stream = await gateway.client.chat.completions.create(
@@ -78,7 +78,7 @@ async def test_models_are_modes_members_and_roles(start_gateway: StartGateway, u
     upstream.models["domain@r1"] = Script("from the domain adapter")
     gateway = await start_gateway(roles=FakeRoles(upstream, "base", "domain", "alpha"))
     names = [model.id async for model in await gateway.client.models.list()]
-    modes = ["fusion/best-of", "fusion/debate", "fusion/merge"]
+    modes = ["fusion/auto", "fusion/best-of", "fusion/debate", "fusion/merge"]
     assert names == [*modes, "alpha", "beta", "gamma", "base", "domain"]
     answer = await gateway.client.chat.completions.create(model="domain", messages=HELLO)
     assert answer.choices[0].message.content == "from the domain adapter"
@@ -104,7 +104,7 @@ async def test_only_supported_parameters_are_passed_on(gateway: Gateway, upstrea
 # Usage and traces
 
 
-@pytest.mark.parametrize("model", ["fusion/best-of", "fusion/merge", "fusion/debate", "alpha"])
+@pytest.mark.parametrize("model", ["fusion/auto", "fusion/best-of", "fusion/merge", "fusion/debate", "alpha"])
 async def test_usage_is_the_sum_over_the_traces_calls(gateway: Gateway, upstream: FakeUpstream, model: str) -> None:
     upstream.models["gamma"].usage = None  # estimated ones count too
     body = (await gateway.post(model=model, messages=HELLO)).json()
