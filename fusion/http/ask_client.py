@@ -118,7 +118,7 @@ def _verdict_line(verdict: dict[str, Any], names: dict[int, str]) -> str:
 
 def _events(url: str, api_key: str | None, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
     headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
-    endpoint = f"{url.rstrip('/')}/v1/chat/completions"
+    endpoint = f"{url.rstrip('/').removesuffix('/v1')}/v1/chat/completions"
     timeout = httpx.Timeout(None, connect=10)
     try:
         with httpx.stream("POST", endpoint, json=body, headers=headers, timeout=timeout) as response:

@@ -14,7 +14,15 @@ from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.trace import WeighedAnswer, Weighing
 from mixfuse.fusion.answering.agreement import candidate_key
 from mixfuse.fusion.answering.candidate import Candidate
-from mixfuse.fusion.answering.pairwise_judge import FINALISTS, SUREST, VOTE, JudgeError, judge_pairs, log_odds
+from mixfuse.fusion.answering.pairwise_judge import (
+    FINALISTS,
+    SUREST,
+    VOTE,
+    JudgeError,
+    PairwiseJudge,
+    judge_pairs,
+    log_odds,
+)
 from mixfuse.fusion.answering.request import Failure, FusionRequest, TooFewAnswersError
 from mixfuse.fusion.answering.strengths import Comparison
 from mixfuse.fusion.calls.failures import CallError, FailureKind
@@ -24,7 +32,7 @@ from mixfuse.fusion.combiner.artefact import Combiner, Data, MemberWeights, None
 from mixfuse.fusion.combiner.asking import next_member, policy_for
 from mixfuse.fusion.combiner.serving import Serving
 from mixfuse.fusion.config import Member
-from mixfuse.fusion.modes.best_of import best_of
+from mixfuse.fusion.modes.best_of import select_judged
 from mixfuse.fusion.modes.registry import Mode
 
 _JUDGE = "judge"
@@ -234,17 +242,23 @@ _NO_POLICY = Policy(target=1.0, accuracy=0.0, cost_ratio=0.0, asked=0.0, actions
 
 
 async def _by_votes(request: FusionRequest) -> str:
-    """Asks all members; votes, and the judge where there is one, decide."""
+    """Asks all members; votes, and the judge where there is one, decide. If the judge fails, votes alone do."""
     combiner = _uniform(request.plan.members)
-    if request.plan.judge is not None:
-        text = await best_of(request)
-    else:
-        await request.ask_members()
-        leader = _weigh(request, combiner, request.candidates).leader
-        text = await request.select(request.candidates[leader], "weighed")
+    async with PairwiseJudge(request) as judge:
+        await request.ask_members(on_answer=judge.judge_early)
+        leader = request.candidates[_weigh(request, combiner, request.candidates).leader]
+        if request.plan.judge is not None:
+            text = await select_judged(request, judge, otherwise=leader)
+        else:
+            text = await request.select(leader, "weighed")
     weighed = _weigh(request, combiner, request.candidates)
+    confidence = next(
+        row.probability
+        for row in weighed.classes
+        if any(request.candidates[place].index == request.winner for place in row.answers)
+    )
     names = [member.name for member in request.plan.members]
-    request.weighing = _record(request, weighed, confidence=weighed.confidence, stopped="all_asked", asked=names)
+    request.weighing = _record(request, weighed, confidence=confidence, stopped="all_asked", asked=names)
     return text
 
 

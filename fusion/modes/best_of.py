@@ -6,6 +6,7 @@ answers in hand, so that its time is not added to the wait.
 """
 
 from mixfuse.fusion.answering.agreement import distinct, votes
+from mixfuse.fusion.answering.candidate import Candidate
 from mixfuse.fusion.answering.pairwise_judge import JudgeError, PairwiseJudge
 from mixfuse.fusion.answering.request import FusionRequest
 from mixfuse.fusion.modes.registry import Mode
@@ -20,7 +21,7 @@ async def best_of(request: FusionRequest) -> str:
     """
     async with PairwiseJudge(request) as judge:
         await request.ask_members(on_answer=judge.judge_early)
-        return await _select_best(request, judge)
+        return await select_judged(request, judge)
 
 
 async def select_best(request: FusionRequest) -> str:
@@ -30,13 +31,20 @@ async def select_best(request: FusionRequest) -> str:
         JudgeError: The judge failed, and `on_judge_error` is `fail`.
     """
     async with PairwiseJudge(request) as judge:
-        return await _select_best(request, judge)
+        return await select_judged(request, judge)
 
 
-async def _select_best(request: FusionRequest, judge: PairwiseJudge) -> str:
+async def select_judged(request: FusionRequest, judge: PairwiseJudge, *, otherwise: Candidate | None = None) -> str:
     """Returns the best candidate; the judge is not asked about a lone one, or about candidates that all agree.
 
-    If the judge fails, the first candidate in the config's order is returned, unless `on_judge_error` is `fail`.
+    Args:
+        request: Its candidates are in hand.
+        judge: Compares them.
+        otherwise: The candidate to return if the judge fails, where others have weighed them; None for the first in the
+            config's order.
+
+    Raises:
+        JudgeError: The judge failed, and `on_judge_error` is `fail`.
     """
     first = request.candidates[0]
     if len(request.candidates) == 1:
@@ -50,6 +58,8 @@ async def _select_best(request: FusionRequest, judge: PairwiseJudge) -> str:
         if request.plan.settings.on_judge_error == "fail":
             raise
         request.error = str(error)
+        if otherwise is not None:
+            return await request.select(otherwise, "weighed")
         return await request.select(first, "judge_failed")
     return await request.select(best, "judged")
 

@@ -1,6 +1,7 @@
 """`mixfuse ask`: one fused answer."""
 
 import argparse
+import os
 
 from mixfuse.cli import options
 from mixfuse.contracts.mode_names import FUSED_MODES, descriptions
@@ -25,11 +26,13 @@ def register(commands: options.Commands) -> None:
 
 def _ask(arguments: argparse.Namespace) -> None:
     from mixfuse.fusion.http.ask_client import ask
+    from mixfuse.fusion.http.keys import API_KEY
 
     ask(
         arguments.prompt,
         mode=arguments.mode,
         url=arguments.url,
+        api_key=os.environ.get(API_KEY),
         temperature=arguments.temperature,
         max_tokens=arguments.max_tokens,
     )

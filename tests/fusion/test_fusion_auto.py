@@ -178,6 +178,19 @@ async def test_without_a_combiner_votes_decide(start_gateway: StartGateway, upst
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "fusion.target")
 
 
+async def test_without_a_combiner_votes_decide_where_the_judge_fails(
+    start_gateway: StartGateway, upstream: FakeUpstream
+) -> None:
+    say(upstream, "B", "C", "C")
+    upstream.models["judge"] = Script(status=500)
+    gateway = await start_gateway(modes={"agreement": "choice"})
+    fusion = (await gateway.post(**ASK)).json()["fusion"]
+    assert (fusion["winner"], fusion["reason"]) == (1, "weighed")
+    assert "500" in fusion["error"]
+    leading = max(fusion["classes"], key=lambda row: row["probability"])
+    assert (leading["candidates"], fusion["confidence"]) == ([1, 2], pytest.approx(leading["probability"]))
+
+
 async def test_200_questions_over_http_go_as_they_do_offline(
     start_gateway: StartGateway, upstream: FakeUpstream, file: Path
 ) -> None:
