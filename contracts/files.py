@@ -136,7 +136,9 @@ def read_json(path: Path) -> Any:
         raise MixfuseError(f"{path}: no such file") from None
     except OSError as error:
         raise MixfuseError(f"{path}: cannot be read: {error.strerror}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise MixfuseError(f"{path}: not valid JSON (it is nested too deep)") from None
+    except ValueError as error:  # malformed, not UTF-8, or a number of too many digits
         raise MixfuseError(f"{path}: not valid JSON ({error})") from None
 
 
@@ -164,6 +166,10 @@ def iter_jsonl(path: Path, *, required: Iterable[str] = ()) -> Iterator[tuple[in
                     row = json.loads(line)
                 except json.JSONDecodeError as error:
                     raise MixfuseError(f"{path}:{number}: malformed JSON: {error.msg}") from None
+                except RecursionError:
+                    raise MixfuseError(f"{path}:{number}: malformed JSON: it is nested too deep") from None
+                except ValueError as error:  # a number of too many digits
+                    raise MixfuseError(f"{path}:{number}: malformed JSON: {error}") from None
                 if not isinstance(row, dict):
                     raise MixfuseError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
                 missing = [key for key in wanted if key not in row]

@@ -215,7 +215,8 @@ def read_verdict(logprobs: Mapping[str, float]) -> float | None:
     mass = dict.fromkeys(VERDICTS, 0.0)
     for token, logprob in logprobs.items():
         if token.strip() in mass:
-            mass[token.strip()] += math.exp(logprob)
+            # No log-probability is above 0; an endpoint that sends one must not overflow the exponential.
+            mass[token.strip()] += math.exp(min(logprob, 0.0))
     total = sum(mass.values())
     return mass[VERDICTS[0]] / total if total > 0 else None
 

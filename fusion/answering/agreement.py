@@ -104,10 +104,14 @@ def _last_number(text: str) -> str | None:
     numbers = _NUMBER.findall(text)
     if not numbers:
         return None
-    number = Decimal(numbers[-1].replace(",", "").replace("\u2212", "-"))
+    text = numbers[-1].replace(",", "").replace("\u2212", "-")
+    try:
+        number = Decimal(text).normalize()
+    except ArithmeticError:  # an exponent of a million and more, say
+        return text.lower()
     if abs(number.adjusted()) > 100:  # as a plain decimal it would be mostly zeros
-        return str(number.normalize())
-    return format(number.normalize() + 0, "f")
+        return str(number)
+    return format(number + 0, "f")
 
 
 def _normalized_json(text: str) -> str | None:

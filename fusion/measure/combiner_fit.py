@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.fusion.combiner.artefact import Combiner
-from mixfuse.fusion.combiner.evidence import Question
+from mixfuse.fusion.combiner.evidence import Question, members_of
 from mixfuse.fusion.combiner.fit import Fitted, Options, combiner_of, fit_weights, scores_by_fold
 from mixfuse.fusion.combiner.policy import TARGETS, policies
 from mixfuse.fusion.combiner.table import Floats, probabilities
@@ -35,6 +35,8 @@ def fit_combiner(
     Raises:
         MixfuseError: Too few are marked.
     """
+    if joined := next((name for name in members_of(questions) if "+" in name), None):
+        raise MixfuseError(f"member {joined!r}: a combiner joins names with '+', so no name may hold one")
     options = Options(dict(prices or {}), {}, seed=seed)
     fitted = fit_weights(questions, options)
     combiner = combiner_of(fitted, questions, agreement, options)

@@ -124,6 +124,10 @@ class _Asking:
                 )
                 if not done:
                     self.stopped, outcome = "deadline", "timeout"
+                    self._failures += [
+                        Failure(name, self._request.names.index(name), "timeout", "the deadline came first")
+                        for name in running.values()
+                    ]
                     break
                 for task in done:
                     ended.append(running.pop(task))
@@ -171,8 +175,10 @@ class _Asking:
     def _why_stopped(self) -> str:
         if not self._request.candidates:
             return "all_asked"
-        reached = self.weigh(self._request.candidates).confidence >= (self._policy or _NO_POLICY).target
-        if reached and self._policy is not None:
+        policy = self._policy
+        # The highest target of a fitted combiner may be below the one that the request asks for.
+        sure = policy is not None and self.weigh(self._request.candidates).confidence >= policy.target
+        if policy is not None and sure and policy.target >= self._request.plan.settings.target - 1e-9:
             return "target"
         return "all_asked" if len(self.asked) == len(self._members) else "not_worth_more"
 

@@ -47,6 +47,8 @@ def fit(source: PoolSource, out: Path | None, *, seed: int = 0) -> dict[str, Any
         from mixfuse.fusion.measure.combiner_fit import fit_combiner
     from mixfuse.fusion.combiner.artefact import save
 
+    if out is not None and out.resolve() in {file.resolve() for file in source.files}:
+        raise MixfuseError(f"--out {out} is one of the data files and would be overwritten; name another file")
     questions, agreement = _read(source)
     combiner = fit_combiner(questions, agreement, source.prices, seed=seed)
     if out is not None:

@@ -160,3 +160,13 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
 def test_a_digest_of_json_is_of_its_meaning() -> None:
     assert files.sha256_json({"a": 1, "b": [2]}) == files.sha256_json({"b": [2], "a": 1})
     assert files.sha256_json({"a": 1}) != files.sha256_json({"a": 2})
+
+
+@pytest.mark.parametrize("text", ["[" * 200_000, '{"version": ' + "9" * 5000 + "}"])
+def test_json_beyond_all_bounds_is_one_line(tmp_path: Path, text: str):
+    path = tmp_path / "odd.json"
+    path.write_text(text)
+    with pytest.raises(MixfuseError, match=r"odd\.json: not valid JSON"):
+        files.read_json(path)
+    with pytest.raises(MixfuseError, match=r"odd\.json:1: malformed JSON"):
+        list(files.iter_jsonl(path))

@@ -183,3 +183,8 @@ def test_what_is_made_harmless_is_part_of_the_protocol(part: str, monkeypatch: p
     before = protocol.digest()
     monkeypatch.setattr(protocol, part, re.compile(getattr(protocol, part).pattern + "|never"))
     assert protocol.digest() != before
+
+
+def test_a_log_probability_above_0_counts_as_certain():
+    assert protocol.read_verdict({"A": 1e308, "B": 800.0}) == 0.5
+    assert protocol.read_verdict({"A": 1e308, "B": -1e308}) == 1.0

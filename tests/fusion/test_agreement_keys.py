@@ -39,3 +39,8 @@ def test_a_choice_is_one_letter_or_a_word(text: str, key: str) -> None:
 )
 def test_a_tool_call_is_shown_in_readable_form_and_a_malformed_one_as_it_came(arguments: str, text: str) -> None:
     assert tool_call_text({"function": {"name": "weather", "arguments": arguments}}) == text
+
+
+@pytest.mark.parametrize("text", ["1e999999999", "1e1000000", "3e1000001%", "1e99999999999999999999", "-1E-999999"])
+def test_a_number_beyond_all_bounds_is_a_key(text: str) -> None:
+    assert text_key(f"It is {text}", "number").startswith("number ")

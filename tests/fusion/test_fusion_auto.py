@@ -66,7 +66,7 @@ async def test_asking_stops_when_the_target_is_reached(
 ) -> None:
     say(upstream, "B", "B", "C")
     gateway = await start_gateway(combiner=file)
-    body = (await gateway.post(**ASK)).json()
+    body = (await gateway.post(**ASK, fusion={"target": 0.8})).json()
     fusion = body["fusion"]
     assert asked(upstream) == ["alpha", "beta"]
     assert body["choices"][0]["message"]["content"] == "The answer is (B)."
@@ -97,7 +97,7 @@ async def test_what_is_no_longer_needed_is_cancelled_and_in_the_ledger(
     say(upstream, "B", "B", "C")
     upstream.models["gamma"].hold = asyncio.Event()
     gateway = await start_gateway(combiner=file)
-    fusion = (await gateway.post(**ASK, fusion={"prefer": "latency"})).json()["fusion"]
+    fusion = (await gateway.post(**ASK, fusion={"prefer": "latency", "target": 0.8})).json()["fusion"]
     assert fusion["stopped"] == "target"
     await upstream.wait_aborted("gamma")
     calls = (await gateway.trace(fusion))["calls"]
@@ -189,6 +189,28 @@ async def test_without_a_combiner_votes_decide_where_the_judge_fails(
     assert "500" in fusion["error"]
     leading = max(fusion["classes"], key=lambda row: row["probability"])
     assert (leading["candidates"], fusion["confidence"]) == ([1, 2], pytest.approx(leading["probability"]))
+
+
+async def test_a_target_above_all_of_the_combiners_is_not_reported_as_reached(
+    start_gateway: StartGateway, upstream: FakeUpstream, file: Path
+) -> None:
+    say(upstream, "C", "C", "C")
+    gateway = await start_gateway(combiner=file)
+    highest = max(policy.target for policy in combiner().policies)
+    reached = (await gateway.post(**ASK, fusion={"target": highest})).json()["fusion"]
+    beyond = (await gateway.post(**ASK, fusion={"target": 1.0})).json()["fusion"]
+    assert reached["confidence"] == beyond["confidence"]
+    assert (reached["stopped"] == "target", beyond["stopped"] == "target") == (True, False)
+
+
+async def test_at_the_deadline_each_member_under_way_is_named(
+    start_gateway: StartGateway, upstream: FakeUpstream, file: Path
+) -> None:
+    for name in NAMES:
+        upstream.models[name] = Script(hold=asyncio.Event())
+    gateway = await start_gateway(combiner=file, modes={"agreement": "choice", "deadline_ms": 200})
+    late = await gateway.post(**ASK)
+    assert (late.status_code, late.json()["error"]["failed"][0]["type"]) == (503, "timeout")
 
 
 async def test_200_questions_over_http_go_as_they_do_offline(
