@@ -24,6 +24,7 @@ from pydantic import Field, ValidationError
 
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.files import read_json, sha256_json, write_json
+from mixfuse.contracts.judge_protocol import probability as probability_of
 from mixfuse.contracts.strict_yaml import Strict, describe
 from mixfuse.fusion.answering.strengths import Comparison, strengths
 from mixfuse.fusion.combiner.evidence import UNREAD, Answer
@@ -33,7 +34,7 @@ BINS = 10
 """A policy tells confidences apart in so many steps. Fine steps fit noise: cross-validated on the pool of eight in
 benchmarks/combiner.py, the best member's accuracy cost 0.32 of its price with 10 steps, 0.38 with 20, 0.49 with 40."""
 
-_LONGEST_Z = 3.0
+LONGEST_Z = 3.0
 
 
 class Length(Strict):
@@ -98,7 +99,7 @@ class Calibrated(Strict):
     def __call__(self, probability: float) -> float:
         """The honest probability."""
         clipped = min(1 - 1e-6, max(1e-6, probability))
-        return _logistic(self.slope * math.log(clipped / (1 - clipped)) + self.intercept)
+        return probability_of(self.slope * math.log(clipped / (1 - clipped)) + self.intercept)
 
 
 class Policy(Strict):
@@ -349,7 +350,7 @@ def _answer_score(combiner: Combiner, answer: Answer, domain: str | None) -> flo
         score += weights.doubt
     if weights.length is not None:
         z = (answer.length - weights.length.mean) / weights.length.spread
-        z = min(_LONGEST_Z, max(-_LONGEST_Z, z))
+        z = min(LONGEST_Z, max(-LONGEST_Z, z))
         score += weights.length.slope * z + weights.length.square * z * z
     return score
 
@@ -381,12 +382,6 @@ def _softmax(scores: Sequence[float]) -> list[float]:
     exponentials = [math.exp(score - highest) for score in scores]
     total = sum(exponentials)
     return [value / total for value in exponentials]
-
-
-def _logistic(log_odds: float) -> float:
-    if log_odds >= 0:
-        return 1.0 / (1.0 + math.exp(-log_odds))
-    return math.exp(log_odds) / (1.0 + math.exp(log_odds))
 
 
 def _finite(value: Any) -> bool:

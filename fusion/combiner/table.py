@@ -15,13 +15,11 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from mixfuse.fusion.answering.strengths import strengths
-from mixfuse.fusion.combiner.artefact import grouped
+from mixfuse.fusion.combiner.artefact import LONGEST_Z, grouped
 from mixfuse.fusion.combiner.evidence import UNREAD, Question
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
-
-LONGEST_Z = 3.0
 
 
 @dataclass(frozen=True)

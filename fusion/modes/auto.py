@@ -28,7 +28,7 @@ from mixfuse.fusion.answering.strengths import Comparison
 from mixfuse.fusion.calls.failures import CallError, FailureKind
 from mixfuse.fusion.calls.upstream import Purpose, cancelled_as
 from mixfuse.fusion.combiner import artefact, evidence
-from mixfuse.fusion.combiner.artefact import Combiner, Data, MemberWeights, NoneOfThem, Policy
+from mixfuse.fusion.combiner.artefact import Combiner, Data, MemberWeights, NoneOfThem
 from mixfuse.fusion.combiner.asking import next_member, policy_for
 from mixfuse.fusion.combiner.serving import Serving
 from mixfuse.fusion.config import Member
@@ -177,8 +177,11 @@ class _Asking:
             return "all_asked"
         policy = self._policy
         # The highest target of a fitted combiner may be below the one that the request asks for.
-        sure = policy is not None and self.weigh(self._request.candidates).confidence >= policy.target
-        if policy is not None and sure and policy.target >= self._request.plan.settings.target - 1e-9:
+        if (
+            policy is not None
+            and policy.target >= self._request.plan.settings.target - 1e-9
+            and self.weigh(self._request.candidates).confidence >= policy.target
+        ):
             return "target"
         return "all_asked" if len(self.asked) == len(self._members) else "not_worth_more"
 
@@ -242,9 +245,6 @@ class _Asking:
             asked=self.asked,
             propensities=self.propensities,
         )
-
-
-_NO_POLICY = Policy(target=1.0, accuracy=0.0, cost_ratio=0.0, asked=0.0, actions={})
 
 
 async def _by_votes(request: FusionRequest) -> str:

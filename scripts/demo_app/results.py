@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scipy.stats import binomtest
-
 from mixfuse.contracts.files import read_jsonl
 from mixfuse.contracts.tasks import Task
+from mixfuse.fusion.measure import statistics
 
 
 @dataclass(frozen=True)
@@ -101,8 +100,8 @@ def share(marks: Sequence[bool]) -> float:
 
 
 def wilson(marks: Sequence[bool]) -> list[float]:
-    """Wilson's 95 % interval of a share: sound near 0 and 1, where the base is."""
+    """Wilson's 95 % interval of a share, as [low, high]; [0, 1] of no marks."""
     if not marks:
         return [0.0, 1.0]
-    interval = binomtest(sum(marks), len(marks)).proportion_ci(method="wilson")
-    return [float(interval.low), float(interval.high)]
+    estimate = statistics.wilson(marks)
+    return [estimate.low, estimate.high]
