@@ -29,7 +29,7 @@ from mixfuse.contracts.files import read_json, write_jsonl
 from mixfuse.contracts.tasks import make
 from mixfuse.train.adapters.export import export
 from mixfuse.train.model.embedded_base import build
-from mixfuse.train.model.load import load_tokenizer
+from mixfuse.train.model.tokenizer import load_tokenizer
 
 PROJECT = Path(__file__).parents[1]
 TASKS = PROJECT / "configs" / "tiny" / "tasks.yaml"

@@ -83,6 +83,7 @@ class Bench:
         control: Of the mock.
         targets: Everything that is measured; `direct` first of each shape.
         quorum: The gateway that goes on with two answers and a grace, one target for each mode.
+        workers: The gateway with two worker processes.
         running: The process of the gateway whose memory is watched.
         sizes: How much is measured.
         figures: Phase → target → what was measured.
@@ -93,6 +94,7 @@ class Bench:
     control: Control
     targets: list[Target]
     quorum: list[Target]
+    workers: Target
     running: psutil.Process
     sizes: Sizes
     figures: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -146,6 +148,10 @@ async def latency(bench: Bench) -> None:
         ours, floors = (statistics.median(added[f"{who} {shape}"]) for who in ("mixfuse", "floor"))
         value = f"{ours:.2f} ms / {floors:.2f} ms = {ours / floors:.2f}"
         bench.goal(f"added p50, {shape}, over the floor's", "≤ 3", value, ours <= 3 * floors)
+    # What a request takes beside the nine calls, where the six verdicts are one call.
+    ours, floors = (statistics.median(added[name]) for name in ("mixfuse best_of, batching", "floor best_of"))
+    value = f"{ours:.2f} ms / {floors:.2f} ms = {ours / floors:.2f}"
+    bench.goal("added p50, best_of with batching, over the floor's", "≤ 1", value, ours <= floors)
 
 
 async def throughput(bench: Bench) -> None:
@@ -184,6 +190,31 @@ async def throughput(bench: Bench) -> None:
             ours_0 = min(statistics.median(rates[f"mixfuse {shape}"]) for shape in ("merge", "best_of"))
             value = f"{ours_0:.0f} / {best:.0f} = {ours_0 / best:.1f}"
             bench.goal("requests/s at 32, 0 ms, over the best Python peer's", "> 1", value, ours_0 > best)
+
+
+async def scaling(bench: Bench) -> None:
+    """best_of at concurrency 32 and 0 ms from one worker process and from two, in turn; the mock needs CPU, too."""
+    await bench.control.set()
+    targets = [bench.named("mixfuse best_of"), bench.workers]
+    rates: dict[str, list[float]] = {target.name: [] for target in targets}
+    cpu: dict[str, list[float]] = {target.name: [] for target in targets}
+    for turn in range(bench.sizes.rounds):
+        for target in rotated(targets, turn):
+            used = target.cpu_s()
+            rate, failed = await _burst(target, bench.sizes.burst, 32)
+            rates[target.name].append(rate)
+            cpu[target.name].append((target.cpu_s() - used) * 1000 / max(1, bench.sizes.burst - failed))
+    one, two = (target.name for target in targets)
+    grown = ratios(rates[two], rates[one])
+    rows = [
+        [name, spread(rates[name], 0), spread(ratios(rates[name], rates[one])), spread(cpu[name])]
+        for name in (one, two)
+    ]
+    head = ["target", "fused requests/s", "/ one worker", "CPU a request, ms"]
+    table("Workers: best_of, concurrency 32, 0 ms members", head, rows)
+    bench.figures["scaling"] = {"per_s": rates, "cpu_ms": cpu}
+    met = statistics.median(grown) >= 1.7
+    bench.goal("requests/s at 0 ms, two workers over one, on two free cores", "≥ 1.7", spread(grown), met)
 
 
 async def _burst(target: Target, count: int, concurrency: int) -> tuple[float, int]:
@@ -423,7 +454,7 @@ async def _patiently(target: Target, patience_s: float) -> tuple[str, float]:
 
 PHASES: dict[str, Callable[[Bench], Awaitable[None]]] = {
     phase.__name__: phase
-    for phase in (latency, throughput, hang, failure, judging, straggler, streaming, crowd, memory)
+    for phase in (latency, throughput, scaling, hang, failure, judging, straggler, streaming, crowd, memory)
 }
 
 
@@ -438,7 +469,13 @@ async def main(arguments: argparse.Namespace) -> dict[str, Any]:
         floor_url, floor_running = stack.enter_context(floor(folder, upstream))
         url, running = stack.enter_context(gateway(folder, "all", upstream, min_responses=3))
         patient = {"min_responses": 2, "grace_ms": GRACE_S * 1000}
+        batching = {"judge": {"model": "batching-judge"}}
+        batch_url, batch_running = stack.enter_context(
+            gateway(folder, "batch", upstream, models=batching, min_responses=3)
+        )
         quorum_url, _ = stack.enter_context(gateway(folder, "quorum", upstream, **patient))
+        two_url, two_running = stack.enter_context(gateway(folder, "two", upstream, workers=2, min_responses=3))
+        two = Target("mixfuse best_of, 2 workers", two_url, "fusion/best-of", "best_of", process=two_running)
         targets = [
             Target("direct merge", upstream, "", "merge"),
             Target("direct best_of", upstream, "", "best_of"),
@@ -446,6 +483,7 @@ async def main(arguments: argparse.Namespace) -> dict[str, Any]:
             Target("floor best_of", floor_url, "best_of", "best_of", process=floor_running),
             Target("mixfuse merge", url, "fusion/merge", "merge", process=running),
             Target("mixfuse best_of", url, "fusion/best-of", "best_of", process=running),
+            Target("mixfuse best_of, batching", batch_url, "fusion/best-of", "best_of", process=batch_running),
         ]
         specs = list(arguments.target)
         if arguments.peers:
@@ -459,13 +497,13 @@ async def main(arguments: argparse.Namespace) -> dict[str, Any]:
         session = open_session()
         targets += [Target.parse(spec) for spec in specs]
         try:
-            bench = Bench(Control(session, upstream), targets, quorum, running, sizes)
+            bench = Bench(Control(session, upstream), targets, quorum, two, running, sizes)
             await _warm_up(bench)
             for name in arguments.only:
                 note(f"{name} (load average {load():.1f})")
                 await PHASES[name](bench)
         finally:
-            for target in (*targets, *quorum):
+            for target in (*targets, *quorum, two):
                 await target.session.close()
             await session.close()
     table("Goals", ["goal", "wanted", "measured"], bench.goals)
@@ -477,7 +515,7 @@ async def main(arguments: argparse.Namespace) -> dict[str, Any]:
 async def _warm_up(bench: Bench) -> None:
     """A few requests each, and the calls that each makes; a peer that does not answer is left out and named."""
     rows = []
-    for target in [*bench.targets, *bench.quorum]:
+    for target in [*bench.targets, *bench.quorum, bench.workers]:
         await bench.control.set()
         try:
             await target.ask()

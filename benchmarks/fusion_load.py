@@ -1,39 +1,49 @@
-"""Mixed load with random faults: is every error explained, and does the ledger balance?
+"""The fault suite: load with random faults, hostile replies and requests, floods, a full disk, a locked database.
 
-    nice python benchmarks/fusion_load.py [--minutes 10] [--json] [--smoke]
+    nice python benchmarks/fusion_load.py [--minutes 1.5] [--json] [--smoke]
 
 All modes and single members, whole and streamed, clients who leave, requests that must be refused, feedback; upstream
 calls fail at random (500, 503, 429, too long a prompt, no JSON, a connection that is cut before or amid the answer, no
-answer at all). Afterwards three records of the same minutes are compared: what the clients saw, what the traces say,
-what the mock upstream saw. It exits with 1 unless
+answer at all, and every kind of `hostile.REPLIES`). Beside it come: every kind of `hostile.REQUESTS`; ten thousand
+connections; headers that trickle; readers that never read; no space on the disk; a database that another process locks.
+`/readyz` is asked all the time. Afterwards three records of the same minutes are compared: what the clients saw, what
+the traces say, what the mock upstream saw. It exits with 1 unless
 
 - every error a client met, and every failed call in a trace, is of a named type and follows from a fault that was
   injected into that very request, or (an open circuit, a full queue) into the model's calls before it;
 - the usage a client was sent is the sum over its trace's calls;
 - each call that the mock saw is in exactly one trace, and a call in a trace that the mock did not see was given up
   before it was sent;
-- the tokens a trace states as exact are those that the mock sent.
+- the tokens a trace states as exact are those that the mock sent;
+- no answer has status 500, and every hostile request got what its kind may get;
+- `/readyz` was true to the state: of the circuits, the disk and the database;
+- at least 1000 faults were injected, and 300 hostile requests of 60 kinds sent.
 """
 
 import argparse
 import asyncio
 import json
 import random
+import re
+import resource
+import socket
 import sqlite3
 import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
+import hostile
 import psutil
 import uvloop
-from aiohttp import ClientError, ClientSession
-from harness import BenchmarkError, Control, gateway, mock_upstream, note, open_session, rss_mib, table
+from aiohttp import ClientConnectionError, ClientError, ClientSession
+from harness import MEMBERS, BenchmarkError, Control, gateway, mock_upstream, note, open_session, rss_mib, table
 
 FAULTS = {
     "500": 0.02,
@@ -44,6 +54,7 @@ FAULTS = {
     "reset": 0.01,
     "break": 0.02,
     "hang": 0.01,
+    "reply": 0.04,
 }
 # What a failed call may be called, by what was done to it.
 EXPLAINS = {
@@ -53,10 +64,13 @@ EXPLAINS = {
     "invalid_response": {"garbage", "break"},
     "timeout": {"hang"},
 }
+# A hostile reply may be called by any of these.
+OF_REPLIES = {*EXPLAINS, "refused", "bad_request"}
 # These follow from how a model fared before, or from the load, not from a fault of this request.
 OF_THE_MODEL = {"circuit_open", "queue_full"}
 GIVEN_UP = {"cancelled_straggler", "cancelled_hedge", "cancelled"}
 STATUS = {
+    "bad_request": 400,
     "context_length": 400,
     "refused": 400,
     "rate_limited": 429,
@@ -70,6 +84,8 @@ STATUS = {
 
 MODELS = ("fusion/best-of", "fusion/merge", "fusion/debate", "m0")
 WEIGHTS = (4, 4, 2, 1)
+LEAST_FAULTS, LEAST_HOSTILE, LEAST_KINDS = 1000, 300, 60
+WRITE_TIMEOUT_S = 8.0  # longer than the members' time-out
 
 
 @dataclass
@@ -104,16 +120,18 @@ class Request:
 class Load:
     """The clients."""
 
-    def __init__(self, session: ClientSession, url: str, seed: int) -> None:
+    def __init__(self, session: ClientSession, url: str, seed: int, trouble: "Trouble") -> None:
         self.requests: list[Request] = []
         self.feedback = Counter[int]()
+        self.over = False
+        self._trouble = trouble
         self._session, self._url = session, url
         self._chance = random.Random(seed)
 
-    async def client(self, until: float) -> None:
-        """Makes one request after the other until then."""
+    async def client(self) -> None:
+        """Makes one request after the other until it is over."""
         chance = self._chance
-        while time.monotonic() < until:
+        while not self.over:
             [model] = chance.choices(MODELS, WEIGHTS)
             request = Request(f"request-{len(self.requests):07d}", model, stream=chance.random() < 0.5)
             request.refused = chance.random() < 0.02
@@ -125,6 +143,10 @@ class Load:
                 request.end = "left"
                 if patience == 30.0:
                     request.complaint = "no answer within 30 s"
+            except ClientConnectionError:
+                if not self._trouble.flood:
+                    raise
+                request.end = "left"  # a flood takes the place of connections that wait, as these do between requests
             except (ClientError, BenchmarkError, ValueError, KeyError) as error:
                 request.end, request.complaint = "error", f"{type(error).__name__}: {error}"
             if request.end == "answered" and request.trace_id and chance.random() < 0.2:
@@ -151,7 +173,7 @@ class Load:
                 request.end, request.usage = "answered", answer["usage"]
                 request.trace_id = _trace_id(answer)
                 if not answer["choices"][0]["message"]["content"]:
-                    request.complaint = "an empty answer"
+                    request.complaint = f"an empty answer: {json.dumps(answer)[:600]}"
 
     async def _read_stream(self, request: Request, content: Any) -> None:
         text, usages = "", []
@@ -177,8 +199,15 @@ class Load:
             request.complaint = f"{len(usages)} usages and {len(text)} characters in a stream"
 
     async def _praise(self, trace_id: str) -> None:
-        async with self._session.post(f"{self._url}/traces/{trace_id}/feedback", json={"rating": 1}) as response:
-            self.feedback[response.status] += 1
+        troubled = self._trouble.storage
+        try:
+            path = f"{self._url}/traces/{trace_id}/feedback"
+            async with self._session.post(path, json={"score": 1}) as response:
+                if response.status != 503 or not (troubled or self._trouble.recently()):
+                    self.feedback[response.status] += 1
+        except ClientConnectionError:
+            if not self._trouble.flood:
+                raise
 
 
 def _trace_id(answer: dict[str, Any]) -> str | None:
@@ -198,13 +227,14 @@ def audit(
         seen[call["tag"]].append(call)
     by_tag: dict[str, dict[str, Any]] = {}
     for trace in traces:
-        tag = trace["messages"][0]["content"].partition(":")[0]
+        tag = str(trace["messages"][0]["content"]).partition(":")[0]
         if tag in by_tag:
             complaints.append(f"{tag}: two traces")
         by_tag[tag] = trace
     for tag in seen.keys() - by_tag.keys():
         complaints.append(f"{tag}: the mock saw {len(seen[tag])} calls, but there is no trace")
     unwell = {call["model"] for call in calls if call["fault"]}
+    ledger: list[str] = []
     for request in requests:
         trace = by_tag.get(request.tag)
         if request.refused:
@@ -218,7 +248,8 @@ def audit(
             if request.end != "left":  # one who left at once was perhaps never read
                 complaints.append(f"{request.tag}: {request.end}, but there is no trace")
             continue
-        complaints += [f"{request.tag}: {what}" for what in _ledger(request, trace, seen[request.tag], unwell)]
+        ledger += [f"{request.tag}: {what}" for what in _ledger(request, trace, seen[request.tag], unwell)]
+    complaints += ledger
     counts = {
         "requests": len(requests),
         "answered": sum(request.end == "answered" for request in requests),
@@ -229,6 +260,7 @@ def audit(
         "calls in traces": sum(len(trace["calls"]) for trace in traces),
         "calls the mock saw": len(calls),
         "faults injected": sum(call["fault"] is not None for call in calls),
+        "ledger errors": len(ledger),
         "unexplained": len(complaints),
     }
     return counts, complaints
@@ -258,6 +290,8 @@ def _status(error: dict[str, Any]) -> int:
         failed["type"] in ("rate_limited", "queue_full") for failed in error["failed"]
     ):
         return 429
+    if error["type"] == "too_few_answers" and all(STATUS.get(failed["type"]) == 400 for failed in error["failed"]):
+        return 400
     return STATUS[error["type"]]
 
 
@@ -295,7 +329,220 @@ def _explained(kind: str, model: str, seen: list[dict[str, Any]], unwell: set[st
         return model in unwell
     if kind in GIVEN_UP:
         return True  # a quorum that can no longer be met ends the others
-    return any(call["fault"] in EXPLAINS.get(kind, ()) for call in seen)
+    faults = [call["fault"] or "" for call in seen]
+    return any(
+        fault in EXPLAINS.get(kind, ()) or (fault.startswith("reply:") and kind in OF_REPLIES) for fault in faults
+    )
+
+
+# --- what else happens -----------------------------------------------------------------------------------------------
+
+
+class Trouble:
+    """What is being done to the gateway now.
+
+    Attributes:
+        storage: "disk" or "database", while it cannot be written.
+        since: When that last changed, by `time.monotonic`.
+        flood: Whether there are more connections than it takes.
+    """
+
+    def __init__(self) -> None:
+        self.storage: str | None = None
+        self.since = 0.0
+        self.flood = False
+
+    def set(self, storage: str | None) -> None:
+        """Notes that the storage is in trouble, or no longer."""
+        self.storage, self.since = storage, time.monotonic()
+
+    def recently(self) -> bool:
+        """Whether the storage's state changed in the last seconds."""
+        return time.monotonic() - self.since < 12
+
+
+class Readiness:
+    """Asks `/readyz` all the time, and compares it with the circuits in `/metrics` and with what is being done."""
+
+    SAYS = {"disk": "spool", "database": "database"}
+
+    def __init__(self, session: ClientSession, url: str, trouble: Trouble) -> None:
+        self._session, self._url, self._trouble = session, url.removesuffix("/v1"), trouble
+        self.asked = Counter[int]()
+        self.complaints: list[str] = []
+
+    async def watch(self) -> None:
+        """Asks until it is cancelled."""
+        while True:
+            before, storage, since = await self._answers(), self._trouble.storage, self._trouble.since
+            began = time.monotonic()
+            async with self._session.get(f"{self._url}/readyz") as response:
+                status, problems = response.status, " ".join((await response.json())["problems"])
+            seconds, after = time.monotonic() - began, await self._answers()
+            self.asked[status] += 1
+            if seconds > 8:
+                self.complaints.append(f"/readyz took {seconds:.1f} s")
+            circuits = "circuit is not open" in problems
+            if max(before, after) < 2 and not circuits:
+                self.complaints.append(f"/readyz does not say that the circuits leave {before} answers: {problems}")
+            if min(before, after) >= 2 and circuits:
+                self.complaints.append(f"/readyz says of {before} answers: {problems}")
+            if self._trouble.since == since and began - since > 3:  # it has been so for a while, and still is
+                said = any(word in problems for word in self.SAYS.values())
+                if storage is not None and (status != 503 or self.SAYS[storage] not in problems):
+                    self.complaints.append(f"/readyz says nothing of the {storage}: {status} {problems}")
+                if storage is None and said:
+                    self.complaints.append(f"/readyz says, though all is well: {problems}")
+            if (status == 503) != bool(circuits or any(word in problems for word in self.SAYS.values())):
+                self.complaints.append(f"/readyz: {status} with the problems {problems!r}")
+            await asyncio.sleep(0.3)
+
+    async def _answers(self) -> int:
+        """How many members' circuits are not open."""
+        async with self._session.get(f"{self._url}/metrics") as response:
+            states = re.findall(r'^mixfuse_circuit_state\{member="(m\d)"\} (\S+)', await response.text(), re.MULTILINE)
+        return len(MEMBERS) - sum(float(state) == 2 for _, state in states)
+
+
+# An answer of a member that does not fit the schema of one of these is its client's doing.
+OWN_DOING = {"schema that doubles", "schema with an evil pattern", "schema without end"}
+
+
+class Hostile:
+    """Sends the hostile requests, each over a connection of its own."""
+
+    def __init__(self, url: str, load: Load) -> None:
+        self._address = urlsplit(url)
+        self._load = load
+        self.sent = Counter[str]()
+        self.statuses = Counter[int]()
+        self.complaints: list[str] = []
+
+    async def send(self, kind: str) -> None:
+        """Sends one of a kind and judges what comes back."""
+        request = hostile.REQUESTS[kind]
+        tag = f"request-9{self.sent.total():06d}"
+        self.sent[kind] += 1
+        status, body = await self._exchange(request.raw(tag, self._address.netloc))
+        self.statuses[status] += 1
+        if status not in request.statuses:
+            self.complaints.append(f"hostile {kind!r}: {status} {body[:200]!r}")
+        if status >= 400 and not self._typed(body):
+            self.complaints.append(f"hostile {kind!r}: {status} without a typed error: {body[:200]!r}")
+        if request.statuses >= hostile.ANSWERED and kind not in OWN_DOING:  # it may have its trace
+            answered = Request(tag, "m0", stream=False, end="answered" if status == 200 else "left", status=status)
+            answered.usage = json.loads(body)["usage"] if status == 200 else None
+            self._load.requests.append(answered)
+
+    async def _exchange(self, sent: bytes) -> tuple[int, bytes]:
+        """Returns the status and body of the response; (0, b"") if the connection was closed without one."""
+        reader, writer = await asyncio.open_connection(self._address.hostname, self._address.port)
+        received = b""
+        try:
+            async with asyncio.timeout(40):
+                writer.write(sent)
+                while part := await reader.read(1 << 20):
+                    received += part
+        except ConnectionError:
+            pass
+        except TimeoutError:
+            received = received or b"HTTP/1.1 999 no answer\r\n\r\n"
+        finally:
+            writer.transport.abort()
+        head, _, body = received.partition(b"\r\n\r\n")
+        return (int(head.split()[1]) if head else 0), body
+
+    @staticmethod
+    def _typed(body: bytes) -> bool:
+        try:
+            error = json.loads(body)["error"]
+            return bool(error["type"]) and bool(error["message"])
+        except (ValueError, KeyError, TypeError):
+            return False
+
+
+async def flood(url: str, trouble: Trouble, count: int) -> int:
+    """Opens connections that send nothing, half of the headers or half of a body; returns how many there were."""
+    address = urlsplit(url)
+    beginnings = (b"", b"GET / HTTP/1.1\r\nx:", b"POST /v1/chat/completions HTTP/1.1\r\ncontent-length: 9\r\n\r\n{")
+    trouble.flood = True
+    opened: list[asyncio.StreamWriter] = []
+    try:
+        for _ in range(0, count, 500):
+            pairs = await asyncio.gather(
+                *(asyncio.open_connection(address.hostname, address.port) for _ in range(min(500, count))),
+                return_exceptions=True,
+            )
+            opened += [pair[1] for pair in pairs if not isinstance(pair, BaseException)]
+        for number, writer in enumerate(opened):
+            writer.write(beginnings[number % len(beginnings)])
+        await asyncio.sleep(2)
+        return len(opened)
+    finally:
+        for writer in opened:
+            writer.transport.abort()
+        await asyncio.sleep(1)
+        trouble.flood = False
+
+
+async def trickle(url: str, count: int, seconds: float) -> int:
+    """Sends headers a few bytes at a time; returns how many connections were still open at the end."""
+    address = urlsplit(url)
+    opened = [await asyncio.open_connection(address.hostname, address.port) for _ in range(count)]
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        for writer in (writer for _, writer in opened if not writer.is_closing()):
+            writer.write(b"x: y\r\n" if until - time.monotonic() < seconds - 0.5 else b"GET / HTTP/1.1\r\n")
+        await asyncio.sleep(0.5)
+    left = sum(not reader.at_eof() and not writer.is_closing() for reader, writer in opened)
+    for _, writer in opened:
+        writer.transport.abort()
+    return left
+
+
+async def never_read(url: str, load: Load, count: int) -> None:
+    """Asks for long streams and reads nothing of them, for longer than the gateway waits."""
+    address, loop = urlsplit(url), asyncio.get_running_loop()
+    with ExitStack() as stack:
+        for number in range(count):
+            request = Request(f"request-8{number:06d}", "m1", stream=True, end="left")
+            load.requests.append(request)
+            content = f"{request.tag}: a long answer, please"
+            body = {"model": "m1", "messages": [{"role": "user", "content": content}], "stream": True}
+            client = stack.enter_context(socket.socket())
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.setblocking(False)
+            await loop.sock_connect(client, (address.hostname, address.port))
+            await loop.sock_sendall(client, hostile.raw_request(json.dumps(body).encode(), address.netloc))
+        await asyncio.sleep(WRITE_TIMEOUT_S + 2)
+
+
+async def full_disk(running: psutil.Process, trouble: Trouble, seconds: float) -> None:
+    """Lets the gateway write nothing for some time, as on a full disk."""
+    before = running.rlimit(psutil.RLIMIT_FSIZE)
+    running.rlimit(psutil.RLIMIT_FSIZE, (0, before[1]))
+    trouble.set("disk")
+    await asyncio.sleep(seconds)
+    running.rlimit(psutil.RLIMIT_FSIZE, before)
+    trouble.set(None)
+
+
+async def locked_database(path: Path, session: ClientSession, url: str, trouble: Trouble) -> list[str]:
+    """Locks the database as another process would; returns complaints about the paths that need it."""
+    other = await asyncio.to_thread(sqlite3.connect, path, 30, isolation_level=None, check_same_thread=False)
+    await asyncio.to_thread(other.execute, "BEGIN IMMEDIATE")
+    trouble.set("database")
+    complaints = []
+    try:
+        began = time.monotonic()
+        async with session.get(f"{url}/traces") as response:
+            seconds = time.monotonic() - began
+            if response.status != 503 or seconds > 12:
+                complaints.append(f"a locked database: /v1/traces said {response.status} after {seconds:.1f} s")
+    finally:
+        other.close()
+        trouble.set(None)
+    return complaints
 
 
 def stored(path: Path) -> list[dict[str, Any]]:
@@ -306,7 +553,8 @@ def stored(path: Path) -> list[dict[str, Any]]:
 
 async def main(arguments: argparse.Namespace) -> dict[str, Any]:
     """Runs the load and the audit; prints tables; returns all figures."""
-    seconds = 6.0 if arguments.smoke else arguments.minutes * 60
+    smoke = arguments.smoke
+    seconds = 6.0 if smoke else arguments.minutes * 60
     models = {
         "*": {"timeout_s": 5.0, "price": {"prompt": 1.0, "completion": 3.0}},
         "m0": {"max_concurrency": 8, "max_queue": 8},
@@ -314,6 +562,9 @@ async def main(arguments: argparse.Namespace) -> dict[str, Any]:
         "m2": {"hedge_after_ms": 150},
     }
     modes = {"min_responses": 2, "grace_ms": 100, "deadline_ms": 15_000, "max_rounds": 1}
+    config = {"limits": {"write_timeout_s": WRITE_TIMEOUT_S}}
+    complaints: list[str] = []
+    trouble = Trouble()
     with tempfile.TemporaryDirectory(prefix="mixfuse-load-") as name:
         folder = Path(name)
         with ExitStack() as stack:
@@ -321,14 +572,48 @@ async def main(arguments: argparse.Namespace) -> dict[str, Any]:
             memory: list[float] = []
             async with open_session() as session, open_session() as admin:
                 control = Control(admin, upstream)
-                with gateway(folder, "load", upstream, models=models, **modes) as (url, running):
+                with gateway(folder, "load", upstream, models=models, config=config, **modes) as (url, running):
                     behaviour = {"latency": {"*": 0.02, "m2": 0.06}, "jitter": 0.03, "chunk_delay": 0.001}
                     await control.set(**behaviour, faults=FAULTS, seed=arguments.seed, log=True)
-                    load = Load(session, url, arguments.seed)
-                    await _under_load(load, arguments.concurrency, seconds, running, memory)
+                    load = Load(session, url, arguments.seed, trouble)
+                    enemies, ready = Hostile(url, load), Readiness(admin, url, trouble)
+                    watching = asyncio.create_task(ready.watch())
+                    target = Target(url, running, folder / "load.sqlite3")
+                    troubles = asyncio.create_task(_troubles(target, admin, trouble, load, enemies, smoke=smoke))
+                    clients = [load.client() for _ in range(arguments.concurrency)]
+                    await _under_load(load, clients, seconds, troubles, lambda: memory.append(rss_mib(running)))
+                    complaints += await troubles
+                    watching.cancel()
+                    await asyncio.wait({watching})
+                    if not watching.cancelled():
+                        complaints.append(f"/readyz could not be asked: {watching.exception()!r}")
                 calls = await control.calls()  # the gateway has ended: every call of its has, too
-        counts, complaints = audit(load.requests, stored(folder / "load.sqlite3"), calls)
-    table("Load", list(counts), [list(counts.values())])
+        counts, unbalanced = audit(load.requests, stored(folder / "load.sqlite3"), calls)
+        log = (folder / "load.log").read_text(errors="replace")
+    complaints += [*unbalanced, *enemies.complaints, *ready.complaints]
+    if "Traceback" in log:
+        complaints.append("the gateway's log: " + log[log.index("Traceback") - 200 :][:4000])
+    bad = {status: count for status, count in load.feedback.items() if status != 200}
+    complaints += [f"feedback: {count} answers of {status}" for status, count in bad.items()]
+    counts |= {
+        "hostile requests": enemies.sent.total(),
+        "hostile kinds": len(enemies.sent),
+        "answers of 500": sum(one.status == 500 for one in load.requests) + enemies.statuses[500],
+        "/readyz asked": ready.asked.total(),
+        "lost traces": sum("there is no trace" in one for one in complaints),
+        "unexplained": len(complaints),
+    }
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    cpu_s = sum(one.ru_utime + one.ru_stime for one in used)
+    if not smoke:
+        for what, least in (
+            ("faults injected", LEAST_FAULTS),
+            ("hostile requests", LEAST_HOSTILE),
+            ("hostile kinds", LEAST_KINDS),
+        ):
+            if counts[what] < least:
+                complaints.append(f"{what}: {counts[what]}, not {least}")
+    table("Load", ["", "count"], [[key, value] for key, value in counts.items()])
     ends = Counter((request.model, request.stream, request.end) for request in load.requests)
     rows = [
         [model, "streamed" if stream else "whole", *(ends[model, stream, end] for end in ("answered", "error", "left"))]
@@ -338,6 +623,7 @@ async def main(arguments: argparse.Namespace) -> dict[str, Any]:
     table("Requests", ["model", "form", "answered", "error", "left"], rows)
     kinds = Counter(request.error["type"] for request in load.requests if request.error)
     table("Errors that clients met, by type", ["type", "count"], kinds.most_common())
+    table("Hostile requests, by status", ["status", "count"], sorted(enemies.statuses.items()))
     tenth = len(memory) // 10
     first, last = memory[tenth], memory[-1]
     table(
@@ -345,39 +631,90 @@ async def main(arguments: argparse.Namespace) -> dict[str, Any]:
         ["after a tenth", "at the end", "ratio"],
         [[f"{first:.1f}", f"{last:.1f}", f"{last / first:.3f}"]],
     )
-    print(f"\nfeedback by HTTP status: {dict(load.feedback)}")
-    bad = sum(count for status, count in load.feedback.items() if status != 200)
+    print(f"\nfeedback by HTTP status: {dict(load.feedback)}; /readyz: {dict(ready.asked)}; CPU time {cpu_s:.0f} s")
     for complaint in complaints[:40]:
         note(f"unexplained: {complaint}")
-    verdict = "balanced, no unexplained error" if not complaints and not bad else f"{len(complaints) + bad} unexplained"
+    verdict = f"{len(complaints)} unexplained" if complaints else "balanced, no unexplained error"
     print(f"\n{seconds / 60:g} minutes: {verdict}")
     return {
         "minutes": seconds / 60,
         **counts,
         "errors": kinds,
         "feedback": load.feedback,
+        "readyz": ready.asked,
+        "hostile": enemies.statuses,
         "memory_mib": memory,
+        "cpu_s": cpu_s,
         "complaints": complaints,
-        "ok": not complaints and not bad,
+        "ok": not complaints,
     }
 
 
+class Target(NamedTuple):
+    """The gateway: its base URL, its process and its database."""
+
+    url: str
+    process: psutil.Process
+    database: Path
+
+
+async def _troubles(
+    target: Target, session: ClientSession, trouble: Trouble, load: Load, enemies: Hostile, *, smoke: bool
+) -> list[str]:
+    """Does to the gateway what can be done to it, one thing after the other; returns complaints."""
+    complaints = []
+    url = target.url
+    await asyncio.sleep(1)
+    for _ in range(1 if smoke else 3):
+        kinds = iter(hostile.REQUESTS)
+
+        async def send(kinds: Iterator[str] = kinds) -> None:
+            for kind in kinds:
+                await enemies.send(kind)
+
+        await asyncio.gather(*(send() for _ in range(3)))
+        note(f"{enemies.sent.total()} hostile requests")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+    count = 500 if smoke else 10_000
+    opened = await flood(url, trouble, count)
+    note(f"{opened} connections at once")
+    if opened < count * 0.9:
+        complaints.append(f"only {opened} of {count} connections could be opened")
+    if not smoke:
+        left, _ = await asyncio.gather(trickle(url, 300, 14), never_read(url, load, 20))
+        if left:
+            complaints.append(f"{left} connections trickle on")
+        note("readers that never read, and headers that trickle, have ended")
+    await full_disk(target.process, trouble, 4.5)
+    await asyncio.sleep(5)
+    if not smoke:
+        note("the disk is back")
+        complaints += await locked_database(target.database, session, url, trouble)
+        await asyncio.sleep(5)
+        note("the database is back")
+    return complaints
+
+
 async def _under_load(
-    load: Load, concurrency: int, seconds: float, running: psutil.Process, memory: list[float]
+    load: Load,
+    clients: Sequence[Coroutine[Any, Any, None]],
+    seconds: float,
+    troubles: "asyncio.Task[list[str]]",
+    measure: Callable[[], None],
 ) -> None:
+    """Keeps clients asking for so long, and until the troubles are over."""
     until = time.monotonic() + seconds
-    clients = asyncio.gather(*(load.client(until) for _ in range(concurrency)))
-    while not clients.done():
-        await asyncio.wait({clients}, timeout=seconds / 40)
-        memory.append(rss_mib(running))
-        if len(memory) % 8 == 0:
-            note(f"{len(load.requests)} requests, gateway {memory[-1]:.0f} MiB")
-    await clients
+    asking = asyncio.gather(*clients)
+    while not asking.done():
+        await asyncio.wait({asking}, timeout=max(0.1, seconds / 40))
+        load.over = time.monotonic() > until and troubles.done()
+        measure()
+    await asking
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--minutes", type=float, default=1.5)
     parser.add_argument("--concurrency", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0, help="of the load and of the faults")
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line")

@@ -65,16 +65,24 @@ def process(
 
 
 @contextmanager
-def mock_upstream(folder: Path, port: int = 0) -> Iterator[str]:
-    """Runs the mock; yields its base URL, which ends in `/v1`."""
+def mock_upstream(folder: Path, port: int = 0, answers: Path | None = None) -> Iterator[str]:
+    """Runs the mock, which replays these answers if there are any; yields its base URL, which ends in `/v1`."""
     command = [sys.executable, str(HERE / "mock_upstream.py"), "--port", str(port)]
+    command += [] if answers is None else ["--answers", str(answers)]
     with process(command, folder / "mock.log") as (url, _):
         yield url
 
 
 @contextmanager
 def gateway(
-    folder: Path, name: str, upstream: str, *, models: dict[str, dict[str, Any]] | None = None, **modes: Any
+    folder: Path,
+    name: str,
+    upstream: str,
+    *,
+    models: dict[str, dict[str, Any]] | None = None,
+    workers: int = 1,
+    config: dict[str, Any] | None = None,
+    **modes: Any,
 ) -> Iterator[tuple[str, psutil.Process]]:
     """Runs the real gateway over the mock's members, judge and synthesizer; yields its base URL and process.
 
@@ -83,6 +91,8 @@ def gateway(
         name: What its files are called.
         upstream: The mock's base URL.
         models: More settings of a model by its name; "*" is for all.
+        workers: How many processes serve.
+        config: More keys of the config.
         modes: The config's `modes`.
     """
     models = models or {}
@@ -90,16 +100,17 @@ def gateway(
     def at(model: str) -> dict[str, Any]:
         return {"base_url": upstream, "model": model, **models.get("*", {}), **models.get(model, {})}
 
-    config = {
+    written = {
         "members": [{"name": member, **at(member)} for member in MEMBERS],
         "judge": at("judge"),
         "synthesizer": at("synth"),
         "modes": modes,
         "trace_db": str(folder / f"{name}.sqlite3"),
+        **(config or {}),
     }
     path = folder / f"{name}.yaml"
-    path.write_text(json.dumps(config), encoding="utf-8")  # JSON is YAML
-    command = [sys.executable, "-m", "mixfuse", "gateway", str(path), "--port", "0"]
+    path.write_text(json.dumps(written), encoding="utf-8")  # JSON is YAML
+    command = [sys.executable, "-m", "mixfuse", "gateway", str(path), "--port", "0", "--workers", str(workers)]
     with process(command, folder / f"{name}.log") as started:
         yield started
 
@@ -162,8 +173,9 @@ async def verdicts(session: ClientSession, url: str, answers: list[str], headers
 
 
 def _comparison(first: str, second: str) -> dict[str, Any]:
-    prompt = f"[question 0000]\n{QUESTION[0]['content']}\n[A 0000]\n{first}\n[B 0000]\n{second}\n[end 0000]\nA or B?"
-    messages = [{"role": "system", "content": "Pick the better answer."}, {"role": "user", "content": prompt}]
+    answers = f"[A 0000]\n{first}\n[B 0000]\n{second}\n[end 0000]"
+    prompt = f"Pick the better answer.\n\n[question 0000]\n{QUESTION[0]['content']}\n{answers}\nA or B?"
+    messages = [{"role": "user", "content": prompt}]
     verdict = {"max_tokens": 1, "temperature": 0, "logprobs": True, "top_logprobs": 20}
     return {"model": "judge", "messages": messages, **verdict}
 
@@ -224,11 +236,11 @@ class Target:
     process: psutil.Process | None = None
 
     def cpu_s(self) -> float:
-        """CPU seconds its process has used so far: what other work on the machine disturbs least."""
+        """CPU seconds its processes have used so far: what other work on the machine disturbs least."""
         if self.process is None:
             return 0.0
-        times = self.process.cpu_times()
-        return times.user + times.system
+        times = [one.cpu_times() for one in (self.process, *self.process.children())]
+        return sum(one.user + one.system for one in times)
 
     @classmethod
     def parse(cls, spec: str) -> "Target":

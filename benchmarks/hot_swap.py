@@ -1,13 +1,18 @@
 """Swapping adapters under load: failures, answers of wrong revisions, latencies, and memory that is left behind.
 
-    nice python benchmarks/hot_swap.py [--base DIR] [--swaps 100] [--json] [--smoke]
+    nice python benchmarks/hot_swap.py [--base DIR] [--swaps 200] [--slots 2] [--json] [--smoke]
 
-Runs the real `mixfuse serve` (vLLM and the gateway) and keeps three roles busy without pause: `domain` by name, `judge`
-through `best_of`, `synthesizer` through `merge`. Meanwhile it makes 20 swaps and 5 rollbacks. Some swaps must be
-refused: a tampered file, a wrong base, a tensor that is not finite, an adapter that vLLM would load and ignore. Two
-meet a failure: a full disk under the trace database, and an engine killed in mid-swap. Before each swap, the same time
-is measured without a swap, so that both latencies have the same load and length. Then `--swaps` good swaps follow
-without pause, for memory, until `--minutes` have passed.
+Runs the real `mixfuse serve` (vLLM and the gateway) with three roles and fewer places for adapters, and keeps the roles
+busy without pause: each by its name, `judge` also through `best_of`, `synthesizer` through `merge`. Meanwhile it makes
+20 swaps and 5 rollbacks. Some swaps must be refused: a tampered file, a wrong base, a tensor that is not finite, an
+adapter that vLLM would load and ignore. Two meet a failure: a full disk under the trace database, and an engine killed
+in mid-swap. Between them, another role's file is copied over a serving directory, a serving directory is removed, and
+an adapter is deleted in the engine. Before each swap, the same time is measured without a swap, so that both latencies
+have the same load and length. Then `--swaps` good swaps follow without pause, for memory, until `--minutes` have
+passed.
+
+An answer by a role's name is checked: its log-probabilities must be those that PEFT computed for the revision that is
+said to have answered, before the server was started.
 
 The disk is a file system of its own (`unshare -Urm`). Without user namespaces that case is left out.
 """
@@ -19,7 +24,9 @@ import json
 import math
 import os
 import random
+import secrets
 import shutil
+import socket
 import statistics
 import subprocess
 import sys
@@ -32,7 +39,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import uvloop
@@ -42,35 +49,48 @@ from harness import ROOT, BenchmarkError, note, open_session, process, rss_mib, 
 INSIDE = "MIXFUSE_BENCH_NAMESPACE"
 _START_S = 1000  # an engine may take; on a busy machine it does
 _PAUSE_S = 0.5  # before and after a time with nothing swapped
+_FAULT_S = 4.0  # a fault of a role's files or of its adapter in the engine lasts
 DEADLINE_S = 90
-KINDS = {"domain": "domain", "fusion/best-of": "judge", "fusion/merge": "synthesizer"}
+ROLES = ("domain", "judge", "synthesizer")
+KINDS = {**{role: role for role in ROLES}, "fusion/best-of": "judge", "fusion/merge": "synthesizer"}
 """The model that is requested → the role that it keeps busy."""
-ROLE_OF = {"domain": "domain", "expert": "domain", "judge": "judge", "synthesizer": "synthesizer"}
+ROLE_OF = {"expert": "domain", **{role: role for role in ROLES}}
 """The member of a trace's call → its role."""
+
+WITHIN_NATS = 0.01
+"""How far a log-probability may be from PEFT's: both compute in float32. Those of other revisions are further away."""
+PROMPTS = [f"Question {number}: what comes next, and why?" for number in range(4)]
 
 PLAN = (
     *(("good", "domain"), ("good", "judge"), ("good", "synthesizer"), ("tampered file", "domain")),
+    *(("file copied over", "judge"), ("directory removed", "synthesizer"), ("deleted in the engine", "domain")),
     *(("good", "domain"), ("rollback", "domain"), ("wrong base", "judge"), ("good", "judge"), ("rollback", "judge")),
     *(("tensor not finite", "synthesizer"), ("good", "synthesizer"), ("rollback", "synthesizer")),
     *(("ignored by the engine", "domain"), ("good", "domain"), ("good", "judge"), ("full disk", "synthesizer")),
     *(("good", "synthesizer"), ("good", "domain"), ("rollback", "domain"), ("engine killed", "domain")),
     *(("good", "judge"), ("good", "synthesizer"), ("good", "domain"), ("good", "judge"), ("rollback", "judge")),
 )
-SMOKE = (("good", "domain"), ("tampered file", "domain"), ("good", "judge"), ("rollback", "judge"))
+SMOKE = (
+    *(("good", "domain"), ("tampered file", "domain"), ("good", "judge"), ("file copied over", "judge")),
+    *(("directory removed", "synthesizer"), ("deleted in the engine", "domain"), ("rollback", "judge")),
+)
+FAULTS = ("file copied over", "directory removed", "deleted in the engine")
+"""What befalls a role that serves; nothing is swapped."""
 REFUSED = ("tampered file", "wrong base", "tensor not finite", "ignored by the engine")
 
 
 # --- adapters --------------------------------------------------------------------------------------------------------
 
 
-def make_adapters(base: Path, folder: Path, each: int) -> None:
+def make_adapters(base: Path, folder: Path, each: int, max_tokens: int) -> None:
     """Writes `each` good adapter directories a role, and the bad ones; random LoRA factors, attention and experts.
 
-    Run in a process of its own, which takes torch with it when it ends.
+    `references.json` has, for each revision, the log-probabilities of the greedy answer to each prompt. Run in a
+    process of its own, which takes torch with it when it ends.
     """
     import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import MixtralForCausalLM
+    from transformers import AutoTokenizer, MixtralForCausalLM
 
     from mixfuse.train.adapters.export import export
 
@@ -83,13 +103,20 @@ def make_adapters(base: Path, folder: Path, each: int) -> None:
     model = get_peft_model(MixtralForCausalLM.from_pretrained(base, dtype=torch.float32), config)
     torch.manual_seed(0)
     fused = folder / "fused"
-    for role in KINDS.values():
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    references: dict[str, list[list[float]]] = {}
+    for role in ROLES:
         for number in range(each):
             for name, weight in model.named_parameters():
                 if "lora_" in name:
                     torch.nn.init.normal_(weight, std=0.1)
             model.save_pretrained(fused)
             export(fused, folder / f"{role}-{number}", base=base, role=role)
+            chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
+            references[revision(folder / f"{role}-{number}")] = [
+                _greedy(model, tokenizer, chat, max_tokens) for chat in chats
+            ]
+    (folder / "references.json").write_text(json.dumps(references))
     # As PEFT saved them, with a manifest that finds nothing wrong: what `export` exists to prevent.
     ignored = folder / "ignored by the engine"
     shutil.copytree(folder / "domain-0", ignored)
@@ -106,6 +133,44 @@ def make_adapters(base: Path, folder: Path, each: int) -> None:
     manifest = json.loads((folder / "wrong base" / "manifest.json").read_text())
     manifest["base"]["weights"] = "0" * 64
     (folder / "wrong base" / "manifest.json").write_text(json.dumps(manifest))
+
+
+def _greedy(model: Any, tokenizer: Any, chat: list[dict[str, str]], max_tokens: int) -> list[float]:
+    """The log-probability of each token of the greedy answer to a chat."""
+    import torch
+
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    with torch.inference_mode():
+        made = model.generate(
+            **prompt, do_sample=False, max_new_tokens=max_tokens, return_dict_in_generate=True, output_logits=True
+        )
+    return [float(logits[0].log_softmax(-1).max()) for logits in made.logits]
+
+
+def far_apart(references: dict[str, list[list[float]]]) -> float:
+    """The least distance between two revisions' answers to one prompt, in nats.
+
+    Raises:
+        BenchmarkError: It is so small that one revision's answer could pass for another's.
+    """
+    least = min(
+        distance(first, second)
+        for one, other in itertools.combinations(references.values(), 2)
+        for first, second in zip(one, other, strict=True)
+    )
+    if least < 3 * WITHIN_NATS:
+        raise BenchmarkError(f"two revisions answer alike ({least:.3f} nats apart): the check would see nothing")
+    return least
+
+
+def distance(first: Sequence[float], second: Sequence[float]) -> float:
+    """The largest difference of two answers' log-probabilities; infinite if their lengths differ by more than a token.
+
+    One of them may count the token that ends the answer.
+    """
+    if abs(len(first) - len(second)) > 1:
+        return math.inf
+    return max((abs(a - b) for a, b in zip(first, second, strict=False)), default=math.inf)
 
 
 def _spoil(adapter: Path) -> None:
@@ -137,7 +202,10 @@ def revision(adapter: Path) -> str:
 
 @dataclass
 class Request:
-    """One request: its model, when it ran, how it ended, and the revisions that answered its calls."""
+    """One request: its model, when it ran, how it ended, and the revisions that answered its calls.
+
+    `apart` is the distance of its log-probabilities from those of its revision, in nats; None if they are not checked.
+    """
 
     kind: str
     began: float
@@ -146,13 +214,16 @@ class Request:
     typed: bool = True
     revisions: list[tuple[str, str | None]] = field(default_factory=list)
     failed_calls: list[str] = field(default_factory=list)
+    apart: float | None = None
 
 
 class Traffic:
     """Clients that send requests without pause, `each` per role; an async context manager."""
 
-    def __init__(self, session: ClientSession, url: str, each: int, max_tokens: int) -> None:
-        self._session, self._url, self._max_tokens = session, url, max_tokens
+    def __init__(
+        self, session: ClientSession, url: str, each: int, max_tokens: int, references: dict[str, list[list[float]]]
+    ) -> None:
+        self._session, self._url, self._max_tokens, self._references = session, url, max_tokens, references
         self._each = each
         self._tasks: list[asyncio.Task[None]] = []
         self.requests: list[Request] = []
@@ -178,12 +249,15 @@ class Traffic:
 
     async def _ask(self, kind: str) -> Request:
         request = Request(kind, time.monotonic(), 0.0)
+        number = next(self._numbers)
+        prompt = number % len(PROMPTS) if kind in ROLES else None
+        text = f"Question {number}: what comes next, and why?" if prompt is None else PROMPTS[prompt]
         body = {
             "model": kind,
-            "messages": [{"role": "user", "content": f"Question {next(self._numbers)}: what comes next, and why?"}],
+            "messages": [{"role": "user", "content": text}],
             "max_tokens": self._max_tokens,
-            "temperature": 0.8,
             "fusion": {"expose": "full"},
+            **({"temperature": 0.8} if prompt is None else {"temperature": 0, "logprobs": True}),
         }
         try:
             async with self._session.post(f"{self._url}/chat/completions", json=body) as response:
@@ -193,6 +267,10 @@ class Traffic:
         else:
             if response.status == 200:
                 self._read(answer["fusion"]["calls"], request)
+                if prompt is not None:
+                    said = [token["logprob"] for token in answer["choices"][0]["logprobs"]["content"]]
+                    known = self._references.get(str(request.revisions[-1][1]) if request.revisions else "")
+                    request.apart = distance(said, known[prompt]) if known else math.inf
             else:
                 failure = answer.get("error") or {}
                 request.typed = bool(failure.get("type"))
@@ -208,6 +286,24 @@ class Traffic:
                 request.revisions.append((role, call["revision"]))
             elif not call["outcome"].startswith("cancelled") and call["outcome"] != "ok":
                 request.failed_calls.append(f"{call['member']}: {call['outcome']}: {call['error']}")
+
+
+class Engine(NamedTuple):
+    """Where the engine is, for what is done behind the server's back."""
+
+    url: str
+    key: str
+
+
+KEYED = """
+import secrets, sys, types
+from mixfuse.cli.entry import main
+from mixfuse.serve import engine
+key = sys.argv.pop(1)
+engine.secrets = types.SimpleNamespace(token_urlsafe=lambda _: key, token_hex=secrets.token_hex)
+sys.exit(main(sys.argv[1:]))
+"""
+"""`mixfuse`, whose engine has a key that this script knows."""
 
 
 # --- swaps -----------------------------------------------------------------------------------------------------------
@@ -230,14 +326,21 @@ class ServerUnderLoad:
     """A running server, the revision that must serve each role, and when each revision may have answered."""
 
     def __init__(
-        self, session: ClientSession, url: str, server: psutil.Process, adapters: Path, disk: Path | None
+        self,
+        session: ClientSession,
+        url: str,
+        server: psutil.Process,
+        adapters: Path,
+        disk: Path | None,
+        *,
+        engine: "Engine | None" = None,
     ) -> None:
         self.session, self.admin, self.server = session, url.removesuffix("/v1") + "/admin/roles", server
-        self.adapters, self.disk = adapters, disk
-        self.serving = {role: revision(adapters / f"{role}-0") for role in KINDS.values()}
+        self.adapters, self.disk, self.engine = adapters, disk, engine
+        self.serving = {role: revision(adapters / f"{role}-0") for role in ROLES}
         self.before: dict[str, str] = {}
         self.times = {role: [(first, -math.inf, math.inf)] for role, first in self.serving.items()}
-        self._next = {role: itertools.cycle(self._good(role)) for role in KINDS.values()}
+        self._next = {role: itertools.cycle(self._good(role)) for role in ROLES}
         self.steps: list[Step] = []
         self.outage: tuple[float, float] | None = None
 
@@ -259,6 +362,9 @@ class ServerUnderLoad:
             "rollback": self._roll_back,
             "full disk": self._on_full_disk,
             "engine killed": self._killed,
+            "file copied over": self._copied_over,
+            "directory removed": self._removed,
+            "deleted in the engine": self._deleted,
         }
         await actions.get(kind, self._swap)(step)
         self.steps.append(step)
@@ -333,6 +439,53 @@ class ServerUnderLoad:
         self.outage = (killed, time.monotonic())
         if step.done:
             self.before[step.role], self.serving[step.role] = self.serving[step.role], revision(directory)
+
+    def _directory(self, role: str) -> Path:
+        """The directory that serves a role."""
+        return next(path for path in self._good(role) if revision(path) == self.serving[role])
+
+    async def _copied_over(self, step: Step) -> None:
+        """Copies another role's weights over those of the serving directory, for a while."""
+        weights = self._directory(step.role) / "adapter_model.safetensors"
+        other = next(role for role in ROLES if role != step.role)
+        kept = weights.with_name("kept")
+        step.began = time.monotonic()
+        shutil.copy(weights, kept)
+        shutil.copy(self._directory(other) / weights.name, weights)
+        await asyncio.sleep(_FAULT_S)
+        kept.replace(weights)
+        self._went_on(step)
+
+    async def _removed(self, step: Step) -> None:
+        """Takes the serving directory away, for a while."""
+        directory = self._directory(step.role)
+        away = directory.with_name(f"away-{directory.name}")
+        step.began = time.monotonic()
+        directory.rename(away)
+        await asyncio.sleep(_FAULT_S)
+        away.rename(directory)
+        self._went_on(step)
+
+    async def _deleted(self, step: Step) -> None:
+        """Deletes the serving adapter in the engine, behind the server's back."""
+        assert self.engine is not None
+        body = {"lora_name": f"{step.role}@{self.serving[step.role]}"}
+        headers = {"Authorization": f"Bearer {self.engine.key}"}
+        step.began = time.monotonic()
+        async with asyncio.timeout(60):
+            while True:  # it may have made room for another at this moment
+                url = f"{self.engine.url}/v1/unload_lora_adapter"
+                async with self.session.post(url, json=body, headers=headers) as response:
+                    if response.status == 200:
+                        break
+                await asyncio.sleep(0.05)
+        await asyncio.sleep(_FAULT_S)
+        self._went_on(step)
+
+    @staticmethod
+    def _went_on(step: Step) -> None:
+        step.ended = time.monotonic()
+        step.refusal = "nothing: the role answered on"
 
     async def _ready(self) -> bool:
         async with self.session.get(self.admin.removesuffix("/admin/roles") + "/readyz") as response:
@@ -440,11 +593,15 @@ def report(
     failed = [request for request in requests if request.error]
     by_kill = [request for request in failed if request.ended > killed and request.began < back]
     others = [request for request in failed if request not in by_kill]
-    broken = [
-        request
+    lost = [
+        line
         for request in requests
-        if request.failed_calls and not request.error and not (request.ended > killed and request.began < back)
+        for line in request.failed_calls
+        if not request.error and not (request.ended > killed and request.began < back)
     ]
+    deleted = [step for step in server.steps if step.kind == "deleted in the engine"]
+    repeated = [line for line in lost if deleted and "does not exist" in line]
+    checked = [request.apart for request in requests if request.apart is not None]
     smooth = [step for step in server.steps if step.kind in ("good", "rollback")]
     took = [step.ended - step.began for step in smooth]
     refused = {step.kind: step.refusal for step in server.steps[:planned] if not step.done}
@@ -454,7 +611,11 @@ def report(
         "requests": dict(Counter(request.kind for request in requests)),
         "refused": refused,
         "failed": [request.error for request in others],
-        "failed_calls": [line for request in broken for line in request.failed_calls],
+        "failed_calls": [line for line in lost if line not in repeated],
+        "repeated_calls": len(repeated),
+        "checked": len(checked),
+        "wrong": sum(apart > WITHIN_NATS for apart in checked),
+        "furthest": max(checked, default=0.0),
         "failed_by_kill": dict(Counter((request.error or "")[:80] for request in by_kill)),
         "failed_by_kill_untyped": sum(not request.typed for request in by_kill),
         "failed_by_kill_longest_s": max((request.ended - request.began for request in by_kill), default=0.0),
@@ -485,6 +646,12 @@ def show(figures: dict[str, Any]) -> list[str]:
             "0",
             str(len(figures["failed_calls"])),
             not figures["failed_calls"],
+        ),
+        (
+            "answers whose log-probabilities are not their revision's",
+            "0",
+            f"{figures['wrong']} of {figures['checked']}, the furthest {figures['furthest']:.1e} nats away",
+            not figures["wrong"],
         ),
         ("answers from a revision not in the table", "0", str(len(figures["strangers"])), not figures["strangers"]),
         (
@@ -536,21 +703,29 @@ def show(figures: dict[str, Any]) -> list[str]:
 
 
 async def measure(
-    url: str, server: psutil.Process, adapters: Path, disk: Path | None, arguments: argparse.Namespace
+    url: str,
+    server: psutil.Process,
+    adapters: Path,
+    disk: Path | None,
+    *,
+    engine: "Engine",
+    arguments: argparse.Namespace,
 ) -> dict[str, Any]:
     plan = [step for step in (SMOKE if arguments.smoke else PLAN) if disk or step[0] != "full disk"]
     more = 3 if arguments.smoke else arguments.swaps
     memory: dict[str, list[float]] = {"gateway": [], "engine": []}
     began = time.monotonic()
     async with open_session() as session:
-        loaded = ServerUnderLoad(session, url, server, adapters, disk)
-        async with Traffic(session, url, arguments.clients, arguments.max_tokens) as traffic:
+        loaded = ServerUnderLoad(session, url, server, adapters, disk, engine=engine)
+        references = json.loads((adapters / "references.json").read_text())
+        note(f"two revisions' answers are at least {far_apart(references):.2f} nats apart")
+        async with Traffic(session, url, arguments.clients, arguments.max_tokens, references) as traffic:
             await asyncio.sleep(0.5 if arguments.smoke else 10)  # caches fill, the first requests are the slowest
             warm = len(traffic.requests)
             for number, (kind, role) in enumerate(plan):
                 note(f"{number + 1} of {len(plan)}, {len(traffic.requests)} requests")
                 await loaded.step(kind, role, sham=True)
-            for number, role in zip(range(more), itertools.cycle(KINDS.values()), strict=False):
+            for number, role in zip(range(more), itertools.cycle(ROLES), strict=False):
                 if time.monotonic() - began > arguments.minutes * 60:
                     break
                 await loaded.step("good", role)
@@ -562,27 +737,32 @@ async def measure(
     return report(loaded, requests, memory, len(plan))
 
 
-def serve_config(base: Path, folder: Path, adapters: Path, disk: Path | None, arguments: argparse.Namespace) -> Path:
+def serve_config(
+    base: Path, folder: Path, adapters: Path, disk: Path | None, *, port: int, arguments: argparse.Namespace
+) -> Path:
     limits = {"max_tokens": arguments.max_tokens, "timeout_s": DEADLINE_S}
     config = {
         "engine": {
             "base": str(base),
             "max_model_len": 1024,
             "max_lora_rank": 16,
-            "max_loras": 4,
+            "max_loras": arguments.slots,
+            "max_loaded": arguments.slots,
+            "port": port,
             "threads": 1,
             "start_timeout_s": _START_S,
         },
         "gateway": {"port": 0},
-        "roles": {role: str(adapters / f"{role}-0") for role in KINDS.values()},
+        "roles": {role: str(adapters / f"{role}-0") for role in ROLES},
         "fusion": {
             "members": [{"name": "plain", "role": "base", **limits}, {"name": "expert", "role": "domain", **limits}],
-            "judge": {"role": "judge", "timeout_s": DEADLINE_S},
+            "judge": {"role": "judge", "timeout_s": DEADLINE_S, "max_tokens": 64},  # it says nonsense, at length
             "synthesizer": {"role": "synthesizer", **limits},
             "modes": {"min_responses": 2, "deadline_ms": DEADLINE_S * 1000},
             "trace_db": str((disk or folder) / "traces.sqlite3"),
         },
         "logs": str(folder),
+        "state": str(folder / "state"),
     }
     path = folder / "serve.yaml"
     path.write_text(json.dumps(config), encoding="utf-8")  # JSON is YAML
@@ -600,12 +780,16 @@ def main(arguments: argparse.Namespace) -> dict[str, Any]:
         adapters = folder / "adapters"
         note("making adapters")
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            pool.submit(make_adapters, base, adapters, 2 if arguments.smoke else 4).result()
+            pool.submit(make_adapters, base, adapters, 2 if arguments.smoke else 4, arguments.max_tokens).result()
         note("starting the server")
-        command = [sys.executable, "-m", "mixfuse", "serve", str(serve_config(base, folder, adapters, disk, arguments))]
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        engine = Engine(f"http://127.0.0.1:{port}", secrets.token_urlsafe())
+        config = serve_config(base, folder, adapters, disk, port=port, arguments=arguments)
+        command = [sys.executable, "-c", KEYED, engine.key, "serve", str(config)]
         with process(command, folder / "serve.log", wait_s=_START_S) as (url, server):
             try:
-                return uvloop.run(measure(url, server, adapters, disk, arguments))
+                return uvloop.run(measure(url, server, adapters, disk, engine=engine, arguments=arguments))
             except Exception:
                 print((folder / "serve.log").read_text(errors="replace")[-4000:], file=sys.stderr)
                 raise
@@ -638,7 +822,8 @@ def enter_namespace() -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--base", type=Path, help="the base model (default: a random two-layer one)")
-    parser.add_argument("--swaps", type=int, default=100, help="further good swaps, for memory (default 100)")
+    parser.add_argument("--swaps", type=int, default=200, help="further good swaps, for memory (default 200)")
+    parser.add_argument("--slots", type=int, default=2, help="places for adapters in the engine (default 2)")
     parser.add_argument("--minutes", type=float, default=60, help="no further swap after so long (default 60)")
     parser.add_argument("--clients", type=int, default=1, help="that ask at once, for each role (default 1)")
     parser.add_argument("--max-tokens", type=int, default=16, help="of an answer (default 16)")

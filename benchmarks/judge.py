@@ -504,7 +504,7 @@ def _verdicts(
     base: Path, adapter: Path | None, rows: Sequence[Comparison], explains: bool
 ) -> list[tuple[float, float]]:
     """P(the answer shown first is better), both ways round."""
-    from mixfuse.train.model.load import load_tokenizer
+    from mixfuse.train.model.tokenizer import load_tokenizer
 
     prompts = [row["prompt"] for comparison in rows for row in preference_rows(comparison)]
     if explains:
@@ -530,7 +530,7 @@ def _letters(tokenizer: Any, model: Any, tokens: Sequence[Sequence[int]], before
 
 def _answers(base: Path, adapter: Path, prompts: Sequence[str], samples: int = 4) -> list[list[str]]:
     """Samples answers at temperature 1; the tasks' are a few tokens long."""
-    from mixfuse.train.model.load import load_tokenizer
+    from mixfuse.train.model.tokenizer import load_tokenizer
 
     chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
     return _written(load_tokenizer(base), _loaded(base, adapter), chats, samples=samples, tokens=8)
@@ -548,7 +548,7 @@ def _rationales(
         samples: Of each, at temperature 1; 0 writes one, the likeliest.
         tokens: The most of one.
     """
-    from mixfuse.train.model.load import load_tokenizer
+    from mixfuse.train.model.tokenizer import load_tokenizer
 
     tokenizer, model = load_tokenizer(base), _loaded(base, adapter)
     written = _written(tokenizer, model, prompts, samples=samples, tokens=tokens)

@@ -24,7 +24,8 @@ from trl import DPOConfig, DPOTrainer
 
 from mixfuse.contracts.families.mixtral import FAMILY as MIXTRAL
 from mixfuse.contracts.judge_protocol import VERDICTS, comparison
-from mixfuse.train.model.load import load_base, load_tokenizer, lora_config
+from mixfuse.train.model.load import load_base, lora_config
+from mixfuse.train.model.tokenizer import load_tokenizer
 from mixfuse.train.recipe import Lora
 from mixfuse.train.stages.one_pass_dpo import Reference
 from mixfuse.train.stages.trainers import JudgeTrainer, NamedPairs, Verdicts, verdict_rows

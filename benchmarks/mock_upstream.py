@@ -4,7 +4,10 @@ It does as `POST /control` says: latency, failures and hangs by model, chunks of
 rates. `GET /stats` says what was called and which calls were aborted, `GET /calls` lists them one by one.
 Says where it listens and runs until it is ended.
 
-    python benchmarks/mock_upstream.py [--port N]
+    python benchmarks/mock_upstream.py [--port N] [--answers FILE]
+
+With `--answers` it replays recorded answers: each line of the file has a `tag` and `texts` by model, and a prompt names
+its tag. Such an answer is one completion token.
 """
 
 import argparse
@@ -22,6 +25,7 @@ from typing import Any
 
 import uvloop
 from aiohttp import web
+from hostile import REPLIES
 
 ANSWER = "The capital of France is Paris; it has been so, with a few interruptions, for about a thousand years."
 POOL = ("m0", "m1", "m2")
@@ -77,12 +81,13 @@ class Seen:
 class Mock:
     """The handlers and what they have seen."""
 
-    def __init__(self) -> None:
-        self.control = Control()
+    def __init__(self, answers: dict[str, dict[str, str]]) -> None:
+        self.control, self._answers = Control(), answers
         self.calls: list[Seen] = []
         self._chance = random.Random(0)
         self._log = False
         self._turns = itertools.cycle(POOL)
+        self._replies = itertools.cycle(REPLIES)
 
     async def set(self, request: web.Request) -> web.Response:
         """`POST /control`: replaces the behaviour and forgets what was seen; `log` keeps tags for `GET /calls`."""
@@ -106,7 +111,7 @@ class Mock:
         """`POST /v1/chat/completions`."""
         body = await request.json()
         text = "\n".join(_text(message.get("content")) for message in body["messages"])
-        tag = TAG.search(text) if self._log else None
+        tag = TAG.search(text) if self._log or self._answers else None
         seen = Seen(tag.group() if tag else "", self._model(body, text), self.fault())
         self.calls.append(seen)
         try:
@@ -119,13 +124,32 @@ class Mock:
             seen.end = "answered"
         return answer
 
+    async def batch(self, request: web.Request) -> web.Response:
+        """`POST /v1/chat/completions/batch`: as vLLM answers many chats in one call, for the model `batching-judge`."""
+        body = await request.json()
+        if body["model"] != "batching-judge":
+            return web.json_response({"detail": "Not Found"}, status=404)
+        texts = ["\n".join(_text(message.get("content")) for message in messages) for messages in body["messages"]]
+        self.calls.append(Seen("", body["model"], end="answered"))
+        wait = self.control.latency.get("judge", self.control.latency.get("*", 0.0))
+        if wait:
+            await asyncio.sleep(wait)
+        choices = []
+        for index, text in enumerate(texts):
+            message, logprobs = _reply(body, text, "judge")
+            choices.append({"index": index, "message": message, "logprobs": logprobs, "finish_reason": "stop"})
+        prompt = sum(max(1, len(text) // 4) for text in texts)
+        usage = {"prompt_tokens": prompt, "completion_tokens": len(texts), "total_tokens": prompt + len(texts)}
+        head = {"id": "chatcmpl-mock", "object": "chat.completion", "created": 1700000000, "model": body["model"]}
+        return web.json_response({**head, "choices": choices, "usage": usage})
+
     def fault(self) -> str | None:
-        """Draws what befalls the next call: a kind of `faults`, or nothing."""
+        """Draws what befalls the next call: a kind of `faults`, or nothing; of `reply` each kind of reply in turn."""
         left = self._chance.random()
         for kind, share in self.control.faults.items():
             left -= share
             if left < 0:
-                return kind
+                return f"reply:{next(self._replies)}" if kind == "reply" else kind
         return None
 
     def _model(self, body: dict[str, Any], text: str) -> str:
@@ -163,9 +187,16 @@ class Mock:
             return web.Response(body=b"<html>not JSON</html>", content_type="application/json")
         if seen.fault == "reset":
             return _cut(request, seen)
+        if seen.fault is not None and (reply := REPLIES.get(seen.fault.removeprefix("reply:"))) is not None:
+            seen.end = "failed"
+            return web.Response(
+                body=reply.body, status=reply.status, headers=reply.headers | {"content-type": reply.content_type}
+            )
         count = int(body.get("n") or 1)
         message, logprobs = _reply(body, text, model)
         completion = 1 if logprobs else max(1, len(str(message["content"]).split()))
+        if (recorded := self._answers.get(seen.tag, {}).get(model)) is not None:
+            message, completion = {"role": "assistant", "content": recorded}, 1
         seen.usage = (max(1, len(text) // 4), completion * count)
         usage = {
             "prompt_tokens": seen.usage[0],
@@ -229,6 +260,8 @@ class Mock:
 def _reply(body: dict[str, Any], text: str, model: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """(message, logprobs) of a model that is well."""
     content = ANSWER if "all agree" in text else f"[{model}] {ANSWER}"
+    if "a long answer" in text:
+        content *= 20_000
     if model == "judge" and body.get("logprobs"):
         found = COMPARISON.search(text)
         # Prefers one answer to the other wherever they stand, so that verdicts are consistent.
@@ -284,11 +317,16 @@ def _cut(request: web.Request, seen: Seen) -> web.StreamResponse:
     raise ConnectionResetError
 
 
-async def serve(port: int) -> None:
+async def serve(port: int, answers: str | None) -> None:
     """Serves until it is ended."""
-    mock = Mock()
+    recorded: dict[str, dict[str, str]] = {}
+    if answers is not None:
+        with open(answers, encoding="utf-8") as lines:  # noqa: ASYNC230 - before anything is served
+            recorded = {row["tag"]: row["texts"] for row in map(json.loads, lines)}
+    mock = Mock(recorded)
     app = web.Application(client_max_size=64 << 20)
     app.router.add_post("/v1/chat/completions", mock.chat)
+    app.router.add_post("/v1/chat/completions/batch", mock.batch)
     app.router.add_post("/control", mock.set)
     app.router.add_get("/stats", mock.stats)
     app.router.add_get("/calls", mock.list)
@@ -304,4 +342,6 @@ async def serve(port: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--port", type=int, default=0)
-    uvloop.run(serve(parser.parse_args().port))
+    parser.add_argument("--answers")
+    options = parser.parse_args()
+    uvloop.run(serve(options.port, options.answers))

@@ -3,8 +3,9 @@
     python benchmarks/plan.py [--only NAME …] [--worlds 1 2 4] [--json]
 
 For each model and world size, `plan_probe.py` trains a few steps as `mixfuse train` does and counts every byte a tensor
-holds; the third step is compared with the plan for the batch that step really had. The DeepSpeed thresholds are scaled
-with the model, so that what decides at 8x22B (a MoE block is larger than `stage3_max_live_parameters`) decides here.
+holds; the third step is compared with the plan for the batch that step really had. Some models gather ahead as the plan
+chooses; for others, DeepSpeed's own defaults are scaled with the model, so that what decides at 8x22B under them (a MoE
+block is larger than `stage3_max_live_parameters`) decides here.
 """
 
 import argparse
@@ -36,10 +37,10 @@ class Case(NamedTuple):
     dtype: str = "float32"
     checkpointing: bool = False
     vocabulary: int = 520
-    scaled: bool = True  # DeepSpeed's thresholds in proportion to 8x22B's, not its defaults
+    scaled: bool = True  # DeepSpeed's default thresholds in proportion to 8x22B; else the plan's own
     heads: int = 4
     keys: int = 2
-    micro: int = 2  # examples; of the judge four, as the two orders of one pair are equally long and need no padding
+    micro: int = 2  # examples; of the judge four, two pairs in both orders
 
 
 CASES = (
@@ -48,6 +49,7 @@ CASES = (
     # Wide experts, as at 8x22B where they outweigh the output layer.
     Case("c", layers=4, hidden=96, inner=3072, experts=4, dtype="bfloat16", vocabulary=4096),
     Case("d", layers=3, hidden=128, inner=4096, experts=2, checkpointing=True),
+    Case("ahead", layers=4, hidden=96, inner=3072, experts=4, dtype="bfloat16", checkpointing=True, scaled=False),
     Case(
         "judge",
         layers=4,
@@ -63,10 +65,9 @@ CASES = (
 
 
 def make_base(case: Case, out: Path) -> None:
-    """A random Mixtral, and a tokenizer of bytes with the simplest chat template."""
+    """A random Mixtral with a tokenizer."""
     import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
+    from transformers import MixtralConfig, MixtralForCausalLM
 
     torch.manual_seed(0)
     config = MixtralConfig(
@@ -83,6 +84,14 @@ def make_base(case: Case, out: Path) -> None:
         pad_token_id=0,
     )
     MixtralForCausalLM(config).to(getattr(torch, case.dtype)).save_pretrained(out)
+    save_tokenizer(out)
+
+
+def save_tokenizer(out: Path) -> None:
+    """A tokenizer of 259 bytes and marks, with the simplest chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{letter: number for number, letter in enumerate(letters, start=3)}}
     tokenizer = Tokenizer(models.BPE(vocab=words, merges=[]))
@@ -129,6 +138,7 @@ def make_recipe(case: Case, folder: Path) -> Path:
         config["zero_optimization"] |= {
             "stage3_max_live_parameters": int(0.4 * block),
             "stage3_max_reuse_distance": int(0.4 * block),
+            "stage3_prefetch_bucket_size": int(0.9 * case.hidden**2),
         }
     (folder / "deepspeed.json").write_text(json.dumps(config))
     recipe = {
@@ -143,6 +153,8 @@ def make_recipe(case: Case, folder: Path) -> Path:
         "dtype": case.dtype,
         "gradient_checkpointing": case.checkpointing,
     }
+    if case.stage == "judge":
+        recipe["reference_batch"] = 1  # its pass comes before training, and would be the peak of a model so small
     path = folder / "recipe.yaml"
     path.write_text(json.dumps(recipe, default=str))  # JSON is YAML
     return path

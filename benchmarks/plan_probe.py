@@ -107,7 +107,7 @@ def measure(tracker: Tracker, trainer: Any, out: Path) -> None:
 def main() -> None:
     stage, recipe_path, facts, *overrides = sys.argv[1:]
     recipe = load(Path(recipe_path), RECIPES[stage], overrides)
-    worker.prepare(recipe.threads, wandb=recipe.wandb)
+    worker.prepare(recipe.threads, wandb=recipe.wandb, timeout_minutes=recipe.timeout_minutes)
     tracker = Tracker()
     module = {"sft": sft, "judge": judge_dpo}[stage]
     module.train_and_save = lambda trainer, *_, **__: measure(tracker, trainer, Path(facts))

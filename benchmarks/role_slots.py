@@ -16,6 +16,7 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Mapping
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,9 @@ from typing import Any
 from harness import note, ratios, spread, table
 from hot_swap import make_adapters, revision
 
-from mixfuse.contracts import adapter
 from mixfuse.contracts.adapter import fingerprint
 from mixfuse.serve.admission import Admission
+from mixfuse.serve.copies import AdapterCopies
 from mixfuse.serve.engine import EngineConfig
 from mixfuse.serve.engine_group import EngineGroup
 from mixfuse.serve.roles import RoleTable
@@ -48,12 +49,13 @@ async def measure(base: Path, adapters: Path, rounds: int) -> dict[str, Any]:
     await engine.start()
     hashing: list[float] = []
 
-    def verify(directory: Path, **keys: Any) -> Any:
-        began = time.perf_counter()
-        try:
-            return adapter.verify(directory, **keys)
-        finally:
-            hashing.append(time.perf_counter() - began)
+    class TimedCopies(AdapterCopies):
+        def check(self, path: Path, hashes: Mapping[str, str]) -> None:
+            began = time.perf_counter()
+            try:
+                super().check(path, hashes)
+            finally:
+                hashing.append(time.perf_counter() - began)
 
     try:
         counts: dict[str, dict[str, Any]] = {}
@@ -61,7 +63,7 @@ async def measure(base: Path, adapters: Path, rounds: int) -> dict[str, Any]:
         for number in range(rounds + 1):
             for name, (places, order) in CASES.items():
                 # A table of its own for each, one after the other: their adapters have the same names in the engine.
-                admission = Admission(fingerprint(base), max_rank=8, verify=verify)
+                admission = Admission(fingerprint(base), max_rank=8, copies=TimedCopies())
                 roles = RoleTable(engine, list(ROLES), admission, max_loaded=places)
                 swapper = Swapper(roles)
                 for role in ROLES:

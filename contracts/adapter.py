@@ -12,7 +12,7 @@ DIR/
 
 `docs/adapter-directory.md` is the contract. An adapter's *revision* is a digest of the hashes of its weights and
 configs, so equal files have equal revisions everywhere.
-This module parses safetensors headers itself and imports no torch, because the server verifies adapters with it.
+This module imports no torch, because the server verifies adapters with it.
 """
 
 import hashlib
@@ -21,15 +21,20 @@ import math
 import struct
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from datetime import UTC, date, datetime
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from mixfuse.contracts import peft_config
+from mixfuse.contracts.adapter_weights import safetensors_header
+from mixfuse.contracts.bounded_json import read_object, shortened
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.families import family_named
 from mixfuse.contracts.files import atomic_file, canonical_json, read_json, sha256_file, sha256_json, write_json
 from mixfuse.contracts.judge_protocol import Calibration
+from mixfuse.contracts.paths import FilePath
 from mixfuse.contracts.strict_yaml import Strict, validate
 
 SCHEMA_VERSION = 3
@@ -45,6 +50,8 @@ LORA_RANKS: tuple[LoraRank, ...] = get_args(LoraRank)
 # layer, with which the engine dies at the first batch where one of several requests asks for prompt
 # log-probabilities (vLLM issue 16668).
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "experts")
+MOST_MANIFEST_BYTES = 4 << 20
+_MOST_PROBES_BYTES = 16 << 20
 _SAMPLE = 1 << 16
 _PIECE = 1 << 24
 # Keys of a config that do not change the model: written by transformers, by peft, or for a local path.
@@ -85,20 +92,83 @@ class Fingerprint(Strict):
         return [part for part, values in pairs.items() if None not in values and values[0] != values[1]]
 
 
+class Deviation(Strict):
+    """How far two sets of log-probabilities are apart, in nats.
+
+    Attributes:
+        median: Median of the absolute differences.
+        p90: Their 90 % quantile.
+        p99: Their 99 % quantile.
+        worst: The largest difference.
+        prompt: The number of the prompt with the worst token, from 0.
+        position: The worst token's position in it, from 0.
+    """
+
+    median: float
+    p90: float
+    p99: float
+    worst: float
+    prompt: int = Field(ge=0)
+    position: int = Field(ge=0)
+
+    @property
+    def quantiles(self) -> tuple[float, float, float]:
+        """Median, 90 % and 99 % quantile."""
+        return self.median, self.p90, self.p99
+
+    def __str__(self) -> str:
+        return (
+            f"median {self.median:.2g}, 90 % {self.p90:.2g}, 99 % {self.p99:.2g}, worst {self.worst:.2g} nats "
+            f"(token {self.position} of prompt {self.prompt + 1})"
+        )
+
+
+class Share(Strict):
+    """How much of a part of an adapter's effect an engine shows.
+
+    Attributes:
+        part: Which part.
+        value: 1 if all of it, 0 if none, 2 if twice.
+        error: The standard error of that, from blocks of tokens.
+    """
+
+    part: str
+    value: float
+    error: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f} ± {self.error:.2f} of {self.part}'s effect"
+
+
+class Effect(Strict):
+    """The size of an adapter's effect on fixed token ids, by which a swap knows an adapter that has no probes.
+
+    Attributes:
+        median: Median of what it moves log-probabilities by, in nats.
+        tokens: Number of tokens.
+    """
+
+    median: float
+    tokens: int
+
+
 class Parity(Strict):
     """The comparison of an adapter in vLLM with the same adapter in PEFT.
 
     Attributes:
         max_abs_logprob_difference: Largest difference over all prompt tokens, in nats.
-        tolerance: Largest difference allowed, in nats.
+        tolerance: Difference that is always allowed, in nats.
         adapter_effect: Largest difference between the base with and without the adapter, in nats. Above the
             tolerance, an engine that ignores the adapter fails the comparison.
         expert_effect: Largest difference that the expert part makes, in nats; None if no experts are trained.
         tokens: Number of prompt tokens compared.
-        dtype: Number format on both sides.
+        dtype: Number format of the engine, with its quantisation if it has one. PEFT computes in float32.
         engine: The engine and its version.
         platform: The system, its processor and the device used; None in manifests of version 1.
         measured_at: Time of the measurement, in UTC (ISO 8601); None in manifests of version 1.
+        deviation: The differences as quantiles.
+        base_deviation: Those of the base without the adapter, which the engine's number format makes.
+        shares: How much of the adapter's effect the engine shows, by part.
     """
 
     max_abs_logprob_difference: float
@@ -110,18 +180,37 @@ class Parity(Strict):
     engine: str
     platform: str | None = None
     measured_at: str | None = None
+    deviation: Deviation | None = None
+    base_deviation: Deviation | None = None
+    shares: list[Share] = []
 
 
 class LogprobProbe(Strict):
-    """A stored prompt with its log-probabilities under the adapter.
+    """A stored prompt with its log-probabilities: of every token after the first, given the tokens before it, in nats.
 
     Attributes:
         tokens: The prompt's token ids.
-        logprobs: Log-probability of every token after the first, given the tokens before it, in nats; float32.
+        logprobs: Under the adapter.
+        base: Of the base alone; empty in files of earlier versions.
+        no_experts: Under the adapter without its experts; empty if it trains none.
     """
 
     tokens: list[int] = Field(min_length=2)
     logprobs: list[float]
+    base: list[float] = []
+    no_experts: list[float] = []
+
+
+class Measured(Strict):
+    """What an engine of one number format said of the probes once the parity gate had passed there.
+
+    Attributes:
+        logprobs: Of each prompt, under the adapter; of the first tokens only, where the engine was too short.
+        base: Of each prompt, of the base alone.
+    """
+
+    logprobs: list[Annotated[list[float], Field(min_length=1)]]
+    base: list[Annotated[list[float], Field(min_length=1)]]
 
 
 class VerdictProbe(Strict):
@@ -140,14 +229,33 @@ class Probes(Strict):
     """`probes.json`: prompts and expected answers with which a swap checks a freshly loaded adapter.
 
     Attributes:
-        tolerance: Allowed error of a log-probability in float32, in nats; engines of lower precision get more.
+        tolerance: Error of a log-probability that is always allowed in float32, in nats; engines of lower precision
+            get more.
+        precision: The number format in which they were computed: float32 by the parity gate, the training's by a run.
         logprobs: Prompts of the parity run.
         verdicts: Comparisons with a judge's verdicts.
+        measured: Number format of an engine, with its quantisation → what it said. A swap in such an engine compares
+            with that.
     """
 
     tolerance: float
+    precision: str = "float32"
     logprobs: list[LogprobProbe] = []
     verdicts: list[VerdictProbe] = []
+    measured: dict[str, Measured] = {}
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> Self:
+        for number, probe in enumerate(self.logprobs):
+            rows = [row for row in (probe.base, probe.no_experts) if row]
+            for said in self.measured.values():
+                if len(said.logprobs) != len(self.logprobs) or len(said.base) != len(self.logprobs):
+                    raise ValueError("`measured` has another number of prompts than `logprobs`")
+                if len(said.base[number]) != len(said.logprobs[number]) or len(said.base[number]) >= len(probe.tokens):
+                    raise ValueError(f"`measured`: prompt {number + 1} has another number of tokens than in `logprobs`")
+            if any(len(row) != len(probe.tokens) - 1 for row in (probe.logprobs, *rows)):
+                raise ValueError(f"prompt {number + 1} needs a log-probability for each token but the first")
+        return self
 
 
 class TrainingData(Strict):
@@ -183,6 +291,23 @@ class Signature(Strict):
     value: str = Field(pattern="^[0-9a-f]{128}$")
 
 
+class TrustedKey(Strict):
+    """A public key whose signatures are accepted for some time.
+
+    Attributes:
+        key: A PEM file.
+        until: The last day, in UTC; unlimited by default.
+    """
+
+    key: FilePath
+    until: date | None = None
+
+    @property
+    def expired(self) -> bool:
+        """Whether the last day is over."""
+        return self.until is not None and datetime.now(UTC).date() > self.until
+
+
 class Manifest(Strict):
     """`manifest.json`.
 
@@ -203,6 +328,7 @@ class Manifest(Strict):
         judge_protocol: The protocol that a judge was trained with; None for any other role.
         calibration: Calibration of a judge's probabilities; None if it was not measured.
         training_data: The data sets of the training.
+        effect: The size of its effect on fixed token ids; None if it was not measured.
         signature: The signature; None if nobody signed.
     """
 
@@ -222,6 +348,7 @@ class Manifest(Strict):
     judge_protocol: dict[str, Any] | None = None
     calibration: Calibration | None = None
     training_data: list[TrainingData] = []
+    effect: Effect | None = None
     signature: Signature | None = None
 
 
@@ -307,17 +434,20 @@ def _read_manifest(directory: Path) -> tuple[Manifest, bytes]:
     path = directory / MANIFEST
     if not directory.is_dir():
         raise MixfuseError(f"{directory}: no such adapter directory", kind="adapter")
-    if not path.is_file():
+    if not path.is_symlink() and not path.exists():
         raise MixfuseError(
             f"{directory} has no {MANIFEST}; make an adapter directory with: mixfuse adapter export {directory} OUT",
             kind="adapter",
         )
-    data = read_json(path)
-    version = data.get("schema_version") if isinstance(data, dict) else None
-    if version not in range(1, SCHEMA_VERSION + 1):  # checked first, because another schema has other keys
+    data = read_object(path, most=MOST_MANIFEST_BYTES, follow=False)
+    version = data.get("schema_version")
+    if (
+        type(version) is not int or not 1 <= version <= SCHEMA_VERSION
+    ):  # checked first, because another schema has other keys
         raise _bad(
             directory,
-            f"{MANIFEST} has schema version {version!r}, this version of mixfuse reads up to {SCHEMA_VERSION}",
+            f"{MANIFEST} has schema version {shortened(repr(version), 40)}, this version of mixfuse reads up to "
+            f"{SCHEMA_VERSION}",
         )
     signed = canonical_json({key: value for key, value in data.items() if key != "signature"})
     # Versions 2 and 3 only added keys, all with defaults.
@@ -331,10 +461,18 @@ def read_probes(directory: Path) -> Probes | None:
         MixfuseError: The file has another shape (`kind` "adapter").
     """
     path = directory / PROBES
-    return validate(read_json(path), Probes, source=str(path)) if path.is_file() else None
+    if not path.exists():
+        return None
+    return validate(read_object(path, most=_MOST_PROBES_BYTES, follow=False), Probes, source=str(path))
 
 
-def verify(directory: Path, *, base: Fingerprint | None = None, trusted: Sequence[bytes | Path] = ()) -> Manifest:
+def verify(
+    directory: Path,
+    *,
+    base: Fingerprint | None = None,
+    trusted: Sequence[bytes | Path | TrustedKey] = (),
+    revoked: Sequence[bytes | Path] = (),
+) -> Manifest:
     """Checks an adapter directory: signature, hash of every file, no further files, shapes, rank and base model.
 
     Args:
@@ -342,6 +480,7 @@ def verify(directory: Path, *, base: Fingerprint | None = None, trusted: Sequenc
         base: Fingerprint of the base model to apply it to, if known.
         trusted: Ed25519 public keys, as PEM or as PEM files. One of them must have signed the manifest. Without any, an
             unsigned adapter is accepted, but an existing signature must be valid.
+        revoked: Public keys whose signatures are refused, whoever trusts them.
 
     Returns:
         The manifest.
@@ -350,7 +489,7 @@ def verify(directory: Path, *, base: Fingerprint | None = None, trusted: Sequenc
         MixfuseError: The first check that fails (`kind` "adapter"), or a trusted key that cannot be read.
     """
     manifest, signed = _read_manifest(directory)
-    _check_signature(directory, manifest, signed, trusted)
+    _check_signature(directory, manifest, signed, trusted, revoked)
     _check_files(directory, manifest)
     if base is not None and (parts := manifest.base.differences(base)):
         raise _bad(
@@ -416,6 +555,8 @@ def _check_files(directory: Path, manifest: Manifest) -> None:
             raise _bad(directory, f"{name}: only safetensors, JSON and Markdown files belong in an adapter directory")
         if name not in present:
             raise _bad(directory, f"{name} is missing; export again")
+        if not (directory / name).is_symlink() and not (directory / name).is_file():
+            raise _bad(directory, f"{name} is no regular file; export again")
         if (directory / name).is_symlink() or sha256_file(directory / name) != digest:
             raise _bad(directory, f"{name} was changed after export (its SHA-256 differs); export again")
     if manifest.revision != revision_of(manifest.files):
@@ -423,76 +564,35 @@ def _check_files(directory: Path, manifest: Manifest) -> None:
     _check_shapes(directory, manifest)
 
 
-def _check_signature(directory: Path, manifest: Manifest, signed: bytes, trusted: Sequence[bytes | Path]) -> None:
+def _check_signature(
+    directory: Path,
+    manifest: Manifest,
+    signed: bytes,
+    trusted: Sequence[bytes | Path | TrustedKey],
+    revoked: Sequence[bytes | Path],
+) -> None:
     if manifest.signature is None:
         if trusted:
             raise _bad(directory, "is not signed, and a signature is demanded; sign it with: mixfuse adapter sign")
         return
     from mixfuse.contracts import signing
 
-    by = signing.from_hex(manifest.signature.public_key)
+    by, name = signing.from_hex(manifest.signature.public_key), f"key {manifest.signature.public_key[:16]}…"
     if not signing.is_signed(signed, manifest.signature.value, by):
         raise _bad(directory, "its signature does not match; the manifest was changed after it was signed")
-    if trusted and by not in [signing.public_key(source) for source in trusted]:
-        raise _bad(directory, f"signed with key {manifest.signature.public_key[:16]}…, which is not a trusted one")
-
-
-def safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
-    """Reads a safetensors file's header: tensor name → `{dtype, shape, data_offsets}`.
-
-    Raises:
-        MixfuseError: The file is truncated or not a safetensors file.
-    """
-    try:
-        with path.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > min(100 << 20, path.stat().st_size):
-                raise ValueError("header too long")
-            header: dict[str, dict[str, Any]] = json.loads(stream.read(length))
-        header.pop("__metadata__", None)
-        end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
-        if path.stat().st_size != 8 + length + end:
-            raise ValueError("truncated")
-    except OSError as error:
-        raise MixfuseError(f"{path}: cannot be read: {error.strerror}", kind="adapter") from None
-    except (ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
-        raise MixfuseError(f"{path}: not a whole safetensors file ({error})", kind="adapter") from None
-    return header
-
-
-_EXPONENTS = {
-    "F64": ("<u8", 0x7FF << 52),
-    "F32": ("<u4", 0xFF << 23),
-    "F16": ("<u2", 0x1F << 10),
-    "BF16": ("<u2", 0xFF << 7),
-}
-"""Each floating-point type → its integer type in a file, and the exponent bits, all set in NaN and infinity."""
-
-
-def check_finite(directory: Path) -> None:
-    """Checks that every weight of an adapter directory is finite; reads all of them, one tensor at a time.
-
-    In an engine a NaN spreads beyond its own requests: through the cache of keys and values it can reach other requests
-    of the same batch (benchmarks/hot_swap.py saw a judge's verdict lost to it).
-
-    Raises:
-        MixfuseError: A weight is NaN or infinite (`kind` "adapter").
-    """
-    import numpy
-
-    path = directory / WEIGHTS
-    header = safetensors_header(path)
-    with path.open("rb") as stream:
-        (length,) = struct.unpack("<Q", stream.read(8))
-    for name, tensor in header.items():
-        if tensor["dtype"] not in _EXPONENTS:
-            raise _bad(directory, f"{name} is of type {tensor['dtype']}; adapters are F32, F16 or BF16")
-        kind, exponent = _EXPONENTS[tensor["dtype"]]
-        start, end = tensor["data_offsets"]
-        count = (end - start) // numpy.dtype(kind).itemsize
-        bits = numpy.memmap(path, dtype=kind, mode="r", offset=8 + length + start, shape=(count,))
-        if ((bits & exponent) == exponent).any():
-            raise _bad(directory, f"{name} holds NaN or infinity; the training diverged")
+    if by in [signing.public_key(source) for source in revoked]:
+        raise _bad(directory, f"signed with {name}, which was revoked; sign it with another")
+    expired = None
+    for source in trusted:
+        limited = source if isinstance(source, TrustedKey) else None
+        if by == signing.public_key(source.key if isinstance(source, TrustedKey) else source):
+            if limited is None or not limited.expired:
+                return
+            expired = limited.until
+    if expired is not None:
+        raise _bad(directory, f"signed with {name}, which was trusted until {expired}; sign it with another")
+    if trusted:
+        raise _bad(directory, f"signed with {name}, which is not a trusted one")
 
 
 def file_hashes(directory: Path) -> dict[str, str]:
@@ -505,8 +605,12 @@ def file_hashes(directory: Path) -> dict[str, str]:
 
 
 def _check_shapes(directory: Path, manifest: Manifest) -> None:
-    config = read_json(directory / CONFIG)
-    rank = config.get("r")
+    config = read_object(directory / CONFIG, most=peft_config.MOST_CONFIG_BYTES, follow=False)
+    if refusal := next(peft_config.refusals(config), None):
+        raise _bad(directory, refusal.what)
+    if pattern := next((key for key in ("rank_pattern", "alpha_pattern") if config.get(key)), None):
+        raise _bad(directory, f"its {CONFIG} has a {pattern}, which no export writes; export it again")
+    rank = config["r"]
     if rank != manifest.rank:
         raise _bad(directory, f"rank {rank} in {CONFIG}, {manifest.rank} in the manifest")
     header = safetensors_header(_existing(directory / WEIGHTS))

@@ -1,5 +1,6 @@
 """The error type that users see, and the exit status of a command."""
 
+import errno
 import json
 import os
 import sys
@@ -54,6 +55,12 @@ def exit_code(command: Callable[[], int | None]) -> int:
         if os.environ.get("RANK", "0") == "0" or error.kind == "disk":
             print(f"mixfuse: {'' if isinstance(error, Preempted) else 'error: '}{error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        # Any option that takes a path may get one that no file can have.
+        if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP) or not isinstance(error.filename, str):
+            raise
+        print(f"mixfuse: error: {error.filename[:100]}…: {error.strerror}; choose another path", file=sys.stderr)
+        return MixfuseError.exit_code
     except KeyboardInterrupt:
         if "WORLD_SIZE" not in os.environ:  # only the command itself prints, not the processes it launched
             print("mixfuse: interrupted; the same command continues where it can", file=sys.stderr)

@@ -72,6 +72,7 @@ class Family:
         down: The name of its down projection.
         experts_keys: The keys of `config.json` that can hold the number of experts, the preferred one first.
         inner_key: The key for an expert's intermediate size.
+        tool_parser: Which of vLLM's parsers reads the family's tool calls (`vllm/tool_parsers`).
         default_top_k: Experts per token if `config.json` has no `num_experts_per_tok`.
         qk_norm: Whether queries and keys are normalised.
         tiny: Additional keys for the config of a tiny random model (`mixfuse base build --tiny`).
@@ -91,6 +92,7 @@ class Family:
     experts_keys: tuple[str, ...]
     inner_key: str
     default_top_k: int
+    tool_parser: str
     qk_norm: bool = False
     tiny: Mapping[str, Any] = field(default_factory=dict)
     unsupported: tuple[Unsupported, ...] = ()
@@ -153,29 +155,44 @@ class Family:
         """Reads the sizes in a `config.json` of this family.
 
         Raises:
-            MixfuseError: A size is missing, or the config selects a variant that is not supported.
+            MixfuseError: A size is missing or is none that a model can have, or the config selects a variant that is
+                not supported.
         """
         for key, supported, reason in self.unsupported:
             if key in config and config[key] not in supported:
                 raise MixfuseError(f"config.json: {key} is {config[key]!r}, which mixfuse does not support: {reason}")
         experts_key = next((key for key in self.experts_keys if key in config), self.experts_keys[0])
-        try:
-            hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
-            return Shape(
-                L=int(config["num_hidden_layers"]),
-                H=hidden,
-                I=int(config[self.inner_key]),
-                E=int(config[experts_key]),
-                K=int(config.get("num_experts_per_tok", self.default_top_k)),
-                A=heads,
-                G=int(config["num_key_value_heads"]),
-                D=int(config.get("head_dim") or hidden // heads),
-                V=int(config["vocab_size"]),
-                tied=bool(config.get("tie_word_embeddings", False)),
-                qk_norm=self.qk_norm,
+        hidden, heads = _size(config, "hidden_size", 1 << 20), _size(config, "num_attention_heads", 1 << 14)
+        experts, groups = _size(config, experts_key, 1 << 12), _size(config, "num_key_value_heads", heads)
+        if heads % groups:
+            raise MixfuseError(
+                f"config.json: {heads} num_attention_heads cannot be divided among {groups} num_key_value_heads"
             )
-        except KeyError as error:
-            raise MixfuseError(f"config.json has no {error.args[0]!r}") from None
+        if config.get("head_dim") is None and hidden < heads:
+            raise MixfuseError(f"config.json: hidden_size {hidden} is less than num_attention_heads {heads}")
+        return Shape(
+            L=_size(config, "num_hidden_layers", 1 << 8),
+            H=hidden,
+            I=_size(config, self.inner_key, 1 << 20),
+            E=experts,
+            K=_size({"num_experts_per_tok": self.default_top_k, **config}, "num_experts_per_tok", experts),
+            A=heads,
+            G=groups,
+            D=hidden // heads if config.get("head_dim") is None else _size(config, "head_dim", 1 << 14),
+            V=_size(config, "vocab_size", 1 << 24),
+            tied=bool(config.get("tie_word_embeddings", False)),
+            qk_norm=self.qk_norm,
+        )
+
+
+def _size(config: Mapping[str, Any], key: str, most: int) -> int:
+    """Reads one size; the bounds are far above any model's, and let nothing be computed for hours."""
+    if key not in config:
+        raise MixfuseError(f"config.json has no {key!r}")
+    value = config[key]
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+        raise MixfuseError(f"config.json: {key} must be a whole number from 1 to {most}, not {str(value)[:40]}")
+    return value
 
 
 def norm_parameters(shape: Shape) -> int:

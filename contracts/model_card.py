@@ -245,7 +245,13 @@ def _training(manifest: Manifest, facts: Named) -> str:
     )
     licence = facts.licence or "not stated; the licences of the base and of the data apply"
     libraries = ", ".join(f"{name} {version}" for name, version in manifest.libraries.items())
-    return f"## Training data and licence\n\n{table}\n\nLicence of the adapter: {licence}." + (
+    quantised = manifest.recipe.get("quantization")
+    base = (
+        f"\n\nIt was trained on the base in {manifest.recipe.get('dtype')} with its frozen experts in {quantised}."
+        if quantised
+        else ""
+    )
+    return f"## Training data and licence\n\n{table}\n\nLicence of the adapter: {licence}.{base}" + (
         f"\n\nMade with {libraries}." if libraries else ""
     )
 

@@ -31,6 +31,7 @@ _STYLE = {
     "font.size": 10,
     "grid.color": "#e6e6e6",
     "legend.frameon": False,
+    "text.parse_math": False,  # a name may hold dollar signs
     "svg.fonttype": "none",  # text stays text: it can be searched, and takes the page's font
     "text.color": "#222222",
     "xtick.color": "#aaaaaa",
@@ -146,22 +147,23 @@ def intervals(marks: Sequence[Mark], *, reference: float | None = None) -> "Figu
     return figure
 
 
-def reliability(series: Mapping[str, Sequence[Point]]) -> "Figure":
-    """Confidence, ½ to 1, against accuracy, beside the diagonal on which the two are equal.
+def reliability(series: Mapping[str, Sequence[Point]], *, least: float = 0.5) -> "Figure":
+    """Confidence against accuracy, beside the diagonal on which the two are equal.
 
     Args:
         series: Name → points; the area of a point shows its weight.
+        least: The least confidence there can be; of two answers the judge's is ½.
     """
     with _style():
         figure, axes = _single(6.4, 4.2)
-        axes.plot([0.5, 1], [0.5, 1], color=GREY, linestyle="--", linewidth=1)
+        axes.plot([least, 1], [least, 1], color=GREY, linestyle="--", linewidth=1)
         for (label, points), colour in zip(series.items(), (BLUE, ORANGE), strict=False):
             across, up = [point.x for point in points], [point.y for point in points]
             axes.plot(across, up, color=colour, alpha=0.5, linewidth=1)
             areas = [20 + 320 * point.weight for point in points]
             axes.scatter(across, up, s=areas, color=colour, alpha=0.65, linewidth=0)
             axes.plot([], [], "o", color=colour, label=label)  # the legend's dots are of one size
-        axes.set(xlim=(0.49, 1.01), ylim=(-0.04, 1.04), xlabel="confidence", ylabel="accuracy")
+        axes.set(xlim=(least - 0.01, 1.01), ylim=(-0.04, 1.04), xlabel="confidence", ylabel="accuracy")
         axes.legend(loc="lower right")
     return figure
 
@@ -186,6 +188,34 @@ def scatter(marks: Sequence[tuple[Mark, float]], *, across: str) -> "Figure":
             axes.plot([cost, 1.06 * widest], [value, height], color=colour, linewidth=0.6, alpha=0.5)
             axes.text(1.07 * widest, height, mark.label, va="center", fontsize=9, color=colour)
         axes.set(xlim=(-0.03 * widest, 1.06 * widest), ylim=(-0.04, 1.04), xlabel=across, ylabel="accuracy")
+    return figure
+
+
+def tradeoff(
+    line: Sequence[tuple[float, tuple[float, float, float]]], marks: Sequence[tuple[Mark, float]], *, across: str
+) -> "Figure":
+    """A line of accuracy over cost, with a band for its intervals, beside single values with their names.
+
+    Args:
+        line: (cost, (accuracy, lower end, upper end)), in any order.
+        marks: (the mark, what it costs: 0 or more).
+        across: What the cost is, with its unit.
+    """
+    with _style():
+        figure, axes = _single(9.0, 4.8)
+        ordered = sorted(line)
+        costs = [cost for cost, _ in ordered]
+        axes.fill_between(
+            costs, [low for _, (_, low, _) in ordered], [high for _, (_, _, high) in ordered], color=BLUE, alpha=0.15
+        )
+        axes.plot(costs, [value for _, (value, _, _) in ordered], color=BLUE, marker="o", markersize=3)
+        for mark, cost in marks:
+            value, low, high = mark.estimate
+            axes.plot([cost, cost], [low, high], color=ORANGE, linewidth=1.2, alpha=0.5)
+            axes.plot([cost], [value], "o", color=ORANGE, markersize=5)
+            axes.annotate(mark.label, (cost, value), (5, 3), textcoords="offset points", fontsize=8, color=ORANGE)
+        axes.margins(x=0.12)
+        axes.set(xlabel=across, ylabel="accuracy")
     return figure
 
 

@@ -5,6 +5,8 @@ The HTML is one file that loads nothing. Its last section lists every value of t
 """
 
 import json
+import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from mixfuse.contracts import plots
 from mixfuse.contracts.extras import needs_extra
-from mixfuse.contracts.files import write_json, write_text
+from mixfuse.contracts.files import disk_errors, write_json, write_text
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -75,13 +77,20 @@ def write(out: Path, title: str, sections: Sequence[Section], data: dict[str, An
         MixfuseError: The folder cannot be written, or an optional package is missing.
     """
     page = html(title, sections, data)
-    for section in sections:
-        for block in section.blocks:
-            if isinstance(block, Plot):
-                plots.save(block.figure, out / block.file)
-    write_text(out / "report.md", markdown(title, sections))
-    write_text(out / "report.html", page)
-    write_json(out / "report.json", data)
+    with disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        # Everything is made before anything is replaced, so that pages and plots of two reports are not mixed.
+        with tempfile.TemporaryDirectory(prefix=".report.", suffix=".partial", dir=out) as folder:
+            made = Path(folder)
+            for section in sections:
+                for block in section.blocks:
+                    if isinstance(block, Plot):
+                        plots.save(block.figure, made / block.file)
+            write_text(made / "report.md", markdown(title, sections))
+            write_text(made / "report.html", page)
+            write_json(made / "report.json", data)
+            for file in made.iterdir():
+                os.replace(file, out / file.name)
 
 
 def markdown(title: str, sections: Sequence[Section]) -> str:

@@ -5,23 +5,45 @@ module loads them and turns every mistake into one line that names the key and t
 """
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
 
 from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.yaml_text import parse
 
 
 class Strict(BaseModel):
-    """A frozen model that refuses unknown keys."""
+    """A frozen model that refuses unknown keys, and numbers that are no numbers: a limit of `.inf` limits nothing."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+_DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212\ufe58\ufe63\uff0d"
+
+
+def odd_dash(text: str) -> str | None:
+    """Names the first dash in a text that looks like `-` and is another character; None if there is none."""
+    found = next((letter for letter in text if letter in _DASHES), None)
+    return None if found is None else f"{found!r} (U+{ord(found):04X}) in {text[:80]!r} is not the '-' of the keyboard"
 
 
 Model = TypeVar("Model", bound=BaseModel)
+
+_MOST_BYTES = 16 << 20
+
+_KINDS: Mapping[str, tuple[frozenset[str], str]] = {
+    "serve config": (frozenset({"engine"}), "mixfuse serve"),
+    "fusion config": (frozenset({"members"}), "mixfuse gateway"),
+    "loop config": (frozenset({"rounds", "traces"}), "mixfuse loop"),
+    "training recipe": (frozenset({"base", "optimizer"}), "mixfuse train"),
+    "spec of pairs": (frozenset({"sources"}), "mixfuse pairs build"),
+    "task file": (frozenset({"tasks"}), "mixfuse tasks make"),
+}
+"""Each kind of config: the keys that tell it from the others, and a command that reads it."""
 
 
 def load(path: Path, model: type[Model], overrides: Iterable[str] = ()) -> Model:
@@ -30,8 +52,7 @@ def load(path: Path, model: type[Model], overrides: Iterable[str] = ()) -> Model
     Args:
         path: The YAML file.
         model: The model to validate against.
-        overrides: `dotted.key=value` strings; the value is parsed as YAML. (YAML 1.1 parses 1e-4 as a string; pydantic
-            converts it where `model` has a number.)
+        overrides: `dotted.key=value` strings; the value is parsed as YAML.
 
     Raises:
         MixfuseError: The file is missing or not a YAML mapping, a key is unknown or missing, or a value does not fit.
@@ -47,15 +68,22 @@ def read_mapping(path: Path) -> dict[str, Any]:
         MixfuseError: The file is missing, or holds something else.
     """
     try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        with Path(path).open("rb") as stream:
+            content = stream.read(_MOST_BYTES + 1)
     except FileNotFoundError:
         raise MixfuseError(f"{path}: no such file") from None
     except IsADirectoryError:
         raise MixfuseError(f"{path} is a folder; name a .yaml file") from None
     except OSError as error:
         raise MixfuseError(f"{path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise MixfuseError(f"{path}: not valid YAML: {error}") from None
+    if len(content) > _MOST_BYTES:
+        raise MixfuseError(f"{path}: larger than {_MOST_BYTES >> 20} MiB, which no such file is")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise MixfuseError(f"{path}:{line}: not valid YAML: it is not UTF-8 text") from None
+    data = parse(text, str(path))
     data = {} if data is None else data
     if not isinstance(data, dict):
         raise MixfuseError(f"{path}: expected a mapping of keys, found {type(data).__name__}")
@@ -66,9 +94,15 @@ def override(data: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     """Sets `dotted.key=value` strings in parsed data, which is changed and returned.
 
     Raises:
-        MixfuseError: An override does not have this form.
+        MixfuseError: An override does not have this form, or sets what another one sets.
     """
+    given: set[str] = set()
     for assignment in overrides:
+        key = assignment.partition("=")[0]
+        for other in given:
+            if f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}."):
+                raise MixfuseError(f"override {assignment[:200]!r}: {other!r} was given before; give a key once")
+        given.add(key)
         _override(data, assignment)
     return data
 
@@ -82,7 +116,23 @@ def validate(data: Any, model: type[Model], *, source: str) -> Model:
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        raise MixfuseError(f"{source}: {describe(error, model)}") from None
+        raise MixfuseError(f"{source}: {_other_kind(data, model) or describe(error, model)}") from None
+
+
+def _other_kind(data: Any, model: type[BaseModel]) -> str | None:
+    """Says that a config is of another kind than the one wanted, where its keys show that; None otherwise."""
+    if not isinstance(data, dict):
+        return None
+    keys, fields = data.keys(), model.model_fields.keys()
+    wanted = next((kind for kind, (own, _) in _KINDS.items() if own <= fields), None)
+    if wanted is None or _KINDS[wanted][0] <= keys:
+        return None
+    found = next((kind for kind, (own, _) in _KINDS.items() if own <= keys and not own <= fields), None)
+    if found is None:
+        return None
+    own, command = _KINDS[found]
+    named = " and ".join(repr(key) for key in sorted(own))
+    return f"this is a {found} (it has {named}), and a {wanted} is wanted here; `{command}` reads it"
 
 
 def describe(error: ValidationError, model: type[BaseModel]) -> str:
@@ -90,6 +140,12 @@ def describe(error: ValidationError, model: type[BaseModel]) -> str:
     errors = error.errors()
     # A mistyped key is reported twice, as unknown and as missing; the unknown one is what the user wrote.
     first = next((entry for entry in errors if entry["type"] == "extra_forbidden"), errors[0])
+    wrong = first["loc"][-1] if first["type"] == "extra_forbidden" and first["loc"] else first["input"]
+    dash = odd_dash(wrong) if isinstance(wrong, str) else None
+    return _described(first, model) + (f"; {dash}" if dash else "")
+
+
+def _described(first: ErrorDetails, model: type[BaseModel]) -> str:
     location = [part for part in first["loc"] if not (isinstance(part, str) and part.startswith("function-"))]
     dotted = ".".join(str(part) for part in location)
     if first["type"] == "extra_forbidden":
@@ -100,8 +156,10 @@ def describe(error: ValidationError, model: type[BaseModel]) -> str:
         return f"unknown key {dotted!r}; {hint}"
     if first["type"] == "missing":
         return f"missing key {dotted!r}"
+    if first["type"] == "invalid_key":
+        return f"unknown key {dotted!r}; a key is a name here"
     message = first["msg"].removeprefix("Value error, ")
-    return f"{dotted!r}: {message} (got {first['input']!r})" if dotted else message
+    return f"{dotted!r}: {message} (got {repr(first['input'])[:500]})" if dotted else message
 
 
 def _override(data: dict[str, Any], override: str) -> None:
@@ -110,9 +168,10 @@ def _override(data: dict[str, Any], override: str) -> None:
     if not separator or not all(parts):
         raise MixfuseError(f"override {override!r} is not of the form key=value")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise MixfuseError(f"override {override!r}: the value is not valid YAML") from None
+        value = parse(text, "value")
+    except MixfuseError as error:
+        problem = str(error).partition("not valid YAML: ")[2]
+        raise MixfuseError(f"override {override[:200]!r}: the value is not valid YAML: {problem}") from None
     node = data
     for part in parts[:-1]:
         child = node.setdefault(part, {})

@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,6 +41,11 @@ class Checkable(Protocol):
     @property
     def reference(self) -> str:
         """The reference answer."""
+        ...
+
+    @property
+    def domain(self) -> str | None:
+        """The kind of question, where it is known."""
         ...
 
 
@@ -102,6 +107,11 @@ class Task:
     kind: str
     entry: dict[str, Any] = field(repr=False)
 
+    @property
+    def domain(self) -> str | None:
+        """The kind of question: the data set's name."""
+        return self.kind
+
     def chat(self) -> dict[str, Any]:
         """The task with its reference answer, as a row to train on."""
         user, assistant = {"role": "user", "content": self.prompt}, {"role": "assistant", "content": self.reference}
@@ -117,7 +127,7 @@ class Task:
         return self.verify(text) or (bool(words) and self.verify(words[-1]))
 
 
-def make(path: Path, split: Split, count: int, *, seed: int = 0) -> list[Task]:
+def make(path: Path, split: Split, count: int, *, seed: int = 0, only: Collection[str] = ()) -> list[Task]:
     """Makes `count` distinct tasks of one split; equal arguments give equal tasks.
 
     Args:
@@ -125,13 +135,19 @@ def make(path: Path, split: Split, count: int, *, seed: int = 0) -> list[Task]:
         split: The split.
         count: Number of tasks; the result is shorter if a kind has no more distinct prompts.
         seed: Seed of the generators.
+        only: Names of the kinds to make; all of the file's where it is empty.
 
     Raises:
-        MixfuseError: The file is wrong, a kind is unknown, or reasoning-gym refuses its settings.
+        MixfuseError: The file is wrong, has no kind that `only` names, a kind is unknown, or reasoning-gym refuses its
+            settings.
     """
     kinds = load(path, TaskFile).tasks
     if not kinds:
         raise MixfuseError(f"{path}: no tasks are listed")
+    names = list(dict.fromkeys(kind.name for kind in kinds))
+    if missing := [name for name in only if name not in names]:
+        raise MixfuseError(f"{path}: there is no kind {missing[0]!r}; its kinds are {', '.join(names)}")
+    kinds = [kind for kind in kinds if not only or kind.name in only]
     total = sum(kind.weight for kind in kinds)
     # Cumulative rounding, so that the shares add up to `count`.
     ends = [round(count * sum(kind.weight for kind in kinds[:end]) / total) for end in range(len(kinds) + 1)]

@@ -5,20 +5,27 @@ The gateway writes it; `mixfuse pairs build` and people read it. It holds everyt
 
 import time
 import uuid
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mixfuse.contracts.strict_yaml import Strict
 
-Stage = Literal["answer", "revision", "verdict", "synthesis"]
+Stage = Literal["answer", "revision", "verdict", "analysis", "synthesis"]
 
 
 class Usage(Strict):
-    """Tokens of one call, or summed over several."""
+    """Tokens of one call, or summed over several.
+
+    Attributes:
+        prompt_tokens: What was sent.
+        completion_tokens: What was written, thoughts included.
+        reasoning_tokens: How many of the completion's are thoughts, as far as the endpoint says.
+    """
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    reasoning_tokens: int = 0
 
     @property
     def total_tokens(self) -> int:
@@ -39,6 +46,7 @@ class Call(Strict):
         outcome: "ok", or the type of the failure (`timeout`, `upstream_error`, …); see docs/failures.md.
         error: The failure's message.
         text: The answer, or the part of it that arrived.
+        thoughts: What a reasoning model thought before it answered.
         tool_calls: The tools that the answer calls.
         usage: Tokens of the call.
         estimated: Whether the usage was estimated because the upstream sent none.
@@ -56,6 +64,7 @@ class Call(Strict):
     outcome: str = "ok"
     error: str | None = None
     text: str | None = None
+    thoughts: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
     usage: Usage = Usage()
     estimated: bool = False
@@ -73,8 +82,11 @@ class Verdict(Strict):
         winner: The better one of the two, or "tie".
         score: Probability that the first is better, averaged over the orders.
         consistent: Whether both orders name the same winner.
+        orders: The probability that the first is better in each order, as it was read and before calibration: with the
+            first shown as A, with the second shown as A; None for one that could not be read.
         parse_failures: How many of the two verdicts could not be read.
-        read: How the verdict was read: from the log-probabilities of the first token, or from its text.
+        read: How the verdict was read: from the log-probabilities of the first token, from its text, or from the
+            scores that a reward model gave the two.
     """
 
     first: int
@@ -83,7 +95,8 @@ class Verdict(Strict):
     score: float
     consistent: bool
     parse_failures: int = 0
-    read: Literal["logprobs", "parsed"] = "logprobs"
+    read: Literal["logprobs", "parsed", "scores"] = "logprobs"
+    orders: tuple[float | None, float | None] | None = None
 
 
 class Turn(Strict):
@@ -112,6 +125,24 @@ class Citation(Strict):
     candidates: list[int]
 
 
+class Analysis(Strict):
+    """What the synthesizer found in the candidates before it wrote the answer; each entry is a sentence.
+
+    Attributes:
+        consensus: What they agree on.
+        contradictions: Where they contradict each other.
+        partial_coverage: What only some of them say.
+        unique_insights: What a single one says, and is worth keeping.
+        blind_spots: What none of them says.
+    """
+
+    consensus: list[str]
+    contradictions: list[str]
+    partial_coverage: list[str]
+    unique_insights: list[str]
+    blind_spots: list[str]
+
+
 class WeighedAnswer(Strict):
     """One class of equal answers, as mode `auto` weighed it.
 
@@ -138,8 +169,8 @@ class Weighing(Strict):
         stopped: Why no further member was asked: `target`, `not_worth_more`, `all_asked`, `budget`, `deadline`,
             `explore`.
         asked: The members that were asked, in order.
-        propensities: Member → the probability with which it was asked, given the answers before it; a member that was
-            asked and is not named was asked for sure.
+        propensities: Member → the probability with which it was asked, given the answers before it. It names all those
+            who were asked together by chance; any other member that was asked was asked for sure.
         classes: The likeliest first.
     """
 
@@ -154,18 +185,57 @@ class Weighing(Strict):
     classes: list[WeighedAnswer]
 
 
+_Candidates = tuple[Annotated[int, Field(strict=True, ge=0)], ...]
+
+
+class Feedback(Strict):
+    """What a user says of an answer. A trace keeps it as it came.
+
+    Attributes:
+        correct: Candidates that are right.
+        wrong: Candidates that are wrong.
+        best: The best candidate; the others are then not right.
+        score: For the answer that was returned: right above 0, wrong below.
+        user: Who says so; unset: the API key.
+        comment: Anything in words; nothing reads it.
+        metadata: Anything else; nothing reads it.
+    """
+
+    correct: _Candidates = ()
+    wrong: _Candidates = ()
+    best: Annotated[int, Field(strict=True, ge=0)] | None = None
+    score: Annotated[float, Field(strict=True)] | None = None
+    user: str | None = None
+    comment: str | None = None
+    metadata: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _either(self) -> Self:
+        if both := sorted({*self.correct} & {*self.wrong}):
+            raise ValueError(f"candidate {both[0]} cannot be both 'correct' and 'wrong'")
+        return self
+
+    @property
+    def most(self) -> int:
+        """The highest candidate that it names; -1 if it names none."""
+        return max((*self.correct, *self.wrong, -1 if self.best is None else self.best))
+
+
 class Trace(Strict):
     """One fused request.
 
     Attributes:
         key: The id of the request's API key, never the key itself.
+        metadata: What the client noted about the request.
         candidates: The member's name of each candidate.
         debate: The transcript, in mode `debate`.
+        analysis: What the synthesizer found in the candidates, if it was asked to analyse them first.
         citations: The candidates that each paragraph uses, if citations were requested in mode `merge`.
         weighing: How mode `auto` came to its answer.
         winner: The candidate whose text was returned, in the modes `best_of` and `auto`.
         reason: How the answer was chosen: `judged`, `agreement`, `lone_survivor`, `judge_failed`, `synthesis`, …
         tool_calls: The tools that the answer calls.
+        cached_from: The trace of the request whose kept answer this one got; nobody was called then.
         feedback: Feedback that users gave later.
     """
 
@@ -176,16 +246,19 @@ class Trace(Strict):
     key: str | None = None
     messages: list[dict[str, Any]]
     parameters: dict[str, Any] = {}
+    metadata: dict[str, str] = {}
     candidates: list[str] = []
     calls: list[Call] = []
     verdicts: list[Verdict] = []
     debate: Debate | None = None
+    analysis: Analysis | None = None
     citations: list[Citation] | None = None
     weighing: Weighing | None = None
     winner: int | None = None
     reason: str = ""
     answer: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
+    cached_from: str | None = None
     outcome: str = "ok"
     error: str | None = None
     judge_protocol: str | None = None
@@ -198,6 +271,7 @@ class Trace(Strict):
         return Usage(
             prompt_tokens=sum(call.usage.prompt_tokens for call in self.calls),
             completion_tokens=sum(call.usage.completion_tokens for call in self.calls),
+            reasoning_tokens=sum(call.usage.reasoning_tokens for call in self.calls),
         )
 
     @property

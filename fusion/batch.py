@@ -21,7 +21,7 @@ class Target:
     @property
     def v1(self) -> str:
         """The base URL of its OpenAI API."""
-        return f"{self.url.rstrip('/')}/v1"
+        return f"{self.url.rstrip('/').removesuffix('/v1')}/v1"
 
 
 @dataclass(frozen=True)

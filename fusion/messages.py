@@ -4,22 +4,9 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any
 
-Message = dict[str, Any]
-"""A chat message in OpenAI's form; its content is a string, or a list of parts where there are images."""
+from mixfuse.contracts.judge_protocol import Message, as_question, text_of
 
-
-def text_of(content: Any) -> str:
-    """Returns a message's content as text: its text parts, and `[image]` for each image."""
-    if isinstance(content, str):
-        return content
-    return "".join(part["text"] if part["type"] == "text" else "[image]" for part in content or ())
-
-
-def as_question(messages: Sequence[Message]) -> str:
-    """Returns the conversation as a judge reads it: a lone message as its text, several as a transcript."""
-    if len(messages) == 1:
-        return text_of(messages[0]["content"])
-    return "\n\n".join(f"{message['role']}: {_text_and_calls(message)}" for message in messages)
+__all__ = ["Message", "as_question", "images", "text_of", "with_system", "without_image_data"]
 
 
 def images(messages: Sequence[Message]) -> list[dict[str, Any]]:
@@ -50,10 +37,3 @@ def with_system(system: str | None, messages: Sequence[Message]) -> list[Message
     if messages and messages[0]["role"] == "system":
         return [{"role": "system", "content": f"{system}\n\n{messages[0]['content']}"}, *messages[1:]]
     return [{"role": "system", "content": system}, *messages]
-
-
-def _text_and_calls(message: Message) -> str:
-    calls = [
-        f"calls {call['function']['name']}({call['function']['arguments']})" for call in message.get("tool_calls", ())
-    ]
-    return "\n".join(filter(None, [text_of(message.get("content")), *calls]))

@@ -5,12 +5,15 @@
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from mixfuse.contracts import adapter, judge_protocol
 from mixfuse.contracts.adapter import Fingerprint, Manifest
+from mixfuse.contracts.adapter_weights import check_directory
 from mixfuse.contracts.errors import MixfuseError
+from mixfuse.serve.copies import AdapterCopies
+from mixfuse.serve.probes import Terms
 from mixfuse.serve.slots import Revision
 
 JUDGE = "judge"
@@ -24,33 +27,73 @@ class Admission:
         base: Fingerprint of the engine's base model; adapters of another base are refused.
         max_rank: The engine's largest LoRA rank.
         verify: Checks an adapter directory and returns its manifest; `adapter.verify`, in full or in part.
-        probe_tolerance: How far log-probabilities may be from those stored with the adapter, in nats. None: the
-            tolerance stored with the probes, which holds for a float32 engine.
+        terms: By what an adapter's answers to its probes are judged.
+        unprobed: Whether an adapter without probes may serve.
+        copies: The copies that the engine reads.
+        base_folder: The base model's folder, to compare the norms of an adapter's changes with; None if it is not here.
+        dtype: The engine's number format, in which no weight may overflow; None if it is not known.
+        owner: What the names of adapters end with in engines that several gateways use; empty: they have one gateway.
     """
 
     base: Fingerprint
     max_rank: int
     verify: Callable[..., Manifest] = adapter.verify
-    probe_tolerance: float | None = None
+    terms: Terms = field(default_factory=Terms)
+    unprobed: bool = True
+    copies: AdapterCopies = field(default_factory=AdapterCopies)
+    base_folder: Path | None = None
+    dtype: str | None = None
+    owner: str = ""
+
+    async def admit(self, role: str, directory: Path, *, expected_revision: str | None = None) -> Revision:
+        """Checks an adapter for a role, and copies what the engine will read of it. `forget` removes the copy.
+
+        Raises:
+            MixfuseError: As for `check`; the files changed after the check, or the copy cannot be written.
+        """
+        manifest = await self.check(role, directory, expected_revision=expected_revision)
+        copying = asyncio.ensure_future(asyncio.to_thread(self.copies.keep, directory, manifest.files))
+        try:
+            copy = await asyncio.shield(copying)
+        except asyncio.CancelledError:  # the thread cannot be stopped
+            copying.add_done_callback(self._release)
+            raise
+        return Revision.of(role, manifest, directory, copy, owner=self.owner)
+
+    def forget(self, revision: Revision) -> None:
+        """Gives a revision's copy up; the engine must not have the revision any more."""
+        copy, revision.copy = revision.copy, None
+        if copy is not None:
+            self.copies.release(copy)
 
     async def check(self, role: str, directory: Path, *, expected_revision: str | None = None) -> Manifest:
-        """Checks an adapter for a role, the finiteness of its weights included.
+        """Checks an adapter for a role, and that its weights cannot disturb an engine.
 
         Raises:
             MixfuseError: The adapter may not serve the role, or is not of `expected_revision`.
         """
         manifest = await self._check_files(role, directory, expected_revision)
-        await asyncio.to_thread(adapter.check_finite, directory)
+        if not self.unprobed and adapter.PROBES not in manifest.files:
+            raise MixfuseError(
+                f"{directory}: it has no {adapter.PROBES}, and the serve config refuses such adapters "
+                "(adapters_without_probes: refuse); make them with: mixfuse adapter verify DIR --base BASE",
+                kind="adapter",
+            )
+        await asyncio.to_thread(check_directory, directory, base=self.base_folder, dtype=self.dtype)
         return manifest
 
+    def _release(self, copying: "asyncio.Future[Path]") -> None:
+        if copying.exception() is None:
+            self.copies.release(copying.result())
+
     async def recheck(self, revision: Revision) -> None:
-        """Checks a revision that returns to the engine. Unchanged weights are still finite, so they are not read.
+        """Checks a revision that returns to the engine, by its copy. Whatever became of its directory does not matter.
 
         Raises:
-            MixfuseError: Its files have changed.
+            MixfuseError: The copy has changed.
         """
-        assert revision.directory is not None  # noqa: S101 - the base is never loaded
-        await self._check_files(revision.model.rpartition("@")[0], revision.directory, revision.revision)
+        assert revision.copy is not None  # noqa: S101 - the base is never loaded
+        await asyncio.to_thread(self.copies.check, revision.copy, revision.files)
 
     async def _check_files(self, role: str, directory: Path, expected_revision: str | None) -> Manifest:
         manifest = await asyncio.to_thread(self.verify, directory, base=self.base)

@@ -4,6 +4,7 @@ One own engine, several replicas and external engines are all used alike; only `
 """
 
 import asyncio
+import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Iterable
 from contextlib import asynccontextmanager
@@ -12,11 +13,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
 
+from mixfuse.contracts.agreement import deviation
 from mixfuse.contracts.errors import MixfuseError
-from mixfuse.serve.engine import BASE_MODEL_NAME, Engine, EngineConfig, cpu_build
-from mixfuse.serve.engine_plan import split_of
-from mixfuse.serve.supervisor import Adapter, EngineSource, ExternalEngine, OwnEngine, Replica
+from mixfuse.serve.engine import BASE_MODEL_NAME, MIDDLEWARE, Engine, EngineConfig, cpu_build
+from mixfuse.serve.slots import OWNED_BY, Trouble
+from mixfuse.serve.supervisor import Adapter, EngineSource, ExternalEngine, OwnEngine, Replica, Wanted
 from mixfuse.serve.vllm_api import VllmApi, engine_error
+from mixfuse.serve.vllm_arguments import split_of
+
+logger = logging.getLogger(__name__)
 
 # Nats. Engines with the same base and adapter differ by rounding, in bfloat16 by hundredths; engines with another
 # adapter or base differ by whole nats.
@@ -42,8 +47,8 @@ class EngineGroup:
         self.config = config
         self.base_model_name = BASE_MODEL_NAME
         self._logs = logs
-        self._adapters: dict[str, Adapter] = {}
-        self._adapters_lock = asyncio.Lock()
+        self._wanted = Wanted()
+        self._adapters, self._adapters_lock = self._wanted.adapters, self._wanted.lock
         self._turn = count()
         self._replica_changed = asyncio.Event()
         self.replicas: list[Replica] = []
@@ -77,6 +82,7 @@ class EngineGroup:
                     self.config.external and self.running and isinstance(error, MixfuseError)
                 ):
                     raise error
+            await self._warn_of_doors()
             for replica, error in zip(self.replicas, started, strict=True):
                 replica.away = str(error or "")
                 replica.supervise()
@@ -141,6 +147,52 @@ class EngineGroup:
             if failures := await _all(replica.unload(name) for replica in self.replicas if replica.ready):
                 raise failures[0]
 
+    def trouble(self, name: str) -> Trouble | None:
+        """What keeps engines from answering as a model; None if each is ready and has it."""
+        problems = [
+            f"the engine is away: {replica.failure or replica.away}" if not replica.ready else replica.lost.get(name)
+            for replica in self.replicas
+        ]
+        found = list(dict.fromkeys(problem for problem in problems if problem))
+        return Trouble("; ".join(found), dead=None not in problems) if found else None
+
+    async def repair(self, name: str) -> None:
+        """Makes every ready engine have an adapter again that it has lost.
+
+        Raises:
+            MixfuseError: An engine refuses it, or does not answer.
+        """
+        if failures := await _all(replica.mend(now=True) for replica in self._ready()):
+            raise failures[0]
+        if lost := [replica.lost[name] for replica in self.replicas if replica.ready and name in replica.lost]:
+            raise MixfuseError(lost[0], kind="engine")
+
+    async def unload_of(self, owner: str) -> bool:
+        """Unloads all adapters of a gateway, this one or another; says whether no engine has any left."""
+        clean = True
+        for replica in self.replicas:
+            try:
+                _, listed = await replica.api.models()
+                for name in listed:
+                    if name.endswith(f"{OWNED_BY}{owner}"):
+                        await replica.api.unload_adapter(name)
+                        logger.info("%r was unloaded from %s: its gateway is gone", name, replica.api.url)
+            except MixfuseError as error:
+                logger.debug("%s", error)
+                clean = False
+        return clean
+
+    async def regain(self, name: str) -> bool:
+        """Makes every ready engine have an adapter again that one of them said it has not; says whether they have."""
+        if name not in self._adapters:
+            return False
+        try:
+            await self.repair(name)
+        except MixfuseError as error:
+            logger.warning("%r is not served again: %s", name, error)
+            return False
+        return True
+
     async def probe(self, name: str) -> None:
         """Asks a model for one token in every ready engine.
 
@@ -149,6 +201,14 @@ class EngineGroup:
         """
         if failures := await _all(replica.api.probe(name) for replica in self._ready()):
             raise failures[0]
+
+    def each(self) -> list[VllmApi]:
+        """The ready engines, one by one.
+
+        Raises:
+            MixfuseError: None is ready.
+        """
+        return [replica.api for replica in self._ready()]
 
     async def prompt_logprobs(self, name: str, prompt: list[int]) -> list[float]:
         """As `VllmApi.prompt_logprobs`, from every ready engine; they must agree.
@@ -160,21 +220,13 @@ class EngineGroup:
         ready = self._ready()
         answers = await asyncio.gather(*(replica.api.prompt_logprobs(name, prompt) for replica in ready))
         for replica, answer in zip(ready[1:], answers[1:], strict=True):
-            apart = max((abs(a - b) for a, b in zip(answers[0], answer, strict=True)), default=0)
+            apart = deviation([answers[0]], [answer]).median  # one unlikely token may be far off
             if apart > _SAME_WITHIN:
                 raise engine_error(
                     f"{name!r} is not the same at {ready[0].api.url} and {replica.api.url}: log-probabilities are "
                     f"{apart:.2g} nats apart; do both serve the same base?"
                 )
         return answers[0]
-
-    async def first_token_logprobs(self, name: str, messages: list[dict[str, str]]) -> dict[str, float]:
-        """As `VllmApi.first_token_logprobs`, from one ready engine.
-
-        Raises:
-            MixfuseError: It does not answer, or none is ready.
-        """
-        return await self._ready()[0].api.first_token_logprobs(name, messages)
 
     def _ready(self) -> list[Replica]:
         ready = [replica for replica in self.replicas if replica.ready]
@@ -193,7 +245,7 @@ class EngineGroup:
                 turn = next(self._turn)
                 order = [able[(turn + place) % len(able)] for place in range(len(able))]
                 return min(order, key=lambda replica: replica.in_flight)
-            if ready:
+            if ready and not any(model in replica.mending for replica in ready):
                 raise engine_error(ready[0].lost[model])
             if self.replicas and all(replica.failure for replica in self.replicas):
                 raise engine_error(self._why_away())
@@ -231,8 +283,26 @@ class EngineGroup:
             api.base_model_name = names[0]
         return [self._replica(ExternalEngine(api, self.config.restart)) for api in apis]
 
+    async def _warn_of_doors(self) -> None:
+        """Logs which external engines let anybody in who reaches them."""
+        for replica in self._ready() if self.config.external else []:
+            try:
+                doors = await replica.api.open_doors()
+            except MixfuseError as error:
+                logger.warning("whether %s needs a key could not be asked: %s", replica.api.url, error)
+                continue
+            if doors:
+                logger.warning(
+                    "the engine at %s answers without a key (%s): whoever reaches it can use it, and change adapters; "
+                    "start it with VLLM_API_KEY and --middleware %s, or let only this host reach it",
+                    replica.api.url,
+                    ", ".join(doors),
+                    MIDDLEWARE,
+                )
+
     def _replica(self, source: EngineSource) -> Replica:
-        return Replica(source, self._adapters, self._adapters_lock, self.config.restart, self._replica_changed.set)
+        config = self.config
+        return Replica(source, self._wanted, config.restart, config.cpu_loras, self._replica_changed.set)
 
 
 def per_replica(config: EngineConfig, *, cpu: bool) -> list[EngineConfig]:
@@ -243,15 +313,15 @@ def per_replica(config: EngineConfig, *, cpu: bool) -> list[EngineConfig]:
     """
     if config.replicas == 1 or cpu or "CUDA_VISIBLE_DEVICES" in config.env:
         return [config] * config.replicas
-    t, p = split_of(config.extra_args)
-    needed = config.replicas * t * p
+    split = split_of(config.extra_args)
+    needed = config.replicas * split.gpus
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = visible.split(",") if visible else [str(number) for number in range(needed)]
     if len(devices) < needed:
         raise engine_error(
-            f"{config.replicas} replicas of TP {t} x PP {p} need {needed} GPUs; CUDA_VISIBLE_DEVICES has {len(devices)}"
+            f"{config.replicas} replicas of {split} need {needed} GPUs; CUDA_VISIBLE_DEVICES has {len(devices)}"
         )
-    shares = [devices[start : start + t * p] for start in range(0, needed, t * p)]
+    shares = [devices[start : start + split.gpus] for start in range(0, needed, split.gpus)]
     return [
         config.model_copy(update={"env": {**config.env, "CUDA_VISIBLE_DEVICES": ",".join(share)}}) for share in shares
     ]

@@ -60,6 +60,11 @@ class RecordFollower:
             sources[role] = "role table"
         return sources
 
+    def versions(self) -> dict[str, int]:
+        """The version of each role that this table serves, or that it has found it cannot serve."""
+        served = {state.name: state.version for state in self._table.states() if state.version}
+        return {role: max(version, self._failed.get(role, (0, 0.0))[0]) for role, version in served.items()}
+
     async def follow(self) -> None:
         """Brings each role to where the record has it, if another gateway has changed it.
 

@@ -1,98 +1,260 @@
-"""The probes of a freshly loaded adapter: does the engine apply it, and does it answer as when it was trained?
+"""The probes of a freshly loaded adapter: does every engine apply it, and answer as when it was trained?
 
 vLLM loads an adapter whose weights it does not recognise with "Success" and then answers exactly as the base does. An
-adapter whose weights are not finite answers nonsense. The probes detect both by log-probabilities.
+adapter whose weights are not finite answers nonsense. Kernels have failed only in long prompts, only in batches, or
+only in decoding. The probes detect all of it by log-probabilities (`contracts/agreement.py`).
 """
 
 import asyncio
 import math
+from collections.abc import Awaitable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
-from mixfuse.contracts.adapter import LogprobProbe, Probes, VerdictProbe, read_probes
+from mixfuse.contracts import agreement
+from mixfuse.contracts.adapter import Deviation, Effect, Probes, VerdictProbe, read_manifest, read_probes
+from mixfuse.contracts.agreement import FIXED_PROMPTS, Answers, Rows
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.judge_protocol import read_verdict
-from mixfuse.serve.slots import AdapterEngine
+from mixfuse.serve.slots import AdapterEngine, ProbedEngine
 
-# For adapters without probes of their own. The token ids are below 253, so every tokenizer has them.
-_PROMPTS = [[3 + (7 * i * i + 31 * i + 11 * k) % 250 for i in range(24)] for k in range(3)]
-# Two answers of the base differ by the engine's noise, since other requests share its batches. An adapter that moves no
-# log-probability by more than _TIMES_NOISE times that noise plus _LEAST_EFFECT nats counts as ignored.
+Result = TypeVar("Result")
+
+# An adapter that moves log-probabilities by no more than _TIMES_NOISE times what the base differs by from itself, plus
+# what the number format makes of another batch, counts as ignored.
 _TIMES_NOISE = 3.0
-_LEAST_EFFECT = 1e-5
-# The largest deviation of a judge's probability, however wide the tolerance in nats: beyond it the verdicts change.
-_MOST_VERDICT_OFF = 0.1
+_AGAIN = 2  # times that the base answers the short probes once more, beside once in a batch with the adapter
+_SHORT = 64  # tokens
+_LENGTH = 1024  # of an engine that does not say how many tokens it takes
+_DECODED = 8  # tokens that are written after a prompt
+_BATCH_TOLERANCE = {"float32": 1e-3}
+_LOW_BATCH_TOLERANCE = 0.1  # nats, below float32, where another batch takes another kernel
 
 
-async def check(engine: AdapterEngine, model: str, directory: Path, *, tolerance: float | None, verdicts: bool) -> None:
-    """Probes a loaded adapter with the prompts stored in its directory, or with fixed ones if there are none.
+@dataclass(frozen=True)
+class Terms:
+    """By what an adapter's answers are judged.
+
+    Attributes:
+        tolerance: The deviation of a log-probability that is always allowed, in nats. None: the stored one in a float32
+            engine, and what the number format makes in others.
+        precision: The engine's number format, with its quantisation.
+    """
+
+    tolerance: float | None = None
+    precision: str = "float32"
+
+
+async def check(engine: AdapterEngine, model: str, directory: Path, terms: Terms, *, verdicts: bool) -> None:
+    """Probes a loaded adapter in every engine, with the prompts of its directory, or with fixed ones without any.
 
     Args:
-        engine: The engine that has it loaded.
-        model: The adapter's name in the engine.
+        engine: The engines that have it loaded.
+        model: The adapter's name in them.
         directory: The adapter directory.
-        tolerance: How far a log-probability may be from the stored one, in nats. None: the tolerance stored with the
-            probes, which holds for a float32 engine.
+        terms: By what its answers are judged.
         verdicts: Whether to probe the stored verdicts too; the adapter is a judge.
 
     Raises:
-        MixfuseError: The engine ignores the adapter, or its answers are not finite or differ from those stored (kind
-            "adapter"); or the engine does not answer (kind "engine").
+        MixfuseError: An engine ignores the adapter, or its answers are not finite, differ from those stored, or depend
+            on what else is in the batch (kind "adapter"); or an engine does not answer (kind "engine").
     """
     stored = await asyncio.to_thread(read_probes, directory) or Probes(tolerance=0.0)
-    limit = stored.tolerance if tolerance is None else tolerance
-    prompts = [probe.tokens for probe in stored.logprobs] or _PROMPTS
-    base = await _logprobs(engine, engine.base_model_name, prompts)
-    base_again = await _logprobs(engine, engine.base_model_name, prompts)
-    try:
-        await engine.probe(model)
-        measured = await _logprobs(engine, model, prompts)
-    except MixfuseError as error:
-        await engine.probe(engine.base_model_name)  # raises if the engine itself is gone
-        # The engine is well, so the adapter is at fault: vLLM cannot send numbers that are not finite.
-        raise _refused(directory, f"with it the engine does not answer ({error})") from None
-    if not all(math.isfinite(value) for row in measured for value in row):
-        raise _refused(directory, "with it the engine's log-probabilities are not finite (NaN or infinite weights?)")
-    if _distance(measured, base) <= _TIMES_NOISE * _distance(base_again, base) + _LEAST_EFFECT:
-        raise _refused(directory, "with it the engine answers exactly as the base does; it ignores the adapter")
-    _check_logprobs(directory, stored.logprobs, measured, limit)
-    if verdicts:
-        await _check_verdicts(engine, model, directory, stored.verdicts, min(limit, _MOST_VERDICT_OFF))
+    effect = (await asyncio.to_thread(read_manifest, directory)).effect
+    engines = engine.each()
+    lengths = await _all([one.max_model_len() for one in engines])
+    plan = _Plan.of(stored, terms, effect, min((known for known in lengths if known), default=_LENGTH))
+    said = []
+    for one in engines:
+        said.append(await _Probed(one, model, directory, plan).check())
+        if verdicts:
+            await _check_verdicts(one, model, directory, stored.verdicts, plan.verdict_limit(said[-1]))
+    for other in said[1:]:
+        _check_same(said[0].base, other.base, plan)
 
 
-async def _logprobs(engine: AdapterEngine, model: str, prompts: list[list[int]]) -> list[list[float]]:
-    return list(await asyncio.gather(*(engine.prompt_logprobs(model, prompt) for prompt in prompts)))
+@dataclass(frozen=True)
+class _Plan:
+    """What is sent to each engine, and what it should say.
+
+    Attributes:
+        prompts: Token ids: those that are stored, then longer ones, as far as the engine takes them.
+        expected: What a right engine says of those that are stored; None if there are none.
+        effect: The median effect on `FIXED_PROMPTS`, if only that is known.
+        tolerance: The deviation that is always allowed, in nats.
+        precision: The engines' number format.
+    """
+
+    prompts: list[list[int]]
+    expected: Answers | None
+    effect: Effect | None
+    tolerance: float
+    precision: str
+
+    @classmethod
+    def of(cls, stored: Probes, terms: Terms, effect: Effect | None, length: int) -> "_Plan":
+        longest = max(2, length - _DECODED - 1)
+        if not stored.logprobs:
+            return cls(agreement.fixed_prompts(longest), None, effect, 0.0, terms.precision)
+        prompts = [probe.tokens[:longest] for probe in stored.logprobs]
+        measured = stored.measured.get(terms.precision)
+        if measured is not None:
+            known = [len(row) + 1 for row in measured.logprobs]
+            prompts = [prompt[:size] for prompt, size in zip(prompts, known, strict=True)]
+            columns: list[Rows] = [measured.logprobs, measured.base, []]
+        else:
+            probes = stored.logprobs
+            columns = [[probe.logprobs for probe in probes], [probe.base for probe in probes], []]
+            columns[2] = [probe.no_experts for probe in probes]
+        cut = [_cut(rows, prompts) if rows and all(rows) else [] for rows in columns]
+        tolerance = terms.tolerance
+        if tolerance is None:
+            tolerance = agreement.tolerance_in(terms.precision, stored.tolerance, base_known=bool(cut[1]))
+            if stored.precision != "float32" and measured is None:  # a run's own, in the training's type
+                tolerance = max(tolerance, agreement.LOW_TOLERANCE)
+        longer = [prompt for prompt in agreement.fixed_prompts(longest) if len(prompt) > max(map(len, prompts))]
+        return cls(prompts + longer, Answers(*cut), effect, tolerance, terms.precision)
+
+    def known(self, said: Answers) -> Answers:
+        """An engine's answers to the prompts of which it is known what a right one says."""
+        count = len(self.expected.adapted) if self.expected is not None else 0
+        return Answers(said.adapted[:count], said.base[:count])
+
+    @property
+    def batch_tolerance(self) -> float:
+        """What an answer may differ by in another batch, in nats."""
+        return max(self.tolerance, _BATCH_TOLERANCE.get(self.precision, _LOW_BATCH_TOLERANCE))
+
+    def verdict_limit(self, said: Answers) -> float:
+        """What a judge's probability may be off by: two tokens' log-probabilities move it by half their deviation."""
+        drift = None
+        if self.expected is not None and self.expected.base:
+            drift = agreement.deviation(self.expected.base, self.known(said).base)
+        return agreement.limits(self.tolerance, drift)[2] / 2
 
 
-def _check_logprobs(directory: Path, stored: list[LogprobProbe], measured: list[list[float]], limit: float) -> None:
-    if not stored:
-        return
-    off = _distance(measured, [probe.logprobs for probe in stored])
-    if off > limit:
-        raise _refused(
-            directory,
-            f"in this engine its log-probabilities are off by {off:.2g} nats from those stored with it, {limit:.2g} "
-            "are allowed; check it with `mixfuse adapter verify DIR --base BASE`, or allow more by probe_tolerance in "
-            "the serve config where the engine is less precise",
+def _cut(rows: Rows, prompts: list[list[int]]) -> list[list[float]]:
+    return [list(row[: len(prompt) - 1]) for row, prompt in zip(rows, prompts, strict=True)]
+
+
+class _Probed:
+    """An adapter in one engine."""
+
+    def __init__(self, engine: ProbedEngine, model: str, directory: Path, plan: _Plan) -> None:
+        self._engine, self._model, self._directory, self._plan = engine, model, directory, plan
+        self._base = engine.base_model_name
+
+    async def check(self) -> Answers:
+        """Checks the adapter; returns what the engine said."""
+        prompts = self._plan.prompts
+        base = [await self._engine.prompt_logprobs(self._base, prompt) for prompt in prompts]
+        short = [number for number, prompt in enumerate(prompts) if len(prompt) <= _SHORT]
+        again = [await self._logprobs(self._base, [prompts[number] for number in short]) for _ in range(_AGAIN)]
+        if not all(math.isfinite(value) for rows in (base, *again) for row in rows for value in row):
+            raise MixfuseError("the engine's log-probabilities of its base are not finite", kind="engine")
+        adapted, in_batch, base_in_batch, decoded = await self._with_adapter()
+        noise = [agreement.deviation([base[number] for number in short], other) for other in again if short]
+        noise.append(agreement.deviation(base, base_in_batch))
+        for rows in (adapted, in_batch, *decoded):
+            if not all(math.isfinite(value) for row in rows for value in row):
+                raise self._refused(
+                    "with it the engine's log-probabilities are not finite (NaN or infinite weights, or a kernel?)"
+                )
+        said = Answers(adapted, base)
+        self._check_effect(said, noise)
+        self._check_expected(said)
+        for what, off in (
+            ("in a batch with other requests than alone", agreement.deviation(adapted, in_batch)),
+            ("when it writes token by token than when it reads the same text", agreement.deviation(*decoded)),
+        ):
+            allowed = agreement.limits(self._plan.batch_tolerance, noise[-1])
+            if any(value > most for value, most in zip(off.quantiles, allowed, strict=True)):
+                raise self._refused(f"with it the engine answers otherwise {what}: log-probabilities are off by {off}")
+        return said
+
+    async def _with_adapter(self) -> tuple[Rows, Rows, Rows, tuple[Rows, Rows]]:
+        """Its answers alone and in a batch, the base's in that batch, and of what it writes: written and read."""
+        prompts, engine = self._plan.prompts, self._engine
+        try:
+            await engine.probe(self._model)
+            alone = [await engine.prompt_logprobs(self._model, prompt) for prompt in prompts]
+            # What is written after the shortest prompt alone, and after the longest in the batch.
+            first, last = min(prompts, key=len), max(prompts, key=len)
+            single = await engine.decode(self._model, first, _DECODED)
+            work: list[Awaitable[Any]] = [
+                self._logprobs(self._model, prompts),
+                self._logprobs(self._base, prompts),
+                engine.decode(self._model, last, _DECODED),
+                engine.decode(self._base, first, _DECODED),
+            ]
+            in_batch, base_in_batch, batched, _ = await _all(work)
+            read = [
+                (await engine.prompt_logprobs(self._model, [*prompt, *tokens]))[-len(tokens) :]
+                for prompt, (tokens, _) in ((first, single), (last, batched))
+            ]
+        except MixfuseError as error:
+            await engine.probe(self._base)  # raises if the engine itself is gone
+            # The engine is well, so the adapter is at fault: vLLM cannot send numbers that are not finite.
+            raise self._refused(f"with it the engine does not answer ({error})") from None
+        return alone, in_batch, base_in_batch, ([single[1], batched[1]], read)
+
+    async def _logprobs(self, model: str, prompts: list[list[int]]) -> Rows:
+        """The log-probabilities of prompts, in one batch."""
+        return await _all([self._engine.prompt_logprobs(model, prompt) for prompt in prompts])
+
+    def _check_effect(self, said: Answers, noise: Sequence[Deviation]) -> None:
+        effect = agreement.deviation(said.adapted, said.base)
+        least = agreement.noise_floor(self._plan.precision)
+        if effect.p90 <= _TIMES_NOISE * max(one.p90 for one in noise) + least:
+            raise self._refused("with it the engine answers exactly as the base does; it ignores the adapter")
+        if self._plan.expected is None and self._plan.effect is not None:
+            count = len([prompt for prompt in self._plan.prompts if prompt in FIXED_PROMPTS])
+            shown = agreement.deviation(said.adapted[:count], said.base[:count]) if count else None
+            if shown and (wrong := agreement.size_fault(self._plan.effect.median, shown.median)):
+                raise self._refused(wrong)
+
+    def _check_expected(self, said: Answers) -> None:
+        expected = self._plan.expected
+        if expected is None:
+            return
+        wrong = agreement.fault(*agreement.compare(expected, self._plan.known(said)), tolerance=self._plan.tolerance)
+        if wrong:
+            raise self._refused(
+                f"in this engine ({self._plan.precision}) {wrong}; check it with `mixfuse adapter verify DIR --config "
+                "SERVE.YAML`, or allow more by probe_tolerance in the serve config"
+            )
+
+    def _refused(self, what: str) -> MixfuseError:
+        return MixfuseError(f"{self._directory}: {what}", kind="adapter")
+
+
+def _check_same(first: Rows, other: Rows, plan: _Plan) -> None:
+    """Refuses engines that serve different bases; their median tells that, whatever one token does."""
+    apart = agreement.deviation(first, other)
+    if apart.median > 3 * plan.batch_tolerance:
+        raise MixfuseError(
+            f"the base is not the same in all engines: log-probabilities are {apart} apart; do all serve the same "
+            "base?",
+            kind="engine",
         )
 
 
 async def _check_verdicts(
-    engine: AdapterEngine, model: str, directory: Path, stored: list[VerdictProbe], limit: float
+    engine: ProbedEngine, model: str, directory: Path, stored: list[VerdictProbe], limit: float
 ) -> None:
-    answers = await asyncio.gather(*(engine.first_token_logprobs(model, probe.messages) for probe in stored))
+    answers = await _all([engine.first_token_logprobs(model, probe.messages) for probe in stored])
     for number, (probe, answer) in enumerate(zip(stored, answers, strict=True), start=1):
         p = read_verdict(answer)
         if p is None or not abs(p - probe.p) <= limit:
             verdict = "cannot be read" if p is None else f"is {p:.3f}"
-            raise _refused(
-                directory, f"its verdict on stored comparison {number} {verdict}; it was {probe.p:.3f} when it was made"
+            raise MixfuseError(
+                f"{directory}: its verdict on stored comparison {number} {verdict}; it was {probe.p:.3f} when it was "
+                f"made, and {limit:.2g} is allowed",
+                kind="adapter",
             )
 
 
-def _distance(left: list[list[float]], right: list[list[float]]) -> float:
-    """The largest absolute difference of two sets of log-probabilities, in nats."""
-    return max(abs(a - b) for rows in zip(left, right, strict=True) for a, b in zip(*rows, strict=True))
-
-
-def _refused(directory: Path, what: str) -> MixfuseError:
-    return MixfuseError(f"{directory}: {what}", kind="adapter")
+async def _all(calls: Sequence[Awaitable[Result]]) -> list[Result]:
+    """The results of calls that are made at once."""
+    return list(await asyncio.gather(*calls))

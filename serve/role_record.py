@@ -98,6 +98,10 @@ class RoleRecord(Protocol):
         """Whether a revision has ever served the role."""
         ...
 
+    async def followed(self, role: str, version: int) -> None:
+        """Returns once every gateway that shares this one's engines serves this version of a role, or cannot."""
+        ...
+
     async def pin(self, role: str, pinned: bool) -> RoleEntry:
         """Records whether a role's adapter stays loaded."""
         ...

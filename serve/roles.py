@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.serve.admission import Admission
 from mixfuse.serve.role_record import Reason, RoleEntry, RoleRecord
-from mixfuse.serve.slots import AdapterEngine, LoadCounts, Revision, Slots
+from mixfuse.serve.slots import AdapterEngine, LoadCounts, Revision, Slots, Trouble
 
 BASE = "base"
 """The role that always exists: the base model without an adapter."""
@@ -100,6 +100,11 @@ class RoleTable:
     def states(self) -> list[RoleState]:
         """Every role as it is now. Read it, do not change it."""
         return list(self._roles.values())
+
+    def troubles(self) -> Mapping[str, Trouble]:
+        """What keeps the engine from answering for a role: role → trouble; roles without any are left out."""
+        found = {name: self.engine.trouble(state.serving.model) for name, state in self._roles.items()}
+        return {name: trouble for name, trouble in found.items() if trouble is not None}
 
     def state(self, role: str) -> RoleState:
         """One role as it is now. Read it, do not change it.

@@ -9,17 +9,32 @@ requests wait for the next residency, so a busy adapter cannot keep the others o
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from mixfuse.contracts.adapter import Manifest
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.judge_protocol import Calibration
 
 logger = logging.getLogger(__name__)
+
+OWNED_BY = "~"
+"""Before the gateway's token, in the name of an adapter in an engine that several gateways use."""
+
+
+class Trouble(NamedTuple):
+    """What keeps engines from answering as a model.
+
+    Attributes:
+        why: The reason.
+        dead: Whether no engine can answer; otherwise some can.
+    """
+
+    why: str
+    dead: bool
 
 
 class AdapterEngine(Protocol):
@@ -35,12 +50,42 @@ class AdapterEngine(Protocol):
         """Unloads the adapter of that name."""
         ...
 
+    def trouble(self, name: str) -> Trouble | None:
+        """What keeps engines from answering as a model; None if nothing does."""
+        ...
+
+    async def repair(self, name: str) -> None:
+        """Loads an adapter again where an engine has lost it."""
+        ...
+
+    async def probe(self, name: str) -> None:
+        """Asks the model of that name for one token; raises if it does not answer."""
+        ...
+
+    def each(self) -> "Sequence[ProbedEngine]":
+        """The engines, one by one: a swap probes every one."""
+        ...
+
+
+class ProbedEngine(Protocol):
+    """What probes need of one engine (`mixfuse.serve.vllm_api.VllmApi` is one)."""
+
+    base_model_name: str
+
+    async def max_model_len(self) -> int | None:
+        """The longest prompt and completion together, in tokens; None if it does not say."""
+        ...
+
     async def probe(self, name: str) -> None:
         """Asks the model of that name for one token; raises if it does not answer."""
         ...
 
     async def prompt_logprobs(self, name: str, prompt: list[int]) -> list[float]:
         """Log-probabilities, in nats, of each prompt token but the first, given the tokens before it."""
+        ...
+
+    async def decode(self, name: str, prompt: list[int], tokens: int) -> tuple[list[int], list[float]]:
+        """Writes on greedily; returns the tokens' ids and their log-probabilities, in nats."""
         ...
 
     async def first_token_logprobs(self, name: str, messages: list[dict[str, str]]) -> dict[str, float]:
@@ -53,9 +98,12 @@ class Revision:
     """One adapter revision, loaded or not.
 
     Attributes:
-        model: Its name in the engine: `ROLE@REVISION`, or the base's own name.
+        model: Its name in the engine: `ROLE@REVISION`, or the base's own name. `~` and the gateway's token follow where
+            several gateways use the engine.
         revision: The adapter's revision; None for the base.
         directory: The adapter directory; None for the base.
+        copy: The copy of it that the engine reads; None for the base, and once the revision is given up.
+        files: File → SHA-256, from its manifest.
         calibration: How to read a judge's probabilities, from its manifest.
         in_flight: Requests that lease it, those that wait for its load included.
     """
@@ -63,15 +111,18 @@ class Revision:
     model: str
     revision: str | None = None
     directory: Path | None = None
+    copy: Path | None = None
+    files: Mapping[str, str] = field(default_factory=dict, repr=False)
     calibration: Calibration | None = None
     in_flight: int = 0
     _drained: asyncio.Event = field(default_factory=asyncio.Event, repr=False)
     _residency: "_Residency | None" = field(default=None, repr=False)
 
     @classmethod
-    def of(cls, role: str, manifest: Manifest, directory: Path) -> "Revision":
-        """The revision in an adapter directory, named for a role."""
-        return cls(f"{role}@{manifest.revision}", manifest.revision, directory, manifest.calibration)
+    def of(cls, role: str, manifest: Manifest, directory: Path, copy: Path, *, owner: str = "") -> "Revision":
+        """The revision in an adapter directory, named for a role, and for the gateway where the engine has several."""
+        name = f"{role}@{manifest.revision}" + (f"{OWNED_BY}{owner}" if owner else "")
+        return cls(name, manifest.revision, directory, copy, manifest.files, manifest.calibration)
 
     @property
     def loaded(self) -> bool:
@@ -141,7 +192,7 @@ class Slots:
     Args:
         engine: The running engine.
         max_loaded: How many adapters may be loaded at once, staged ones not counted; None for no limit.
-        recheck: Called with a revision before it is loaded again; raises if its files have changed.
+        recheck: Called with a revision before it is loaded again; raises if its copy has changed.
         pinned: Whether a revision must stay loaded.
     """
 
@@ -258,13 +309,13 @@ class Slots:
 
     async def _load_into_engine(self, residency: _Residency) -> None:
         revision = residency.revision
-        assert revision.directory is not None  # noqa: S101 - the base is never loaded
+        assert revision.copy is not None  # noqa: S101 - the base is never loaded
         while previous := self._residencies.get(revision.model):  # the revision's last residency is about to end
             await previous.unloaded.wait()
         async with self._engine_turn:
             began = time.monotonic()
             try:
-                await self._engine.load_adapter(revision.model, revision.directory.resolve())
+                await self._engine.load_adapter(revision.model, revision.copy)
             except MixfuseError as error:
                 if error.kind == "engine":  # the engine did not answer, but may have loaded the adapter
                     with suppress(MixfuseError):

@@ -1,8 +1,8 @@
 """The swap: how one adapter revision takes another's place while requests run, and how long the old one drains.
 
 A swap verifies the adapter, loads it as `ROLE@REVISION`, probes it, records the change, flips the role, drains the old
-revision and unloads it. If anything fails before the flip, the old revision serves on and nothing of the new one is
-left in the engine.
+revision and unloads it, and waits until the gateways that share the engines serve the same. If anything fails before
+the flip, the old revision serves on and nothing of the new one is left in the engine.
 
 The drain has no time limit of its own. The old revision stays loaded until the last request that leases it has ended,
 and each request ends by its own deadline (a member's `timeout_s`, the modes' `deadline_ms`). `swap` and `commit` return
@@ -68,7 +68,9 @@ class Swapper:
             if revision is None:
                 return await self._record_serving(state, directory, why)
             swap, drain = await self._uninterrupted(self._commit(state, revision))
+            version = state.version
         await asyncio.shield(drain)
+        await self._followed(role, version)
         return swap
 
     async def stage(self, role: str, directory: Path, *, why: Reason = "swap") -> Revision:
@@ -110,7 +112,9 @@ class Swapper:
         state = self.table.swappable(role)
         async with state.lock:
             swap, drain = await self._uninterrupted(self._commit(state, revision))
+            version = state.version
         await asyncio.shield(drain)
+        await self._followed(role, version)
         return swap
 
     async def discard(self, revision: Revision, *, why: Reason = "canary-rollback", reason: str | None = None) -> None:
@@ -155,7 +159,9 @@ class Swapper:
             if revision is None:  # this table could not follow the last swap, so it serves the target still
                 return await self._record_serving(state, Path(target.directory or ""), "rollback")
             swap, drain = await self._uninterrupted(self._commit(state, revision))
+            version = state.version
         await asyncio.shield(drain)
+        await self._followed(role, version)
         return swap
 
     async def adopt(self, state: RoleState, entry: RoleEntry) -> None:
@@ -170,9 +176,9 @@ class Swapper:
         revision = self.table.base
         if entry.revision is not None and entry.directory is not None:
             directory = Path(entry.directory)
-            manifest = await self.table.admission.check(state.name, directory, expected_revision=entry.revision)
-            revision = Revision.of(state.name, manifest, directory)
+            revision = await self.table.admission.admit(state.name, directory, expected_revision=entry.revision)
             if state.staged is not None and state.staged.model == revision.model:
+                self.table.admission.forget(revision)
                 return  # a swap or a canary is loading it; the next call follows
             revision = await self._load(state, revision)
         state.follow(entry)
@@ -199,11 +205,12 @@ class Swapper:
         name = target.revision if target is not None else None
         try:
             version = target.version if target is not None else await self._record_version(state)
-            manifest = await self.table.admission.check(state.name, directory, expected_revision=name)
-            name = manifest.revision
-            if manifest.revision == state.serving.revision:
+            revision = await self.table.admission.admit(state.name, directory, expected_revision=name)
+            name = revision.revision
+            if revision.revision == state.serving.revision:
+                self.table.admission.forget(revision)
                 return None
-            state.staged = revision = Revision.of(state.name, manifest, directory)
+            state.staged = revision
             try:
                 revision = await self._load(state, revision)
             except BaseException:
@@ -227,16 +234,21 @@ class Swapper:
         if draining is not None and draining.directory == directory and draining.loaded:
             del self._draining[revision.model]
             draining.cancel_drain()
+            self.table.admission.forget(revision)
             revision = draining
         else:
-            await self.table.slots.stage(revision)
+            try:
+                await self.table.slots.stage(revision)
+            except BaseException:  # cancelled, too: nothing is left in the engine
+                self.table.admission.forget(revision)
+                raise
         try:
             async with self.table.slots.resident(revision):
                 await probes.check(
                     self.table.engine,
                     revision.model,
                     directory,
-                    tolerance=self.table.admission.probe_tolerance,
+                    self.table.admission.terms,
                     verdicts=state.name == JUDGE,
                 )
         except BaseException:
@@ -277,6 +289,7 @@ class Swapper:
             if self._draining.get(revision.model) == draining:  # unless the revision serves again
                 del self._draining[revision.model]
                 await self.table.slots.remove(revision)
+                self.table.admission.forget(revision)
 
         if revision.revision is None:
             return self._background(asyncio.sleep(0))
@@ -289,8 +302,10 @@ class Swapper:
         return self._drain(revision)
 
     async def _record_serving(self, state: RoleState, directory: Path, why: Reason) -> Swap:
-        """Makes the record say what serves the role here already."""
+        """Makes the record say what serves the role here already, and the engine have it."""
         serving, record = state.serving, self.table.record
+        if serving.loaded and serving.revision is not None:
+            await self.table.engine.repair(serving.model)
         if record is not None:
             entry = (await record.read()).get(state.name)
             if entry is None or entry.revision != serving.revision:
@@ -298,6 +313,15 @@ class Swapper:
                 entry = await record.change(state.name, expected, serving.revision, directory, why)
             state.follow(entry)
         return Swap(state.name, serving.revision, serving.revision, 0)
+
+    async def _followed(self, role: str, version: int) -> None:
+        """Waits until the gateways that share the engines serve what this one does; the swap is done in any case."""
+        if self.table.record is None:
+            return
+        try:
+            await self.table.record.followed(role, version)
+        except MixfuseError as error:
+            logger.warning("role %s: whether all gateways serve version %d is not known: %s", role, version, error)
 
     async def _record_version(self, state: RoleState) -> int:
         entry = (await self.table.record.read()).get(state.name) if self.table.record is not None else None

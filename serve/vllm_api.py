@@ -19,7 +19,17 @@ from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.families import known_families
 
 TOP_LOGPROBS = 20  # a judge's verdict is read from this many first tokens
+_NO_ADAPTER = "mixfuse-no-such-adapter"
+# Bodies that are refused where they are read, and an adapter that nobody has.
+_DOORS: tuple[tuple[str, str, dict[str, str] | None], ...] = (
+    ("GET", "/v1/models", None),
+    ("POST", "/v1/load_lora_adapter", {"lora_name": "", "lora_path": ""}),
+    ("POST", "/adapters", {}),
+    ("DELETE", f"/adapters/{_NO_ADAPTER}", None),
+    ("POST", "/invocations", {}),
+)
 _SERVED_LINEAR = re.compile(r"\.(?:[qkvo]_proj|gate_proj|up_proj|down_proj)\.lora_[AB]\.weight$")
+# One line for each engine core, of which data parallelism has several.
 _STEPS = re.compile(r"^vllm:iteration_tokens_total_count\{.*\} (\S+)$", re.MULTILINE)
 
 
@@ -46,12 +56,13 @@ class VllmApi:
             raise RuntimeError("the engine has not been started")
         return self._url
 
-    async def load_adapter(self, name: str, path: Path) -> None:
+    async def load_adapter(self, name: str, path: Path, *, timeout_s: float = 600) -> None:
         """Loads an adapter, which then answers as model `name`.
 
         Args:
             name: A name that is not loaded yet and is not the base model's.
             path: A PEFT adapter folder in the layout that vLLM reads.
+            timeout_s: The longest that it may take. vLLM reads the files between two steps of the engine.
 
         Raises:
             MixfuseError: The folder has weights that vLLM would silently ignore, or vLLM refuses it.
@@ -59,7 +70,7 @@ class VllmApi:
         if name == self.base_model_name:
             raise MixfuseError(f"{name!r} is the base model's name; give the adapter another", kind="adapter")
         folder = await asyncio.to_thread(_served_adapter, path)
-        await self._adapter_call("load_lora_adapter", lora_name=name, lora_path=str(folder))
+        await self._adapter_call("load_lora_adapter", timeout_s, lora_name=name, lora_path=str(folder))
 
     async def unload_adapter(self, name: str) -> None:
         """Unloads an adapter. Requests that still use it are lost, so drain it first.
@@ -67,7 +78,7 @@ class VllmApi:
         Raises:
             MixfuseError: No adapter of that name is loaded.
         """
-        await self._adapter_call("unload_lora_adapter", lora_name=name)
+        await self._adapter_call("unload_lora_adapter", 120, lora_name=name)
 
     async def probe(self, name: str) -> None:
         """Asks a model for one token, to detect an adapter that cannot answer before it serves.
@@ -92,6 +103,29 @@ class VllmApi:
         positions = answer["choices"][0]["prompt_logprobs"][1:]  # the first position has none
         return [position[str(token)]["logprob"] for position, token in zip(positions, prompt[1:], strict=True)]
 
+    async def decode(self, name: str, prompt: list[int], tokens: int) -> tuple[list[int], list[float]]:
+        """Writes on greedily, a token at a time.
+
+        Args:
+            name: The base model's name, or an adapter's.
+            prompt: Token ids.
+            tokens: How many to write, whatever they are.
+
+        Returns:
+            The tokens' ids, and their log-probabilities in nats.
+
+        Raises:
+            MixfuseError: The engine does not answer.
+        """
+        sampling = {"max_tokens": tokens, "temperature": 0, "ignore_eos": True, "logprobs": 1, "return_token_ids": True}
+        choice = (await self._post("completions", {"model": name, "prompt": prompt, **sampling}))["choices"][0]
+        written = choice.get("token_ids") or []
+        if len(written) != tokens:
+            raise engine_error(
+                f"{self.url} returned {len(written)} of {tokens} token ids: does its vLLM know return_token_ids?"
+            )
+        return list(written), list(choice["logprobs"]["token_logprobs"])
+
     async def first_token_logprobs(self, name: str, messages: list[dict[str, str]]) -> dict[str, float]:
         """Token text → log-probability, in nats, of the likeliest first tokens of the answer to chat messages.
 
@@ -112,8 +146,8 @@ class VllmApi:
             logprobs[token] = logprob if known is None else math.log(math.exp(known) + math.exp(logprob))
         return logprobs
 
-    async def models(self, *, timeout_s: float = 10) -> tuple[str, frozenset[str]]:
-        """Returns the base model's name, and the names of the loaded adapters.
+    async def models(self, *, timeout_s: float = 10) -> tuple[str, Mapping[str, str | None]]:
+        """Returns the base model's name, and the loaded adapters: name → the folder it was loaded from, if it says so.
 
         Raises:
             MixfuseError: The server does not answer within `timeout_s`, refuses the key, or serves no base model.
@@ -122,13 +156,43 @@ class VllmApi:
         if response.is_error:
             raise engine_error(f"{self.url} refused to list its models: {_reason(response)}")
         try:
-            rows = {row["id"]: row.get("parent") for row in response.json()["data"]}
-        except (ValueError, KeyError, TypeError):
+            rows = {str(row["id"]): (row.get("parent"), row.get("root")) for row in response.json()["data"]}
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise engine_error(f"{self.url} is no vLLM: it does not list its models") from None
-        bases = [name for name, parent in rows.items() if parent is None]
+        bases = [name for name, (parent, _) in rows.items() if parent is None]
         if not bases:
             raise engine_error(f"{self.url} serves no base model")
-        return bases[0], frozenset(rows) - frozenset(bases)
+        return bases[0], {name: root for name, (parent, root) in rows.items() if parent is not None}
+
+    async def max_model_len(self) -> int | None:
+        """The longest prompt and completion together, in tokens; None if the server does not say.
+
+        Raises:
+            MixfuseError: The server does not answer, or refuses the key.
+        """
+        response = await self._send("GET", "models", timeout_s=10)
+        if response.is_error:
+            raise engine_error(f"{self.url} refused to list its models: {_reason(response)}")
+        try:
+            lengths = [row.get("max_model_len") for row in response.json()["data"]]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise engine_error(f"{self.url} is no vLLM: it does not list its models") from None
+        return next((length for length in lengths if isinstance(length, int) and length > 1), None)
+
+    async def open_doors(self) -> list[str]:
+        """The routes by which anybody without a key could change or use the server. Asking changes nothing.
+
+        Raises:
+            MixfuseError: The server does not answer.
+        """
+        stranger = VllmApi(self._url, None, base_model_name=self.base_model_name, hint=self._hint)
+        found = []
+        for method, route, body in _DOORS:
+            response = await stranger._send(method, f"..{route}", body, timeout_s=10)
+            missing = response.status_code in (404, 405) and _NO_ADAPTER not in response.text  # there is no such route
+            if response.status_code not in (401, 403) and not missing:
+                found.append(f"{method} {route}")
+        return found
 
     async def healthy(self, *, timeout_s: float) -> bool:
         """Whether the server's health check succeeds within `timeout_s`."""
@@ -152,17 +216,25 @@ class VllmApi:
             pass  # no answer: its steps decide
         return await self._steps(timeout_s) != before
 
-    async def _steps(self, timeout_s: float) -> str | None:
-        """The count of the engine core's steps, from its metrics; None if they do not answer."""
+    async def metrics(self, *, timeout_s: float) -> str:
+        """The server's metrics, in Prometheus' text format.
+
+        Raises:
+            MixfuseError: It does not answer.
+        """
+        return (await self._send("GET", "../metrics", timeout_s=timeout_s)).text
+
+    async def _steps(self, timeout_s: float) -> float | None:
+        """The count of the engine cores' steps, from their metrics; None if they do not answer."""
         try:
-            response = await self._send("GET", "../metrics", timeout_s=timeout_s)
+            text = await self.metrics(timeout_s=timeout_s)
         except MixfuseError:
             return None
-        match = _STEPS.search(response.text)
-        return match[1] if match else None
+        counts = _STEPS.findall(text)
+        return sum(map(float, counts)) if counts else None
 
-    async def _adapter_call(self, endpoint: str, **body: str) -> None:
-        response = await self._send("POST", endpoint, body)
+    async def _adapter_call(self, endpoint: str, timeout_s: float, **body: str) -> None:
+        response = await self._send("POST", endpoint, body, timeout_s=timeout_s)
         if response.is_error:
             raise MixfuseError(f"vLLM refused {endpoint} of {body['lora_name']!r}: {_reason(response)}", kind="adapter")
 

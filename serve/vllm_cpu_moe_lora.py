@@ -11,8 +11,8 @@ It replaces two parts of vLLM 0.32.0:
   which Python reads as the last one (`bgmv_shrink` in vllm/lora/ops/torch_ops/lora_ops.py). Once every slot is taken, a
   request to the base model that shares a batch with an adapter's request is answered with the last slot's adapter.
 
-vLLM calls `register` in each of its processes (entry point group `vllm.general_plugins`). On other platforms it does
-nothing. Nothing heavy is imported before that call.
+vLLM calls `register` in each of its processes (entry point group `vllm.general_plugins`). On every platform it also
+puts a check before the loading of adapters (`vllm_verified_loads.py`). Nothing heavy is imported before that call.
 """
 
 import copy
@@ -22,13 +22,16 @@ WRITTEN_FOR = "0.32.0"
 
 
 def register() -> None:
-    """Replaces both parts of vLLM if the platform is a CPU.
+    """Verifies adapters as they are loaded, and replaces both parts of vLLM if the platform is a CPU.
 
     Raises:
         RuntimeError: This version of vLLM does not have the parts that the plugin replaces.
     """
     from vllm.platforms import current_platform
 
+    from mixfuse.serve import vllm_verified_loads
+
+    vllm_verified_loads.register()
     if not current_platform.is_cpu():
         return
     try:

@@ -2,7 +2,9 @@
 
 import asyncio
 import logging
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -80,10 +82,18 @@ class Watcher:
         swapper: Swaps the role.
         source: Where new adapters come from.
         role: The role.
+        swap: Swaps the role to a directory in another way than at once, as through a gate.
     """
 
-    def __init__(self, swapper: Swapper, source: Source, role: str) -> None:
+    def __init__(
+        self,
+        swapper: Swapper,
+        source: Source,
+        role: str,
+        swap: Callable[[str, Path], Awaitable[object]] | None = None,
+    ) -> None:
         self._swapper, self._source, self._role = swapper, source, role
+        self._swap = swap or partial(swapper.swap, why="watch")
         self._last_seen: Candidate | None = None
         self._done_with: Candidate | None = None
         self._failure: str | None = None
@@ -100,7 +110,7 @@ class Watcher:
                 return
             manifest = await asyncio.to_thread(read_manifest, candidate.directory)
             if not await self._swapper.table.has_served(self._role, manifest.revision):
-                await self._swapper.swap(self._role, candidate.directory, why="watch")
+                await self._swap(self._role, candidate.directory)
             self._done_with, self._failure = candidate, None
         except MixfuseError as error:
             self._tries += error.kind == "engine"

@@ -21,7 +21,9 @@ ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
 KINDS: dict[str, type[Strict]] = {
     "domain_sft": SftRecipe,
+    "domain_sft_quantised": SftRecipe,
     "judge_dpo": JudgeRecipe,
+    "judge_dpo_quantised": JudgeRecipe,
     "serve": ServeConfig,
     "serve_fp8": ServeConfig,
     "serve_awq": ServeConfig,
@@ -31,7 +33,7 @@ KINDS: dict[str, type[Strict]] = {
     "pairs": PairsSpec,
 }
 FILES = sorted(CONFIGS.glob("*/*.yaml"))
-RECIPES = [path for path in FILES if path.stem in ("domain_sft", "judge_dpo")]
+RECIPES = [path for path in FILES if path.stem.startswith(("domain_sft", "judge_dpo"))]
 DEEPSPEED = sorted((CONFIGS / "deepspeed").glob("*.json"))
 # The numbers of GPUs that the headers speak of; those of the tiny base speak of the recipe's own processes.
 WORLDS: dict[str, tuple[int, ...]] = {"tiny": (), "mixtral-8x7b": (8,), "mixtral-8x22b": (8, 16)}
@@ -59,12 +61,32 @@ def test_a_config_loads(path: Path) -> None:
         assert config.deepspeed in [file.relative_to(ROOT) for file in DEEPSPEED]
         for world in WORLDS[path.parent.name] or (config.processes,):
             assert config.optimizer.batch_size % (config.optimizer.micro_batch * world) == 0
-        assert config.optimizer.warmup < config.optimizer.steps
+        assert config.optimizer.warmup(config.optimizer.steps) < config.optimizer.steps
     if isinstance(config, ServeConfig):
         assert isinstance(config.fusion, Path)
         fusion = load(config.fusion, FusionConfig)
         roles = {member.role for member in (*fusion.members, fusion.judge, fusion.synthesizer) if member}
         assert roles <= {None, "base", *config.roles}
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.stem == "fusion"], ids=name)
+def test_a_pool_starts_without_a_combiner_and_takes_one_once_it_is_fitted(path: Path, tmp_path: Path) -> None:
+    assert load(path, FusionConfig).combiner is None  # a gateway refuses to start without the file
+    uncommented = tmp_path / "fusion.yaml"
+    uncommented.write_text(re.sub(r"^#( *(?:combiner|abstain_below):)", r"\1", path.read_text(), flags=re.MULTILINE))
+    config = load(uncommented, FusionConfig)
+    assert config.combiner is not None
+    assert f"--out {config.combiner}" in path.read_text()
+    assert len({(member.role, member.model) for member in config.members}) > 2, "samples of one model gain nothing"
+
+
+@pytest.mark.parametrize("family", WORLDS)
+def test_the_readme_exports_every_adapter_that_the_server_starts_with(family: str) -> None:
+    readme = (CONFIGS / family / "README.md").read_text()
+    exported = re.findall(r"mixfuse adapter export \S+ (\S+)", readme)
+    roles = load(CONFIGS / family / "serve.yaml", ServeConfig).roles
+    adapters = {str(adapter) for adapter in roles.values() if adapter is not None}
+    assert adapters <= set(exported)
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if path.stem != "tasks"], ids=name)

@@ -10,8 +10,11 @@ from typing import Any
 
 from demo_app.report import claims, summary
 from demo_app.results import wilson
-from demo_app.steps import FULL, QUICK, WORDS
+from demo_app.steps import FULL, MEMBERS, QUICK, WORDS, Demo, with_combiner
 from demo_app.usage import Usage
+
+from mixfuse.contracts.strict_yaml import load
+from mixfuse.fusion.config import FusionConfig
 
 BURN_AND_HOLD = """
 import sys, time
@@ -74,6 +77,18 @@ def test_every_step_has_an_expected_time() -> None:
     assert list(FULL.minutes) == list(QUICK.minutes) == list(WORDS)
 
 
+def test_the_pool_is_served_without_a_combiner_and_then_with_the_one_that_is_fitted(tmp_path: Path) -> None:
+    text = Demo(QUICK).here("fusion.yaml")
+    for name, content, expected in (
+        ("before", text, None),
+        ("after", with_combiner(text), QUICK.out / "combiner.json"),
+    ):
+        (tmp_path / f"{name}.yaml").write_text(content)
+        config = load(tmp_path / f"{name}.yaml", FusionConfig)
+        assert config.combiner == expected
+        assert {member.name for member in config.members} == set(MEMBERS)
+
+
 def test_wilson() -> None:
     """The score interval solves |p - k/n| = z sqrt(p (1 - p) / n) for p."""
     low, high = wilson([True] * 7 + [False] * 13)
@@ -93,7 +108,8 @@ def results(**changes: Any) -> dict[str, Any]:
         },
         "fusion": {
             "best_of_accuracy": 0.6, "best_of_interval": [0.4, 0.8], "best_single": "domain",
-            "best_single_accuracy": 0.5,
+            "best_single_accuracy": 0.5, "auto_accuracy": 0.6, "auto_cost_ratio": 1.2, "auto_ece": 0.05,
+            "auto_best_member": "domain", "auto_best_member_accuracy": 0.5,
         },
         "swap": {"requests_during": 20, "failed": 0},
         "parity": {"domain": 5e-5, "judge": 6e-5},
@@ -104,6 +120,7 @@ def results(**changes: Any) -> dict[str, Any]:
 
 def test_the_last_screen_says_what_was_not_shown() -> None:
     text = summary(Path("runs/demo"), results(), quick=False)
+    assert "`mixfuse ui --runs runs/demo` shows the runs and reports at http://127.0.0.1:8081/ui" in text
     assert "**Not shown**\n\n- nothing: all of it held" in text
     assert "24 CPU minutes in 15 minutes, at most 9.1 GB" in text
     assert all(claim.holds for claim in claims(results()))

@@ -89,3 +89,17 @@ def test_every_command_of_the_table_is_one(cell: str):
         assert names, code
         printed = run(sys.executable, "-m", "mixfuse", *names, "--help")
         assert printed.startswith(f"usage: mixfuse {' '.join(names)}"), (number, code)
+
+
+def test_the_figures_that_it_leads_with_are_those_of_the_page_that_explains_them():
+    page = (ROOT / "docs" / "fusing.md").read_text(encoding="utf-8")
+    explained = {row[0]: row[1:5] for row in map(cells, page.splitlines()) if len(row) == 5}
+    shown = [row for row in map(cells, TEXT.splitlines()) if len(row) == 6 and row[0] in explained]
+    assert len(shown) > 3
+    for pool, *figures, _ in shown:
+        assert figures == explained[pool]
+
+
+def cells(line: str) -> list[str]:
+    """The cells of a table's row; of another line one."""
+    return [cell.strip() for cell in line.strip("| ").split("|")]

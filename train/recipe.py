@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
-import yaml
 from pydantic import (
     AfterValidator,
     BeforeValidator,
@@ -18,8 +17,10 @@ from pydantic import (
 
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.families import shape_of
-from mixfuse.contracts.strict_yaml import Strict
+from mixfuse.contracts.paths import FilePath
+from mixfuse.contracts.strict_yaml import Strict, read_mapping
 from mixfuse.train.optimizers import OPTIMIZERS, OptimizerEntry, OptimizerName
+from mixfuse.train.quantization import Quantization
 
 
 def _role_name(value: str) -> str:
@@ -150,29 +151,31 @@ class DataSource(Strict):
     """One data set: a local file, or a name on the Hugging Face Hub.
 
     Attributes:
-        path: A `.jsonl` or `.parquet` file.
+        path: A file (`.jsonl`, `.json`, `.parquet`, `.csv`, `.tsv`, or one of them packed as `.gz`), a folder of such
+            files, or a pattern such as `data/train-*.parquet`.
         hub: Instead of `path`: a data set's name on the Hub, as `datasets.load_dataset` takes it.
         subset: The configuration, for a data set on the Hub that has several.
         split: The split of a data set on the Hub.
         weight: Examples are drawn from the sets in proportion to their weights. A pass over the data ends when every
             set has been read once; a small set with a large weight is read several times.
-        format: How a row holds a chat: `messages` ([{role, content}]), `sharegpt` (`conversations`: [{from, value}]) or
-            `prompt_completion` (two strings); `auto` tells by the row's keys. Preference pairs have one format.
+        format: How a row holds a chat: `messages` ([{role, content}]), `sharegpt` (`conversations`: [{from, value}]),
+            `alpaca` (instruction, input, output) or `prompt_completion` (texts or messages); `auto` tells by the row's
+            keys. `docs/data.md` shows them.
         licence: The licence, as the data's owner states it. The adapter's manifest repeats it.
     """
 
-    path: Path | None = None
+    path: FilePath | None = None
     hub: str | None = Field(default=None, min_length=1)
     subset: str | None = None
     split: str = "train"
     weight: PositiveFloat = 1.0
-    format: Literal["auto", "messages", "sharegpt", "prompt_completion"] = "auto"
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion"] = "auto"
     licence: str | None = None
 
     @model_validator(mode="after")
     def _one_place(self) -> Self:
         if (self.path is None) == (self.hub is None):
-            raise ValueError("name exactly one of 'path' (a .jsonl or .parquet file) and 'hub' (a data set on the Hub)")
+            raise ValueError("name exactly one of 'path' (a file or a folder) and 'hub' (a data set on the Hub)")
         if self.path is not None and not self.model_fields_set.isdisjoint({"subset", "split"}):
             raise ValueError("'subset' and 'split' go with 'hub'; a file is read whole")
         return self
@@ -199,14 +202,15 @@ class Optimizer(Strict):
 
     Attributes:
         name: The optimizer. AdamW is what every recipe here was tuned with; the others keep less state.
-        steps: Optimiser steps.
+        steps: Optimiser steps; with `epochs`, the most of them.
+        epochs: Passes over the training data, instead of `steps` or beside it; the run ends with whichever comes first.
         batch_size: Examples a step, over all processes; a multiple of micro_batch * processes. With `packing`, an
             example is a packed row.
         micro_batch: Examples a forward pass, on one process.
         learning_rate: The peak rate, after the warm-up.
         min_learning_rate: The final rate of a cosine schedule.
-        warmup_steps: Steps in which the rate rises to its peak.
-        warmup_ratio: Warm-up steps as a share of `steps`, instead of `warmup_steps`.
+        warmup_steps: Steps in which the rate rises to its peak. Left out, it is at most a fifth of the run's steps.
+        warmup_ratio: Warm-up steps as a share of the run's steps, instead of `warmup_steps`.
         schedule: After the peak: constant, or down to zero (or `min_learning_rate`) in a line or a half cosine.
         betas: AdamW: decay rates of the first and the second moment.
         eps: AdamW: ε. For gradients below 1e-8 (a long accumulation in bfloat16) a smaller one helps.
@@ -215,7 +219,8 @@ class Optimizer(Strict):
     """
 
     name: OptimizerName = "adamw"
-    steps: PositiveInt
+    steps: PositiveInt | None = None
+    epochs: PositiveFloat | None = None
     batch_size: PositiveInt = 8
     micro_batch: PositiveInt = 4
     learning_rate: PositiveFloat = 2e-4
@@ -230,6 +235,8 @@ class Optimizer(Strict):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
+        if self.steps is None and self.epochs is None:
+            raise ValueError("set steps (optimiser steps), epochs (passes over the data), or both")
         if self.warmup_ratio is not None and "warmup_steps" in self.model_fields_set:
             raise ValueError("set warmup_steps or warmup_ratio, not both")
         if self.min_learning_rate and self.schedule != "cosine":
@@ -246,10 +253,19 @@ class Optimizer(Strict):
         """The optimizer's entry in the table."""
         return OPTIMIZERS[self.name]
 
-    @property
-    def warmup(self) -> int:
-        """Steps of warm-up, by either key."""
-        return self.warmup_steps if self.warmup_ratio is None else math.ceil(self.warmup_ratio * self.steps)
+    def steps_over(self, examples: int) -> int:
+        """The run's optimiser steps over so many training examples: `steps`, `epochs`, or the less of both."""
+        if self.epochs is None:
+            assert self.steps is not None  # noqa: S101 - `_fits`
+            return self.steps
+        passes = math.ceil(self.epochs * examples / self.batch_size)
+        return passes if self.steps is None else min(self.steps, passes)
+
+    def warmup(self, steps: int) -> int:
+        """Steps of warm-up in a run of so many, by either key; by default at most a fifth of the run."""
+        if self.warmup_ratio is not None:
+            return math.ceil(self.warmup_ratio * steps)
+        return self.warmup_steps if "warmup_steps" in self.model_fields_set else min(self.warmup_steps, steps // 5)
 
 
 class Evaluation(Strict):
@@ -261,7 +277,7 @@ class Evaluation(Strict):
             so that a prompt is never on both sides.
         every: Steps between evaluations. There is also one before the first step and one after the last.
         micro_batch: Examples a forward pass; by default the optimizer's.
-        limit: Use only the first so many examples.
+        limit: Use only so many examples: equally many of each data set, as far as it has them, the first ones of each.
         patience: Stop after so many evaluations in a row without a better loss; unset: never.
         min_delta: A loss counts as better if it is lower by more than this.
         keep_best: Save the adapter with the best loss, not the last one.
@@ -285,6 +301,27 @@ class Evaluation(Strict):
         return self
 
 
+class Profile(Strict):
+    """A window of steps whose operators are recorded, with times and shapes, in `OUT/profile/steps-FIRST-LAST.json.gz`.
+
+    Perfetto (ui.perfetto.dev) and `chrome://tracing` open the file.
+
+    Attributes:
+        steps: The first and the last step to record, counted from 1. A step of a large model is some 100 MB.
+        memory: Record allocations, too.
+    """
+
+    steps: tuple[PositiveInt, PositiveInt]
+    memory: bool = False
+
+    @field_validator("steps")
+    @classmethod
+    def _in_order(cls, value: tuple[int, int]) -> tuple[int, int]:
+        if value[1] < value[0]:
+            raise ValueError(f"the last step, {value[1]}, is before the first, {value[0]}")
+        return value
+
+
 class TrainRecipe(Strict):
     """The keys that SFT and the judge share.
 
@@ -292,18 +329,27 @@ class TrainRecipe(Strict):
         base: Folder of the base model.
         out: Folder of the run: `run.json`, `metrics.jsonl`, `metrics.png`, `adapter/` (PEFT), `checkpoints/`.
         role: The role that the adapter is for.
-        data: A `.jsonl` or `.parquet` file, or a list of files and Hub data sets with weights.
-        data_processes: Processes that tokenise the data, on the first node.
+        data: A file, a folder or a pattern of files, or a list of them and of Hub data sets with weights.
+        on_bad_row: A row that is no chat or no pair, or that the template refuses, ends the run (`stop`), or is left
+            out and counted (`skip`). A pair whose other order is bad is left out, too.
+        data_processes: Processes that tokenise the data.
+        data_cache: Folder of the tokenised data, which runs share; by default `data-cache` beside `out`.
+        chat_template: The name of one of the base's chat templates, or a Jinja file; by default the base's `default`,
+            with its `tool_use` where a chat has tools.
         max_length: Most tokens of an example. `truncation` decides on longer chats; longer pairs are left out.
         lora: What is trained.
         optimizer: How it is trained.
         evaluation: Held-out loss, early stopping, and the best adapter; unset: the last adapter is saved.
-        attention: transformers' attention implementation. `auto` is FlashAttention 2 if it is installed, the dtype is
-            bfloat16 and there is a GPU; else sdpa.
+        attention: The attention implementation. `auto` takes the fastest that is there and says which: in bfloat16 on a
+            GPU flash-attn if it is installed, else torch's own (`varlen`).
         deepspeed: DeepSpeed's own JSON config; ZeRO stage 3.
         processes: Processes to start on this node, if no launcher (torchrun, deepspeed, Slurm) started the command.
-        threads: CPU threads a process; by default the cores divided by `processes`.
+        threads: CPU threads a process; by default the cores that the run may use, divided by `processes`.
+        timeout_minutes: How long a process waits for the others before the run ends, while it loads the base, for
+            example. A dead process ends the run sooner.
         dtype: Type of the base, the adapter and the activations.
+        quantization: Hold the frozen experts' weights in 8 bits (`int8`) or in 4 (`nf4`, QLoRA's, arXiv 2305.14314),
+            with a scale for each 64 of them: for less memory and smaller gathers. Unset: in `dtype`.
         gradient_checkpointing: Store only each layer's input for the backward pass and recompute the rest: a third more
             compute for a fraction of the memory.
         save_every: Steps between checkpoints that a later run can resume from; 0: only at SIGTERM.
@@ -314,22 +360,32 @@ class TrainRecipe(Strict):
         wandb: Weights & Biases mode; `metrics.jsonl` and `metrics.png` are always written.
         wandb_project: Weights & Biases project.
         wandb_entity: Weights & Biases team or user; by default the account's own.
+        trackers: More trackers of the metrics, through transformers' own callbacks: `tensorboard` writes to
+            `OUT/tensorboard`, `mlflow` to `MLFLOW_TRACKING_URI` or `OUT/mlflow.db`.
+        profile: Steps to record with torch's profiler, on process 0.
     """
 
-    base: Path
-    out: Path
+    base: FilePath
+    out: FilePath
     role: RoleName
     data: Data
+    on_bad_row: Literal["stop", "skip"] = "stop"
     data_processes: PositiveInt = 1
+    data_cache: FilePath | None = None
+    chat_template: str | None = Field(default=None, min_length=1)
     max_length: PositiveInt = 1024
     lora: Lora = Lora()
     optimizer: Optimizer
     evaluation: Evaluation | None = None
-    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3"] = "auto"
-    deepspeed: Path
+    attention: Literal[
+        "auto", "eager", "sdpa", "varlen", "flex_attention", "flash_attention_2", "flash_attention_3"
+    ] = "auto"
+    deepspeed: FilePath
     processes: PositiveInt = 1
     threads: PositiveInt | None = None
+    timeout_minutes: Annotated[int, Field(gt=0, le=1440)] = 30
     dtype: Literal["float32", "bfloat16"] = "float32"
+    quantization: Quantization | None = None
     gradient_checkpointing: bool = False
     save_every: int = Field(default=0, ge=0)
     resume: Literal["auto", "never"] = "auto"
@@ -339,6 +395,8 @@ class TrainRecipe(Strict):
     wandb: Literal["disabled", "offline", "online"] = "disabled"
     wandb_project: str = "mixfuse"
     wandb_entity: str | None = None
+    trackers: tuple[Literal["tensorboard", "mlflow"], ...] = ()
+    profile: Profile | None = None
 
     @property
     def order_seed(self) -> int:
@@ -353,6 +411,8 @@ class SftRecipe(TrainRecipe):
         loss_on: Train on every assistant turn of a chat, or on the last one.
         truncation: A chat longer than `max_length` is dropped (and counted), loses its beginning (`left`) or its end
             (`right`), or is an error. A chat with no token left to learn from is dropped.
+        empty_answers: An answer that says nothing is not learned (`leave_out`; the run prints how many there are), or
+            is learned as an end at once (`learn`).
         packing: Fill rows of `max_length` tokens with several whole chats, each of which attends only to itself.
         router_aux_loss_coef: Weight of the load-balancing loss (Switch Transformers, arXiv 2101.03961, eq. 4-6).
     """
@@ -360,6 +420,7 @@ class SftRecipe(TrainRecipe):
     role: RoleName = "domain"
     loss_on: Literal["all", "last"] = "all"
     truncation: Literal["drop", "left", "right", "error"] = "drop"
+    empty_answers: Literal["leave_out", "learn"] = "leave_out"
     packing: bool = False
     router_aux_loss_coef: float = Field(default=0.001, ge=0)
 
@@ -375,7 +436,7 @@ class JudgeRecipe(TrainRecipe):
         completion: The pairs' completions: a `verdict`, of which the first token is trained, or a `rationale` that ends
             in one, trained whole.
         orders: Train on both orders of a pair, side by side, or only on the first of its rows.
-        warm_start: The first so many of `optimizer.steps` are SFT on the chosen verdict. Then DPO begins, with the
+        warm_start: The first so many of the run's steps are SFT on the chosen verdict. Then DPO begins, with the
             policy after these steps as its reference.
         loss: DPO's (arXiv 2305.18290, eq. 7) or IPO's (arXiv 2310.12036, eq. 17), as TRL computes them.
         beta: Strength of the pull towards the reference; for IPO the regularisation τ.
@@ -385,8 +446,10 @@ class JudgeRecipe(TrainRecipe):
             arXiv 2402.10571, eq. 8). A row without `margin` counts as 1.
         consistency: Weight of a penalty on preferring a position: the square of β times the log-odds for the answer
             shown first, averaged over the two orders of a pair. DPO's own pull towards zero fades as the margins grow.
-        rounds: Number of equal parts of `optimizer.steps`. Each after the first trains only on the pairs that the judge
+        rounds: Number of equal parts of the run's steps. Each after the first trains only on the pairs that the judge
             gets wrong or flips when the part begins.
+        reference_batch: Comparisons a pass, on each process, for the reference's log-probabilities. Without gradients a
+            pass has room for more of them than in training, and each pass gathers the whole base.
         reference_cache: A JSON file in which runs on the same base share the reference's log-probabilities; unset: the
             run has its own.
     """
@@ -401,20 +464,32 @@ class JudgeRecipe(TrainRecipe):
     margin: float = Field(default=0.0, ge=0)
     consistency: float = Field(default=0.0, ge=0)
     rounds: int = Field(default=1, ge=1)
-    reference_cache: Path | None = None
+    reference_batch: PositiveInt = 16
+    reference_cache: FilePath | None = None
 
     @model_validator(mode="after")
     def _stages(self) -> Self:
-        if self.completion == "rationale":
-            if changed := {"warm_start", "margin", "consistency", "rounds", "reference_cache"} & self.model_fields_set:
-                raise ValueError(f"{min(changed)} goes with completion: verdict; for a rationale use sft_weight")
-        elif self.warm_start > self.optimizer.steps:
-            raise ValueError(f"warm_start {self.warm_start} is above optimizer.steps {self.optimizer.steps}")
-        if self.rounds > (1 if self.orders == "one" else self.optimizer.steps):
+        one_token = {"warm_start", "margin", "consistency", "rounds", "reference_batch", "reference_cache"}
+        if self.completion == "rationale" and (changed := one_token & self.model_fields_set):
+            raise ValueError(f"{min(changed)} goes with completion: verdict; for a rationale use sft_weight")
+        if self.rounds > 1 and self.orders == "one":
             raise ValueError("rounds need orders: both, and a step each")
+        if self.optimizer.steps is not None:
+            self.check_steps(self.optimizer.steps)
         if self.consistency and (self.orders == "one" or self.optimizer.micro_batch % 2):
             raise ValueError("consistency compares the orders of a pair; set orders: both and an even micro_batch")
         return self
+
+    def check_steps(self, steps: int) -> None:
+        """Checks the parts of a run of so many steps.
+
+        Raises:
+            ValueError: The warm start or the rounds take more steps than there are.
+        """
+        if self.warm_start > steps:
+            raise ValueError(f"warm_start {self.warm_start} is above the run's {steps} steps (optimizer)")
+        if self.rounds > steps:
+            raise ValueError("rounds need orders: both, and a step each")
 
 
 RECIPES: dict[str, type[TrainRecipe]] = {"sft": SftRecipe, "judge": JudgeRecipe}
@@ -426,8 +501,7 @@ def kind_of(recipe_path: Path, overrides: list[str]) -> type[TrainRecipe]:
     judges = set(JudgeRecipe.model_fields) - set(SftRecipe.model_fields)
     names = {override.partition("=")[0] for override in overrides}
     try:
-        data = yaml.safe_load(recipe_path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        data = read_mapping(recipe_path)
+    except MixfuseError:
         return SftRecipe  # loading it reports the error
-    keys = set(data) | names if isinstance(data, dict) else names
-    return JudgeRecipe if keys & judges or (isinstance(data, dict) and data.get("role") == "judge") else SftRecipe
+    return JudgeRecipe if (set(data) | names) & judges or data.get("role") == "judge" else SftRecipe

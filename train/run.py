@@ -12,10 +12,11 @@ from pathlib import Path
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.strict_yaml import load
 from mixfuse.train.processes import graceful_torchrun, guard, worker
-from mixfuse.train.processes.checkpoint import check_resume, recipe_record
+from mixfuse.train.processes.checkpoint import check_resume, last_checkpoint, recipe_record
 from mixfuse.train.processes.heartbeat import heartbeat
 from mixfuse.train.recipe import RECIPES
-from mixfuse.train.stages.checks import check_data, check_recipe
+from mixfuse.train.stages.checks import check_recipe, check_template
+from mixfuse.train.stages.prepare_data import prepare_data
 
 
 def start(stage: str, recipe_path: Path, overrides: list[str]) -> None:
@@ -32,21 +33,26 @@ def start(stage: str, recipe_path: Path, overrides: list[str]) -> None:
     """
     recipe = load(recipe_path, RECIPES[stage], overrides)
     check_recipe(recipe)
-    if not worker.launched():  # a launched process meets the same mistakes when it prepares the data
-        check_data(recipe)
+    if not worker.launched():
+        check_template(recipe)
     if (recipe.out / "run.json").is_file():
         raise MixfuseError(f"{recipe.out} holds a finished run; choose another `out` or remove it")
     check_resume(recipe.out, recipe_record(recipe), resume=recipe.resume)
+    if worker.launched():
+        guard.handle_sigterm()
+        worker.set_environment(recipe.threads, wandb=recipe.wandb)
+    # Before the processes join, so that no GPU and no collective waits for it.
+    prepared = prepare_data(recipe, resuming=last_checkpoint(recipe.out) is not None)
     if not worker.launched():
         os.environ["OMP_NUM_THREADS"] = str(worker.threads(recipe.threads, recipe.processes))
         command = [sys.executable, "-m", "mixfuse", "train", stage, str(recipe_path), *overrides]
-        graceful_torchrun.torchrun(["--standalone", f"--nproc-per-node={recipe.processes}", "--no-python", *command])
+        options = graceful_torchrun.ON_THIS_MACHINE
+        graceful_torchrun.torchrun([*options, f"--nproc-per-node={recipe.processes}", "--no-python", *command])
         return
-    guard.handle_sigterm()
-    worker.prepare(recipe.threads, wandb=recipe.wandb)
+    worker.prepare(recipe.threads, wandb=recipe.wandb, timeout_minutes=recipe.timeout_minutes)
     if stage == "sft":
         from mixfuse.train.stages.sft import train as train_stage
     else:
         from mixfuse.train.stages.judge_dpo import train as train_stage
     with heartbeat():
-        train_stage(recipe)
+        train_stage(recipe, prepared)

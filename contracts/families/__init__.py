@@ -39,8 +39,8 @@ def family_named(model_type: Any) -> Family:
         MixfuseError: The family is unknown.
     """
     families = known_families()
-    if model_type not in families:
-        raise MixfuseError(f"model type {model_type!r} is not supported; supported are {', '.join(families)}")
+    if not isinstance(model_type, str) or model_type not in families:
+        raise MixfuseError(f"model type {repr(model_type)[:60]} is not supported; supported are {', '.join(families)}")
     return families[model_type]
 
 
@@ -51,7 +51,8 @@ def family_of(base: Path) -> Family:
         MixfuseError: The family is unknown.
     """
     try:
-        return family_named(read_json(base / "config.json").get("model_type"))
+        config = read_json(base / "config.json")
+        return family_named(config.get("model_type") if isinstance(config, dict) else None)
     except MixfuseError as error:
         raise MixfuseError(f"{base}: {error}", kind=error.kind) from None
 
@@ -62,4 +63,6 @@ def shape_of(config: Mapping[str, Any]) -> Shape:
     Raises:
         MixfuseError: The family is unknown, the config selects a variant that is not supported, or a size is missing.
     """
+    if not isinstance(config, Mapping):
+        raise MixfuseError(f"config.json holds no JSON object, but {type(config).__name__}")
     return family_named(config.get("model_type")).shape(config)

@@ -13,4 +13,5 @@ FAMILY = Family(
     experts_keys=("num_local_experts",),
     inner_key="intermediate_size",
     default_top_k=2,
+    tool_parser="mistral",
 )

@@ -17,6 +17,7 @@ FAMILY = Family(
     experts_keys=("num_experts", "num_local_experts"),
     inner_key="moe_intermediate_size",
     default_top_k=8,
+    tool_parser="hermes",
     qk_norm=True,
     # The model has no dense layers, but the key for their size has a large default.
     tiny={"intermediate_size": 128, "norm_topk_prob": True},

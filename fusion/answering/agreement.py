@@ -12,7 +12,9 @@ from mixfuse.fusion.config import Agreement
 _NUMBER = re.compile(r"[-\u2212]?\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d+)?|[-\u2212]?\.\d+")
 _FENCE = re.compile(r"^\s*```\w*\n(.*)\n```\s*$", re.DOTALL)
 # "The answer is (B)", "Option: C"; the last one counts, as the last number does.
-_NAMED_CHOICE = re.compile(r"\b(?:answer|option|choice)\b(?:\s+is)?\s*[:=]?\s*[*_(\[]*([A-Z])\b(?!')", re.IGNORECASE)
+_NAMED_CHOICE = re.compile(
+    r"\b(?:answer|option|choice)\b(?:\s++is)?\s*+(?:[:=]\s*+)?[*_(\[]*+([A-Z])\b(?!')", re.IGNORECASE
+)
 # "The answer is \\(\\boxed{\\text{G}}\\)"
 _BOXED_CHOICE = re.compile(r"\\boxed\{[\s{(]*(?:\\(?:text|mathrm|mathbf|textbf)\{[\s(]*)?([A-Z])\b")
 _BARE_CHOICE = re.compile(r"^\W*([A-Z])(?:\W*$|[).:\]*])")

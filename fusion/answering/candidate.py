@@ -17,6 +17,7 @@ class Candidate:
         text: Its text; empty where it only calls tools.
         finish_reason: Why the member stopped, as its endpoint sent it.
         tool_calls: The tools it calls, in OpenAI's form.
+        thoughts: What the member thought before it answered; nobody but the client who asks for them sees them.
     """
 
     index: int
@@ -24,8 +25,9 @@ class Candidate:
     text: str
     finish_reason: str
     tool_calls: list[dict[str, Any]] | None = None
+    thoughts: str | None = None
 
     @classmethod
     def of(cls, index: int, member: Member, reply: Reply) -> "Candidate":
         """Returns a member's reply as a candidate."""
-        return cls(index, member, reply.text, reply.finish_reason, reply.tool_calls)
+        return cls(index, member, reply.text, reply.finish_reason, reply.tool_calls, reply.thoughts)

@@ -11,9 +11,12 @@ INSTRUCTION = (
     "Write [from 0] where it draws on none."
 )
 
-_MARK = re.compile(r"[ \t]*\[from ((?:\d+(?:,| and)?[ ]?)+)\]")
+# Possessive quantifiers, and no beginning amid spaces: otherwise these take for ever on the wrong digits or spaces.
+_MARK = re.compile(r"(?<![ \t])[ \t]*+\[from ((?:\d++(?:,| and)?+[ ]?+)++)\]")
 # Text that may become a mark when more text arrives.
-_PARTIAL_MARK = re.compile(r"[ \t]*(?:\[(?:f(?:r(?:o(?:m(?: (?:\d+(?:,| and?| an| a)?[ ]?)*)?)?)?)?)?)?$")
+_PARTIAL_MARK = re.compile(
+    r"(?<![ \t])[ \t]*+(?:\[(?:f(?:r(?:o(?:m(?: (?:\d++(?:,| and?| an| a)?+[ ]?+)*+)?)?)?)?)?)?$"
+)
 _PARAGRAPH = re.compile(r"\n[ \t]*\n\s*")
 
 

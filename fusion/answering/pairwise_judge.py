@@ -12,28 +12,24 @@ import asyncio
 import math
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from typing import Literal, NamedTuple, Self
+from typing import Literal, Self
 
 from mixfuse.contracts.errors import MixfuseError
-from mixfuse.contracts.judge_protocol import VERDICTS, combine, new_nonce, shown
+from mixfuse.contracts.judge_protocol import VERDICTS, asked, combine, has_tools, new_nonce, probability, shown
+from mixfuse.contracts.judge_protocol import turns as conversation
 from mixfuse.contracts.trace import Verdict
 from mixfuse.fusion.answering.agreement import distinct, tool_call_text
 from mixfuse.fusion.answering.candidate import Candidate
+from mixfuse.fusion.answering.fence import own_tokens, refuses_tools
 from mixfuse.fusion.answering.request import FusionRequest
 from mixfuse.fusion.answering.strengths import Comparison, strengths
-from mixfuse.fusion.answering.verdicts import (
-    JudgeEndpoint,
-    NoLogprobsError,
-    OrderedPair,
-    logprob_verdict,
-    rationale_verdict,
-    written_verdict,
-)
+from mixfuse.fusion.answering.verdicts import JudgeEndpoint, OrderedPair, View, judge_all
 from mixfuse.fusion.calls.failures import CallError
 from mixfuse.fusion.calls.pool import all_or_raise, fan_out
+from mixfuse.fusion.calls.rewards import reward
 from mixfuse.fusion.calls.upstream import Endpoint, Purpose
 from mixfuse.fusion.config import Judge, ModelConfig
-from mixfuse.fusion.messages import as_question
+from mixfuse.fusion.messages import as_question, text_of
 
 FINALISTS = 4
 
@@ -47,6 +43,8 @@ SUREST = 4.0
 """The log-odds that a calibrated judge's verdict counts at most, in nats: .98."""
 
 Pair = tuple[Candidate, Candidate]
+# Failures that say nothing of the judge: of this request's money, length or client.
+_NOT_ITS_FAULT = frozenset({"budget", "context_length", "refused", "cancelled", "cancelled_straggler", "queue_full"})
 
 
 class JudgeError(MixfuseError):
@@ -54,18 +52,6 @@ class JudgeError(MixfuseError):
 
     def __init__(self, message: str) -> None:
         super().__init__(message, kind="judge_failed")
-
-
-class View(NamedTuple):
-    """The verdict on one order of a pair.
-
-    Attributes:
-        p: The probability that the answer shown first is better; None if the reply holds no verdict.
-        read: What it was read from.
-    """
-
-    p: float | None
-    read: Literal["logprobs", "parsed"]
 
 
 class PairwiseJudge:
@@ -273,43 +259,107 @@ async def judge_pairs(
     """
     if not pairs:
         return []
-    question, max_chars = as_question(request.plan.messages), request.plan.settings.max_candidate_chars
-    texts = {candidate.index: shown(_as_text(candidate), max_chars) for pair in pairs for candidate in pair}
+    if isinstance(model, Judge) and model.kind == "reward":
+        return await _by_rewards(request, model, endpoint, pairs)
+    messages, max_chars, own = request.plan.messages, request.plan.settings.max_candidate_chars, own_tokens(model)
+    texts = {candidate.index: shown(_as_text(candidate), max_chars, own) for pair in pairs for candidate in pair}
     # One for all: the judge's engine then finds the question, and each answer shown first, in its prefix cache.
-    nonce = new_nonce(question, *texts.values())
-    judge = JudgeEndpoint(request.pool.client, endpoint, Purpose.of(model, "verdict", "judge"), request.ledger)
-    orders = [
-        _view(request, model, judge, OrderedPair(question, texts[a.index], texts[b.index], nonce, max_chars))
-        for pair in pairs
-        for a, b in (pair, pair[::-1])
-    ]
-    views = all_or_raise(await fan_out(orders, quorum=len(orders)))
+    nonce = new_nonce(as_question(messages), *texts.values())
+    judge = JudgeEndpoint(request.pool.client, endpoint, Purpose.of(model, "verdict", "judge"), request.ledger, model)
+    address, without_tools = (endpoint.base_url, endpoint.model), request.pool.without_tools
+    lone = len(messages) == 1 and messages[0]["role"] == "user"
+
+    async def judged(fold: str | None) -> list[View]:
+        question = asked(text_of(messages[0]["content"]) if lone else messages, fold=fold, own=own)
+        orders = [
+            OrderedPair(question, texts[a.index], texts[b.index], nonce, max_chars, own)
+            for pair in pairs
+            for a, b in (pair, pair[::-1])
+        ]
+        return await judge_all(judge, orders, model.verdicts if isinstance(model, Judge) else "auto")
+
+    tools = has_tools(messages)
+    try:
+        try:
+            views = await judged(nonce if tools and address in without_tools else None)
+        except CallError as failure:
+            if not tools or address in without_tools or not refuses_tools(failure):
+                raise
+            views = await judged(nonce)
+            without_tools.add(address)
+    except CallError as failure:
+        if failure.kind not in _NOT_ITS_FAULT:
+            endpoint.dialect.problem = f"{failure.kind}: {failure}"
+        raise
+    read_any = any(view.p is not None for view in views)
+    endpoint.dialect.problem = None if read_any else "none of its replies names a verdict"
     verdicts: list[Verdict] = []
     for (first, second), forward, backward in zip(pairs, views[::2], views[1::2], strict=True):
         outcome = combine(forward.p, backward.p, endpoint.calibration)
         read: Literal["logprobs", "parsed"] = "parsed" if "parsed" in (forward.read, backward.read) else "logprobs"
-        verdicts.append(Verdict(first=first.index, second=second.index, read=read, **outcome._asdict()))
+        orders = (forward.p, None if backward.p is None else 1.0 - backward.p)
+        verdicts.append(Verdict(first=first.index, second=second.index, read=read, orders=orders, **outcome._asdict()))
     return verdicts
 
 
-async def _view(request: FusionRequest, model: ModelConfig, judge: JudgeEndpoint, pair: OrderedPair) -> View:
-    """Judges one order of a pair, in the way that the config names or the endpoint allows.
+async def _by_rewards(request: FusionRequest, model: Judge, endpoint: Endpoint, pairs: Sequence[Pair]) -> list[Verdict]:
+    """Compares pairs by a reward model's scores; each candidate is scored once in a request.
 
     Raises:
-        CallError: The call failed.
+        CallError: A score could not be had; the other calls are cancelled then.
     """
-    verdict_form = model.verdicts if isinstance(model, Judge) else "auto"
-    without_logprobs = request.pool.without_logprobs
-    address = (judge.endpoint.base_url, judge.endpoint.model)
-    if verdict_form == "logprobs" or (verdict_form == "auto" and address not in without_logprobs):
-        try:
-            return View(await logprob_verdict(judge, pair), "logprobs")
-        except NoLogprobsError:
-            if verdict_form == "logprobs":
-                raise
-            without_logprobs.add(address)
-    write = rationale_verdict if verdict_form == "rationale" else written_verdict
-    return View(await write(judge, pair), "parsed")
+    max_chars, own = request.plan.settings.max_candidate_chars, own_tokens(model)
+    candidates = {candidate.index: candidate for pair in pairs for candidate in pair}
+    texts = {index: shown(_as_text(candidate), max_chars, own) for index, candidate in candidates.items()}
+    given, turns = conversation(request.plan.messages, fold=new_nonce(as_question(request.plan.messages)), own=own)
+    question = [*([{"role": "system", "content": given}] if given else []), *turns]
+    # By its text as well: a debate changes what a candidate says.
+    keys = {index: (endpoint.model, index, text) for index, text in texts.items()}
+    new = [index for index, key in keys.items() if key not in request.rewards]
+    purpose = Purpose.of(model, "verdict", "judge")
+    for index in new:
+        request.rewards[keys[index]] = asyncio.get_running_loop().create_future()
+    asks = [
+        reward(
+            request.pool.client,
+            endpoint,
+            question,
+            texts[index],
+            route=model.route,
+            purpose=purpose,
+            ledger=request.ledger,
+            more=model.extra_body,
+        )
+        for index in new
+    ]
+    scores: Sequence[float | CallError] = [CallError("cancelled", "cancelled before it ended")] * len(new)
+    try:
+        scores = await fan_out(asks, quorum=len(asks)) if asks else []
+    finally:
+        for index, score in zip(new, scores, strict=True):
+            waiting = request.rewards[keys[index]]
+            if isinstance(score, CallError):
+                del request.rewards[keys[index]]
+                waiting.set_exception(score)
+                waiting.exception()  # nobody else may wait for it
+            else:
+                waiting.set_result(score)
+    try:
+        all_or_raise(scores)
+        known = {index: await asyncio.shield(request.rewards[key]) for index, key in keys.items()}
+    except KeyError:
+        raise CallError("upstream_error", "the reward model gave another call no score") from None
+    except CallError as failure:
+        if failure.kind not in _NOT_ITS_FAULT:
+            endpoint.dialect.problem = f"{failure.kind}: {failure}"
+        raise
+    endpoint.dialect.problem = None
+    verdicts = []
+    for first, second in pairs:
+        p = probability(known[first.index] - known[second.index])
+        outcome = combine(p, 1.0 - p)
+        verdicts.append(Verdict(first=first.index, second=second.index, read="scores", **outcome._asdict()))
+    return verdicts
 
 
 def _as_text(candidate: Candidate) -> str:

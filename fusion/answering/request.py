@@ -1,18 +1,20 @@
 """One request under way: what it asks for, what its mode does with the members, and the trace it ends as."""
 
+import asyncio
 import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
-from typing import Any
+from typing import Any, NoReturn
 
 from mixfuse.contracts import judge_protocol
 from mixfuse.contracts.errors import MixfuseError
-from mixfuse.contracts.trace import Citation, Debate, Trace, Verdict, Weighing
+from mixfuse.contracts.mode_names import SINGLE_MODEL_MODE
+from mixfuse.contracts.trace import Analysis, Citation, Debate, Trace, Verdict, Weighing
 from mixfuse.fusion.answering.candidate import Candidate
 from mixfuse.fusion.answering.response_format import OutputFormat
-from mixfuse.fusion.calls.failures import CallError
+from mixfuse.fusion.calls.failures import CallError, FailureKind
 from mixfuse.fusion.calls.ledger import NOTHING, Ledger, Spend
 from mixfuse.fusion.calls.pool import Pool, estimate, fan_out
 from mixfuse.fusion.calls.upstream import Emit, Purpose, Reply
@@ -22,6 +24,9 @@ from mixfuse.fusion.messages import Message, without_image_data
 # Characters. Long enough that a chunk is worth its frame, short enough that a reader sees the text move.
 _PIECE = 48
 _PROTOCOL = judge_protocol.digest()
+
+MAX_SEED = 2**63 - 1
+"""The greatest seed that OpenAI's API takes; the least is -2**63."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,7 @@ class Plan:
         output: The form that the answer must have; None for plain text.
         skipped: Members that are not asked because they take no images.
         domain: The kind of question, as the request names it.
+        metadata: What the client notes about the request; it goes to the trace.
     """
 
     model: str
@@ -55,6 +61,7 @@ class Plan:
     output: OutputFormat | None = None
     skipped: tuple[str, ...] = ()
     domain: str | None = None
+    metadata: dict[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -79,7 +86,8 @@ class TooFewAnswersError(MixfuseError):
 
     def __init__(self, answered: int, quorum: int, failures: Sequence[Failure]) -> None:
         reasons = "; ".join(f"{failure.member}: {failure.type} ({failure.message})" for failure in failures)
-        super().__init__(f"{answered} of at least {quorum} members answered: {reasons}", kind="too_few_answers")
+        self.summary = f"{answered} of at least {quorum} members answered"
+        super().__init__(f"{self.summary}: {reasons}", kind="too_few_answers")
         self.failures = tuple(failures)
 
 
@@ -92,6 +100,7 @@ class FusionRequest:
         pool: Reaches the models.
         key: The id of the client's API key.
         emit: Takes the answer piece by piece; None if the answer is sent whole.
+        think: Takes the thoughts of the model that answers piece by piece, where the client asked for them.
         id: The id of its trace.
         created_at: When it began, in seconds since 1970.
         ledger: Every call made so far.
@@ -102,17 +111,22 @@ class FusionRequest:
         finish_reason: The finish reason of the text returned.
         error: The failure of the judge or the synthesizer, if the request was answered without it.
         tool_calls: The answer's tool calls.
+        thoughts: What the model whose text is returned thought.
         debate: The transcript of a debate so far.
+        analysis: What the synthesizer found in the candidates, if it was asked to analyse them first.
         citations: The candidates that each paragraph of a merged answer drew on, if `cite` is set.
         logprobs: The log-probabilities of the text returned, in a pass-through that asked for them.
         combiner: What weighs the answers in mode `auto`: a `mixfuse.fusion.combiner.serving.Serving`; None for votes.
         weighing: How mode `auto` came to its answer.
+        cached_from: The trace of the request whose kept answer this one got.
+        rewards: The scores of a reward model, by its name and the candidate; some may still be asked for.
     """
 
     plan: Plan
     pool: Pool
     key: str | None = None
     emit: Emit | None = None
+    think: Emit | None = None
     id: str = field(default_factory=lambda: f"trace-{uuid.uuid4().hex}")
     created_at: float = field(default_factory=time.time)
     ledger: Ledger = field(default_factory=Ledger)
@@ -123,11 +137,15 @@ class FusionRequest:
     finish_reason: str = "stop"
     error: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
+    thoughts: str | None = None
     debate: Debate | None = None
+    analysis: Analysis | None = None
     citations: list[Citation] | None = None
     logprobs: dict[str, Any] | None = None
     combiner: object | None = None
     weighing: Weighing | None = None
+    cached_from: str | None = None
+    rewards: dict[tuple[str, int, str], asyncio.Future[float]] = field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:
@@ -279,12 +297,21 @@ class FusionRequest:
             if self.emit is not None:
                 await self.emit(text)
 
+        async def think(text: str) -> None:
+            nonlocal begun
+            begun = True
+            if self.think is not None:
+                await self.think(text)
+
         stream = None if self.emit is None or self.plan.output is not None else emit
+        thinking = think if stream is not None and self.think is not None else None
         index = 0
         for member in self.plan.members:
             purpose = Purpose.of(member, "answer", member.name, index)
             try:
-                reply = await self._ask_member(member, self.plan.messages, self.plan.parameters, purpose, emit=stream)
+                reply = await self._ask_member(
+                    member, self.plan.messages, self.plan.parameters, purpose, emit=stream, think=thinking
+                )
                 break
             except CallError:
                 if begun or member is self.plan.members[-1]:
@@ -303,17 +330,36 @@ class FusionRequest:
         purpose: Purpose,
         *,
         emit: Emit | None = None,
+        think: Emit | None = None,
     ) -> Reply:
-        """Asks a member for a candidate, which must have the form that the request asks for.
+        """Asks a member for a candidate: an answer with words in it, in the form that the request asks for.
+
+        What a content filter left of an answer is none. A model asked for by its own name may answer as it likes.
 
         Raises:
             CallError: The member gave no usable answer.
         """
-        reply = await self.pool.ask(member, messages, parameters, purpose=purpose, ledger=self.ledger, emit=emit)
-        self.check_form(reply)
+        reply = await self.pool.ask(
+            member, messages, parameters, purpose=purpose, ledger=self.ledger, emit=emit, think=think
+        )
+        if self.plan.mode != SINGLE_MODEL_MODE:
+            self.check_whole(reply)
+        await self.check_form(reply)
         return reply
 
-    def check_form(self, reply: Reply) -> None:
+    def check_whole(self, reply: Reply) -> None:
+        """Checks that an answer says something and was not filtered; if not, its ledger entry becomes a failure.
+
+        Raises:
+            CallError: It is empty (`invalid_response`), or a content filter cut it (`refused`).
+        """
+        if reply.finish_reason == "content_filter":
+            self._fail(reply, "refused", "the endpoint's content filter cut the answer")
+        if not reply.tool_calls and not judge_protocol.visible(reply.text).strip():
+            cut = " (max_tokens was reached)" if reply.finish_reason == "length" else ""
+            self._fail(reply, "invalid_response", f"the answer is empty{cut}")
+
+    async def check_form(self, reply: Reply) -> None:
         """Checks that an answer has the form that the request asks for; if not, its ledger entry becomes a failure.
 
         Raises:
@@ -322,21 +368,28 @@ class FusionRequest:
         if reply.tool_calls:
             fault = _tool_call_fault(reply.tool_calls)
         else:
-            fault = self.plan.output.fault(reply.text) if self.plan.output else None
+            output = self.plan.output  # in a thread: the answer and its schema may take their time
+            fault = await asyncio.to_thread(output.fault, reply.text) if output else None
         if fault is None:
             return
         if reply.finish_reason == "length":
             fault = f"{fault} (it was cut off by max_tokens)"
+        self._fail(reply, "invalid_response", fault)
+
+    def _fail(self, reply: Reply, kind: FailureKind, fault: str) -> NoReturn:
+        """Makes an answer's ledger entry a failure and raises it."""
         calls = self.ledger.calls
         place = next(place for place, entry in enumerate(calls) if entry is reply.call)
-        calls[place] = reply.call.model_copy(update={"outcome": "invalid_response", "error": fault})
-        raise CallError("invalid_response", fault)
+        calls[place] = reply.call.model_copy(update={"outcome": kind, "error": fault})
+        raise CallError(kind, fault)
 
     async def select(self, candidate: Candidate, reason: str, *, sent: bool = False) -> str:
         """Makes a candidate the answer and emits its text unchanged, unless it was `sent` while it was written."""
         self.winner, self.reason, self.finish_reason = candidate.index, reason, candidate.finish_reason
-        self.tool_calls = candidate.tool_calls
+        self.tool_calls, self.thoughts = candidate.tool_calls, candidate.thoughts
         if not sent:
+            if self.think is not None and candidate.thoughts:
+                await self.think(candidate.thoughts)
             await self.emit_text(candidate.text)
         return candidate.text
 
@@ -356,16 +409,19 @@ class FusionRequest:
             key=self.key,
             messages=[without_image_data(message) for message in self.plan.messages],
             parameters=self.plan.parameters,
+            metadata=self.plan.metadata or {},
             candidates=self.names,
             calls=list(self.ledger.calls),
             verdicts=list(self.verdicts),
             debate=self.debate,
+            analysis=self.analysis,
             citations=self.citations,
             weighing=self.weighing,
             winner=self.winner,
             reason=self.reason,
             answer=answer,
             tool_calls=None if answer is None else self.tool_calls,
+            cached_from=self.cached_from,
             outcome=outcome,
             error=error or self.error,
             judge_protocol=_PROTOCOL if self.verdicts else None,
@@ -390,4 +446,5 @@ def _sample_parameters(parameters: dict[str, Any], sample: int) -> dict[str, Any
     """Adds the sample's number to the seed: with one seed for all, all samples would be the same."""
     if sample == 0 or "seed" not in parameters:
         return parameters
-    return {**parameters, "seed": parameters["seed"] + sample}
+    seed = parameters["seed"]
+    return {**parameters, "seed": seed + sample if seed + sample <= MAX_SEED else seed - sample}

@@ -13,6 +13,7 @@ FailureKind = Literal[
     "upstream_error",  # a status other than 200, or the connection broke
     "unreachable",  # no connection, or the role is not being served
     "invalid_response",  # status 200, but no chat completion
+    "bad_request",  # the endpoint said that the request is at fault
     "refused",  # the model or its content filter declined
     "context_length",  # the prompt is too long for it
     "queue_full",  # too many calls already wait for this model
@@ -32,10 +33,17 @@ class CallError(MixfuseError):
         kind: The kind of failure.
         transient: Whether the same call may succeed if it is made again.
         retry_after_s: The seconds that the endpoint asked to wait before the next call.
+        code: The endpoint's own name for the failure.
     """
 
     def __init__(
-        self, kind: FailureKind, message: str, *, transient: bool = False, retry_after_s: float | None = None
+        self,
+        kind: FailureKind,
+        message: str,
+        *,
+        transient: bool = False,
+        retry_after_s: float | None = None,
+        code: str | None = None,
     ) -> None:
         super().__init__(message, kind=kind)
-        self.transient, self.retry_after_s = transient, retry_after_s
+        self.transient, self.retry_after_s, self.code = transient, retry_after_s, code

@@ -5,24 +5,32 @@ budgets get back what was not used. Several requests may draw on one budget (an 
 from the moment it is made.
 """
 
+import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from mixfuse.contracts.trace import Call, Usage
 from mixfuse.fusion.calls.failures import CallError
+from mixfuse.fusion.calls.token_counts import count
 from mixfuse.fusion.config import Price
 from mixfuse.fusion.messages import Message
 
 CHARACTERS_PER_TOKEN = 4
 """For estimates: the average of English text in common vocabularies."""
 
-UNLIMITED_COMPLETION = 1024
+UNLIMITED_COMPLETION = 4096
 """Tokens reserved for an answer if neither the request nor the model sets a limit."""
 
-NON_TEXT_PART = 4000
-"""Characters that an image counts as: about 1000 tokens, as in common vision models."""
+IMAGE_TOKENS = 1600
+"""What an image counts as: a little more than the most in GPT-4o (1445) and Claude (1568)."""
+TEMPLATE_TOKENS = 3
+"""What a chat template puts around one message, and around the whole: OpenAI's figure; others differ by a few."""
+TOOLS_TEMPLATE_TOKENS = 400
+"""What a chat template says about tools, beside the tools themselves: 100 to 300 tokens in common ones."""
+_SENT_AS_TEXT = ("tools", "tool_choice", "response_format", "functions")
 
 
 class Spend(NamedTuple):
@@ -54,7 +62,12 @@ class Budget:
 
     def __init__(self, name: str, *, max_cost: float | None = None, max_tokens: int | None = None) -> None:
         self.name, self.max_cost, self.max_tokens = name, max_cost, max_tokens
-        self.used = NOTHING
+        self._used = NOTHING
+
+    @property
+    def used(self) -> Spend:
+        """What has been spent or reserved."""
+        return self._used
 
     def allows(self, more: Spend) -> bool:
         """Whether this much more may be spent."""
@@ -65,7 +78,14 @@ class Budget:
 
     def add(self, spend: Spend) -> None:
         """Counts a reservation, or the difference between it and what was spent."""
-        self.used = self.used.plus(spend)
+        self._used = self._used.plus(spend)
+
+    def take(self, more: Spend) -> bool:
+        """Reserves this much if it may be spent; returns whether it did."""
+        if not self.allows(more):
+            return False
+        self.add(more)
+        return True
 
     def describe(self) -> str:
         """Returns the limits and what is used of them, for the message of a refusal."""
@@ -83,10 +103,18 @@ class Ledger:
     Args:
         deadline_ms: Milliseconds after which no call of the request is retried; None for no limit.
         budgets: The budgets that its calls draw on.
+        watch: Is told of each call as it ends; it must return at once.
     """
 
-    def __init__(self, *, deadline_ms: float | None = None, budgets: Sequence[Budget] = ()) -> None:
+    def __init__(
+        self,
+        *,
+        deadline_ms: float | None = None,
+        budgets: Sequence[Budget] = (),
+        watch: Callable[[Call], None] | None = None,
+    ) -> None:
         self.calls: list[Call] = []
+        self._watch = watch
         self.deadline_ms = deadline_ms
         self.budgets = list(budgets)
         self._began = time.monotonic()
@@ -119,15 +147,15 @@ class Ledger:
         if not self.budgets:
             return
         need = self._missing(more)
-        for budget in self.budgets:
-            if not budget.allows(need):
+        for place, budget in enumerate(self.budgets):
+            if not budget.take(need):
+                for taken in self.budgets[:place]:
+                    taken.add(NOTHING.minus(need))
                 raise CallError(
                     "budget",
                     f"{budget.name}: {budget.describe()} taken, and this may need ${more.cost:.6g} "
                     f"and {more.tokens} tokens more",
                 )
-        for budget in self.budgets:
-            budget.add(need)
         self._reserved = self._reserved.plus(need)
 
     def open(self, estimate: Spend) -> None:
@@ -142,6 +170,12 @@ class Ledger:
     def enter(self, call: Call, estimate: Spend = NOTHING) -> None:
         """Adds an attempt that has ended; `estimate` is the estimate that it was opened with."""
         self.calls.append(call)
+        if self._watch is not None:
+            self._watch(call)
+        self.close(estimate)
+
+    def close(self, estimate: Spend) -> None:
+        """Takes back what an attempt was opened with that turned out to be none."""
         if estimate is not NOTHING:
             self._open = self._open.minus(estimate)
 
@@ -161,30 +195,62 @@ class Ledger:
 
 
 def tokens(text: str) -> int:
-    """Estimates the tokens of a text."""
-    return math.ceil(len(text) / CHARACTERS_PER_TOKEN)
+    """Estimates the tokens of a text: four ASCII characters a token, of other scripts two UTF-8 bytes."""
+    ascii_only = len(text.encode("ascii", "ignore"))
+    others = len(text.encode(errors="replace")) - ascii_only
+    return math.ceil(ascii_only / CHARACTERS_PER_TOKEN + others / 2)
 
 
-def prompt_tokens(messages: Sequence[Message]) -> int:
-    """Estimates the tokens of a conversation."""
-    return math.ceil(sum(_length(message.get("content")) for message in messages) / CHARACTERS_PER_TOKEN)
+def prompt_tokens(messages: Sequence[Message], parameters: Mapping[str, Any] | None = None) -> int:
+    """Estimates the tokens of all that is sent: the conversation with its tool calls and images, tools and schemas."""
+    return tokens("".join(_texts(messages, parameters or {}))) + IMAGE_TOKENS * _images(messages)
 
 
-def _length(content: object) -> int:
-    """Returns the characters of a message's content; a part that is not text counts as `NON_TEXT_PART`."""
-    if isinstance(content, str):
-        return len(content)
-    if not isinstance(content, list):
-        return 0
-    return sum(len(part["text"]) if part.get("type") == "text" else NON_TEXT_PART for part in content)
+def most(
+    messages: Sequence[Message], parameters: Mapping[str, Any], price: Price, tokenizer: Path | None = None
+) -> Spend:
+    """Returns the most that a call costs: all that is sent, and the longest answer that is allowed.
 
+    Without a tokenizer each byte of the prompt counts as a token, which no tokenizer exceeds.
 
-def most(messages: Sequence[Message], parameters: Mapping[str, Any], price: Price) -> Spend:
-    """Estimates the most that a call costs: its prompt, and the longest answer that is allowed."""
+    Args:
+        messages: The conversation.
+        parameters: What is sent beside it.
+        price: The model's.
+        tokenizer: The model's `tokenizer.json`, if it is at hand.
+    """
+    around = TEMPLATE_TOKENS * (len(messages) + 1) + (TOOLS_TEMPLATE_TOKENS if parameters.get("tools") else 0)
     usage = Usage(
-        prompt_tokens=prompt_tokens(messages),
+        prompt_tokens=sum(count(text, tokenizer) for text in _texts(messages, parameters))
+        + IMAGE_TOKENS * _images(messages)
+        + around,
         completion_tokens=parameters.get("max_completion_tokens")
         or parameters.get("max_tokens")
         or UNLIMITED_COMPLETION,
     )
-    return Spend(price.cost(usage.prompt_tokens, usage.completion_tokens), usage.total_tokens)
+    answers = parameters.get("n") or 1
+    completion = usage.completion_tokens * answers
+    return Spend(price.cost(usage.prompt_tokens, completion), usage.prompt_tokens + completion)
+
+
+def _texts(messages: Sequence[Message], parameters: Mapping[str, Any]) -> Iterator[str]:
+    """Yields every text that a call sends: what a template may write out as JSON as JSON writes it."""
+    for message in messages:
+        for key, value in message.items():
+            if key == "role":
+                continue
+            if key == "content" and isinstance(value, list):
+                yield from (part["text"] for part in value if isinstance(part.get("text"), str))
+            elif isinstance(value, str):
+                yield value
+            elif value is not None:
+                yield json.dumps(value)
+    for key in _SENT_AS_TEXT:
+        if parameters.get(key) and not isinstance(parameters[key], str):
+            yield json.dumps(parameters[key])
+
+
+def _images(messages: Sequence[Message]) -> int:
+    """Returns the number of parts that are not text."""
+    contents = [message["content"] for message in messages if isinstance(message.get("content"), list)]
+    return sum(not isinstance(part.get("text"), str) for parts in contents for part in parts)

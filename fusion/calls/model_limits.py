@@ -1,20 +1,29 @@
 """The limits of a model: calls at once, a bounded queue, a circuit breaker, and the wait before a retry.
 
-Each model has one `Guard`, which all requests of a gateway share. Everything runs on the event loop, so nothing is
-locked. The loops for retries and hedging are in `mixfuse.fusion.calls.upstream`.
+Each model has one `Guard`, which all requests of a process share. The worker processes of a gateway share the state of
+the breaker, and each has its part of the calls at once and of the queue. The loops for retries and hedging are in
+`mixfuse.fusion.calls.upstream`.
 """
 
 import asyncio
 import random
+import time
 from collections import deque
 from collections.abc import Callable
 from enum import IntEnum
 
+from mixfuse.fusion.calls.board import Board
+from mixfuse.fusion.calls.dialect import Dialect
 from mixfuse.fusion.calls.failures import CallError
 from mixfuse.fusion.config import Breaker, ModelConfig, Retry
 
 # Failures that count against the endpoint's health. An endpoint that answers 429 or refuses a long prompt is healthy.
 _UNWELL = frozenset({"timeout", "unreachable", "upstream_error"})
+
+# Numbers of a model's row: failures in a row, whether the circuit has opened, and when; and a worker's own: whether it
+# finds out if the model has recovered.
+_FAILURES, _OPENED, _OPENED_AT = 0, 1, 2
+_TRIES = 0
 
 
 class Circuit(IntEnum):
@@ -31,21 +40,34 @@ class Guard:
     Args:
         name: The member's name, or "judge" or "synthesizer".
         model: The model's config.
-        clock: Returns seconds that never decrease; for tests.
+        clock: Returns seconds that never decrease, the same in all processes.
+        board: Shares the breaker with other processes.
+
+    Attributes:
+        latency_s: How long its answers took of late, in seconds; None before the first.
     """
 
-    def __init__(self, name: str, model: ModelConfig, *, clock: Callable[[], float] | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        model: ModelConfig,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        board: Board | None = None,
+    ) -> None:
         self.name = name
         self.retry: Retry = model.retry
         self.hedge_after_s = None if model.hedge_after_ms is None else model.hedge_after_ms / 1000
+        self.dialect = Dialect(model)
+        self.latency_s: float | None = None
         self.under_way = 0
         self._breaker: Breaker | None = model.breaker
-        self._most, self._longest_queue = model.max_concurrency, model.max_queue
+        self._board = board or Board()
+        self._most = None if model.max_concurrency is None else self._board.part(model.max_concurrency)
+        self._longest_queue = self._board.part(model.max_queue)
         self._queue: deque[asyncio.Future[None]] = deque()
-        self._clock = clock or (lambda: asyncio.get_running_loop().time())
-        self._failures = 0
-        self._opened_at: float | None = None
-        self._half_open_trial = False
+        self._clock = clock
+        self._state = self._board.row(f"model {name}")
 
     @property
     def queued(self) -> int:
@@ -55,7 +77,7 @@ class Guard:
     @property
     def circuit(self) -> Circuit:
         """The state of the breaker."""
-        if self._breaker is None or self._opened_at is None:
+        if self._breaker is None or not self._state[_OPENED]:
             return Circuit.CLOSED
         return Circuit.HALF_OPEN if self._cooldown_left_s() <= 0 else Circuit.OPEN
 
@@ -65,15 +87,9 @@ class Guard:
         Raises:
             CallError: The circuit is open (`circuit_open`), or the queue is full (`queue_full`).
         """
-        if self._breaker is not None and self._opened_at is not None:
-            left = self._cooldown_left_s()
-            if left > 0 or self._half_open_trial:
-                wait = max(left, 0.0)
-                raise CallError(
-                    "circuit_open",
-                    f"{self.name} failed {self._failures} times in a row; calls to it resume in {wait:.1f} s",
-                    retry_after_s=wait,
-                )
+        broken = self._breaker is not None and bool(self._state[_OPENED])
+        if broken and (self._cooldown_left_s() > 0 or any(self._state.of_all(_TRIES))):
+            raise self._circuit_open()
         if self._most is not None and self.under_way >= self._most and self.queued >= self._longest_queue:
             raise CallError(
                 "queue_full",
@@ -81,8 +97,21 @@ class Guard:
                 f"its limits are {self._most} and {self._longest_queue}",
                 retry_after_s=1.0,
             )
-        if self._opened_at is not None:
-            self._half_open_trial = True  # this attempt finds out whether the model has recovered
+        if broken:
+            with self._board.locked():
+                first = not any(self._state.of_all(_TRIES))
+                if first:
+                    self._state.set_own(_TRIES, 1)  # this attempt finds out whether the model has recovered
+            if not first:
+                raise self._circuit_open()
+
+    def _circuit_open(self) -> CallError:
+        wait = max(self._cooldown_left_s(), 0.0)
+        return CallError(
+            "circuit_open",
+            f"{self.name} failed {self._state[_FAILURES]:.0f} times in a row; calls to it resume in {wait:.1f} s",
+            retry_after_s=wait,
+        )
 
     def enter(self) -> bool:
         """Takes a place if one is free, and returns whether it did; `leave` gives the place back."""
@@ -111,6 +140,10 @@ class Guard:
                 return
         self.under_way -= 1
 
+    def took(self, seconds: float) -> None:
+        """Notes how long an answer took; `latency_s` is a moving average of the last ones."""
+        self.latency_s = seconds if self.latency_s is None else 0.8 * self.latency_s + 0.2 * seconds
+
     def report(self, kind: str | None) -> None:
         """Tells the breaker how an attempt ended.
 
@@ -118,13 +151,17 @@ class Guard:
             kind: The failure's kind; None for a success. Kinds that do not count against the endpoint's health change
                 nothing.
         """
-        self._half_open_trial = False
-        if kind in _UNWELL:
-            self._failures += 1
-            if self._breaker is not None and self._failures >= self._breaker.failures:
-                self._opened_at = self._clock()
-        elif kind is None:
-            self._failures, self._opened_at = 0, None
+        state = self._state
+        if kind not in _UNWELL and not (state[_FAILURES] or state[_OPENED]):
+            return  # nothing to change
+        with self._board.locked():
+            state.set_own(_TRIES, 0)
+            if kind in _UNWELL:
+                state[_FAILURES] += 1
+                if self._breaker is not None and state[_FAILURES] >= self._breaker.failures:
+                    state[_OPENED], state[_OPENED_AT] = 1, self._clock()
+            elif kind is None:
+                state[_FAILURES] = state[_OPENED] = 0
 
     def wait_before_retry_s(self, failure: CallError, attempts: int) -> float | None:
         """Returns the seconds to wait after this many failed attempts; None if there is to be no further one."""
@@ -135,6 +172,6 @@ class Guard:
         return max(random.uniform(longest / 2, longest), failure.retry_after_s or 0.0)  # noqa: S311
 
     def _cooldown_left_s(self) -> float:
-        if self._breaker is None or self._opened_at is None:
+        if self._breaker is None:
             return 0.0
-        return self._opened_at + self._breaker.cooldown_ms / 1000 - self._clock()
+        return self._state[_OPENED_AT] + self._breaker.cooldown_ms / 1000 - self._clock()

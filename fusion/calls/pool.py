@@ -2,17 +2,29 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, nullcontext
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
 
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.trace import Call
+from mixfuse.fusion.calls.board import Board
+from mixfuse.fusion.calls.dialect import with_own
 from mixfuse.fusion.calls.failures import CallError, FailureKind
 from mixfuse.fusion.calls.ledger import Ledger, Spend, most
 from mixfuse.fusion.calls.model_limits import Guard
-from mixfuse.fusion.calls.upstream import Client, Emit, Endpoint, Purpose, Reply, call, cancelled_as, http_client
+from mixfuse.fusion.calls.upstream import (
+    Client,
+    Emit,
+    Endpoint,
+    Purpose,
+    Reply,
+    call,
+    cancelled_as,
+    forward,
+    http_client,
+)
 from mixfuse.fusion.config import Member, ModelConfig
 from mixfuse.fusion.messages import Message, with_system
 
@@ -57,13 +69,16 @@ class Pool:
 
     Args:
         roles: Knows where roles are served; None if the config names no role.
+        board: Shares the circuit breakers with other processes.
     """
 
-    def __init__(self, roles: RoleSource | None) -> None:
-        self._roles = roles
+    def __init__(self, roles: RoleSource | None, board: Board | None = None) -> None:
+        self._roles, self._board = roles, board
         self._client: Client | None = None
         self.guards: dict[str, Guard] = {}
-        self.without_logprobs: set[tuple[str, str]] = set()  # (base URL, model) of judges that gave none
+        self.without_tools: set[tuple[str, str]] = (
+            set()
+        )  # (base URL, model) of readers that refused tool calls and results
 
     async def __aenter__(self) -> Self:
         self._client = http_client()
@@ -84,6 +99,17 @@ class Pool:
     def role_names(self) -> list[str]:
         """Returns the roles that can be asked for by name."""
         return self._roles.names() if self._roles else []
+
+    async def revision(self, role: str) -> str | None:
+        """Returns the adapter revision that serves a role now; None for the base.
+
+        Raises:
+            MixfuseError: The role is not served.
+        """
+        if self._roles is None:
+            raise MixfuseError(f"role {role!r}: there is no server beside this gateway")
+        async with self._roles.lease(role) as endpoint:
+            return endpoint.revision
 
     @asynccontextmanager
     async def lease(self, model: ModelConfig, purpose: Purpose, ledger: Ledger) -> AsyncIterator[Endpoint]:
@@ -115,20 +141,24 @@ class Pool:
                     )
                 )
                 raise CallError("unreachable", str(error)) from error
-            yield replace(endpoint, guard=self.guard(model, purpose.member))
+            guard = self.guard(model, purpose.member)
+            yield replace(endpoint, guard=guard, dialect=guard.dialect, headers=model.headers)
 
     def _fixed_endpoint(self, model: ModelConfig, purpose: Purpose) -> Endpoint | None:
         """Returns the endpoint of a model that is not a role, which needs no lease; None for a role."""
         if model.base_url is None or model.model is None:
             return None
-        return Endpoint(model.base_url, model.model, model.api_key, guard=self.guard(model, purpose.member))
+        guard = self.guard(model, purpose.member)
+        return Endpoint(
+            model.base_url, model.model, model.api_key, guard=guard, dialect=guard.dialect, headers=model.headers
+        )
 
     def guard(self, model: ModelConfig, name: str) -> Guard:
         """Returns the limits that all calls to a model share; `name` is "judge" or "synthesizer" if it is no member."""
         name = model.name if isinstance(model, Member) else name
         guard = self.guards.get(name)
         if guard is None:
-            guard = self.guards[name] = Guard(name, model)
+            guard = self.guards[name] = Guard(name, model, board=self._board)
         return guard
 
     async def ask(
@@ -140,23 +170,55 @@ class Pool:
         purpose: Purpose,
         ledger: Ledger,
         emit: Emit | None = None,
+        think: Emit | None = None,
     ) -> Reply:
         """Asks one configured model, with its own system message and defaults; see `upstream.call`.
 
         Raises:
             CallError: No usable answer came back.
         """
-        messages, parameters = with_system(model.system, messages), _with_defaults(model, parameters)
+        messages, parameters = with_system(model.system, messages), with_own(model, parameters)
         endpoint = self._fixed_endpoint(model, purpose)
-        if endpoint is not None:
-            return await call(self.client, endpoint, messages, parameters, purpose=purpose, ledger=ledger, emit=emit)
-        async with self.lease(model, purpose, ledger) as endpoint:
-            return await call(self.client, endpoint, messages, parameters, purpose=purpose, ledger=ledger, emit=emit)
+        stack = nullcontext(endpoint) if endpoint is not None else self.lease(model, purpose, ledger)
+        async with stack as endpoint:
+            return await call(
+                self.client, endpoint, messages, parameters, purpose=purpose, ledger=ledger, emit=emit, think=think
+            )
+
+    async def forward(
+        self,
+        model: ModelConfig,
+        body: Mapping[str, Any],
+        *,
+        path: str,
+        inputs: Sequence[Message],
+        parameters: Mapping[str, Any],
+        purpose: Purpose,
+        ledger: Ledger,
+    ) -> dict[str, Any]:
+        """Passes a request to another route of one configured model; see `upstream.forward`.
+
+        Raises:
+            CallError: No usable response came back.
+        """
+        endpoint = self._fixed_endpoint(model, purpose)
+        stack = nullcontext(endpoint) if endpoint is not None else self.lease(model, purpose, ledger)
+        async with stack as endpoint:
+            return await forward(
+                self.client,
+                endpoint,
+                body,
+                path=path,
+                inputs=inputs,
+                parameters=parameters,
+                purpose=purpose,
+                ledger=ledger,
+            )
 
 
 def estimate(model: ModelConfig, messages: Sequence[Message], parameters: Mapping[str, Any]) -> Spend:
     """Estimates the most that asking a model costs; see `ledger.most`."""
-    return most(with_system(model.system, messages), _with_defaults(model, parameters), model.price)
+    return most(with_system(model.system, messages), with_own(model, parameters), model.price, model.tokenizer)
 
 
 async def fan_out(
@@ -255,12 +317,3 @@ def _outcome(task: "asyncio.Task[Result]", if_cancelled: FailureKind) -> Result 
     if isinstance(error, CallError):
         return error
     raise error
-
-
-def _with_defaults(model: ModelConfig, parameters: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(parameters)
-    if model.temperature is not None:
-        merged.setdefault("temperature", model.temperature)
-    if model.max_tokens is not None and "max_completion_tokens" not in merged:
-        merged.setdefault("max_tokens", model.max_tokens)
-    return merged

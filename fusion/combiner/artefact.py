@@ -14,14 +14,19 @@ not seen (Platt 1999).
 Plain Python: a gateway weighs some answers of a request in well under a millisecond and needs no numpy for it.
 """
 
+import json
 import math
-from collections.abc import Sequence
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
+from mixfuse.contracts.bounded_json import MAX_DEPTH, too_deep
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.files import read_json, sha256_json, write_json
 from mixfuse.contracts.judge_protocol import probability as probability_of
@@ -35,6 +40,15 @@ BINS = 10
 benchmarks/combiner.py, the best member's accuracy cost 0.32 of its price with 10 steps, 0.38 with 20, 0.49 with 40."""
 
 LONGEST_Z = 3.0
+LONGEST_TEXT = 20_000
+"""Characters of a question from which its domain is read."""
+LONGEST_NAME = 200
+MOST_MEMBERS = 64
+"""Each request sums over all pairs of members; with more it would take milliseconds."""
+_MOST_NATS, _MOST_NUMBER = 1e3, 1e12
+_HUGE = 10**300
+_MOST_BYTES = 16 << 20  # that of eight members with all policies has 0.2 MiB
+_WORD = re.compile(r"[^\W\d_]{2,30}")
 
 
 class Length(Strict):
@@ -102,6 +116,37 @@ class Calibrated(Strict):
         return probability_of(self.slope * math.log(clipped / (1 - clipped)) + self.intercept)
 
 
+class DomainReader(Strict):
+    """Reads the domain of a question from its words: multinomial logistic regression.
+
+    Attributes:
+        domains: Names, in the order of the weights.
+        bias: One a domain.
+        words: Word → one weight a domain, counted once however often a text has the word.
+        sure: Below this probability a domain is not named.
+        accuracy: How often the domain that it named was the row's own, on questions it was not fitted to.
+        named: The share of those questions to which it named a domain.
+    """
+
+    domains: list[str] = Field(min_length=2)
+    bias: list[float]
+    words: dict[str, list[float]]
+    sure: float = Field(ge=0, le=1)
+    accuracy: float = Field(ge=0, le=1)
+    named: float = Field(ge=0, le=1)
+
+    def __call__(self, text: str) -> str | None:
+        """The domain; None where it is in doubt, or no word is known."""
+        found = [self.words[word] for word in words_of(text) if word in self.words]
+        if not found:
+            return None
+        scale = 1.0 / math.sqrt(len(found))
+        scores = [bias + scale * sum(column) for bias, *column in zip(self.bias, *found, strict=True)]
+        shares = _softmax(scores)
+        place = max(range(len(shares)), key=shares.__getitem__)
+        return self.domains[place] if shares[place] >= self.sure else None
+
+
 class Policy(Strict):
     """Whom to ask next, for one target.
 
@@ -112,6 +157,7 @@ class Policy(Strict):
         asked: Members a question, on average, there.
         actions: The members asked so far, as `a+b` in the combiner's order of members ("" for none) → for each bin of
             the confidence the member to ask next, or "" to stop.
+        first: The question's domain → the member to ask first, where it is another than for other questions.
         calibration: Of the confidence with which it stops.
     """
 
@@ -120,6 +166,7 @@ class Policy(Strict):
     cost_ratio: float
     asked: float
     actions: dict[str, list[str]]
+    first: dict[str, str] = {}
     calibration: Calibrated = Calibrated()
 
 
@@ -153,8 +200,9 @@ class Combiner(Strict):
         none: The score of "none of them".
         calibration: Of the leading class, by the number of members that answered (the last holds for more).
         best_member: Its name.
-        fallback: Why the best member is returned whatever the otof_best say; empty where answers are weighed.
+        fallback: Why the best member is returned whatever the others say; empty where answers are weighed.
         policies: By rising target.
+        reader: Reads a question's domain from its words; None where that was not shown to help.
         data: What it was fitted to.
         figures: Cross-validated, as `combiner fit --json` prints them.
     """
@@ -171,8 +219,13 @@ class Combiner(Strict):
     best_member: str
     fallback: str = ""
     policies: list[Policy] = []
+    reader: DomainReader | None = None
     data: Data
     figures: dict[str, Any] = {}
+
+    def domain_of(self, text: str) -> str | None:
+        """The domain that a question's text is of; None where it is in doubt, or where nothing can read it."""
+        return None if self.reader is None else self.reader(text)
 
     @property
     def revision(self) -> str:
@@ -220,47 +273,137 @@ def load(path: Path) -> Combiner:
     Raises:
         MixfuseError: It is no combiner of this version; the message names what does not fit.
     """
-    data = read_json(path)
-    if isinstance(data, dict) and data.get("version", VERSION) != VERSION:
+    if path.exists() and not path.is_file() and not path.is_dir():  # a pipe without a writer is waited for without end
+        raise MixfuseError(f"{path}: no combiner: a combiner is read from a file, and this is a device or a pipe")
+    data = read_json(path, most=_MOST_BYTES)
+    if too_deep(data):
+        raise MixfuseError(f"{path}: no combiner: it is nested more than {MAX_DEPTH} levels deep")
+    if not isinstance(data, dict):
+        raise MixfuseError(f"{path}: no combiner: expected a JSON object, found {type(data).__name__}")
+    try:
+        json.dumps(data, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise MixfuseError(f"{path}: no combiner: it holds half of a surrogate pair, which is no text") from None
+    version = data.get("version")
+    if isinstance(version, bool) or version != VERSION:
         raise MixfuseError(
-            f"{path}: version {data['version']!r} of the combiner's format; this program reads {VERSION}"
+            f"{path}: version {str(version)[:80]} of the combiner's format; this program reads {VERSION}"
+            if "version" in data
+            else f"{path}: no combiner: missing key 'version'"
         )
     try:
-        combiner = Combiner.model_validate(data)
+        combiner = Combiner.model_validate(data, strict=True)
     except ValidationError as error:
-        raise MixfuseError(f"{path}: no combiner: {describe(error, Combiner)}") from None
+        raise MixfuseError(f"{path}: no combiner: {describe(error, Combiner)[:400]}") from None
     check(combiner, path)
     return combiner
 
 
 def save(combiner: Combiner, path: Path) -> None:
-    """Writes a combiner."""
+    """Writes a combiner.
+
+    Raises:
+        MixfuseError: Its parts do not fit one another, so that it could not be read again.
+    """
+    check(combiner, path)
     write_json(path, combiner.model_dump(mode="json"))
 
 
 def check(combiner: Combiner, source: Path | str) -> None:
-    """Sees to it that the parts of a combiner fit one another, and that every number is finite.
+    """Sees to it that the parts of a combiner fit one another, and that every number can be reckoned with.
 
     Raises:
         MixfuseError: They do not.
     """
-    known = set(combiner.members)
+    known, size = set(combiner.members), len(combiner.members)
+    if size > MOST_MEMBERS:
+        raise MixfuseError(f"{source}: {size} members, and a combiner has at most {MOST_MEMBERS}")
+    if (
+        odd := next((name for name in (*known, *_domains(combiner), *combiner.judges) if not is_name(name)), None)
+    ) is not None:
+        raise MixfuseError(f"{source}: {odd[:80]!r} is no name: up to {LONGEST_NAME} characters that can be printed")
     named = {name for pair in combiner.pairs for name in (pair.first, pair.second)} | {combiner.best_member}
+    pairs = Counter(frozenset((pair.first, pair.second)) for pair in combiner.pairs)
     for policy in combiner.policies:
+        _check_policy(combiner, policy, source)
         named |= {name for state in policy.actions for name in state.split("+")} - {""}
         named |= {action for actions in policy.actions.values() for action in actions} - {""}
-        for state, actions in policy.actions.items():
-            members = state.split("+") if state else []
-            if members != [name for name in combiner.members if name in members] and set(members) <= known:
-                raise MixfuseError(f"{source}: the policy for {policy.target} has {state!r} out of the members' order")
-            if again := next((action for action in actions if action in members), None):
-                raise MixfuseError(f"{source}: the policy for {policy.target} asks {again!r} again after {state!r}")
-        if wrong := next((state for state, actions in policy.actions.items() if len(actions) != BINS), None):
-            raise MixfuseError(f"{source}: the policy for {policy.target} has no {BINS} bins after {wrong!r}")
+        named |= set(policy.first.values())
     if unknown := sorted(named - known):
-        raise MixfuseError(f"{source}: no member is called {unknown[0]!r}; its members are {', '.join(sorted(known))}")
-    if not _finite(combiner.model_dump()):
-        raise MixfuseError(f"{source}: a weight is not a finite number; fit the combiner again")
+        raise MixfuseError(
+            f"{source}: no member is called {unknown[0][:80]!r}; its members are {', '.join(sorted(known))}"
+        )
+    if wrong := next((pair for pair, times in pairs.items() if len(pair) == 1 or times > 1), None):
+        raise MixfuseError(f"{source}: the pair {' and '.join(sorted(wrong))} is no pair, or stands twice")
+    for name, length, allowed in (
+        ("counts", len(combiner.counts), {0, size - 1}),
+        ("none.asked", len(combiner.none.asked), {0, size}),
+        ("calibration", len(combiner.calibration), {1, size}),
+    ):
+        if length not in allowed:
+            raise MixfuseError(f"{source}: {name} has {length} values; {size} members need {max(allowed)}")
+    targets = [policy.target for policy in combiner.policies]
+    if any(later <= earlier for earlier, later in pairwise(targets)):
+        raise MixfuseError(f"{source}: the targets of the policies do not rise: {', '.join(map(str, targets))[:200]}")
+    data = combiner.data
+    if not 0 <= data.complete <= data.marked <= data.questions:
+        raise MixfuseError(f"{source}: data counts more complete or marked questions than there are")
+    if combiner.reader is not None:
+        _check_reader(combiner.reader, source)
+    for place, value in _numbers(combiner.model_dump(exclude={"figures"})):
+        if not math.isfinite(value):
+            raise MixfuseError(f"{source}: {place} is not a finite number; fit the combiner again")
+        if abs(value) > _most(place):
+            raise MixfuseError(f"{source}: {place} is {value:g}, and no fitted one is beyond ±{_most(place):g}")
+    for place, value in _numbers(combiner.figures, "figures"):
+        if not math.isfinite(value):
+            raise MixfuseError(f"{source}: {place} is not a finite number; fit the combiner again")
+
+
+def is_name(name: str) -> bool:
+    """Whether a member, a domain or a judge can be called this: it is shown in terminals, headers and pages."""
+    return 0 < len(name) <= LONGEST_NAME and name.isprintable()
+
+
+def _most(place: str) -> float:
+    """The largest number that may stand in a place: of nats, unless it is a price, a time or a count."""
+    counted = place.endswith((".price", ".latency_ms")) or place.startswith(("data.", "policies["))
+    return _MOST_NUMBER if counted and ".calibration." not in place else _MOST_NATS
+
+
+def _check_policy(combiner: Combiner, policy: Policy, source: Path | str) -> None:
+    for state, actions in policy.actions.items():
+        members = state.split("+") if state else []
+        if members != [name for name in combiner.members if name in members] and set(members) <= set(combiner.members):
+            raise MixfuseError(
+                f"{source}: the policy for {policy.target} has {state[:200]!r} out of the members' order"
+            )
+        if again := next((action for action in actions if action in members), None):
+            raise MixfuseError(f"{source}: the policy for {policy.target} asks {again!r} again after {state!r}")
+        if len(actions) != BINS:
+            raise MixfuseError(f"{source}: the policy for {policy.target} has no {BINS} bins after {state[:200]!r}")
+    if not all(policy.actions.get("", [""])):
+        raise MixfuseError(f"{source}: the policy for {policy.target} asks nobody at the start")
+
+
+def _check_reader(reader: DomainReader, source: Path | str) -> None:
+    count = len(reader.domains)
+    if len(set(reader.domains)) != count or len(reader.bias) != count:
+        raise MixfuseError(f"{source}: reader: its domains are not all different, or there is not one bias for each")
+    if wrong := next((word for word, weights in reader.words.items() if len(weights) != count), None):
+        raise MixfuseError(f"{source}: reader: the word {wrong[:80]!r} has not one weight for each of {count} domains")
+
+
+def _domains(combiner: Combiner) -> set[str]:
+    read = combiner.reader.domains if combiner.reader else ()
+    first = {name for policy in combiner.policies for name in policy.first}
+    named = {name for member in combiner.members.values() for name in member.domains}
+    return named | first | {*combiner.none.domains, *read}
+
+
+def words_of(text: str) -> set[str]:
+    """The words of a question, of its start where it is long: letters only, in lower case."""
+    return set(_WORD.findall(text[:LONGEST_TEXT].lower()))
 
 
 def weigh(
@@ -384,9 +527,13 @@ def _softmax(scores: Sequence[float]) -> list[float]:
     return [value / total for value in exponentials]
 
 
-def _finite(value: Any) -> bool:
+def _numbers(value: Any, place: str = "") -> Iterator[tuple[str, float]]:
+    """Every number of a JSON document, and where it stands."""
     if isinstance(value, dict):
-        return all(map(_finite, value.values()))
-    if isinstance(value, list | tuple):
-        return all(map(_finite, value))
-    return not isinstance(value, float) or math.isfinite(value)
+        for key, part in value.items():
+            yield from _numbers(part, f"{place}.{key}" if place else str(key))
+    elif isinstance(value, list | tuple):
+        for number, part in enumerate(value):
+            yield from _numbers(part, f"{place}[{number}]")
+    elif isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool)):
+        yield place, float(value) if abs(value) < _HUGE else math.inf

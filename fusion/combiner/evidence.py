@@ -7,11 +7,12 @@ here; the weighing (`artefact.py`) and the fit (`fit.py`) see classes only.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from mixfuse.contracts.errors import MixfuseError
-from mixfuse.contracts.files import iter_jsonl
+from mixfuse.contracts.files import iter_jsonl, sha256_json
 from mixfuse.fusion.answering.agreement import readings
 from mixfuse.fusion.answering.strengths import Comparison
 from mixfuse.fusion.config import Agreement
@@ -51,6 +52,7 @@ class Question:
         domain: The kind of question, where it is known.
         comparisons: What judges said.
         propensities: Member → the probability with which it was asked; a member that is not named was asked for sure.
+        prompt: What was asked; empty where it is not known.
     """
 
     id: str
@@ -58,6 +60,12 @@ class Question:
     domain: str | None = None
     comparisons: tuple[Comparison, ...] = ()
     propensities: Mapping[str, float] = field(default_factory=dict)
+    prompt: str = ""
+
+    @property
+    def group(self) -> str:
+        """What rows that belong together share: the prompt, where it is known, else the id."""
+        return self.prompt or self.id
 
 
 def read(text: str, how: Agreement, *, choice: str | None = None, cut: bool = False) -> tuple[str, bool]:
@@ -93,20 +101,42 @@ def answer(
     return Answer(member, key, doubtful, math.log1p(len(text)), right, text)
 
 
-def read_pool(paths: Iterable[Path], how: Agreement | None = None) -> tuple[list[Question], Agreement]:
+def read_pool(
+    paths: Iterable[Path], how: Agreement | None = None, *, limit: int | None = None
+) -> tuple[list[Question], Agreement]:
     """Reads recorded pools: `{id, prompt, responses: [{model, text, correct?, choice?}], domain?, verdicts?}` a line.
+
+    `traces export` puts answers without a mark under `unmarked`; they come after the others. A verdict is
+    `{judge?, first, second, score}`: two answers' places, and the probability that the first is better, averaged over
+    both orders.
 
     Args:
         paths: JSONL files, as `pool collect` and `traces export` write them.
         how: What makes two answers equal; None to work it out from the rows: `choice` where the answers carry
-            one, `number` where every reference is a number, else `exact`.
+            one, `number` where every reference that there is comes to a number, else `exact`.
+        limit: Read only this many rows of each file.
+
+    A row that stands there twice, word for word, counts once.
 
     Raises:
-        MixfuseError: A row has another shape (the message names file and line), or there are none.
+        MixfuseError: A row has another shape, or an id stands for two different rows (the message names file and
+            line), or there are none.
     """
     rows: list[tuple[str, dict[str, Any]]] = []
+    contents: set[str] = set()
+    of_id: dict[str, str] = {}
     for path in paths:
-        rows += [(f"{path}:{number}", row) for number, row in iter_jsonl(path)]
+        for number, row in islice(iter_jsonl(path), limit):
+            place, content = f"{path}:{number}", sha256_json(row)
+            if content in contents and (row.get("id") is not None or row.get("prompt")):
+                continue
+            if row.get("id") is not None and (earlier := of_id.setdefault(str(row["id"]), place)) != place:
+                raise MixfuseError(
+                    f"{place}: the id {str(row['id'])[:80]!r} is that of {earlier}, too, with other content; give "
+                    "each question an id of its own, with all its answers in one row"
+                )
+            contents.add(content)
+            rows.append((place, row))
     if not rows:
         raise MixfuseError(f"{', '.join(map(str, paths))}: there are no rows")
     how = how or _agreement_of([row for _, row in rows])
@@ -137,10 +167,11 @@ def subset(questions: Sequence[Question], members: Sequence[str]) -> list[Questi
 
 
 def _agreement_of(rows: Sequence[dict[str, Any]]) -> Agreement:
-    responses = [response for row in rows for response in row.get("responses") or () if isinstance(response, dict)]
+    lists = (found for row in rows if isinstance(found := row.get("responses"), list))
+    responses = [response for found in lists for response in found if isinstance(response, dict)]
     if any(isinstance(response.get("choice"), str) for response in responses):
         return "choice"
-    references = [row.get("reference") for row in rows]
+    references = [reference for row in rows if (reference := row.get("reference")) not in (None, "")]
     numeric = [isinstance(reference, str) and _is_number(reference) for reference in references]
     return "number" if numeric and all(numeric) else "exact"
 
@@ -159,7 +190,10 @@ def _question(place: str, row: dict[str, Any], how: Agreement) -> Question:
     responses = row.get("responses")
     if not isinstance(responses, list) or not responses:
         raise MixfuseError(f"{place}: no pool row: it needs 'responses', a list of answers")
-    answers = tuple(_answer(place, response, how) for response in responses)
+    unmarked = row.get("unmarked") or []
+    if not isinstance(unmarked, list):
+        raise MixfuseError(f"{place}: 'unmarked' must be a list of answers")
+    answers = tuple(_answer(place, response, how) for response in (*responses, *unmarked))
     domain = row.get("domain")
     if domain is not None and not isinstance(domain, str):
         raise MixfuseError(f"{place}: 'domain' must be text")
@@ -173,7 +207,10 @@ def _question(place: str, row: dict[str, Any], how: Agreement) -> Question:
         for value in propensities.values()
     ):
         raise MixfuseError(f"{place}: 'propensities' must map members to probabilities above 0, at most 1")
-    return Question(str(row.get("id", place)), answers, domain, comparisons, propensities)
+    prompt = row.get("prompt")
+    return Question(
+        str(row.get("id", place)), answers, domain, comparisons, propensities, prompt if isinstance(prompt, str) else ""
+    )
 
 
 def _answer(place: str, response: Any, how: Agreement) -> Answer:
@@ -186,7 +223,7 @@ def _answer(place: str, response: Any, how: Agreement) -> Answer:
     if choice is not None and not isinstance(choice, str):
         raise MixfuseError(f"{place}: 'choice' of {member} must be text")
     if right is not None and not isinstance(right, bool):
-        raise MixfuseError(f"{place}: 'correct' of {member} must be true or false")
+        raise MixfuseError(f"{place}: 'correct' of {member} must be true or false, or absent (got {str(right)[:40]!r})")
     if "choice" in response and choice is None:  # the source looked and found none
         return Answer(member, UNREAD, True, math.log1p(len(text)), right, text)
     key = None if choice is None else f"{how} {choice}"

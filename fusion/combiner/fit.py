@@ -2,13 +2,14 @@
 
 A conditional logit with an L2 penalty whose strength cross-validation chooses, fitted to every question in several
 states (all members asked, and some of them), so that its probabilities hold while members are still being asked. The
-penalty shrinks a domain's weights towards the member's weight in all domains.
+penalty shrinks a domain's weights towards the member's weight in all domains, and members' weights towards their mean.
 
-Little data must do no harm: where cross-validation does not show that weighing beats the best member, the combiner
-returns the best member's answer and says why (`Combiner.fallback`).
+Little data must do no harm: where cross-validation does not show that weighing beats the best member, and one member
+stands out as the best, the combiner returns its answer and says why (`Combiner.fallback`). Where none stands out,
+weighing is the safer choice: the member that was right most often on few questions is often not the best.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,13 +48,30 @@ _PENALTY = {
     "member": 1.0, "doubt": 1.0, "slope": 1.0, "square": 1.0, "pair": 5.0, "count": 5.0, "unread": 1.0, "judge": 0.1,
     "none": 0.01, "asked": 1.0, "domain": 5.0, "none_domain": 5.0,
 }  # fmt: skip
-STRENGTHS = (0.5, 1.0, 3.0, 10.0, 30.0)
+# Kinds that are shrunk towards the members' mean instead of 0, which is shrunk hardly at all: with few marks all
+# members count alike, so that weighing starts from the majority vote. Learned from 100 marked questions, weighing of
+# the three small models in benchmarks/combiner.py is worth .009 more by this, of the four strongest .004; from 1 000,
+# nothing.
+_TOWARDS_MEAN = ("member", "doubt")
+_PENALTY_OF_MEAN = 0.01
+STRENGTHS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 FOLDS = 5
-# States in which each question is fitted, beside the one with all members.
+# States in which each question is fitted, beside the one with all members, and the weight of that one: it is what
+# `weighed` means. Cross-validated on the pool of eight in benchmarks/combiner.py, weighing gains .030 with a weight of
+# 0.9 and .027 with 0.5; of what is answered where some members were asked nothing is lost.
 _STATES = 3
-_LEAST_MARKED = 30
+_EVERYONE = 0.9
+LEAST_MARKED = 30
+# Standard errors by which weighing must gain, and by which a member must lead each of the others, before either is
+# believed (`Combiner.fallback`). Of 168 draws of 100 and 300 marked questions from benchmarks/combiner.py's pools none
+# was significantly below the pool's best member; with the first condition alone some fell back to a worse member.
+_SPLITS = 3
+_SHOWN = 0.5
+_CLEAR = 2.0
 # Truncation of inverse propensities: one row must not outweigh all others.
 _MOST_WEIGHT = 100.0
+# No class is less likely than exp of this beside the likeliest, so that the truth's probability is never 0.
+_LEAST_LOG = -300.0
 
 
 @dataclass(frozen=True)
@@ -81,13 +99,14 @@ class Fitted:
         table: The marked questions.
         parameters: (F,), fitted to all of them.
         fold: (Q,) Each question's fold.
-        held_out: (FOLDS, F) Parameters fitted without each fold.
+        held_out: (folds, F) Parameters fitted without each fold.
         strength: Of the penalty.
         weighed: (Q,) The mark of the weighed answer, by parameters that have not seen the question; NaN where it is
             not marked.
         accuracies: (M,) Each member's, as `member_accuracies` gives it.
         calibration: By the number of members that answered.
         weight: (Q,) One over the probability with which all members were asked, at most `_MOST_WEIGHT`.
+        fallback: As `Combiner.fallback`.
     """
 
     table: Table
@@ -99,11 +118,17 @@ class Fitted:
     accuracies: Floats
     calibration: list[Calibrated]
     weight: Floats
+    fallback: str
 
     @property
     def best(self) -> int:
         """Index of the member that is right most often."""
         return int(np.argmax(self.accuracies))
+
+    @property
+    def complete(self) -> NDArray[np.int64]:
+        """The rows of the questions in which every member answered and every answer is marked."""
+        return np.flatnonzero(self.table.answered.all(1) & ~np.isnan(self.table.mark).any(1))
 
 
 def layout_of(questions: Sequence[Question], members: Sequence[str] | None = None) -> Layout:
@@ -113,8 +138,15 @@ def layout_of(questions: Sequence[Question], members: Sequence[str] | None = Non
     return Layout(tuple(members or members_of(questions)), tuple(domains), tuple(judges))
 
 
-def fit_weights(questions: Sequence[Question], options: Options) -> Fitted:
+def fit_weights(
+    questions: Sequence[Question], options: Options, progress: Callable[[str], None] = lambda _: None
+) -> Fitted:
     """Fits the weights.
+
+    Args:
+        questions: Marked and unmarked.
+        options: How.
+        progress: Is told of each penalty tried.
 
     Raises:
         MixfuseError: There are too few marked questions to fit anything to.
@@ -123,31 +155,50 @@ def fit_weights(questions: Sequence[Question], options: Options) -> Fitted:
     table = tabulate(questions, layout)
     marked = np.flatnonzero(table.marked)
     table = table.rows(marked)
-    asked_with = _propensities([questions[row] for row in marked], layout)
-    weight = np.minimum(1.0 / asked_with.prod(1), _MOST_WEIGHT)
-    if len(table) < _LEAST_MARKED:
+    if len(table) < LEAST_MARKED:
         raise MixfuseError(
-            f"{len(table)} of {len(questions)} questions are marked; a combiner needs at least {_LEAST_MARKED}, and "
+            f"{len(table)} of {len(questions)} questions are marked; a combiner needs at least {LEAST_MARKED}, and "
             "some hundreds to help"
         )
+    if (prompts := len({questions[row].group for row in marked})) < LEAST_MARKED:
+        raise MixfuseError(
+            f"the {len(table)} marked rows have {prompts} different prompts; a combiner needs at least {LEAST_MARKED}"
+        )
+    asked_with = _propensities([questions[row] for row in marked], layout)
+    # Not the product: those whom a policy would not have asked are asked together, or not at all.
+    weight = 1.0 / np.maximum(asked_with.min(1), 1.0 / _MOST_WEIGHT)
     accuracies = member_accuracies(table, asked_with)
     generator = np.random.default_rng(options.seed)
-    fold = generator.permutation(len(table)) % FOLDS
+    fold = folds_of([questions[row].group for row in marked], generator)
     design = _design(table, generator)
-    penalty = _penalty(layout)
     losses = {}
     candidates = {}
-    start = np.zeros(layout.size)
-    for strength in options.strengths:
+    # From the strongest penalty to the weakest: each starts where the one before it ended.
+    held_out = np.zeros((int(fold.max()) + 1, layout.size))
+    for strength in sorted(options.strengths, reverse=True):
         held_out = np.array(
-            [_maximise(design, strength * penalty, fold[design.row] != number, start) for number in range(FOLDS)]
+            [
+                _maximise(design, strength, layout, fold[design.row] != number, start)
+                for number, start in enumerate(held_out)
+            ]
         )
         candidates[strength] = held_out
-        losses[strength] = _loss(table, fold, held_out)
+        losses[strength] = truth_loss(table, fold, held_out)
+        progress(f"penalty {strength:g}: {losses[strength]:.4f} nats a question")
     strength = min(losses, key=lambda value: losses[value])
     held_out = candidates[strength]
-    parameters = _maximise(design, strength * penalty, np.ones(len(design.row), bool), start)
+    parameters = _maximise(design, strength, layout, np.ones(len(design.row), bool), held_out.mean(0))
     weighed = leading_marks(table, scores_by_fold(table, fold, held_out), accuracies)
+    # Which questions are in a fold together moves the gain by as much as its error: several splits decide.
+    several = [weighed]
+    for _ in range(_SPLITS - 1):
+        other = folds_of([questions[row].group for row in marked], generator)
+        refit = [
+            _maximise(design, strength, layout, other[design.row] != number, parameters) for number in range(FOLDS)
+        ]
+        several.append(leading_marks(table, scores_by_fold(table, other, np.array(refit)), accuracies))
+    fallback = _fallback(table, accuracies, np.mean(several, 0))
+    best = int(np.argmax(accuracies)) if fallback else None
     return Fitted(
         table,
         parameters,
@@ -156,9 +207,18 @@ def fit_weights(questions: Sequence[Question], options: Options) -> Fitted:
         strength,
         weighed,
         accuracies,
-        _calibrations(table, fold, held_out, accuracies, generator),
+        _calibrations(table, fold, held_out, accuracies, generator, preferred=best),
         weight,
+        fallback,
     )
+
+
+def folds_of(groups: Sequence[Hashable], generator: np.random.Generator) -> NDArray[np.int64]:
+    """(Q,) each question's fold of `FOLDS`; the questions of a group are in the same."""
+    numbers: dict[Hashable, int] = {}
+    of_question = np.array([numbers.setdefault(group, len(numbers)) for group in groups])
+    result: NDArray[np.int64] = (generator.permutation(len(numbers)) % FOLDS)[of_question]
+    return result
 
 
 def combiner_of(fitted: Fitted, questions: Sequence[Question], how: Agreement, options: Options) -> Combiner:
@@ -201,7 +261,7 @@ def combiner_of(fitted: Fitted, questions: Sequence[Question], how: Agreement, o
         ),
         calibration=fitted.calibration,
         best_member=layout.members[fitted.best],
-        fallback=_fallback(fitted),
+        fallback=fitted.fallback,
         data=Data(
             sha256=sha256_json([_described(question) for question in questions]),
             questions=len(questions),
@@ -230,12 +290,6 @@ def leading_marks(table: Table, scores: Floats, accuracies: Floats, leaders: Boo
     clear = table.doubt[rows, :, lead] < table.share[rows, :, lead]
     merit = np.where(speaks, accuracies[None, :] + clear, -1.0)
     result: Floats = table.spokesman[rows, merit.argmax(1), lead]
-    return result
-
-
-def best_member_marks(fitted: Fitted) -> Floats:
-    """(Q,) the marks of the best member, which was chosen on these questions too."""
-    result: Floats = fitted.table.mark[:, fitted.best]
     return result
 
 
@@ -281,38 +335,40 @@ def _design(table: Table, generator: np.random.Generator) -> Cells:
     q, m = table.answered.shape
     everyone = np.ones((q, m), bool)
     several = [everyone, *(states(generator, q, m, _STATES) if m > 1 else [])]
-    # The state with all members counts as much as the others together: it is what `weighed` means.
-    shares = [0.5, *[0.5 / _STATES] * _STATES] if m > 1 else [1.0]
+    shares = [_EVERYONE, *[(1 - _EVERYONE) / _STATES] * _STATES] if m > 1 else [1.0]
     return Cells.joined([cells(table, asked, np.full(q, share)) for asked, share in zip(several, shares, strict=True)])
 
 
-def _maximise(design: Cells, penalty: Floats, chosen: Bools, start: Floats) -> Floats:
+def _maximise(design: Cells, strength: float, layout: Layout, chosen: Bools, start: Floats) -> Floats:
     """The parameters of the greatest penalised likelihood of the chosen pairs of question and state."""
-    keep = chosen[design.question]
+    penalty = strength * _penalty(layout)
+    of_mean = [layout.blocks[name] for name in _TOWARDS_MEAN]
+    keep = np.flatnonzero(chosen[design.question])
+    keep = keep[np.argsort(design.question[keep], kind="stable")]  # the cells of a question stand together
     features = design.features[keep]
     transposed = features.T.tocsr()
     number = (np.cumsum(chosen) - 1)[design.question[keep]]
+    starts = np.flatnonzero(np.diff(number, prepend=-1))
     maybe, weight = design.maybe[keep], design.weight[chosen]
-    count = int(chosen.sum())
+    of_cell = weight[number]
 
     def loss(parameters: Floats) -> tuple[float, Floats]:
         scores = features @ parameters
-        log_all, share_all = _log_sums(scores, number, count)
-        log_true, share_true = _log_sums(np.where(maybe, scores, -np.inf), number, count)
-        gradient = transposed @ (weight[number] * (share_all - share_true))
-        value = (weight * (log_all - log_true)).sum() + 0.5 * (penalty * parameters**2).sum()
-        return float(value), gradient + penalty * parameters
+        # All scores of a question less its highest: no exponential overflows, and the truth's may only underflow.
+        exponentials = np.exp(np.maximum(scores - np.maximum.reduceat(scores, starts)[number], _LEAST_LOG))
+        true = exponentials * maybe
+        of_all, of_true = np.add.reduceat(exponentials, starts), np.add.reduceat(true, starts)
+        gradient = transposed @ (of_cell * (exponentials / of_all[number] - true / of_true[number]))
+        value = (weight * np.log(of_all / of_true)).sum()
+        gaps = parameters.copy()
+        for place in of_mean:
+            mean = parameters[place].mean()
+            gaps[place] -= mean
+            value += 0.5 * _PENALTY_OF_MEAN * len(parameters[place]) * mean**2
+            gradient[place] += _PENALTY_OF_MEAN * mean
+        return float(value + 0.5 * (penalty * gaps**2).sum()), gradient + penalty * gaps
 
-    return np.asarray(minimize(loss, start, jac=True, method="L-BFGS-B", options={"maxiter": 300}).x)
-
-
-def _log_sums(scores: Floats, number: NDArray[np.int64], count: int) -> tuple[Floats, Floats]:
-    """(log of the sum of exponentials by group, each cell's share of its group)."""
-    highest = np.full(count, -np.inf)
-    np.maximum.at(highest, number, scores)
-    exponentials = np.exp(scores - highest[number])
-    sums = np.bincount(number, exponentials, count)
-    return highest + np.log(sums), exponentials / sums[number]
+    return np.asarray(minimize(loss, start, jac=True, method="L-BFGS-B", options={"maxiter": 300, "ftol": 1e-7}).x)
 
 
 def _penalty(layout: Layout) -> Floats:
@@ -328,7 +384,7 @@ def scores_by_fold(table: Table, fold: NDArray[np.int64], parameters: Floats, as
     Args:
         table: The questions.
         fold: (Q,) Each question's fold.
-        parameters: (FOLDS, F)
+        parameters: (folds, F)
         asked: (Q, M) Whether each member was asked; all where it is None.
     """
     everyone = np.ones(table.answered.shape, bool) if asked is None else asked
@@ -339,7 +395,7 @@ def scores_by_fold(table: Table, fold: NDArray[np.int64], parameters: Floats, as
     return scores
 
 
-def _loss(table: Table, fold: NDArray[np.int64], held_out: Floats) -> float:
+def truth_loss(table: Table, fold: NDArray[np.int64], held_out: Floats) -> float:
     """Mean negative log-likelihood of the truth among the answers in hand, in nats a question."""
     share = probabilities(scores_by_fold(table, fold, held_out))
     return float(-np.log(np.clip((share * table.maybe).sum(1), 1e-12, None)).mean())
@@ -367,15 +423,29 @@ def _propensities(questions: Sequence[Question], layout: Layout) -> Floats:
 
 
 def _calibrations(
-    table: Table, fold: NDArray[np.int64], held_out: Floats, accuracies: Floats, generator: np.random.Generator
+    table: Table,
+    fold: NDArray[np.int64],
+    held_out: Floats,
+    accuracies: Floats,
+    generator: np.random.Generator,
+    *,
+    preferred: int | None,
 ) -> list[Calibrated]:
-    """One calibration for each number of members that answered, all pulled towards the one of all states."""
+    """One calibration for each number of members that answered, all pulled towards the one of all states.
+
+    Where one member's answer is preferred, whatever the others say, it is the class of that answer that is calibrated.
+    """
     q, m = table.answered.shape
     parts: list[tuple[Floats, Floats, NDArray[np.int64]]] = []
     for asked in [np.ones((q, m), bool), *states(generator, q, m, 2 * m)]:
         answered = (table.answered & asked).sum(1)
         scores = scores_by_fold(table, fold, held_out, asked)
-        lead = probabilities(scores)[:, :-1].max(1)
+        if preferred is not None:
+            chosen = (table.share[:, preferred] > 0) & asked[:, [preferred]]
+            lead = _of_class(probabilities(scores)[:, :-1], chosen)
+            scores[:, :-1] += np.where(chosen, 1e6, 0.0)  # it leads
+        else:
+            lead = probabilities(scores)[:, :-1].max(1)
         marks = leading_marks(table, scores, accuracies, asked)
         usable = (answered > 0) & ~np.isnan(marks)
         parts.append((lead[usable], marks[usable], answered[usable]))
@@ -385,19 +455,47 @@ def _calibrations(
     return [calibrate(lead[answered == number], marks[answered == number], pooled) for number in range(1, m + 1)]
 
 
-def _fallback(fitted: Fitted) -> str:
-    """Why the best member is to be preferred to weighing; empty where weighing is shown to gain."""
-    gain = fitted.weighed - best_member_marks(fitted)
-    gain = gain[~np.isnan(gain)]
-    if len(gain) < _LEAST_MARKED:
+def _of_class(shares: Floats, chosen: Bools) -> Floats:
+    """(Q,) the probability of the likeliest chosen class; of the likeliest of all where none is chosen."""
+    result: Floats = np.where(chosen.any(1), np.where(chosen, shares, 0.0).max(1), shares.max(1))
+    return result
+
+
+def _fallback(table: Table, accuracies: Floats, weighed: Floats) -> str:
+    """Why the best member is to be preferred to weighing; empty where weighing is.
+
+    Args:
+        table: The questions.
+        accuracies: (M,)
+        weighed: (Q,) Marks of weighed answers, by weights that have not seen the question; a mean over several splits.
+    """
+    best = int(np.argmax(accuracies))
+    gain, error, n = _paired(weighed, table.mark[:, best])
+    if n < LEAST_MARKED:
         return "the answers that would be returned are not marked often enough to compare weighing with the best member"
-    mean, error = float(gain.mean()), float(gain.std() / np.sqrt(len(gain)))
-    if mean > 0.5 * error:
+    if gain > _SHOWN * error or not _stands_out(table.mark, best):
         return ""
     return (
-        f"on {len(gain)} marked questions weighing differs from the best member by {mean:+.3f} ± {error:.3f}, which "
-        "shows no gain"
+        f"on {n} marked questions weighing differs from the best member by {gain:+.3f} ± {error:.3f}, which "
+        "shows no gain, and that member is clearly better than each of the others"
     )
+
+
+def _stands_out(mark: Floats, best: int) -> bool:
+    """Whether the best member is clearly better than each of the others."""
+    for member in range(mark.shape[1]):
+        lead, error, n = _paired(mark[:, best], mark[:, member])
+        if member != best and n >= LEAST_MARKED and lead < _CLEAR * error:
+            return False
+    return True
+
+
+def _paired(a: Floats, b: Floats) -> tuple[float, float, int]:
+    """(mean of a - b, its standard error, how many) where both are known."""
+    gaps = (a - b)[~np.isnan(a - b)]
+    if not len(gaps):
+        return 0.0, 0.0, 0
+    return float(gaps.mean()), float(gaps.std() / np.sqrt(len(gaps))), len(gaps)
 
 
 def _described(question: Question) -> Any:

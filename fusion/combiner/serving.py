@@ -46,9 +46,14 @@ class ServingCombiner:
         if stamp != self._stamp:
             self._stamp = stamp  # before the wait: other requests go on with the old one meanwhile
             try:
-                self._serving = await asyncio.to_thread(self._load)
-                self.problem = ""
-                logger.info("the combiner is now %s", self._serving.revision)
+                serving = await asyncio.to_thread(self._load)
+                if self._stamp == stamp:  # it may have changed again, and been read again, during the wait
+                    self._serving, self.problem = serving, ""
+                    logger.info("the combiner is now %s", serving.revision)
+            except asyncio.CancelledError:  # this client left; the next request reads the file
+                if self._stamp == stamp:
+                    self._stamp = None
+                raise
             except (MixfuseError, OSError) as error:
                 self.problem = str(error)
                 logger.warning("%s; the combiner read before it keeps serving", error)

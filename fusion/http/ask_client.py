@@ -89,6 +89,9 @@ def show(fusion: dict[str, Any], usage: dict[str, int], console: Console) -> Non
         console.print(Rule("verdicts, both orders", align="left"))
     for verdict in fusion.get("verdicts", []):
         console.print(Text(_verdict_line(verdict, names)))
+    for call in fusion.get("calls", []):
+        if call["stage"] == "verdict" and len((text := call.get("text") or "").split()) > 1:
+            console.print(Text(_safe(f"the judge wrote: {text.strip()}"), style="dim"))
     if debate := fusion.get("debate"):
         ended = debate["stopped"].replace("_", " ")
         console.print(Text(f"debated for {debate['rounds']} rounds; stopped by: {ended}"))
@@ -100,6 +103,12 @@ def show(fusion: dict[str, Any], usage: dict[str, int], console: Console) -> Non
     owner = f"{names[winner]}'s answer: " if winner in names else ""
     reason = str(fusion.get("reason"))
     console.print(Text(f"{owner}{REASONS.get(reason, reason)}."))
+    if problem := fusion.get("error"):
+        console.print(Text(_safe(str(problem)), style="yellow"))
+    if (confidence := fusion.get("confidence")) is not None:
+        stopped = str(fusion.get("stopped")).replace("_", " ")
+        low = ", which is too low" if fusion.get("low_confidence") else ""
+        console.print(Text(f"confidence {confidence:.2f}{low}; no further member was asked: {stopped}"))
     tokens = f"{usage.get('prompt_tokens', 0)} + {usage.get('completion_tokens', 0)} tokens"
     console.print(Text(f"{tokens}, ${fusion.get('cost', 0):.6f}, trace {fusion.get('trace_id')}", style="dim"))
 

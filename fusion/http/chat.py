@@ -6,24 +6,39 @@ A parameter that the gateway does not support is refused by name, never dropped 
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from mixfuse.contracts import strict_yaml
 from mixfuse.contracts.mode_names import FUSED_MODES, MODE_OF_MODEL, MODEL_PREFIX, SINGLE_MODEL_MODE
 from mixfuse.contracts.strict_yaml import Strict
 from mixfuse.fusion.answering import response_format
-from mixfuse.fusion.answering.request import Plan
-from mixfuse.fusion.config import FusionConfig, FusionOptions, Member, ModelConfig
+from mixfuse.fusion.answering.pairwise_judge import FINALISTS
+from mixfuse.fusion.answering.request import MAX_SEED, Plan
+from mixfuse.fusion.config import FusionConfig, FusionOptions, Member, ModelConfig, Modes, refuse_disguised_numbers
+from mixfuse.fusion.http import openrouter
 from mixfuse.fusion.http.statuses import RequestError
 from mixfuse.fusion.messages import Message, images
 from mixfuse.fusion.modes.registry import ending_mode, mode_named
 
-OPENROUTER = "openrouter/fusion"
-"""OpenRouter's name for its Fusion; answered by `merge` if the config allows it."""
-
-_SAMPLING = ("temperature", "top_p", "max_tokens", "max_completion_tokens", "seed", "stop", "response_format")
+_SAMPLING = (
+    "temperature",
+    "top_p",
+    "max_tokens",
+    "max_completion_tokens",
+    "seed",
+    "stop",
+    "response_format",
+    "frequency_penalty",
+    "presence_penalty",
+    "logit_bias",
+    "reasoning_effort",
+    "verbosity",
+    "user",
+    "safety_identifier",
+    "prompt_cache_key",
+)
 _TOOLS = ("tools", "tool_choice", "parallel_tool_calls")
 _LOGPROBS = ("logprobs", "top_logprobs")
 
@@ -32,22 +47,22 @@ _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "n": (1,),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "logit_bias": ({},),
     "modalities": (["text"],),
     "store": (False,),
     "audio": (),
     "prediction": (),
-    "reasoning_effort": (),
     "service_tier": ("auto", "default"),
-    "verbosity": (),
     "web_search_options": (),
 }
-# These concern the request, not the answer.
-_IGNORED = ("user", "safety_identifier", "prompt_cache_key")
 _PARTS = ("text", "image_url")
-_LONGEST_MESSAGE = 500
+# What the official clients add to an earlier answer when they write it out. Thoughts are for the client: they go to no
+# model again, and some endpoints refuse them.
+_OF_ANSWERS = frozenset(
+    {"reasoning_content", "reasoning", "reasoning_details", "thinking", "annotations", "parsed", "fusion"}
+)
+_THOUGHT_PARTS = frozenset({"thinking", "reasoning"})
+LONGEST_MESSAGE = 500
+_MOST_FALLBACKS = 16
 _WITHOUT_TOOLS: tuple[tuple[str, object], ...] = (
     ("tools", []),
     ("tool_choice", "none"),
@@ -122,6 +137,8 @@ class ChatMessage(Strict):
         message: Message = {"role": "system" if self.role == "developer" else self.role, "content": content}
         if self.tool_calls:
             message["tool_calls"] = [call.model_dump() for call in self.tool_calls]
+        if self.name is not None:
+            message["name"] = self.name
         if self.tool_call_id is not None:
             message["tool_call_id"] = self.tool_call_id
         return message
@@ -143,30 +160,27 @@ class Tool(Strict):
     function: FunctionTool
 
 
-class Plugin(Strict):
-    """OpenRouter's plugin `fusion`, as far as the gateway uses it."""
-
-    id: Literal["fusion"]
-    enabled: bool = True
-    preset: str | None = None
-    analysis_models: tuple[str, ...] | None = Field(default=None, min_length=1)
-    model: str | None = None
+Metadata = Annotated[
+    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
+]
+"""OpenAI's `metadata`: notes on the request."""
 
 
 class ChatRequest(BaseModel):
     """The request body, with the supported parameters."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     model: str = Field(min_length=1)
+    models: tuple[str, ...] | None = Field(default=None, min_length=1, max_length=_MOST_FALLBACKS)
     messages: tuple[ChatMessage, ...] = Field(min_length=1)
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, gt=0, le=1)
-    max_tokens: int | None = Field(default=None, ge=1)
-    max_completion_tokens: int | None = Field(default=None, ge=1)
-    seed: int | None = None
+    max_tokens: int | None = Field(default=None, ge=1, le=2**31 - 1)
+    max_completion_tokens: int | None = Field(default=None, ge=1, le=2**31 - 1)
+    seed: int | None = Field(default=None, ge=-(2**63), le=MAX_SEED)
     stop: str | list[str] | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
@@ -174,9 +188,25 @@ class ChatRequest(BaseModel):
     tools: tuple[Tool, ...] | None = None
     tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
-    metadata: Any = None
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
+    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    verbosity: Literal["low", "medium", "high"] | None = None
+    user: str | None = Field(default=None, max_length=512)
+    safety_identifier: str | None = Field(default=None, max_length=512)
+    prompt_cache_key: str | None = Field(default=None, max_length=512)
+    include_reasoning: bool | None = None
+    metadata: Metadata | None = None
     fusion: FusionOptions | None = None
-    plugins: tuple[Plugin, ...] | None = None
+    plugins: tuple[openrouter.Plugin, ...] | None = None
+
+    _numbers = field_validator("*", mode="before")(classmethod(refuse_disguised_numbers))
+
+    @property
+    def plugin(self) -> openrouter.Plugin | None:
+        """OpenRouter's plugin, if there is one that acts."""
+        return next((plugin for plugin in self.plugins or () if plugin.enabled), None)
 
     def sent(self, names: Sequence[str]) -> dict[str, Any]:
         """Returns those of the named parameters that are set, as the members get them."""
@@ -195,7 +225,10 @@ def parse(body: object) -> ChatRequest:
     """
     if not isinstance(body, dict):
         raise RequestError("the request body must be a JSON object", code="invalid_json")
-    fields = {key: value for key, value in body.items() if value is not None and key not in _IGNORED}
+    fields = {key: value for key, value in body.items() if value is not None}
+    fields = openrouter.tool_as_plugin(fields)
+    if "model" not in fields and isinstance(fields.get("models"), list) and fields["models"]:
+        fields["model"] = fields["models"][0]  # OpenRouter's clients name either
     for key, neutral in _UNSUPPORTED.items():
         if key in fields and fields.pop(key) not in neutral:
             raise RequestError(f"{key!r} is not supported here", code="unsupported_parameter", param=key)
@@ -214,17 +247,22 @@ def parse(body: object) -> ChatRequest:
         )
         # The message repeats the wrong value, which may be an image of megabytes.
         raise RequestError(
-            strict_yaml.describe(error, ChatRequest)[:_LONGEST_MESSAGE], code=code, param=location
+            strict_yaml.describe(error, ChatRequest)[:LONGEST_MESSAGE], code=code, param=location
         ) from None
+    if request.top_logprobs is not None and not request.logprobs:
+        raise RequestError("'top_logprobs' needs 'logprobs': true", code="invalid_value", param="top_logprobs")
     for place, message in enumerate(request.messages):
         _check_shape(message, f"messages.{place}")
     return request
 
 
 def _without_nulls(message: object, place: int) -> object:
-    """Removes a message's null fields, which clients send back from `model_dump`; refuses audio and files."""
+    """Removes what clients send back from `model_dump` and no model needs; refuses audio and files."""
     if not isinstance(message, dict):
         return message
+    message = {key: value for key, value in message.items() if value is not None}
+    if message.get("role") == "assistant":
+        message = _as_asked(message)
     parts = message.get("content")
     for part in parts if isinstance(parts, list) else ():
         if isinstance(part, dict) and isinstance(part.get("type"), str) and part["type"] not in _PARTS:
@@ -233,7 +271,38 @@ def _without_nulls(message: object, place: int) -> object:
                 code="unsupported_parameter",
                 param=f"messages.{place}.content",
             )
-    return {key: value for key, value in message.items() if value is not None and (key, value) != ("annotations", [])}
+    return message
+
+
+def _as_asked(message: dict[str, Any]) -> dict[str, Any]:
+    """Returns an earlier answer, as a client's library writes it, in the form in which it is asked about."""
+    message = {key: value for key, value in message.items() if key not in _OF_ANSWERS}
+    refusal = message.pop("refusal", None)
+    if isinstance(content := message.get("content"), list):
+        message["content"] = [
+            {"type": "text", "text": part.get("refusal")}
+            if isinstance(part, dict) and part.get("type") == "refusal"
+            else part
+            for part in content
+            if not (isinstance(part, dict) and part.get("type") in _THOUGHT_PARTS)
+        ]
+    if isinstance(refusal, str) and not message.get("content"):
+        message["content"] = refusal
+    if message.get("tool_calls") == []:
+        del message["tool_calls"]
+    if isinstance(calls := message.get("tool_calls"), list):
+        message["tool_calls"] = [_call_as_asked(call) for call in calls]
+    return message
+
+
+def _call_as_asked(call: object) -> object:
+    """Returns a tool call without its place in a stream and without what a client's library parsed of it."""
+    if not isinstance(call, dict):
+        return call
+    call = {key: value for key, value in call.items() if value is not None and key != "index"}
+    if isinstance(function := call.get("function"), dict):
+        call["function"] = {key: value for key, value in function.items() if key != "parsed_arguments"}
+    return call
 
 
 def _check_shape(message: ChatMessage, place: str) -> None:
@@ -263,38 +332,75 @@ def plan(request: ChatRequest, config: FusionConfig, role_names: list[str]) -> P
     form = _output_format(request)
     options = _options_of_name(request, config)
     if options is None:
-        return _plan_single_model(request, _by_name(request.model, config, role_names), config, messages, form)
+        models = [by_name(name, config, role_names) for name in dict.fromkeys([request.model, *(request.models or ())])]
+        return _plan_single_model(request, models, config, messages, form)
+    if request.models is not None and request.models != (request.model,):
+        raise _unsupported("models", f"'models' are fallbacks of a member or a role, not of {request.model!r}")
     if request.logprobs:
         raise _unsupported("logprobs", "a fused answer has no 'logprobs'")
-    options = (request.fusion or FusionOptions()).over(options)
+    options = _own_options(request).over(options)
     return _FusedPlanner(request, options, config, role_names).plan(messages, form)
+
+
+def missing(options: FusionOptions, config: FusionConfig) -> str | None:
+    """Returns what a mode needs and neither the options nor the config name: "judge" or "synthesizer"; else None."""
+    needed = ending_mode(options.mode or "best_of", options.settings(config.modes)).needs
+    if needed is None:
+        return None
+    return needed if getattr(options, needed) is None and getattr(config, needed) is None else None
 
 
 def _plan_single_model(
     request: ChatRequest,
-    model: Member,
+    models: list[Member],
     config: FusionConfig,
     messages: tuple[Message, ...],
     form: response_format.OutputFormat | None,
 ) -> Plan:
-    options = request.fusion or FusionOptions()
-    if options.model_fields_set - {"expose"}:
-        message = f"'fusion' options other than 'expose' go with a {MODEL_PREFIX}… model or a preset, not with "
+    """Plans a request for one model, with those that answer if it fails."""
+    options = _own_options(request)
+    if options.model_fields_set - {"expose", "cache", "include_reasoning"}:
+        message = (
+            "'fusion' options other than 'expose', 'cache' and 'include_reasoning' go with a "
+            f"{MODEL_PREFIX}… model or a preset, not with "
+        )
         raise _unsupported("fusion", f"{message}{request.model!r}")
     if request.stream and request.logprobs:
         raise _unsupported("logprobs", "'logprobs' are not streamed")
-    if images(messages) and not model.images:
-        raise _unsupported("messages", f"{request.model!r} takes no images (its config does not say `images: true`)")
+    able = tuple(model for model in models if model.images or not images(messages))
+    if not able:
+        names = " and ".join(repr(model.name) for model in models)
+        raise _unsupported("messages", f"{names} take no images (`images: true` in the config says which members do)")
+    skipped = tuple(model.name for model in models if model not in able)
     parameters = request.sent((*_SAMPLING, *_TOOLS, *_LOGPROBS))
     settings = options.settings(config.modes)
-    return Plan(request.model, SINGLE_MODEL_MODE, messages, parameters, (model,), settings, output=form)
+    return Plan(
+        request.model,
+        SINGLE_MODEL_MODE,
+        messages,
+        parameters,
+        able,
+        settings,
+        output=form,
+        skipped=skipped,
+        metadata=request.metadata,
+    )
+
+
+def _own_options(request: ChatRequest) -> FusionOptions:
+    """Returns the request's own options; `include_reasoning` may also stand beside them, as at other gateways."""
+    options = request.fusion or FusionOptions()
+    if request.include_reasoning is None or options.include_reasoning is not None:
+        return options
+    return options.model_copy(update={"include_reasoning": request.include_reasoning})
 
 
 def _options_of_name(request: ChatRequest, config: FusionConfig) -> FusionOptions | None:
     """Returns the options that the model name and the plugins stand for; None if they name no mode or preset."""
     if request.plugins is not None and not config.openrouter_alias:
         raise RequestError(
-            "unknown key 'plugins'; OpenRouter's form of requests is off here (openrouter_alias in the config)",
+            "OpenRouter's form of requests ('plugins', the tool 'openrouter:fusion') is off here; "
+            "the config allows it with openrouter_alias: true",
             code="unknown_parameter",
             param="plugins",
         )
@@ -302,11 +408,11 @@ def _options_of_name(request: ChatRequest, config: FusionConfig) -> FusionOption
         named = FusionOptions(mode=MODE_OF_MODEL[request.model])
     elif request.model in config.presets:
         named = config.presets[request.model].over(FusionOptions(mode="best_of"))
-    elif config.openrouter_alias and request.model == OPENROUTER:
+    elif config.openrouter_alias and request.model == openrouter.MODEL:
         named = FusionOptions(mode="merge")
     else:
         named = None
-    plugin = next((plugin for plugin in request.plugins or () if plugin.enabled), None)
+    plugin = request.plugin
     if plugin is None:
         return named
     # At OpenRouter the requested model writes the answer from the panel's; the plugin's `model` does so if it is set.
@@ -350,8 +456,17 @@ class _FusedPlanner:
             for option in ("target", "prefer", "width", "domain"):
                 if request.fusion is not None and getattr(request.fusion, option) is not None:
                     raise _unsupported(f"fusion.{option}", f"'fusion.{option}' goes with {MODEL_PREFIX}auto only")
+        self._check_caps()
         members, skipped = self._members(with_images=bool(images(messages)))
         candidates = sum(member.samples for member in members)
+        calls = planned_calls(name, candidates, settings)
+        if calls > self.config.caps.calls:
+            raise RequestError(
+                f"this may take {calls} calls; at most {self.config.caps.calls} are allowed here (caps.calls): "
+                "ask for fewer members, samples or rounds",
+                code="invalid_value",
+                param="fusion",
+            )
         if candidates < settings.min_responses:
             raise RequestError(
                 f"{candidates} answers were asked for, but {settings.min_responses} are needed (min_responses)",
@@ -360,19 +475,22 @@ class _FusedPlanner:
             )
         judge = self._model("judge", self.options.judge) or self.config.judge
         synthesizer = self._model("synthesizer", self.options.synthesizer) or self.config.synthesizer
-        if ending.needs is not None and {"judge": judge, "synthesizer": synthesizer}[ending.needs] is None:
-            raise RequestError(f"mode {name!r} needs a {ending.needs}; none is configured", code="mode_unavailable")
+        if needed := missing(self.options, self.config):
+            raise RequestError(f"mode {name!r} needs a {needed}; none is configured", code="mode_unavailable")
         tools = bool(request.tools) and request.tool_choice != "none"
         if tools and not mode.takes_tools and settings.tools == "refuse":
             able = ", ".join(other for other in FUSED_MODES if mode_named(other).takes_tools)
             raise _unsupported("tools", f"'tools' are not supported in mode {name!r} here; use one of: {able}")
+        own = request.fusion
+        if own is not None and own.analysis and ending.needs != "synthesizer":
+            raise _unsupported("fusion.analysis", f"'fusion.analysis' goes with merge, not with {name!r}")
         if settings.cite and ending.cites and form is not None:
             raise _unsupported("response_format", "'cite' marks paragraphs, and JSON has none; drop one of the two")
         return Plan(
             model=request.model,
             mode=name,
             messages=messages,
-            parameters=request.sent((*_SAMPLING, *_TOOLS) if tools or mode.takes_tools else _SAMPLING),
+            parameters=_panel_parameters(request, (*_SAMPLING, *_TOOLS) if tools or mode.takes_tools else _SAMPLING),
             members=members,
             settings=settings,
             judge=judge,
@@ -380,8 +498,25 @@ class _FusedPlanner:
             tools=tools,
             output=form,
             skipped=skipped,
-            domain=self.options.domain or _metadata_domain(request.metadata),
+            domain=self.options.domain or (request.metadata or {}).get("domain"),
+            metadata=request.metadata,
         )
+
+    def _check_caps(self) -> None:
+        """Refuses what the request itself asks for beyond the config's caps; a preset may have more.
+
+        Raises:
+            RequestError: It asks for too much.
+        """
+        caps, own = self.config.caps, self.request.fusion
+        for option, cap in (("samples", caps.samples), ("max_rounds", caps.rounds), ("deadline_ms", caps.deadline_ms)):
+            asked = getattr(own, option) if own is not None else None
+            if asked is not None and asked > cap:
+                raise RequestError(
+                    f"'fusion.{option}' is {asked:g}; at most {cap:g} is allowed here",
+                    code="invalid_value",
+                    param=f"fusion.{option}",
+                )
 
     def _members(self, *, with_images: bool) -> tuple[tuple[Member, ...], tuple[str, ...]]:
         """Returns (the members to ask, the names of those that are skipped because they take no images)."""
@@ -405,7 +540,31 @@ class _FusedPlanner:
         if name not in known:
             message = f"there is no member or role {name!r}; {_near(name, known)}"
             raise RequestError(message, code="unknown_member", param=f"fusion.{task}")
-        return _by_name(name, self.config, self.role_names)
+        return by_name(name, self.config, self.role_names)
+
+
+def planned_calls(mode: str, candidates: int, settings: Modes) -> int:
+    """Returns the most calls that a request takes, retries and hedges aside.
+
+    Args:
+        mode: The mode's name.
+        candidates: The answers that it asks for.
+        settings: How it waits and ends.
+    """
+    debates = mode_named(mode).debates
+    rounds = settings.max_rounds if debates else 0
+    judged = mode == "auto" or ending_mode(mode, settings).needs == "judge"
+    pairs = candidates + 2 if candidates > FINALISTS else candidates * (candidates - 1) // 2
+    return candidates * (1 + rounds) + (2 * pairs if judged else 2)
+
+
+def _panel_parameters(request: ChatRequest, names: Sequence[str]) -> dict[str, Any]:
+    """Returns the parameters of the request, and of OpenRouter's plugin those that the request leaves unset."""
+    own = request.sent(names)
+    below = request.plugin.parameters() if request.plugin else {}
+    if "max_completion_tokens" in own:
+        below.pop("max_tokens", None)
+    return {**below, **own}
 
 
 def _metadata_domain(metadata: Any) -> str | None:
@@ -436,7 +595,7 @@ def _chosen(names: tuple[str, ...], config: FusionConfig) -> tuple[Member, ...]:
     return tuple(member for member in config.members if member.name in names)
 
 
-def _by_name(name: str, config: FusionConfig, role_names: list[str]) -> Member:
+def by_name(name: str, config: FusionConfig, role_names: list[str]) -> Member:
     """Returns a member by its name, with its defaults, or a role by its name, without defaults."""
     for member in config.members:
         if member.name == name:

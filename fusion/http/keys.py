@@ -13,9 +13,11 @@ import os
 import secrets
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
+from datetime import time as clock
 from typing import Literal
 
 from rich.console import Console
@@ -25,9 +27,11 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from mixfuse.contracts.database import Database, opened
 from mixfuse.contracts.errors import MixfuseError
+from mixfuse.fusion.calls.board import Board
 from mixfuse.fusion.calls.failures import CallError
 from mixfuse.fusion.calls.ledger import NOTHING, Budget, Spend
 from mixfuse.fusion.http.key_limits import PERIODS, KeyBudget, Period, RateLimit, first_day
+from mixfuse.fusion.store.traces import Spent
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +42,12 @@ ADMIN_KEY = "MIXFUSE_ADMIN_KEY"
 """The environment variable of the admin key. It is no API key: it opens `/admin`, `/metrics` and all traces."""
 
 _REFRESH_S = 2.0
+# Figures that were read during a commit are read again, so often and after so long.
+_TRIES = 8
+_AGAIN_S = 0.03
+_UNDER_WAY, _COMMITS = 0, 1
+MOST = 2**53
+"""The most that a limit of a key may be; a double and a database column still hold it exactly."""
 
 
 class UnauthorizedError(MixfuseError):
@@ -61,6 +71,7 @@ class ApiKey:
         max_tokens: Tokens it may use in a period; None for no limit.
         period: The period of these limits: a day or a month in UTC, or all time.
         per_minute: Requests a minute; None for no limit.
+        expires_at: When it ends by itself, in seconds since 1970; None for never.
     """
 
     id: str
@@ -72,6 +83,12 @@ class ApiKey:
     max_tokens: int | None
     period: Period
     per_minute: int | None
+    expires_at: float | None = None
+
+    @property
+    def valid(self) -> bool:
+        """Whether it is neither revoked nor expired."""
+        return self.revoked_at is None and (self.expires_at is None or time.time() < self.expires_at)
 
 
 class KeyRing:
@@ -80,15 +97,34 @@ class KeyRing:
     Args:
         database: The database of the keys.
         mode: Whether a request needs a key: "auto" if there is any key, a revoked one included.
+        priced: Whether a model has a price; without one a budget in dollars limits nothing, which is logged.
+        board: Shares budgets and rates with other processes.
+
+    Attributes:
+        unlimited: The names of the valid keys whose budget in dollars limits nothing.
     """
 
-    def __init__(self, database: Database, mode: Literal["auto", "required", "off"]) -> None:
-        self._database, self._mode = database, mode
+    def __init__(
+        self,
+        database: Database,
+        mode: Literal["auto", "required", "off"],
+        *,
+        priced: bool = True,
+        board: Board | None = None,
+    ) -> None:
+        self._database, self._mode, self._priced = database, mode, priced
+        self.unlimited: list[str] = []
+        self._board = board or Board()
+        # Each worker's own: whether it is committing spending, and how often it has.
+        self._commits = self._board.row("commits")
         self._keys: dict[str, ApiKey] = {}
         self._budgets: dict[str, KeyBudget] = {}
         self._rates: dict[str, RateLimit] = {}
         self._refreshing: asyncio.Task[None] | None = None
-        self._take(*database.run_now(_read))
+        before = self._seen()
+        keys, usage = database.run_now(_read)
+        self._take(keys)
+        self._rebase(usage, before)
 
     @property
     def needed(self) -> bool:
@@ -119,6 +155,8 @@ class KeyRing:
         key = self._keys.get(_sha256(secret.strip())) if scheme.lower() == "bearer" else None
         if key is None or key.revoked_at is not None:
             raise UnauthorizedError
+        if not key.valid:
+            raise UnauthorizedError("this API key has expired; ask for a new one")
         return key
 
     def admit(self, key: ApiKey) -> Budget:
@@ -128,7 +166,9 @@ class KeyRing:
             CallError: Too many requests in the last minute (`rate_limited`), or the budget is spent (`budget`).
         """
         if key.per_minute is not None:
-            rate = self._rates.setdefault(key.id, RateLimit(key.per_minute))
+            rate = self._rates.get(key.id)
+            if rate is None or rate.per_minute != key.per_minute:
+                rate = self._rates[key.id] = RateLimit(key.per_minute, key.id, self._board)
             wait_s = rate.take()
             if wait_s > 0:
                 raise CallError(
@@ -143,15 +183,40 @@ class KeyRing:
             raise CallError("budget", f"{budget.name}: {budget.describe()} taken")
         return budget
 
-    def committed(self, key_id: str, spend: Spend) -> None:
-        """Notes that the spending of a request with this key is in the database."""
-        if key_id in self._budgets:
-            self._budgets[key_id].committed(spend)
+    @contextmanager
+    def committing(self) -> Iterator[None]:
+        """Within the block spending is written to the database and `committed` is told of it.
+
+        Meanwhile no process takes over the database's figures: they may hold that spending already, or not yet.
+        """
+        with self._board.locked():
+            self._commits.set_own(_UNDER_WAY, 1)
+        try:
+            yield
+        finally:
+            with self._board.locked():
+                self._commits.set_own(_COMMITS, self._commits.own(_COMMITS) + 1)
+                self._commits.set_own(_UNDER_WAY, 0)
+
+    def committed(self, spent: Spent) -> None:
+        """Notes that the spending of a request with a key is in the database."""
+        if spent.key_id in self._budgets:
+            self._budgets[spent.key_id].committed(spent.spend, spent.day)
+
+    def adopt(self, left_behind: Sequence[Spent]) -> None:
+        """Takes the place of a killed process: counts the spending that it had not committed."""
+        with self._board.locked():
+            self._board.clear_own()
+            for spent in left_behind:
+                if spent.key_id in self._budgets:
+                    self._budgets[spent.key_id].adopt(spent.spend, spent.day)
 
     def _budget(self, key: ApiKey) -> KeyBudget:
         budget = self._budgets.get(key.id)
         if budget is None or budget.since != first_day(key.period):
-            budget = KeyBudget(key.name, key.period, max_cost=key.max_cost, max_tokens=key.max_tokens)
+            budget = KeyBudget(
+                key.id, key.name, key.period, max_cost=key.max_cost, max_tokens=key.max_tokens, board=self._board
+            )
             self._budgets[key.id] = budget
         return budget
 
@@ -159,17 +224,41 @@ class KeyRing:
         while True:
             await asyncio.sleep(_REFRESH_S)
             try:
-                # The database has one thread: whatever it committed before this read has been noted by then.
-                self._take(*await self._database.run(_read))
+                for _ in range(_TRIES):
+                    before = self._seen()
+                    keys, usage = await self._database.run(_read)
+                    self._take(keys)
+                    if self._rebase(usage, before):
+                        break
+                    await asyncio.sleep(_AGAIN_S)
             except SQLAlchemyError:
                 logger.warning("the API keys could not be read again; the last known ones are kept", exc_info=True)
 
-    def _take(self, keys: Sequence[ApiKey], usage: dict[str, dict[Period, Spend]]) -> None:
+    def _take(self, keys: Sequence[ApiKey]) -> None:
         self._keys = {key.sha256: key for key in keys}
-        for key in keys:
-            if key.id in self._rates and self._rates[key.id].per_minute != key.per_minute:
-                del self._rates[key.id]
-            self._budget(key).rebase(usage.get(key.id, {}).get(key.period, NOTHING))
+        if not self._priced and self._mode != "off":
+            known = set(self.unlimited)
+            self.unlimited = [key.name for key in keys if key.max_cost is not None and key.revoked_at is None]
+            for name in [name for name in self.unlimited if name not in known]:
+                logger.warning(
+                    "API key %r has a budget in dollars, and no model has a `price`: it limits nothing; "
+                    "name the prices in the config, or limit tokens (mixfuse keys add --tokens)",
+                    name,
+                )
+
+    def _seen(self) -> tuple[list[float], list[float]]:
+        """Returns which workers are committing, and how often each has."""
+        return self._commits.of_all(_UNDER_WAY), self._commits.of_all(_COMMITS)
+
+    def _rebase(self, usage: dict[str, dict[Period, Spend]], before: tuple[list[float], list[float]]) -> bool:
+        """Takes over the database's figures, unless a worker was committing while they were read; returns whether."""
+        budgets = [(self._budget(key), key) for key in self._keys.values() if key.revoked_at is None]
+        with self._board.locked():
+            if any(before[0]) or before != self._seen():
+                return False
+            for budget, key in budgets:
+                budget.rebase(usage.get(key.id, {}).get(key.period, NOTHING))
+        return True
 
 
 def is_admin(authorization: str | None) -> bool:
@@ -187,6 +276,7 @@ def create(
     max_tokens: int | None = None,
     period: Period = "month",
     per_minute: int | None = None,
+    last_day: date | None = None,
 ) -> tuple[ApiKey, str]:
     """Adds a key.
 
@@ -194,13 +284,18 @@ def create(
         The key and its secret. The secret is stored nowhere.
 
     Raises:
-        MixfuseError: The name is taken or empty, or a limit is not positive.
+        MixfuseError: The name is taken or empty, a limit is not a positive number, or the last day (UTC) is over.
     """
     if not name.strip():
         raise MixfuseError("a key needs a name")
+    if not name.isprintable():
+        raise MixfuseError(f"the name of a key has characters that cannot be printed: {name!r}")
     for what, limit in (("budget", max_cost), ("token budget", max_tokens), ("rate", per_minute)):
-        if limit is not None and limit <= 0:
-            raise MixfuseError(f"the {what} of a key must be more than 0, not {limit}")
+        if limit is not None and not 0 < limit <= MOST:  # NaN compares false
+            raise MixfuseError(f"the {what} of a key must be more than 0 and at most {MOST}, not {limit}")
+    if last_day is not None and last_day < datetime.now(UTC).date():
+        raise MixfuseError(f"the key would have expired already: {last_day} is over (UTC)")
+    end = None if last_day is None else datetime.combine(last_day, clock.max, UTC).timestamp()
     secret = PREFIX + secrets.token_urlsafe(32)
     key = ApiKey(
         id=f"key-{uuid.uuid4().hex[:12]}",
@@ -212,11 +307,11 @@ def create(
         max_tokens=max_tokens,
         period=period,
         per_minute=per_minute,
+        expires_at=end,
     )
 
     def insert(connection: Connection) -> None:
-        taken = text("SELECT 1 FROM api_keys WHERE name = :name AND revoked_at IS NULL")
-        if connection.execute(taken, {"name": name}).scalar():
+        if any(known.name == name and known.valid for known in _read(connection)[0]):
             raise MixfuseError(f"there is a key called {name!r} already; revoke it first, or choose another name")
         names = [column.name for column in fields(ApiKey)]
         columns, values = ", ".join(names), ", ".join(f":{name}" for name in names)
@@ -241,7 +336,7 @@ def revoke(database: Database, name: str) -> ApiKey:
 
     def end(connection: Connection) -> ApiKey:
         keys, _ = _read(connection)
-        key = next((key for key in keys if name in (key.name, key.id) and key.revoked_at is None), None)
+        key = next((key for key in keys if name in (key.name, key.id) and key.valid), None)
         if key is None:
             raise MixfuseError(f"there is no valid key {name!r}; `mixfuse keys list` shows them")
         connection.execute(
@@ -267,9 +362,17 @@ def show(database: Database) -> None:
             f"{' and '.join(limits)} a {key.period}" if limits else "-",
             f"${used.cost:.6g}, {used.tokens} tokens",
             str(key.per_minute or "-"),
-            "" if key.revoked_at is None else "revoked",
+            _state(key),
         )
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)
+
+
+def _state(key: ApiKey) -> str:
+    if key.revoked_at is not None:
+        return "revoked"
+    if key.expires_at is None:
+        return ""
+    return f"{'until' if key.valid else 'expired'} {datetime.fromtimestamp(key.expires_at, UTC).date()}"
 
 
 def _read(connection: Connection) -> tuple[list[ApiKey], dict[str, dict[Period, Spend]]]:

@@ -7,6 +7,7 @@ from mixfuse.contracts.errors import MixfuseError
 from mixfuse.fusion.answering.request import TooFewAnswersError
 
 STATUS_OF_KIND: dict[str, int] = {
+    "bad_request": 400,
     "context_length": 400,
     "invalid_request_error": 400,
     "refused": 400,
@@ -14,6 +15,7 @@ STATUS_OF_KIND: dict[str, int] = {
     "budget": 402,
     "role": 404,
     "conflict": 409,
+    "trace_unreadable": 422,
     "low_confidence": 422,
     "queue_full": 429,
     "rate_limited": 429,
@@ -33,6 +35,7 @@ OpenAI's own clients repeat a request on 429 and 5xx. A spent budget is therefor
 does not help.
 """
 
+_OF_THE_REQUEST = frozenset({"bad_request", "context_length", "refused"})
 _OVERLOADED = frozenset({"rate_limited", "queue_full"})
 
 
@@ -62,7 +65,17 @@ def status_of(error: MixfuseError, *, otherwise: int = 500) -> int:
         return error.status
     if isinstance(error, TooFewAnswersError) and all(failure.type in _OVERLOADED for failure in error.failures):
         return 429  # nothing is broken, there is too much to do
+    if isinstance(error, TooFewAnswersError) and all(failure.type in _OF_THE_REQUEST for failure in error.failures):
+        return 400  # it would fail again
     return STATUS_OF_KIND.get(error.kind, otherwise)
+
+
+def without_names(error: MixfuseError) -> MixfuseError:
+    """Returns a failure without the members' names and what they said, for a client to whom nothing is exposed."""
+    if not isinstance(error, TooFewAnswersError):
+        return error
+    kind = {429: "rate_limited", 400: "bad_request"}.get(status_of(error), error.kind)
+    return MixfuseError(error.summary, kind=kind)
 
 
 def error_headers(error: MixfuseError) -> dict[str, str]:
@@ -79,7 +92,7 @@ def error_body(error: MixfuseError) -> dict[str, Any]:
         "message": str(error),
         "type": error.kind,
         "param": error.param if isinstance(error, RequestError) else None,
-        "code": error.code if isinstance(error, RequestError) else error.kind,
+        "code": getattr(error, "code", None) or error.kind,
     }
     if isinstance(error, TooFewAnswersError):
         body["failed"] = [vars(failure) for failure in error.failures]

@@ -7,7 +7,7 @@ import asyncio
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,7 +69,7 @@ class CollectReport:
 
 def collect_answers(
     config: FusionConfig,
-    url: str | None,
+    server: Target,
     tasks: TaskSet[AnyTask],
     sampling: Sampling,
     out: Path,
@@ -77,14 +77,14 @@ def collect_answers(
     samples: int,
     concurrency: int,
 ) -> CollectReport:
-    """Collects as `collect` does, with the pool's roles reached at the gateway `url`, and prints the report.
+    """Collects as `collect` does, with the pool's roles reached at a running server, and prints the report.
 
     Raises:
         MixfuseError: As `collect`.
     """
-    roles = None if url is None else Target(url).v1
+    roles = HttpRoles(server.v1, server.key)
     report = asyncio.run(collect(config, roles, tasks, sampling, out, samples=samples, concurrency=concurrency))
-    console = Console()
+    console = Console(markup=False, emoji=False)
     for line in report.lines():
         console.print(line, markup=False)
     return report
@@ -92,7 +92,7 @@ def collect_answers(
 
 async def collect(
     config: FusionConfig,
-    roles: RoleSource | str | None,
+    roles: RoleSource | None,
     tasks: TaskSet[AnyTask],
     sampling: Sampling,
     out: Path,
@@ -109,17 +109,18 @@ async def collect(
 
     Args:
         config: The pool.
-        roles: Where members that are roles are served: a role table, or the URL of a running gateway (`…/v1`).
+        roles: Where members that are roles are served: a role table, or a running gateway; None: none is.
         tasks: The questions, and how answers are checked.
         sampling: Sent with every call.
         out: The file to write, one JSON object a line in the tasks' order:
-            `{id, prompt, reference, responses: [{model, text, correct}]}`.
+            `{id, prompt, reference, domain?, responses: [{model, text, correct}]}`.
         samples: Answers of each member to each task.
         concurrency: Calls in flight at once.
         progress: Show a bar on stderr.
 
     Raises:
-        MixfuseError: `out` exists, `OUT.partial` has other settings, or a task was answered by no member.
+        MixfuseError: `out` exists, `OUT.partial` has other settings, no member can be reached, or a task was
+            answered by no member.
     """
     if not tasks.tasks:
         raise MixfuseError("there are no tasks to collect answers to")
@@ -128,15 +129,17 @@ async def collect(
     # A batch job tries every question; a member's circuit breaker would skip the questions after a bad spell.
     pool_members = [member.model_copy(update={"breaker": None}) for member in config.members]
     unanswered: list[dict[str, Any]] = []
+    unreachable: dict[str, None] = {}
     slots = asyncio.Semaphore(concurrency)
-    source = HttpRoles(roles) if isinstance(roles, str) else roles
     settings = {"members": members, "samples": samples, **sampling.parameters()}
     with _partial(out, settings) as (finished, stream), progress_bar(progress) as bar:
         report.resumed = sum(task.id in finished for task in tasks.tasks)
         bar_task = bar.add_task("pool answers", total=len(tasks.tasks), completed=report.resumed)
 
         async def answer(pool: Pool, task: AnyTask) -> None:
-            replies = await _replies(pool, pool_members, task.prompt, sampling, samples=samples, slots=slots)
+            replies = await _replies(
+                pool, pool_members, task.prompt, sampling, samples=samples, slots=slots, given_up=unreachable
+            )
             row = _row(task, replies, tasks.verify)
             if row["responses"]:
                 finished[task.id] = row
@@ -144,20 +147,25 @@ async def collect(
                 stream.flush()
             else:
                 unanswered.append(row)
+                if not unreachable and all(failure["type"] == "unreachable" for failure in row["failed"]):
+                    unreachable.update(_reasons(row))
             bar.advance(bar_task)
 
-        async with Pool(source) as pool, asyncio.TaskGroup() as group:
+        async with Pool(roles) as pool, asyncio.TaskGroup() as group:
             for task in tasks.tasks:
                 if task.id not in finished:
                     group.create_task(answer(pool, task))
+    if unreachable:
+        raise MixfuseError(
+            f"no member of the pool can be reached ({'; '.join(unreachable)}): is the server running, and is its "
+            "address (--url) right? Run again to continue",
+            kind="unreachable",
+        )
     if unanswered:
         first = unanswered[0]
-        reasons = "; ".join(
-            f"{failure['model']}: {failure['type']} ({failure['message']})" for failure in first["failed"]
-        )
         raise MixfuseError(
             f"{len(unanswered)} of {len(tasks.tasks)} tasks were answered by no member, {first['id']} because of "
-            f"{reasons}; run again to continue",
+            f"{'; '.join(_reasons(first))}; run again to continue",
             kind="too_few_answers",
         )
     rows = [finished[task.id] for task in tasks.tasks]
@@ -176,11 +184,14 @@ async def _replies(
     *,
     samples: int,
     slots: asyncio.Semaphore,
+    given_up: Sized,
 ) -> list[tuple[str, str | CallError]]:
-    """(member, its answer or its failure), `samples` of each member."""
+    """(member, its answer or its failure), `samples` of each member; once `given_up` holds something, none is asked."""
 
     async def ask(member: Member, sample: int) -> str | CallError:
         async with slots:
+            if given_up:  # the next thousand calls would not reach the pool either
+                return CallError("unreachable", "not asked, since the pool cannot be reached")
             try:
                 reply = await pool.ask(
                     member,
@@ -208,8 +219,17 @@ def _row(
             failed.append({"model": member, "type": reply.kind, "message": str(reply)})
         else:
             responses.append({"model": member, "text": reply, "correct": verify(task, reply)})
-    row = {"id": task.id, "prompt": task.prompt, "reference": task.reference, "responses": responses}
+    known = {} if task.domain is None else {"domain": task.domain}
+    row = {"id": task.id, "prompt": task.prompt, "reference": task.reference, **known, "responses": responses}
     return {**row, "failed": failed} if failed else row
+
+
+def _reasons(row: dict[str, Any]) -> dict[str, None]:
+    """Why no member answered a row, each reason once: a member's samples fail alike, as do roles of one server."""
+    members: dict[str, list[str]] = {}
+    for failure in row["failed"]:
+        members.setdefault(f"{failure['type']} ({failure['message']})", []).append(failure["model"])
+    return dict.fromkeys(f"{', '.join(dict.fromkeys(names))}: {reason}" for reason, names in members.items())
 
 
 def _partial_path(out: Path) -> Path:

@@ -5,9 +5,11 @@ The weights and policies are followed exactly as a gateway follows them: by `art
 
 import math
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
+
+import numpy as np
 
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.extras import needs_extra
@@ -18,6 +20,9 @@ from mixfuse.fusion.combiner.evidence import UNREAD, Answer, Question
 from mixfuse.fusion.measure.statistics import Difference, Estimate, difference
 
 _ECE_BINS = 10
+
+Weighed = tuple[Weighing, list[int]]
+"""A weighing of some members' answers, and the places of those answers in the question."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,7 @@ class Figures:
         difference: `weighed` minus the best member, paired.
         majority_difference: `weighed` minus `majority`, paired.
         ece: Expected calibration error of the confidences with every member asked, 10 equal bins.
+        ece_chance: What perfectly honest confidences would show there on so few questions.
         members: Each member's share of right answers.
         fallback: Why the best member is returned whatever the others say, where that is so.
         curve: Accuracy over cost, by target.
@@ -72,6 +78,7 @@ class Figures:
     difference: Difference
     majority_difference: Difference
     ece: float
+    ece_chance: float
     members: dict[str, float]
     fallback: str
     curve: list[CurvePoint]
@@ -85,6 +92,56 @@ class Figures:
             "majority_difference": self.majority_difference.to_json(),
             "curve": [asdict(point) for point in self.curve],
         }
+
+
+@dataclass(frozen=True)
+class Marks:
+    """What each way to choose an answer gets, question by question: 1 for a right answer, 0 for a wrong one.
+
+    Attributes:
+        keys: The questions' ids.
+        domains: Their domains, None where there is none.
+        members: Member → its marks; of several answers to one question their mean.
+        best_member: The member that was right most often on the questions the combiner was fitted to.
+        majority: As in `Figures`; so are `naive` and `weighed`.
+        confidence: In the weighed answer.
+        some: Some member's answer is right.
+    """
+
+    keys: list[str]
+    domains: list[str | None]
+    members: dict[str, list[float]]
+    best_member: str
+    majority: list[float]
+    naive: list[float]
+    weighed: list[float]
+    confidence: list[float]
+    some: list[float]
+
+    @property
+    def best(self) -> list[float]:
+        """The best member's marks."""
+        return self.members[self.best_member]
+
+    def figures(self, fallback: str, curve: list[CurvePoint]) -> Figures:
+        """The figures of these marks."""
+        return Figures(
+            n=len(self.keys),
+            best_member=self.best_member,
+            best_member_accuracy=_mean(self.best),
+            majority=_mean(self.majority),
+            naive=_mean(self.naive),
+            weighed=_mean(self.weighed),
+            oracle=_mean(self.some),
+            all_fail=clopper_pearson(len(self.some) - int(sum(self.some)), len(self.some)),
+            difference=difference(self.keys, self.weighed, self.best),
+            majority_difference=difference(self.keys, self.weighed, self.majority),
+            ece=expected_calibration_error(self.confidence, self.weighed),
+            ece_chance=chance_calibration_error(self.confidence),
+            members={name: _mean(marks) for name, marks in self.members.items()},
+            fallback=fallback,
+            curve=curve,
+        )
 
 
 @dataclass(frozen=True)
@@ -116,36 +173,77 @@ def replay(combiner: Combiner, questions: Sequence[Question]) -> Figures:
     Raises:
         MixfuseError: No question is marked throughout.
     """
-    usable = [question for question in questions if _complete(combiner, question)]
+    usable = with_domains(combiner, complete(combiner.members, questions))
+    return marks(combiner, usable).figures(combiner.fallback, curve(combiner, usable))
+
+
+def with_domains(combiner: Combiner, questions: Sequence[Question]) -> list[Question]:
+    """The questions, each without a domain with the one that the combiner reads in its prompt, as a gateway does."""
+    return [
+        replace(question, domain=combiner.domain_of(question.prompt)) if question.domain is None else question
+        for question in questions
+    ]
+
+
+def complete(members: Collection[str], questions: Sequence[Question]) -> list[Question]:
+    """The questions in which every member answered and every answer of theirs is marked.
+
+    Raises:
+        MixfuseError: There are none.
+    """
+    usable = [question for question in questions if is_complete(members, question)]
     if not usable:
         raise MixfuseError(
-            "no question has a marked answer of every member of the combiner "
-            f"({', '.join(combiner.members)}); mark the answers with `correct`"
+            f"no question has a marked answer of every member ({', '.join(members)}), so they cannot be compared; mark "
+            "answers with `correct`, and have all members answer some questions (`pool collect`, or `explore` of the "
+            "mode auto)"
         )
-    best = [_member_mark(question, combiner.best_member) for question in usable]
-    weighings = [weigh_all(combiner, question) for question in usable]
-    weighed = [_mark(question, weighing.leader) for question, weighing in zip(usable, weighings, strict=True)]
-    majority = [_vote(combiner, question, dict.fromkeys(combiner.members, 1.0)) for question in usable]
+    return usable
+
+
+def is_complete(members: Collection[str], question: Question) -> bool:
+    """Whether every member answered a question and every answer of theirs is marked."""
+    own = [answer for answer in question.answers if answer.member in members]
+    return all(answer.right is not None for answer in own) and {answer.member for answer in own} == set(members)
+
+
+def marks(combiner: Combiner, questions: Sequence[Question]) -> Marks:
+    """The marks of every way to choose an answer, on complete questions (`complete`)."""
+    weighings = [weigh_all(combiner, question) for question in questions]
     log_odds = {name: _log_odds(member.accuracy) for name, member in combiner.members.items()}
-    naive = [_vote(combiner, question, log_odds) for question in usable]
-    some = [float(any(answer.right for answer in _own(combiner, question))) for question in usable]
-    keys = [question.id for question in usable]
-    return Figures(
-        n=len(usable),
+    return Marks(
+        keys=[question.group for question in questions],
+        domains=[question.domain for question in questions],
+        members={name: [_member_mark(question, name) for question in questions] for name in combiner.members},
         best_member=combiner.best_member,
-        best_member_accuracy=_mean(best),
-        majority=_mean(majority),
-        naive=_mean(naive),
-        weighed=_mean(weighed),
-        oracle=_mean(some),
-        all_fail=clopper_pearson(len(some) - int(sum(some)), len(some)),
-        difference=difference(keys, weighed, best),
-        majority_difference=difference(keys, weighed, majority),
-        ece=expected_calibration_error([weighing.confidence for weighing in weighings], weighed),
-        members={name: _mean([_member_mark(question, name) for question in usable]) for name in combiner.members},
-        fallback=combiner.fallback,
-        curve=[_point(combiner, policy, usable) for policy in combiner.policies],
+        majority=[_vote(combiner, question, dict.fromkeys(combiner.members, 1.0)) for question in questions],
+        naive=[_vote(combiner, question, log_odds) for question in questions],
+        weighed=[_mark(combiner, row, weighing) for row, weighing in zip(questions, weighings, strict=True)],
+        confidence=[weighing.confidence for weighing in weighings],
+        some=[float(any(answer.right for answer in _own(combiner, question))) for question in questions],
     )
+
+
+def among(combiner: Combiner, questions: Sequence[Question], members: Sequence[str]) -> list[float]:
+    """The marks of the weighed answers where some members only were asked."""
+    results = []
+    for question in questions:
+        weighing, places = _weigh_some(combiner, question, tuple(members))
+        results.append(float(bool(question.answers[places[weighing.leader]].right)))
+    return results
+
+
+def curve(combiner: Combiner, questions: Sequence[Question]) -> list[CurvePoint]:
+    """What each of the combiner's policies reaches on complete questions."""
+    price = combiner.members[combiner.best_member].price
+    alone = _mean(
+        [price * sum(answer.member == combiner.best_member for answer in question.answers) for question in questions]
+    )
+    results: list[list[Asked]] = []  # question, policy
+    for question in questions:
+        known: dict[frozenset[str], Weighed] = {}
+        results.append([ask(combiner, policy, question, known) for policy in combiner.policies])
+    return [_point(policy, [row[number] for row in results], alone) for number, policy in enumerate(combiner.policies)]
 
 
 def weigh_all(combiner: Combiner, question: Question) -> Weighing:
@@ -153,15 +251,28 @@ def weigh_all(combiner: Combiner, question: Question) -> Weighing:
     return _weigh_some(combiner, question, tuple(combiner.members))[0]
 
 
-def ask(combiner: Combiner, policy: Policy, question: Question) -> Asked:
-    """Follows a policy on one recorded question."""
+def ask(
+    combiner: Combiner, policy: Policy, question: Question, known: dict[frozenset[str], Weighed] | None = None
+) -> Asked:
+    """Follows a policy on one recorded question.
+
+    Args:
+        combiner: That weighs.
+        policy: One of its own.
+        question: With the answers of members that may be asked.
+        known: What is kept from one policy to the next: members → the weighing of their answers.
+    """
+    known = {} if known is None else known
     members: list[str] = []
     weighing, confidence, cost, places = None, 0.0, 0.0, list[int]()
-    while (name := next_member(combiner, policy, members, confidence)) is not None:
+    while (name := next_member(combiner, policy, members, confidence, question.domain)) is not None:
         members.append(name)
         cost += combiner.members[name].price * sum(answer.member == name for answer in question.answers)
         if any(answer.member in members for answer in question.answers):
-            weighing, places = _weigh_some(combiner, question, tuple(members))
+            key = frozenset(members)
+            if key not in known:
+                known[key] = _weigh_some(combiner, question, tuple(members))
+            weighing, places = known[key]
             confidence = weighing.confidence
     right = weighing is not None and bool(question.answers[places[weighing.leader]].right)
     sure = policy.calibration(confidence) if weighing is not None else 0.0
@@ -177,20 +288,58 @@ def clopper_pearson(count: int, n: int) -> Estimate:
     return Estimate(count / n, float(low), float(high))
 
 
-def expected_calibration_error(confidences: Sequence[float], marks: Sequence[float]) -> float:
-    """Mean distance between confidence and share of right answers, over 10 equal bins weighed by their answers."""
-    bins: dict[int, list[float]] = {}
+@dataclass(frozen=True)
+class Bin:
+    """Answers of like confidence.
+
+    Attributes:
+        low: The least confidence in the bin.
+        high: The most.
+        n: Its answers.
+        confidence: Their mean confidence.
+        accuracy: The share of them that are right.
+    """
+
+    low: float
+    high: float
+    n: int
+    confidence: float
+    accuracy: float
+
+
+def reliability(confidences: Sequence[float], marks: Sequence[float]) -> list[Bin]:
+    """Confidence beside the share of right answers, in those of 10 equal bins that hold answers."""
+    bins: dict[int, list[tuple[float, float]]] = {}
     for confidence, mark in zip(confidences, marks, strict=True):
-        bins.setdefault(min(_ECE_BINS - 1, int(confidence * _ECE_BINS)), []).append(confidence - mark)
-    return sum(abs(sum(gaps)) for gaps in bins.values()) / max(1, len(marks))
+        bins.setdefault(min(_ECE_BINS - 1, int(confidence * _ECE_BINS)), []).append((confidence, mark))
+    return [
+        Bin(
+            number / _ECE_BINS,
+            (number + 1) / _ECE_BINS,
+            len(rows),
+            _mean([confidence for confidence, _ in rows]),
+            _mean([mark for _, mark in rows]),
+        )
+        for number, rows in sorted(bins.items())
+    ]
 
 
-def _point(combiner: Combiner, policy: Policy, questions: Sequence[Question]) -> CurvePoint:
-    results = [ask(combiner, policy, question) for question in questions]
-    price = combiner.members[combiner.best_member].price
-    alone = _mean(
-        [price * sum(answer.member == combiner.best_member for answer in question.answers) for question in questions]
-    )
+def expected_calibration_error(confidences: Sequence[float], marks: Sequence[float]) -> float:
+    """Mean distance between confidence and share of right answers, over the bins weighed by their answers."""
+    bins = reliability(confidences, marks)
+    return sum(bin_.n * abs(bin_.confidence - bin_.accuracy) for bin_ in bins) / max(1, len(marks))
+
+
+def chance_calibration_error(confidences: Sequence[float], draws: int = 200) -> float:
+    """What perfectly honest confidences would show as their calibration error on so few answers: a mean over draws."""
+    values = np.asarray(confidences, float)
+    bins = np.minimum(_ECE_BINS - 1, (values * _ECE_BINS).astype(int))
+    gaps = values - (np.random.default_rng(0).random((draws, len(values))) < values)
+    of_bin = gaps @ (bins[:, None] == np.arange(_ECE_BINS))  # (draws, bins)
+    return float(np.abs(of_bin).sum(1).mean() / max(1, len(values)))
+
+
+def _point(policy: Policy, results: Sequence[Asked], alone: float) -> CurvePoint:
     marks = [float(result.right) for result in results]
     return CurvePoint(
         target=policy.target,
@@ -201,8 +350,7 @@ def _point(combiner: Combiner, policy: Policy, questions: Sequence[Question]) ->
     )
 
 
-def _weigh_some(combiner: Combiner, question: Question, members: tuple[str, ...]) -> tuple[Weighing, list[int]]:
-    """The weighing of some members' answers, and the places of those answers in the question."""
+def _weigh_some(combiner: Combiner, question: Question, members: tuple[str, ...]) -> Weighed:
     places = [place for place, answer in enumerate(question.answers) if answer.member in members]
     number = {place: index for index, place in enumerate(places)}
     comparisons = [
@@ -214,20 +362,13 @@ def _weigh_some(combiner: Combiner, question: Question, members: tuple[str, ...]
     return weigh(combiner, answers, domain=question.domain, comparisons=comparisons), places
 
 
-def _complete(combiner: Combiner, question: Question) -> bool:
-    """Whether every member answered and every answer is marked."""
-    own = _own(combiner, question)
-    marked = all(answer.right is not None for answer in own)
-    return marked and {answer.member for answer in own} == set(combiner.members)
-
-
 def _own(combiner: Combiner, question: Question) -> list[Answer]:
     return [answer for answer in question.answers if answer.member in combiner.members]
 
 
-def _mark(question: Question, leader: int) -> float:
-    """The mark of the answer at a place among the answers in hand; here all of them are."""
-    return float(bool(question.answers[leader].right))
+def _mark(combiner: Combiner, question: Question, weighing: Weighing) -> float:
+    """The mark of the answer that a weighing of all the combiner's members returns."""
+    return float(bool(_own(combiner, question)[weighing.leader].right))
 
 
 def _member_mark(question: Question, name: str) -> float:

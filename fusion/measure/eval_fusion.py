@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import aiohttp
 
 from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.files import sha256_file
 from mixfuse.contracts.mode_names import FUSED_MODES, model_name
 from mixfuse.contracts.progress import bar as progress_bar
 from mixfuse.contracts.tasks import AnyTask, TaskSet
@@ -103,6 +104,7 @@ async def evaluate(
             await ask_all(
                 [_Arm(f"member {member.name}", member.name, {}, member.samples) for member in members], tasks.tasks
             )
+            priors = accuracies(config, TaskSet(choosing or reported, tasks.verify), answers)
             best = best_member(config, TaskSet(choosing or reported, tasks.verify), answers)
             arms = [_Arm(mode, model_name(mode), {}) for mode in design.modes]
             if has_self_fusion:
@@ -110,7 +112,16 @@ async def evaluate(
                 arms += [_Arm(f"self {mode}", model_name(mode), only_best) for mode in design.modes]
             await ask_all(arms, reported)
     reported_set = TaskSet(reported, tasks.verify)
-    figures = report(reported_set, answers, config, design.modes, best=best, chosen_on=len(choosing), same=design.same)
+    figures = report(
+        reported_set,
+        answers,
+        config,
+        design.modes,
+        best=best,
+        chosen_on=len(choosing),
+        same=design.same,
+        priors=priors,
+    )
     return figures, answers
 
 
@@ -133,13 +144,23 @@ def split(tasks: Sequence[AnyTask], choose_share: float) -> tuple[list[AnyTask],
     return [task for task in tasks if task.id in chosen], [task for task in tasks if task.id not in chosen]
 
 
+def accuracies(config: FusionConfig, tasks: TaskSet[AnyTask], answers: Answers) -> dict[str, float]:
+    """Each member's share of right answers."""
+    shares = {}
+    for member in config.members:
+        given = [(task, answer) for task in tasks.tasks for answer in answers[task.id][f"member {member.name}"]]
+        right = sum(answer.text is not None and tasks.verify(task, answer.text) for task, answer in given)
+        shares[member.name] = right / len(given)
+    return shares
+
+
 def best_member(config: FusionConfig, tasks: TaskSet[AnyTask], answers: Answers) -> str:
     """The member that is right most often; of equals the cheaper, then the first."""
+    shares = accuracies(config, tasks, answers)
 
     def merit(name: str) -> tuple[float, float]:
-        given = [(task, answer) for task in tasks.tasks for answer in answers[task.id][f"member {name}"]]
-        right = sum(answer.text is not None and tasks.verify(task, answer.text) for task, answer in given)
-        return right / len(given), -sum(answer.cost for _, answer in given) / len(given)
+        given = [answer for task in tasks.tasks for answer in answers[task.id][f"member {name}"]]
+        return shares[name], -sum(answer.cost for answer in given) / len(given)
 
     return max((member.name for member in config.members), key=merit)
 
@@ -218,7 +239,7 @@ class _Gateway:
             return Answer(None, tokens=tokens, failed=str(error.get("type", status)))
         summary = content["fusion"]
         text = content["choices"][0]["message"]["content"] or ""
-        answer = Answer(text, summary["cost"], summary["latency_ms"], tokens)
+        answer = Answer(text, summary["cost"], summary["latency_ms"], tokens, confidence=summary.get("confidence"))
         self._cache.put(question, answer)
         return answer
 
@@ -236,5 +257,8 @@ def _message(content: Any) -> str:
 
 
 def _identity(config: FusionConfig) -> dict[str, Any]:
-    """The parts of a config that an answer depends on."""
-    return config.model_dump(mode="json", include={"members", "judge", "synthesizer", "modes"})
+    """The parts of a config that an answer depends on, with the combiner's content: it may be fitted again."""
+    parts = config.model_dump(mode="json", include={"members", "judge", "synthesizer", "modes"})
+    if config.combiner is not None and config.combiner.is_file():
+        parts["combiner"] = sha256_file(config.combiner)
+    return parts

@@ -4,6 +4,7 @@ The fair rival of a fused answer is not one call of one member. It is the best m
 pool is and fused by the same judge: `self_fusion`.
 """
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from rich.table import Table
 from mixfuse.contracts.tasks import AnyTask, TaskSet
 from mixfuse.fusion.answering.agreement import text_key
 from mixfuse.fusion.config import Agreement, FusedMode, FusionConfig
+from mixfuse.fusion.measure.combiner_replay import expected_calibration_error
 from mixfuse.fusion.measure.fusion_verdict import Verdict, decide
 from mixfuse.fusion.measure.statistics import Clusters, Difference, Estimate, difference
 
@@ -29,6 +31,7 @@ class Answer(NamedTuple):
         latency_ms: As the gateway measured it.
         tokens: Prompt and completion of all calls.
         failed: The failure's type.
+        confidence: Mode `auto`'s, that the answer is right.
     """
 
     text: str | None
@@ -36,6 +39,7 @@ class Answer(NamedTuple):
     latency_ms: float = 0.0
     tokens: int = 0
     failed: str | None = None
+    confidence: float | None = None
 
 
 Answers = dict[str, dict[str, list[Answer]]]
@@ -54,6 +58,7 @@ class Arm:
             `oracle`).
         failed: Failed requests, by type.
         marks: One for each task, 0 to 1, in the tasks' order.
+        ece: Expected calibration error of the confidences that came with the answers; None where none came.
     """
 
     accuracy: Estimate
@@ -62,12 +67,13 @@ class Arm:
     latency_ms: tuple[float, float] | None
     failed: dict[str, int] = field(default_factory=dict)
     marks: tuple[float, ...] = field(default=(), repr=False)
+    ece: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """One JSON object, without the marks."""
         latency = self.latency_ms and dict(zip(("median", "p95"), self.latency_ms, strict=True))
         figures = {"accuracy": self.accuracy.to_json(), "cost": self.cost, "tokens": self.tokens}
-        return {**figures, "latency_ms": latency, "failed": self.failed}
+        return {**figures, "latency_ms": latency, "failed": self.failed, "ece": self.ece}
 
 
 @dataclass(frozen=True)
@@ -81,8 +87,9 @@ class FusionReport:
         members: Each member alone, asked as often as the pool asks it; the mean is the accuracy of asking once.
         modes: The pool, fused.
         self_fusion: The best member sampled as often as the pool is, fused in the same mode by the same judge.
-        baselines: `random_member`; `majority` of all members' answers; `oracle`: some member is right.
-        differences: mode → rival (`best_member`, `self_fusion`, `majority`) → the mode minus the rival.
+        baselines: `random_member`; `majority` of all members' answers; `prior_weighted`: votes weighed by the log-odds
+            of each member's accuracy on the tasks that the best member was chosen on; `oracle`: some member is right.
+        differences: mode → rival (`best_member`, `self_fusion`, `majority`, `prior_weighted`) → the mode minus it.
         gap_closed: mode → the share of the gap between the best member and the oracle that the mode closes; None where
             there is no gap.
         verdict: The recommendation.
@@ -148,6 +155,7 @@ def report(
     best: str,
     chosen_on: int,
     same: Agreement,
+    priors: Mapping[str, float] | None = None,
 ) -> FusionReport:
     """Computes the figures; pure.
 
@@ -158,17 +166,18 @@ def report(
         modes: The modes that were asked.
         best: The best member.
         chosen_on: How many tasks it was chosen on.
-        same: When two answers count as one for the majority vote.
+        same: When two answers count as one for the votes.
+        priors: Each member's accuracy where the best one was chosen; None: on the reported tasks.
     """
     table = _AnswerTable(tasks, answers, [member.name for member in config.members])
     members = {member.name: table.arm(f"member {member.name}") for member in config.members}
     fused = {mode: table.arm(mode) for mode in modes}
     self_fusion = {mode: table.arm(f"self {mode}") for mode in modes} if len(members) > 1 else {}
-    baselines = _baselines(table, members, same)
+    baselines = _baselines(table, members, same, priors or {name: arm.accuracy.value for name, arm in members.items()})
     prompts = [task.prompt for task in tasks.tasks]
     differences: dict[FusedMode, dict[str, Difference]] = {}
     for mode in modes:
-        rivals = {"best_member": members[best], "majority": baselines["majority"]}
+        rivals = {"best_member": members[best], **{name: baselines[name] for name in ("majority", "prior_weighted")}}
         if self_fusion:
             rivals["self_fusion"] = self_fusion[mode]
         differences[mode] = {
@@ -223,17 +232,26 @@ class _AnswerTable(Generic[AnyTask]):
             _latency([answer.latency_ms for answer in every if answer.failed is None]),
             dict(Counter(answer.failed for answer in every if answer.failed is not None)),
             marks,
+            _ece(by_task, marks),
         )
+
+    def of_member(self, task: AnyTask, name: str) -> list[Answer]:
+        return self._answers[task.id][f"member {name}"]
 
     def of_all_members(self, task: AnyTask) -> list[Answer]:
         return [answer for name in self._members for answer in self._answers[task.id][f"member {name}"]]
 
 
-def _baselines(table: _AnswerTable[AnyTask], members: Mapping[str, Arm], same: Agreement) -> dict[str, Arm]:
-    """A random member, the majority vote, and the oracle; the latter two cost as much as the whole pool."""
+def _baselines(
+    table: _AnswerTable[AnyTask], members: Mapping[str, Arm], same: Agreement, priors: Mapping[str, float]
+) -> dict[str, Arm]:
+    """A random member, votes, and the oracle; all but the first cost as much as the whole pool."""
     pooled = [(task, table.of_all_members(task)) for task in table.tasks]
+    voters = [name for name in members for _ in table.of_member(table.tasks[0], name)]
+    weights = [_log_odds(priors[name]) for name in voters]
     at_random = tuple(map(_mean, zip(*(arm.marks for arm in members.values()), strict=True)))
     votes = tuple(table.right(task, _majority(answers, same)) for task, answers in pooled)
+    weighed = tuple(table.right(task, _majority(answers, same, weights)) for task, answers in pooled)
     oracle = tuple(max(table.right(task, answer) for answer in answers) for task, answers in pooled)
     cost = _mean([sum(answer.cost for answer in answers) for _, answers in pooled])
     tokens = _mean([sum(answer.tokens for answer in answers) for _, answers in pooled])
@@ -248,8 +266,18 @@ def _baselines(table: _AnswerTable[AnyTask], members: Mapping[str, Arm], same: A
             marks=at_random,
         ),
         "majority": Arm(mean(votes), cost, tokens, slowest, marks=votes),
+        "prior_weighted": Arm(mean(weighed), cost, tokens, slowest, marks=weighed),
         "oracle": Arm(mean(oracle), cost, tokens, None, marks=oracle),
     }
+
+
+def _ece(by_task: Sequence[Sequence[Answer]], marks: Sequence[float]) -> float | None:
+    sure = [
+        (answers[0].confidence, mark)
+        for answers, mark in zip(by_task, marks, strict=True)
+        if len(answers) == 1 and answers[0].confidence is not None
+    ]
+    return expected_calibration_error([one for one, _ in sure], [mark for _, mark in sure]) if sure else None
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -263,16 +291,22 @@ def _latency(values: Sequence[float]) -> tuple[float, float] | None:
     return float(np.median(values)), float(np.percentile(values, 95, method="inverted_cdf"))
 
 
-def _majority(answers: Sequence[Answer], same: Agreement) -> Answer:
-    """The answer with the most votes; of a draw the earliest. A failed answer where all failed."""
+def _majority(answers: Sequence[Answer], same: Agreement, weights: Sequence[float] | None = None) -> Answer:
+    """The answer with the most votes, or the most weight; of a draw the earliest. A failed answer where all failed."""
     first: dict[str, Answer] = {}
-    votes: Counter[str] = Counter()
-    for answer in answers:
-        if answer.text is not None:
+    votes: dict[str, float] = {}
+    for answer, weight in zip(answers, weights or [1.0] * len(answers), strict=True):
+        if answer.text is not None and answer.text.strip():
             meaning = text_key(answer.text, same)
             first.setdefault(meaning, answer)
-            votes[meaning] += 1
-    return first[votes.most_common(1)[0][0]] if votes else answers[0]
+            votes[meaning] = votes.get(meaning, 0.0) + weight
+    return first[max(votes, key=lambda meaning: votes[meaning])] if votes else answers[0]
+
+
+def _log_odds(accuracy: float) -> float:
+    """Of a member; a vote never counts against its answer, however weak the member."""
+    clipped = min(0.99, max(0.01, accuracy))
+    return max(0.01, math.log(clipped / (1 - clipped)))
 
 
 def _gap_closed(

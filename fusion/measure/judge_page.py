@@ -10,7 +10,7 @@ from mixfuse.contracts.plots import Mark, Point
 from mixfuse.contracts.report import Block, Plot, Section, Table
 from mixfuse.contracts.report import write as write_report
 from mixfuse.fusion.measure.comparisons import Comparison
-from mixfuse.fusion.measure.judge_report import JudgeReport, Reliability
+from mixfuse.fusion.measure.judge_report import WORDS, JudgeReport, Reliability
 from mixfuse.fusion.measure.statistics import Difference, Estimate
 
 RULES = ("longer", "shorter", "strongest_member")
@@ -119,7 +119,7 @@ def _compared(report: JudgeReport) -> list[Block]:
             0, f"The strongest member is {member}; it was chosen on these very pairs, which flatters that rule."
         )
     differences = [
-        (name, measure.replace("_", " "), str(Difference(**value)))
+        (name, WORDS[measure], str(Difference(**value)))
         for name, other in report.against.items()
         for measure, value in other["difference"].items()
     ]

@@ -17,16 +17,23 @@ from rich.table import Table
 from mixfuse.contracts.calibration import credit
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.judge_protocol import Calibration
-from mixfuse.fusion.measure.comparisons import Comparison
+from mixfuse.fusion.measure.comparisons import Comparison, Label
 from mixfuse.fusion.measure.marks import Measure, Views, marks, paired
 from mixfuse.fusion.measure.official import official
 from mixfuse.fusion.measure.statistics import Clusters, Difference, Estimate, difference
 
-Reading = Literal["logprobs", "parsed"]
-"""What a verdict is read from: the log-probabilities of its token, or the text that the judge wrote."""
+Reading = Literal["logprobs", "parsed", "scores"]
+"""What a verdict is read from: the log-probabilities of its token, the text that the judge wrote, or the two scores."""
 
 BINS = 10
 MEASURES: tuple[Measure, ...] = ("both_orders_correct", "first_order", "order_averaged", "consistency")
+WORDS: Mapping[Measure, str] = {
+    "both_orders_correct": "right in both orders",
+    "first_order": "right in the first order",
+    "order_averaged": "right, orders averaged",
+    "consistency": "consistent",
+}
+"""The measures as the terminal, the report and docs/judging.md call them."""
 # By the length of the better answer over that of the worse one: each bin's name and largest ratio.
 LENGTHS = (
     ("half as long or less", 0.5),
@@ -88,6 +95,8 @@ class JudgeReport:
         parse_failures: Verdicts (two a pair) that could not be read, including those of failed calls.
         ties: The judge's ties: `share` of the pairs; and if people called some pairs a tie, `of_human_ties` (the share
             of those that the judge calls a tie) and `three_way` (accuracy over all pairs and the three labels).
+        kappa: Cohen's kappa of the judge's verdicts (first, second, tie) and the labels, over all pairs: 1 is full
+            agreement, 0 what chance alone would bring. None where both are one label throughout.
         reliability: Of the judge's raw probabilities.
         calibrated: Of its calibrated ones, where it has a calibration; the other figures then use it as well.
         by_length: Figures by the length of the better answer over that of the worse one.
@@ -112,6 +121,7 @@ class JudgeReport:
     parse_failures: int
     ties: dict[str, Estimate]
     reliability: Reliability
+    kappa: Estimate | None = None
     calibrated: Reliability | None = None
     by_length: dict[str, dict[str, Any]] = field(default_factory=dict)
     by_source: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -134,6 +144,7 @@ class JudgeReport:
             "parse_failures": self.parse_failures,
             "failed_calls": self.failed_calls,
             "ties": {name: figure.to_json() for name, figure in self.ties.items()},
+            "kappa": self.kappa and self.kappa.to_json(),
             "calibration": {
                 "raw": self.reliability.to_json(),
                 "calibrated": self.calibrated and self.calibrated.to_json(),
@@ -162,10 +173,13 @@ class JudgeReport:
             for name, value in metrics.items():
                 shown = Estimate(**value) if isinstance(value, dict) else f"{value:.3f}"
                 table.add_row(f"{benchmark}, official: {name.replace('_', ' ')}", str(shown))
+        for length, part in self.by_length.items():
+            share = Estimate(**part["both_orders_correct"])
+            table.add_row(f"by length: {length}", f"{share} ({part['n']} pairs)")
         table.add_section()
         random_ = self.baselines["random"]
-        table.add_row("random, both orders", f"{random_['both_orders_correct']:.3f}")
-        table.add_row("random, first order", f"{random_['first_order']:.3f}")
+        table.add_row(f"a coin, {WORDS['both_orders_correct']}", f"{random_['both_orders_correct']:.3f}")
+        table.add_row(f"a coin, {WORDS['first_order']}", f"{random_['first_order']:.3f}")
         for name in ("longer", "shorter", "strongest_member"):
             if name in self.baselines:
                 row = self.baselines[name]
@@ -173,22 +187,24 @@ class JudgeReport:
                 table.add_row(name.replace("_", " "), f"{Estimate(**row['both_orders_correct'])}{note}")
         for name, other in self.against.items():
             table.add_section()
-            for measure in ("both_orders_correct", "order_averaged"):
-                words = measure.replace("_", " ")
+            compared_by: tuple[Measure, ...] = ("both_orders_correct", "order_averaged")
+            for measure in compared_by:
+                words = WORDS[measure]
                 table.add_row(f"{name}, {words}", str(Estimate(**other[measure])))
-                table.add_row(f"this judge minus {name}, {words}", str(Difference(**other["difference"][measure])))
+                table.add_row(f"minus {name}, {words}", str(Difference(**other["difference"][measure])))
         return table
 
     def lines(self) -> list[tuple[str, Estimate]]:
         """The judge's own figures, in words."""
-        words = ("right in both orders", "right in the first order", "right, orders averaged", "consistent")
-        own = [(word, getattr(self, name)) for word, name in zip(words, MEASURES, strict=True)]
+        own = [(WORDS[name], getattr(self, name)) for name in MEASURES]
         ties = {
             "share": "called a tie",
             "of_human_ties": "human ties called a tie",
             "three_way": "right, with ties",
         }
         own += [(ties[name], share) for name, share in self.ties.items()]
+        if self.kappa:
+            own.append(("Cohen's kappa", self.kappa))
         own.append(("calibration error", self.reliability.ece))
         if self.calibrated:
             own.append(("calibration error, calibrated", self.calibrated.ece))
@@ -232,6 +248,7 @@ def report(
         parse_failures=sum(outcome.parse_failures for outcome in outcomes),
         ties=_ties(rows, views, calibration),
         reliability=_reliability(decided, seen, None, clusters),
+        kappa=_kappa(rows, [outcome.winner for outcome in outcomes]),
         calibrated=_reliability(decided, seen, calibration, clusters) if calibration else None,
         by_length=_by_length(decided, seen, calibration),
         by_source=_by_source(decided, seen, calibration),
@@ -280,6 +297,20 @@ def _ties(rows: Sequence[Comparison], views: Sequence[Views], calibration: Calib
         right = [float(winner == row.label) for winner, row in zip(winners, rows, strict=True)]
         shares["three_way"] = Clusters(prompts).mean(right)
     return shares
+
+
+def _kappa(rows: Sequence[Comparison], winners: Sequence[Label]) -> Estimate | None:
+    """Cohen's kappa over the three labels (Educational and Psychological Measurement 20, 1960)."""
+    places: dict[Label, int] = {"first": 0, "second": 1, "tie": 2}
+    cells = np.array([3 * places[row.label] + places[winner] for row, winner in zip(rows, winners, strict=True)])
+
+    def kappa(drawn: npt.NDArray[np.intp]) -> float | None:
+        table = np.bincount(cells[drawn], minlength=9).reshape(3, 3) / len(drawn)
+        by_chance = float(table.sum(axis=0) @ table.sum(axis=1))
+        return None if by_chance > 1 - 1e-12 else (float(np.trace(table)) - by_chance) / (1 - by_chance)
+
+    clusters = Clusters([row.prompt for row in rows])
+    return None if kappa(np.arange(len(rows))) is None else clusters.estimate(kappa)
 
 
 def _reliability(

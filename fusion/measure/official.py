@@ -6,9 +6,13 @@ way `both_orders_correct` does.
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
+from mixfuse.contracts.preferences import REWARDBENCH_SECTIONS
 from mixfuse.fusion.measure.comparisons import TIES, Benchmark, Comparison
 from mixfuse.fusion.measure.marks import Views, preferred
 from mixfuse.fusion.measure.statistics import Clusters, Estimate
@@ -20,6 +24,7 @@ _JUDGEBENCH_GROUPS = {
     "math": "livebench-math",
     "coding": "livecodebench",
 }
+_EVEN = 1e-9  # log-odds no further from 0 prefer neither answer
 _SMALLEST = 1e-6  # probabilities are kept this far from 0 and 1 before their log-odds are taken
 
 
@@ -40,7 +45,10 @@ def official(rows: Sequence[Comparison], views: Sequence[Views]) -> dict[str, di
     rules: dict[Benchmark, Callable[[Sequence[_Judged]], dict[str, Any]]] = {
         "judgebench": _judgebench,
         "llmbar": _llmbar,
+        "rewardbench": _rewardbench,
         "rewardbench2": _rewardbench2,
+        "rmbench": _rmbench,
+        "ppe": _ppe,
     }
     judged = [_Judged(row, view) for row, view in zip(rows, views, strict=True)]
     by_benchmark = {name: [pair for pair in judged if pair.row.benchmark == name] for name in rules}
@@ -115,6 +123,84 @@ def _rewardbench2(judged: Sequence[_Judged]) -> dict[str, Any]:
     return metrics
 
 
+def _rewardbench(judged: Sequence[_Judged]) -> dict[str, Any]:
+    """The four sections and their plain mean (arXiv 2403.13787, rewardbench/utils.py); a tie counts half.
+
+    A section is the mean of its subsets, weighted by their sizes, so that half of Reasoning is mathematics.
+    """
+    metrics: dict[str, Any] = {}
+    for section, sizes in REWARDBENCH_SECTIONS.items():
+        inside = [pair for pair in judged if pair.row.source in sizes]
+        if inside:
+            metrics[section] = _weighted(inside, [_won(pair) for pair in inside], sizes).to_json()
+    metrics["score"] = sum(metric["value"] for metric in metrics.values()) / len(metrics)
+    return metrics
+
+
+def _weighted(judged: Sequence[_Judged], values: Sequence[float], sizes: Mapping[str, int]) -> Estimate:
+    """The mean of the subsets' means, by the subsets' sizes."""
+    subsets = np.array([pair.row.source for pair in judged])
+    marks = np.array(values)
+
+    def mean(drawn: npt.NDArray[np.intp]) -> float:
+        parts = {name: marks[drawn][subsets[drawn] == name] for name in set(subsets[drawn])}
+        weight = sum(sizes[name] for name in parts)
+        return float(sum(sizes[name] * part.mean() for name, part in parts.items()) / weight)
+
+    return Clusters([pair.row.prompt for pair in judged]).estimate(mean)
+
+
+def _rmbench(judged: Sequence[_Judged]) -> dict[str, Any]:
+    """Each domain, and hard, normal and easy over the domains (arXiv 2410.16184, table 3).
+
+    A right answer meets wrong ones in three styles: in the same one (normal), in a plainer one (easy), or in one that
+    looks better (hard). A domain is the mean of the three; the two safety domains count as one.
+    """
+    by_domain: dict[str, dict[str, dict[str, list[_Judged]]]] = defaultdict(
+        lambda: defaultdict(lambda: defaultdict(list))
+    )
+    for pair in judged:
+        own, other = pair.row.cell or (0, 0)
+        level = "normal" if own == other else "easy" if own > other else "hard"
+        domain = "safety" if pair.row.source.startswith("safety") else pair.row.source
+        by_domain[domain][pair.row.source][level].append(pair)
+    levels = ("hard", "normal", "easy")
+    shares: dict[str, dict[str, float]] = {}
+    for domain, parts in by_domain.items():
+        shares[domain] = {
+            level: _plain_mean(
+                [_mean(part[level], [_won(pair, tie=0.0) for pair in part[level]]).value for part in parts.values()]
+            )
+            for level in levels
+        }
+    metrics = {level: _plain_mean([share[level] for share in shares.values()]) for level in levels}
+    metrics |= {domain: _plain_mean(list(share.values())) for domain, share in shares.items()}
+    metrics["score"] = _plain_mean([metrics[level] for level in levels])
+    return metrics
+
+
+def _plain_mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _ppe(judged: Sequence[_Judged]) -> dict[str, Any]:
+    """Accuracy on the pairs that people or tests decided (arXiv 2410.14872); a tie of the judge counts half."""
+    decided = [pair for pair in judged if pair.row.label != "tie"]
+    if not decided:
+        return {}
+    metrics = {"accuracy": _mean(decided, [_won(pair) for pair in decided]).to_json()}
+    for source in sorted({pair.row.source for pair in decided} - {""}):
+        inside = [pair for pair in decided if pair.row.source == source]
+        metrics[source] = _mean(inside, [_won(pair) for pair in inside]).to_json()
+    return metrics
+
+
+def _won(pair: _Judged, *, tie: float = 0.5) -> float:
+    """1 where the right answer has the better odds, `tie` where neither has."""
+    odds = _odds_for_the_better(pair)
+    return tie if abs(odds) <= _EVEN else float(odds > 0)
+
+
 def _odds_for_the_better(pair: _Judged) -> float:
     """Log-odds, in nats, that the right answer is the better one: the mean over the orders that were read, else 0."""
     forward, backward = pair.view
@@ -130,9 +216,9 @@ def _logit(p: float) -> float:
 def _best_of(pairs: Sequence[_Judged]) -> float:
     """1 where the right answer beats every wrong one; in a tie for the first place its share of it."""
     odds = [_odds_for_the_better(pair) for pair in pairs]
-    if any(value < -1e-9 for value in odds):
+    if any(value < -_EVEN for value in odds):
         return 0.0
-    return 1 / (1 + sum(value <= 1e-9 for value in odds))
+    return 1 / (1 + sum(value <= _EVEN for value in odds))
 
 
 class _TieStats(NamedTuple):

@@ -20,6 +20,7 @@ class Question:
     id: str
     prompt: str
     reference: str
+    domain: str | None = None
 
 
 Verifier = Literal["exact", "number", "json", "regex"]

@@ -5,9 +5,10 @@ It stops when all candidates agree, and when the rounds, the budget or the time 
 
 from typing import Literal
 
+from mixfuse.contracts.judge_protocol import neutral
 from mixfuse.contracts.trace import Debate, Turn
 from mixfuse.fusion.answering.agreement import distinct
-from mixfuse.fusion.answering.fence import fenced
+from mixfuse.fusion.answering.fence import fenced, own_tokens
 from mixfuse.fusion.answering.request import FusionRequest
 from mixfuse.fusion.calls.failures import CallError
 from mixfuse.fusion.messages import Message, as_question
@@ -29,7 +30,7 @@ async def debate(request: FusionRequest) -> str:
         MixfuseError: The mode that ends the debate failed.
     """
     await request.ask_members()
-    rounds = [_turns(request)]
+    rounds = [turns(request)]
     stopped: Literal["agreement", "max_rounds", "budget", "deadline"] | None
     while (stopped := _why_stop(request, len(rounds) - 1)) is None:
         try:
@@ -37,7 +38,7 @@ async def debate(request: FusionRequest) -> str:
         except CallError:  # the budget does not allow another round
             stopped = "budget"
             break
-        rounds.append(_turns(request))
+        rounds.append(turns(request))
     request.debate = Debate(rounds=rounds, stopped=stopped)
     return await end_debate(request)
 
@@ -49,11 +50,12 @@ def revision_prompts(request: FusionRequest) -> list[list[Message]]:
     prompts: list[list[Message]] = []
     for own in request.candidates:
         others = [candidate.text for candidate in request.candidates if candidate.index != own.index]
-        shown = TEMPLATE.format(answers=fenced(others, question=question, max_chars=max_chars))
+        tokens = own_tokens(own.member)
+        shown = TEMPLATE.format(answers=fenced(others, question=question, max_chars=max_chars, own=tokens))
         prompts.append(
             [
                 *request.plan.messages,
-                {"role": "assistant", "content": own.text},
+                {"role": "assistant", "content": neutral(own.text, speakers=False, own=tokens)},
                 {"role": "user", "content": shown},
             ]
         )
@@ -69,7 +71,8 @@ def _why_stop(request: FusionRequest, revisions: int) -> Literal["agreement", "m
     return "deadline" if request.time_left_s() == 0 else None
 
 
-def _turns(request: FusionRequest) -> list[Turn]:
+def turns(request: FusionRequest) -> list[Turn]:
+    """Returns the texts of the candidates as they are now."""
     return [Turn(candidate=candidate.index, text=candidate.text) for candidate in request.candidates]
 
 

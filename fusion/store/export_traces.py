@@ -1,9 +1,12 @@
 """`mixfuse traces export`: traces as pool responses, from which `mixfuse pairs build` makes preference pairs."""
 
+import hashlib
+import logging
 import math
 import time
 from collections import Counter, defaultdict
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -16,9 +19,11 @@ from mixfuse.contracts.mode_names import SINGLE_MODEL_MODE
 from mixfuse.contracts.trace import Trace
 from mixfuse.fusion.messages import as_question
 
+logger = logging.getLogger(__name__)
+
 Label = Literal["feedback", "judge"]
 
-_PAGE = 500
+_PAGE = 100
 _MIN_COMPARED = 10
 """A user can be ignored only after this many marks have been compared."""
 
@@ -50,31 +55,33 @@ def export(
     days: float | None = None,
     min_agreement: float | None = None,
 ) -> dict[str, int]:
-    """Writes the rows that `read` returns to a file.
+    """Writes the rows of `stream` to a file, as they are read.
 
     Args:
         database: The gateway's database.
         out: The file to write.
-        label: See `read`.
-        tasks: See `read`.
+        label: See `stream`.
+        tasks: See `stream`.
         days: Only traces of the last this many days.
-        min_agreement: See `read`.
+        min_agreement: See `stream`.
 
     Returns:
-        The counts of `read`.
+        The counts of `stream`.
 
     Raises:
         MixfuseError: No answer is known to be right or wrong, or `out` cannot be written.
     """
     since = 0.0 if days is None else time.time() - days * 86400
-    rows, counts = read(database, label=label, tasks=tasks, since=since, min_agreement=min_agreement)
-    if not rows:
+    counts: Counter[str] = Counter()
+    rows = stream(database, counts, label=label, tasks=tasks, since=since, min_agreement=min_agreement)
+    first = next(rows, None)
+    if first is None:
         raise MixfuseError(
             f"{database.name}: none of {counts['traces']} traces says which answers are right; send feedback to "
             "/v1/traces/ID/feedback, or give tasks with verifiers (--tasks)"
         )
-    write_jsonl(out, rows)
-    return counts
+    write_jsonl(out, chain([first], rows))
+    return dict(counts)
 
 
 def read(
@@ -86,13 +93,35 @@ def read(
     until: float = math.inf,
     min_agreement: float | None = None,
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """Reads traces as rows `{id, prompt, reference, responses: [{model, text, correct}]}`, one a trace.
+    """Returns all rows of `stream`, and its counts."""
+    counts: Counter[str] = Counter()
+    rows = stream(database, counts, label=label, tasks=tasks, since=since, until=until, min_agreement=min_agreement)
+    return list(rows), dict(counts)
 
-    A row holds only the answers that are known to be right or wrong; traces without such answers, or without stored
-    text, give no row.
+
+def stream(
+    database: Database,
+    counts: Counter[str],
+    *,
+    label: Label = "feedback",
+    tasks: Sequence[Task] | None = None,
+    since: float = 0.0,
+    until: float = math.inf,
+    min_agreement: float | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Yields traces as rows `{id, prompt, reference, responses: [{model, text, correct}]}`, one a trace.
+
+    A trace of more than one message also has its `messages`, so that a judge is trained on them in their roles.
+    `responses` holds only the answers that are known to be right or wrong; traces without such answers, or without
+    stored text, give no row. For a combiner's fit, `unmarked` holds the other answers, `verdicts` what the judge said
+    (places count `responses`, then `unmarked`), and rows of mode `auto` have `propensities` and `domain`. A trace that
+    cannot be read is skipped and named in the log.
 
     Args:
         database: The gateway's database.
+        counts: Takes the numbers of `traces` read, `rows`, `right` and `wrong` answers in them; of `unreadable` traces,
+            if there are any; with `min_agreement` also `users` who were compared, `users_not_heard` (ignored) and their
+            `marks_not_heard`.
         label: What decides which answers are right. `feedback`: the users, see `by_feedback`. `judge`: the winning
             answer is right, and those that lost to it in both orders are wrong. This teaches a judge its own opinion;
             it helps if another, better judge gave the verdicts.
@@ -100,46 +129,75 @@ def read(
         since: Only traces made after this time, in seconds since 1970.
         until: Only traces made up to this time, likewise.
         min_agreement: Users who agree with the others less often than this are ignored, see `_ignored_users`.
-
-    Returns:
-        The rows, and counts: `traces` read, `rows`, `right` and `wrong` answers in them; with `min_agreement` also
-        `users` who were compared, `users_not_heard` (ignored) and their `marks_not_heard`.
     """
     by_prompt = {task.prompt: task for task in tasks or ()}
-    counts: Counter[str] = Counter({"traces": 0, "rows": 0, "right": 0, "wrong": 0})
+    counts.update({"traces": 0, "rows": 0, "right": 0, "wrong": 0})
     ignored: frozenset[str] = frozenset()
     if min_agreement is not None:
-        traces = (trace for trace in _traces(database, since, until) if trace.messages)
-        ignored = _ignored_users(traces, by_prompt, min_agreement, counts)
-    rows = []
-    for trace in _traces(database, since, until):
+        ignored = _ignored_users(_traces(database, since, until), by_prompt, min_agreement, counts)
+    for trace in _traces(database, since, until, counts):
         counts["traces"] += 1
-        if not trace.messages:
-            continue
-        prompt = as_question(trace.messages)
-        task = by_prompt.get(prompt)
-        answers = _answers(trace)
-        if task is not None:
-            known = {index: task.verify(text) for index, text in answers.items()}
-        elif label == "feedback":
-            known = by_feedback(trace, ignored)
-        else:
-            known = _by_judge(trace)
-        responses = [
-            {"model": trace.candidates[index], "text": text, "correct": known[index]}
-            for index, text in sorted(answers.items())
-            if index in known
-        ]
-        if not responses:
+        row = _row(trace, label, by_prompt, ignored) if trace.messages else None
+        if row is None:
             continue
         counts["rows"] += 1
-        for response in responses:
+        for response in row["responses"]:
             counts["right" if response["correct"] else "wrong"] += 1
-        reference = task.reference if task is not None else ""
-        rows.append(
-            {"id": trace.id, "prompt": prompt, "reference": reference, "responses": responses, **_weighing(trace)}
-        )
-    return rows, dict(counts)
+        yield row
+
+
+def _row(trace: Trace, label: Label, by_prompt: Mapping[str, Task], ignored: Container[str]) -> dict[str, Any] | None:
+    """Returns a trace's row; None if no answer is known to be right or wrong."""
+    prompt = as_question(trace.messages)
+    task = by_prompt.get(prompt)
+    answers = _answers(trace)
+    if task is not None:
+        known = {index: task.verify(text) for index, text in answers.items()}
+    elif label == "feedback":
+        known = by_feedback(trace, ignored)
+    else:
+        known = _by_judge(trace)
+    if not known.keys() & answers.keys():
+        return None
+    # The marked ones first.
+    places = sorted(
+        (index for index in answers if index < len(trace.candidates)), key=lambda index: (index not in known, index)
+    )
+    said = [{"model": trace.candidates[index], "text": answers[index]} for index in places]
+    responses = [{**one, "correct": known[index]} for one, index in zip(said, places, strict=True) if index in known]
+    row: dict[str, Any] = {
+        "id": trace.id,
+        "prompt": prompt,
+        "reference": task.reference if task is not None else "",
+        "responses": responses,
+        **_messages(trace),
+    }
+    if unmarked := said[len(responses) :]:
+        row["unmarked"] = unmarked
+    # Where the judge's word is the mark, it is no evidence for it.
+    verdicts = _verdicts(trace, places) if task is not None or label == "feedback" else []
+    return row | ({"verdicts": verdicts} if verdicts else {}) | _weighing(trace)
+
+
+def _verdicts(trace: Trace, places: Sequence[int]) -> list[dict[str, Any]]:
+    """Returns the judge's verdicts on answers in a row, by their places in it; a combiner takes them as evidence."""
+    judge = next((call.member for call in trace.calls if call.stage == "verdict"), "judge")
+    return [
+        {
+            "judge": judge,
+            "first": places.index(verdict.first),
+            "second": places.index(verdict.second),
+            "score": verdict.score,
+        }
+        for verdict in trace.verdicts
+        if verdict.first in places and verdict.second in places and verdict.first != verdict.second
+    ]
+
+
+def _messages(trace: Trace) -> dict[str, Any]:
+    """Returns the messages of a conversation; a lone question is its prompt."""
+    lone = len(trace.messages) == 1 and trace.messages[0]["role"] == "user"
+    return {} if lone else {"messages": trace.messages}
 
 
 def _weighing(trace: Trace) -> dict[str, Any]:
@@ -150,8 +208,11 @@ def _weighing(trace: Trace) -> dict[str, Any]:
     return row | ({"domain": trace.weighing.domain} if trace.weighing.domain else {})
 
 
-def _traces(database: Database, since: float, until: float) -> Iterator[Trace]:
-    """Yields all fused traces with an answer, oldest first; reads a page at a time."""
+def _traces(database: Database, since: float, until: float, counts: Counter[str] | None = None) -> Iterator[Trace]:
+    """Yields all fused traces with an answer that can be read, oldest first; reads a page at a time.
+
+    With `counts` it counts the others as `unreadable` and names them in the log.
+    """
     query = text(
         "SELECT created_at, id, record FROM traces WHERE outcome = 'ok' AND mode != :single_model AND "
         "created_at <= :until AND (created_at > :since OR (created_at = :since AND id > :after)) "
@@ -169,8 +230,16 @@ def _traces(database: Database, since: float, until: float) -> Iterator[Trace]:
         page = database.run_now(lambda connection, bound=bound: connection.execute(query, bound).all())  # type: ignore[misc]
         if not page:
             return
-        for _, _, record in page:
-            yield Trace.model_validate_json(record)
+        for _, trace_id, record in page:
+            try:
+                trace = Trace.model_validate_json(record)
+                as_question(trace.messages)  # of messages it knows only that they are objects
+            except (ValueError, LookupError, TypeError, AttributeError):
+                if counts is not None:
+                    counts["unreadable"] += 1
+                    logger.warning("trace %s cannot be read; it is skipped", trace_id)
+                continue
+            yield trace
         since, after = page[-1][0], page[-1][1]
 
 
@@ -221,23 +290,25 @@ def _ignored_users(
     The judge is the least reliable of the three, but it marks most traces; therefore no user is ignored before
     `_MIN_COMPARED` marks were compared.
     """
-    marks: dict[tuple[str, str], dict[str, bool]] = defaultdict(dict)  # (prompt, answer) → user → mark
-    references: dict[tuple[str, str], bool] = {}  # (prompt, answer) → the verifier's mark, or else the judge's
+    marks: dict[bytes, dict[str, bool]] = defaultdict(dict)  # the hash of (prompt, answer) → user → mark
+    references: dict[bytes, bool] = {}  # likewise → the verifier's mark, or else the judge's
+    verified: set[bytes] = set()
     for trace in traces:
         prompt, answers, judged = as_question(trace.messages), _answers(trace), _by_judge(trace)
         for user, user_marks in _marks(trace):
             for index in user_marks.keys() & answers.keys():
-                answer = (prompt, answers[index])
+                answer = _digest(prompt, answers[index])
                 marks[answer][user] = user_marks[index]
                 if (task := tasks.get(prompt)) is not None:
                     references[answer] = task.verify(answers[index])
+                    verified.add(answer)
                 elif index in judged:
                     references.setdefault(answer, judged[index])
     agreed: dict[str, list[bool]] = defaultdict(list)
     for answer, by_user in marks.items():
         for user, right in by_user.items():
             others = [mark for other, mark in by_user.items() if other != user]
-            if answer[0] not in tasks and others and 2 * sum(others) != len(others):
+            if answer not in verified and others and 2 * sum(others) != len(others):
                 agreed[user].append(right == (2 * sum(others) > len(others)))
             elif answer in references:
                 agreed[user].append(right == references[answer])
@@ -247,6 +318,10 @@ def _ignored_users(
     counts["users_not_heard"] = len(ignored)
     counts["marks_not_heard"] = sum(user in ignored for by_user in marks.values() for user in by_user)
     return ignored
+
+
+def _digest(prompt: str, answer: str) -> bytes:
+    return hashlib.sha256(f"{len(prompt)} {prompt}{answer}".encode(errors="surrogatepass")).digest()
 
 
 def _by_judge(trace: Trace) -> dict[int, bool]:

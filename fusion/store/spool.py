@@ -4,14 +4,24 @@ A trace is appended to a file with one `write` before its answer ends. A process
 nothing; a machine that loses power may lose the last seconds. Traces that are in the database leave the spool. Each
 gateway process writes its own files and holds a lock on them. A file without a lock belongs to a process that was
 killed; the next gateway to start takes it over.
+
+A line that no database takes is set aside, in `SET_ASIDE`: renamed to any other name that ends in .jsonl, that file is
+taken over like those of a killed process.
 """
 
 import fcntl
+import logging
 import os
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+SET_ASIDE = "set-aside.jsonl"
+
+_TRIAL = b"0" * (64 << 10)
 
 SEGMENT_BYTES = 8 << 20
 """A file of this size is closed, and removed once all its traces are in the database."""
@@ -76,14 +86,42 @@ class Spool:
         segment.waiting -= 1
         self._release(segment)
 
+    def set_aside(self, line: bytes) -> None:
+        """Keeps a line that cannot be written to the database.
+
+        Raises:
+            OSError: It could not be written completely (the disk is full).
+        """
+        handle = os.open(self._folder / SET_ASIDE, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        try:
+            if os.write(handle, line) != len(line):
+                raise OSError(f"{self._folder / SET_ASIDE}: the line could not be written completely")
+        finally:
+            os.close(handle)
+
+    def try_disk(self) -> None:
+        """Checks that the folder takes a trace of 64 KiB.
+
+        Raises:
+            OSError: It does not: the disk or the quota is used up, or the folder was made read-only.
+        """
+        path = self._folder / f"{uuid.uuid4().hex}.trial"
+        try:
+            path.write_bytes(_TRIAL)
+        finally:
+            path.unlink(missing_ok=True)
+
     def left_behind(self) -> Iterator[tuple[Segment, list[bytes]]]:
         """Takes over the files of killed processes; yields each file with its complete lines."""
         for path in sorted(self._folder.glob("*.jsonl")):
-            if path == self._segment.path:
+            if path == self._segment.path or path.name == SET_ASIDE:
                 continue
             try:
                 handle = os.open(path, os.O_RDWR | os.O_APPEND)
             except FileNotFoundError:
+                continue
+            except OSError as error:
+                logger.error("%s cannot be read (%s); its traces wait for the next start", path, error.strerror)
                 continue
             if not _lock(handle) or not path.exists():  # it belongs to a running process, or was removed just now
                 os.close(handle)

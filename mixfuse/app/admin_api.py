@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -17,11 +17,10 @@ GateState = Literal["shadow", "canary", "draining", "promoted", "refused", "stop
 UNDER_WAY: tuple[GateState, ...] = ("shadow", "canary", "draining")
 
 
-class SwapRequest(Strict):
-    """The body of `PUT /admin/roles/ROLE`.
+class GateRequest(Strict):
+    """The gate that a new revision has to pass before it serves.
 
     Attributes:
-        directory: The adapter directory, as a path on the server.
         shadow: How many live requests the new revision repeats before it serves any.
         canary: The share of requests that it serves after that.
         for_s: How long the canary lasts, in seconds.
@@ -30,7 +29,6 @@ class SwapRequest(Strict):
         limits: Replaces limits of the serve config's `gate`, by name.
     """
 
-    directory: Path
     shadow: int | None = Field(default=None, ge=1)
     canary: float | None = Field(default=None, gt=0, lt=1)
     for_s: Ratio | None = None
@@ -39,7 +37,7 @@ class SwapRequest(Strict):
     limits: dict[str, Any] = {}
 
     @model_validator(mode="after")
-    def _check_canary(self) -> "SwapRequest":
+    def _check_canary(self) -> Self:
         if self.for_s is not None and self.requests is not None:
             raise ValueError("a canary has a time (for_s) or a number of requests, not both")
         if self.canary is None and (self.for_s or self.requests):
@@ -54,6 +52,16 @@ class SwapRequest(Strict):
     def gated(self) -> bool:
         """Whether the revision has to pass a gate before it serves."""
         return self.shadow is not None or self.canary is not None
+
+
+class SwapRequest(GateRequest):
+    """The body of `PUT /admin/roles/ROLE`.
+
+    Attributes:
+        directory: The adapter directory, as a path on the server.
+    """
+
+    directory: Path
 
 
 @dataclass(frozen=True)
@@ -112,12 +120,12 @@ class RoleRow:
         revision: The serving revision; None for the base.
         directory: The adapter directory of the revision, as a path on the server.
         in_flight: Requests that lease the revision.
-        loaded: Whether the revision is in the engine.
+        loaded: Whether the revision is in every engine, as far as they say.
         pinned: Whether it stays there.
         since: When it began to serve, in seconds since 1970; None for the base from the start.
         version: The role's version in the shared record.
         staged: The revision that may replace it.
-        problem: Why this server could not follow the shared record.
+        problem: Why this server could not follow the shared record, or what keeps an engine from answering.
         gate: The role's latest gate.
     """
 

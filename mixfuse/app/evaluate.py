@@ -5,11 +5,11 @@ Composes `train` (PEFT's side), `serve` (the engine) and `fusion` (the judging).
 
 import asyncio
 import os
-import tempfile
 from collections import defaultdict
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -17,16 +17,20 @@ from rich.console import Console
 
 from mixfuse.app.admin_api import RoleRow
 from mixfuse.app.client import AdminClient, RefusedError
+from mixfuse.app.trial_engine import EngineChoice, trial
 from mixfuse.contracts import adapter, judge_protocol
-from mixfuse.contracts.adapter import LORA_RANKS, Fingerprint, Manifest, Parity
+from mixfuse.contracts.adapter import Fingerprint, Manifest, Parity
+from mixfuse.contracts.agreement import Answers
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.files import sha256_json
 from mixfuse.contracts.judge_protocol import Calibration
+from mixfuse.contracts.preferences import KEYS
 from mixfuse.contracts.strict_yaml import load
 from mixfuse.contracts.tasks import Split, Task, TaskSet, make
 from mixfuse.fusion.batch import Results, Target
+from mixfuse.fusion.calls.dialect import Dialect
 from mixfuse.fusion.calls.upstream import Endpoint
-from mixfuse.fusion.config import FusionConfig
+from mixfuse.fusion.config import FusionConfig, Judge
 from mixfuse.fusion.http.keys import API_KEY
 from mixfuse.fusion.measure import comparisons, fusion_page, judge_page
 from mixfuse.fusion.measure import eval_fusion as fusing
@@ -37,7 +41,8 @@ from mixfuse.fusion.measure.fusion_report import FusionReport
 from mixfuse.fusion.measure.judge_report import JudgeReport, compared
 from mixfuse.fusion.measure.questions import Question, Verifier, matches, read_questions
 from mixfuse.fusion.store.cache import Cache
-from mixfuse.serve.engine import BASE_MODEL_NAME, Engine, EngineConfig
+from mixfuse.serve.engine import BASE_MODEL_NAME
+from mixfuse.serve.precision import precision
 from mixfuse.serve.roles import BASE
 
 UNTRAINED = "untrained"
@@ -49,7 +54,8 @@ class Judges:
     """The judges of one evaluation: adapter directories, or roles of a running server.
 
     Attributes:
-        judge: The judge that the report is about.
+        judge: The judge that the report is about. A name that ends in `.yaml` is a judge's config: any endpoint, also a
+            reward model's.
         against: Other judges to compare it with.
         untrained: Compare it with its base as well.
         base: The base of adapter directories; None: the base that each was made on.
@@ -69,6 +75,22 @@ class Judges:
     def rivals(self) -> list[str]:
         """The judges that the first one is compared with."""
         return [name for name in (*self.against, *([UNTRAINED] if self.untrained else [])) if name != self.judge]
+
+    def configs(self) -> dict[str, Judge]:
+        """The judges that are named by a config file.
+
+        Raises:
+            MixfuseError: A config is wrong, or cannot be used here.
+        """
+        found = {name: load(Path(name), Judge) for name in self.names if name.endswith((".yaml", ".yml"))}
+        for name, model in found.items():
+            if model.base_url is None:
+                raise MixfuseError(f"{name}: a judge's config needs 'base_url' and 'model'; name a role by itself")
+            if self.untrained and name == self.judge:
+                raise MixfuseError(
+                    f"--baseline untrained is for adapters and roles; {name} is another endpoint's model"
+                )
+        return found
 
 
 @dataclass(frozen=True)
@@ -119,25 +141,49 @@ class TaskSource:
         return {**(source or {"data": ", ".join(map(str, self.data))}), "verifier": self.verifier or "reasoning-gym"}
 
 
-def verify_parity(directory: Path, base: Path) -> Parity:
+def verify_parity(directory: Path, base: Path | None, choice: EngineChoice) -> Parity:
     """Checks an adapter directory, then compares vLLM with PEFT on it; the figure goes into its manifest.
 
+    Args:
+        directory: The adapter directory.
+        base: The base model; None: the serve config's.
+        choice: The engine. Of several running ones, each is compared.
+
     Raises:
-        MixfuseError: The directory or the base is wrong, the engine does not start, or the parity gate fails.
+        MixfuseError: The directory, the base or the choice is wrong, the engine does not start, or the parity gate
+            fails.
     """
-    manifest = adapter.verify(directory, base=_fingerprint(base))
+    manifest = adapter.read_manifest(directory)
+    config = choice.engine(base, rank=manifest.rank)
+    adapter.verify(directory, base=_fingerprint(config.base))
     from mixfuse.train.adapters import parity
 
-    wanted = parity.reference(directory, base)
+    wanted = parity.reference(directory, config.base, length=choice.probe_length(config))
 
-    async def compare() -> Parity:
-        async with _engine(base, {directory: manifest}) as engine:
-            return await parity.compare(
-                wanted, lambda prompt: engine.prompt_logprobs(manifest.revision, prompt), engine_name=_vllm()
-            )
+    async def compare() -> tuple[Parity, str, Answers]:
+        async with trial(choice, config.base, {directory: manifest}) as on:
+            fitting = wanted.within(on.probe_length)
+            found = []
+            for engine in on.engines:
+                said = await parity.measure(
+                    fitting,
+                    partial(engine.prompt_logprobs, on.names[directory]),
+                    partial(engine.prompt_logprobs, engine.base_model_name),
+                )
+                compared = parity.compared(
+                    fitting,
+                    said,
+                    engine_name=f"vllm at {engine.url}" if config.external else _vllm(),
+                    precision=on.precision,
+                )
+                parity.check_agrees(directory, compared)
+                found.append((compared, on.precision, said))
+        return max(found, key=lambda one: one[0].max_abs_logprob_difference)
 
-    measured = asyncio.run(compare())
-    parity.check(directory, measured, wanted)
+    measured, format_, said = asyncio.run(compare())
+    # A running engine's number format is only believed, so a swap does not compare with what it said.
+    kept = {format_: said} if format_ != "float32" and not config.external else {}
+    parity.check(directory, measured, wanted, measured=kept)
     return measured
 
 
@@ -147,7 +193,14 @@ def server_at(url: str) -> Target:
 
 
 def eval_judge(
-    judges: Judges, data: Sequence[Path], target: Target, results: Results, *, limit: int | None, concurrency: int
+    judges: Judges,
+    data: Sequence[Path],
+    target: Target,
+    results: Results,
+    *,
+    limit: int | None,
+    concurrency: int,
+    choice: EngineChoice | None = None,
 ) -> JudgeReport:
     """Evaluates a judge beside others; prints a table. Adapter directories are served by an engine of their own.
 
@@ -158,20 +211,28 @@ def eval_judge(
         results: Where the report, every verdict and the cache go.
         limit: Read only this many rows of each file.
         concurrency: Calls in flight at once.
+        choice: The engine for adapter directories; None: one with the default settings.
 
     Raises:
         MixfuseError: A judge or the data is wrong, or a judge cannot be reached.
     """
-    rows = [row for path in data for row in comparisons.load(path, limit=limit)]
-    directories = {name: Path(name) for name in judges.names if "/" in name or Path(name).is_dir()}
+    found = {path: comparisons.load_all(path, limit=limit, rows=_other_files(path)) for path in data}
+    for path, read in found.items():
+        _notify(f"{path}: {read.described()}")
+    rows = [row for read in found.values() for row in read.pairs]
+    configs = judges.configs()
+    paths = [name for name in judges.names if name not in configs and ("/" in name or Path(name).is_dir())]
+    directories = {name: Path(name) for name in paths}
+    if choice not in (None, EngineChoice()) and not directories:
+        raise MixfuseError("--config, --dtype, --tensor-parallel-size and --engine-url are for adapter directories")
     by_base = _by_base(judges, directories)
-    roles = [name for name in judges.names if name not in directories]
+    roles = [name for name in judges.names if name not in directories and name not in configs]
     with results.open_cache() as cache:
-        asking = _Asking(rows, cache, concurrency)
+        asking = _Asking(rows, cache, concurrency, choice or EngineChoice())
         reports = asyncio.run(_evaluate_all(asking, judges, roles, by_base, target))
         asked, known = cache.added, cache.hits
     report = compared(rows, reports[judges.judge], {name: reports[name] for name in judges.rivals})
-    Console().print(report.table())
+    Console(markup=False, emoji=False).print(report.table())
     if results.out:
         judge_page.write(results.out, report, rows, judge=judges.judge)
         _notify(
@@ -187,14 +248,27 @@ class _Asking(NamedTuple):
     rows: Sequence[Comparison]
     cache: Cache
     concurrency: int
+    choice: EngineChoice
 
-    async def of(self, endpoint: Endpoint, name: str) -> JudgeReport:
+    async def of(self, endpoint: Endpoint, name: str, model: Judge | None = None) -> JudgeReport:
         """One judge's report."""
-        return await judging.evaluate(endpoint, self.rows, concurrency=self.concurrency, cache=self.cache, name=name)
+        return await judging.evaluate(
+            endpoint, self.rows, concurrency=self.concurrency, cache=self.cache, name=name, model=model
+        )
 
     def all_cached(self, revision: str) -> bool:
         """Whether every verdict of a revision is known."""
         return judging.all_cached(revision, self.rows, self.cache)
+
+
+def _other_files(path: Path) -> Iterator[tuple[str, dict[str, Any]]] | None:
+    """The rows of Parquet, CSV, a folder of shards or a pattern; None for a JSON file, which needs no training code."""
+    if not path.is_dir() and path.suffix in (".jsonl", ".json", ".gz"):
+        return None
+    from mixfuse.train.data.sources import rows
+    from mixfuse.train.recipe import DataSource
+
+    return rows(DataSource(path=path), wanted=KEYS)
 
 
 def _by_base(judges: Judges, directories: Mapping[str, Path]) -> dict[Path, dict[str, tuple[Path, Manifest]]]:
@@ -214,7 +288,7 @@ async def _evaluate_all(
     target: Target,
 ) -> dict[str, JudgeReport]:
     """Name of a judge → its report."""
-    reports: dict[str, JudgeReport] = {}
+    reports = await _evaluate_configs(asking, judges)
     if roles:
         base_too = judges.untrained and judges.judge in roles
         reports |= await _evaluate_roles(asking, [*roles, BASE] if base_too and BASE not in roles else roles, target)
@@ -224,6 +298,14 @@ async def _evaluate_all(
         reports |= await _evaluate_directories(
             asking, base, on_base, untrained=judges.untrained and judges.judge in on_base
         )
+    return reports
+
+
+async def _evaluate_configs(asking: _Asking, judges: Judges) -> dict[str, JudgeReport]:
+    reports = {}
+    for name, model in judges.configs().items():
+        endpoint = Endpoint(str(model.base_url), str(model.model), model.api_key, headers=model.headers)
+        reports[name] = await asking.of(replace(endpoint, dialect=Dialect(model)), name, model)
     return reports
 
 
@@ -238,24 +320,35 @@ async def _evaluate_roles(asking: _Asking, roles: Sequence[str], target: Target)
 
 
 async def _evaluate_directories(
-    asking: _Asking, base: Path, on_base: Mapping[str, tuple[Path, Manifest]], *, untrained: bool
+    asking: _Asking,
+    base: Path,
+    on_base: Mapping[str, tuple[Path, Manifest]],
+    *,
+    untrained: bool,
 ) -> dict[str, JudgeReport]:
     """Judges of one base, on one engine, which is started only where a verdict is missing."""
     fingerprint = _fingerprint(base)
     for directory, _ in on_base.values():
         adapter.verify(directory, base=fingerprint)
+    config = asking.choice.engine(base, rank=max(manifest.rank for _, manifest in on_base.values()))
+    # What another number format said is no answer of this one; of a running engine it is not known.
+    said_in = f" at {config.external[0]}" if config.external else f" in {precision(config)}"
+    suffix = "" if said_in == " in float32" else said_in
     endpoints = {
-        name: Endpoint("", manifest.revision, None, manifest.revision, calibration=manifest.calibration)
+        name: Endpoint("", manifest.revision, None, manifest.revision + suffix, calibration=manifest.calibration)
         for name, (_, manifest) in on_base.items()
     }
     if untrained:
-        revision = f"base {sha256_json(fingerprint.model_dump())}"
+        revision = f"base {sha256_json(fingerprint.model_dump())}{suffix}"
         endpoints[UNTRAINED] = Endpoint("", BASE_MODEL_NAME, None, revision)
     async with AsyncExitStack() as stack:
         if not all(asking.all_cached(str(endpoint.revision)) for endpoint in endpoints.values()):
-            engine = await stack.enter_async_context(_engine(base, dict(on_base.values())))
+            on = await stack.enter_async_context(trial(asking.choice, base, dict(on_base.values())))
+            engine = on.engines[0]
+            models = {name: on.names[directory] for name, (directory, _) in on_base.items()}
+            models[UNTRAINED] = engine.base_model_name
             endpoints = {
-                name: replace(endpoint, base_url=engine.url, api_key=engine.api_key)
+                name: replace(endpoint, model=models[name], base_url=engine.url, api_key=engine.api_key)
                 for name, endpoint in endpoints.items()
             }
         return {name: await asking.of(endpoint, name) for name, endpoint in endpoints.items()}
@@ -284,7 +377,7 @@ def eval_fusion(
     with results.open_cache() as cache:
         report, answers = asyncio.run(fusing.evaluate(config, target, tasks, design, cache=cache, served=served))
         asked, known = cache.added, cache.hits
-    console = Console()
+    console = Console(markup=False, emoji=False)
     console.print(report.table())
     console.print(report.verdict.words, markup=False, highlight=False, soft_wrap=True)
     if results.out:
@@ -329,24 +422,14 @@ def _calibration(row: RoleRow) -> Calibration | None:
     return manifest.calibration if manifest.revision == row.revision else None
 
 
-@asynccontextmanager
-async def _engine(base: Path, adapters: Mapping[Path, Manifest]) -> AsyncIterator[Engine]:
-    """An engine on `base`, float32, with adapters under the names of their revisions, for as long as the block runs."""
-    rank, directory = max((manifest.rank, directory) for directory, manifest in adapters.items())
-    fitting = next((known for known in LORA_RANKS if known >= rank), None)
-    if fitting is None:
-        raise MixfuseError(f"{directory}: rank {rank} is above the largest that vLLM serves, {LORA_RANKS[-1]}")
-    with tempfile.TemporaryDirectory(prefix="mixfuse-") as folder:
-        config = EngineConfig(base=base, dtype="float32", max_lora_rank=fitting, max_loras=1, max_model_len=2048)
-        engine = Engine(config, log_path=Path(folder) / "engine.log")
-        with Console(stderr=True).status("starting vLLM"):
-            await engine.start()
-        try:
-            for directory, manifest in adapters.items():
-                await engine.load_adapter(manifest.revision, directory)
-            yield engine
-        finally:
-            await engine.stop()
+def judge_at(name: str, target: Target) -> Endpoint:
+    """Returns a role or a member of a running server as a judge, with the calibration of its adapter.
+
+    Raises:
+        MixfuseError: Nothing answers there.
+    """
+    revision, calibration = _served(target.url).get(name, (None, None))
+    return Endpoint(f"{target.url}/v1", name, target.key, revision=revision, calibration=calibration)
 
 
 def _fingerprint(base: Path) -> Fingerprint:

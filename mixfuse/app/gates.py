@@ -181,6 +181,19 @@ class Gates:
         await asyncio.sleep(0)  # a task that is cancelled before its first step cannot clean up
         return gate
 
+    async def through(self, role: str, request: SwapRequest) -> None:
+        """Swaps a role through a gate, and returns when the revision serves.
+
+        Raises:
+            MixfuseError: It did not pass, or was stopped (kind "gate"); or the gate failed (kind "engine"); or as for
+                `begin`.
+        """
+        gate = await self.begin(role, request)
+        if task := self._tasks.get(role):
+            await asyncio.wait({task})
+        if gate.state != "promoted":
+            raise MixfuseError(f"{gate.new}: {gate.reason}", kind="engine" if gate.state == "failed" else "gate")
+
     async def stop(self, role: str) -> Gate | None:
         """Stops the role's gate, if it is in progress, and discards the staged revision; returns the role's gate."""
         if task := self._tasks.get(role):

@@ -8,6 +8,7 @@ The client reads its endpoint and its offline mode from the environment once, wh
 
 import fcntl
 import hashlib
+import logging
 import os
 import re
 import shutil
@@ -36,8 +37,12 @@ from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.files import disk_errors
 from mixfuse.contracts.model_card import CARD, is_hub_id
 
+logger = logging.getLogger(__name__)
+
 _OWN = ".gitattributes"  # written by the Hub to list its large files; no adapter holds it
 _ANSWER_S = 10.0
+_MOST_TEXT_BYTES = 16 << 20
+_FETCHED = re.compile(r"[0-9a-f]{12}|\.[0-9a-f]{12}\.[0-9a-f]{12}\.partial")  # folders that `newest` makes
 _REVISION = re.compile(r"[0-9a-f]{12}")
 
 
@@ -187,7 +192,7 @@ def pull(source: str, out: Path, *, base: Path | None = None, trusted: Sequence[
                 f"{out} holds revision {there.revision}, {source} is {offered.revision}; choose another place, so that "
                 "a role can go back to the old one"
             )
-        listed = set(_files(api, repo, commit))
+        listed = {name: entry.size for name, entry in _files(api, repo, commit).items()}
         # The name holds the commit: an interrupted pull continues there and never mixes two commits.
         temporary = out.with_name(f".{out.name}.{commit[:12]}.partial")
         with disk_errors(out), _locked(temporary):
@@ -201,6 +206,39 @@ def pull(source: str, out: Path, *, base: Path | None = None, trusted: Sequence[
                 raise MixfuseError(f"{problem} (commit {commit}); the download was deleted", kind=error.kind) from None
             os.replace(temporary, out)
     return Pulled(manifest, commit)
+
+
+def fetch(source: str, folder: Path) -> str:
+    """Downloads the adapter files of any tool from a repository: its configs, its card and its safetensors.
+
+    Args:
+        source: `org/name`, and after `@` a branch, a tag or a whole commit hash.
+        folder: An existing folder.
+
+    Returns:
+        The commit.
+
+    Raises:
+        MixfuseError: There is no such repository, it holds no adapter in safetensors, or the Hub cannot be reached.
+    """
+    repo, _, revision = source.partition("@")
+    _check_name(repo)
+    with hub_errors(source):
+        api = HfApi(library_name="mixfuse", library_version=__version__)
+        commit = str(api.model_info(repo, revision=revision or None).sha)
+        files = _files(api, repo, commit)
+        if adapter.CONFIG not in files:
+            raise hub_error(f"{repo} at commit {commit} holds no adapter: it has no {adapter.CONFIG}")
+        own = adapter.MANIFEST in files
+        for name, entry in files.items():
+            path = PurePosixPath(name)
+            small = entry.size <= _MOST_TEXT_BYTES
+            is_text = path.suffix in (".json", ".md") or name == "llamaboard_config.yaml"
+            is_weights = path.suffix == ".safetensors" and (own or path.name.startswith("adapter_model"))
+            if (own or len(path.parts) == 1) and ".." not in path.parts and ((is_text and small) or is_weights):
+                hf_hub_download(repo, name, revision=commit, local_dir=folder)
+    shutil.rmtree(folder / ".cache", ignore_errors=True)  # the client's own records of its downloads
+    return commit
 
 
 def newest(source: str, folder: Path, *, base: Path) -> tuple[Path, str]:
@@ -225,6 +263,25 @@ def newest(source: str, folder: Path, *, base: Path) -> tuple[Path, str]:
     if not out.exists():
         pull(f"{repo}@{commit}", out, base=base)
     return out, commit
+
+
+def prune(folder: Path, newest: Path, keep: Sequence[Path]) -> None:
+    """Removes what `newest` has fetched before, and what was left of interrupted fetches.
+
+    Args:
+        folder: As for `newest`.
+        newest: The newest of the fetched adapters. What is younger is left: another gateway may be fetching it.
+        keep: Adapter directories that are needed.
+    """
+    kept = {path.resolve() for path in (newest, *keep)}
+    try:
+        before = newest.stat().st_mtime_ns
+        for path in folder.iterdir():
+            ours = _FETCHED.fullmatch(path.name) and path.is_dir() and not path.is_symlink()
+            if ours and path.resolve() not in kept and path.stat().st_mtime_ns < before:
+                shutil.rmtree(path)
+    except OSError as error:
+        logger.warning("%s: old adapters cannot be removed: %s", folder, error)
 
 
 def tag_of(revision: str) -> str:
@@ -353,10 +410,14 @@ def _fetch_manifest(repo: str, commit: str) -> Manifest:
         return adapter.read_manifest(Path(folder))
 
 
-def _download(repo: str, commit: str, listed: set[str], folder: Path) -> Manifest:
+def _download(repo: str, commit: str, listed: dict[str, int], folder: Path) -> Manifest:
     """Downloads the manifest and the files it lists; refuses a repository that holds any other file."""
     if adapter.MANIFEST not in listed:
         raise hub_error(f"{repo} at commit {commit} is not an adapter of mixfuse: it has no {adapter.MANIFEST}")
+    if large := next(
+        (n for n, size in listed.items() if n.endswith((".json", ".md")) and size > _MOST_TEXT_BYTES), None
+    ):
+        raise hub_error(f"{repo}: its {large} is larger than {_MOST_TEXT_BYTES >> 20} MiB, which no such file is")
     hf_hub_download(repo, adapter.MANIFEST, revision=commit, local_dir=folder)
     manifest = adapter.read_manifest(folder)
     for name in manifest.files:
@@ -366,7 +427,7 @@ def _download(repo: str, commit: str, listed: set[str], folder: Path) -> Manifes
             raise hub_error(f"{repo}: {name}: only safetensors, JSON and Markdown files belong in an adapter directory")
         if name not in listed:
             raise hub_error(f"{repo} at commit {commit} lacks {name}, which its manifest lists")
-    if extra := sorted(listed - set(manifest.files) - {adapter.MANIFEST, _OWN}):
+    if extra := sorted(set(listed) - set(manifest.files) - {adapter.MANIFEST, _OWN}):
         raise hub_error(f"{repo} holds {extra[0]}, which its manifest does not list; nothing is downloaded")
     for name in manifest.files:
         hf_hub_download(repo, name, revision=commit, local_dir=folder)

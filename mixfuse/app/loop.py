@@ -1,4 +1,4 @@
-"""`mixfuse loop`: one round trains a judge from recorded feedback, and promotes it if it is measurably better.
+"""`mixfuse loop`: one round trains a judge and fits a combiner from recorded feedback, and promotes what is better.
 
 A round is a folder, `ROUNDS/0001`. It holds everything: the config at its beginning, the traces, the pairs and their
 data card, the recipe, the training run, the adapter, the evaluations with every verdict, and `decision.json`. A step is
@@ -10,6 +10,7 @@ can only count against it.
 """
 
 import fcntl
+import json
 import re
 import subprocess
 import sys
@@ -21,9 +22,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
+from rich.text import Text
 
+from mixfuse.app import combiner_file, combiner_round
 from mixfuse.app.admin_api import SwapRequest
 from mixfuse.app.client import AdminClient, RefusedError
 from mixfuse.app.loop_config import FEEDBACK, LoopConfig
@@ -33,7 +35,7 @@ from mixfuse.app.promotion import Decision, decide
 from mixfuse.contracts.database import opened
 from mixfuse.contracts.errors import PREEMPTED, MixfuseError, Preempted
 from mixfuse.contracts.files import atomic_directory, read_json, read_jsonl, write_json, write_jsonl, write_text
-from mixfuse.contracts.strict_yaml import validate
+from mixfuse.contracts.strict_yaml import read_mapping, validate
 from mixfuse.fusion.store.export_traces import read as read_traces
 from mixfuse.train.data.pair_filters import Filters
 from mixfuse.train.data.pairs import dev_path, is_dev
@@ -125,14 +127,41 @@ class _Round:
 
     def finish(self) -> dict[str, Any]:
         """Runs the steps that are not done yet; returns the decision."""
+        combiner = self._step("combiner", self._combine) if self._config.combiner is not None else None
+        evidence = {} if combiner is None else {"combiner": combiner}
+        if self._config.recipe is None:
+            return self._decided(Decision(False, "this loop trains no judge"), evidence)
+        return self._judge(evidence)
+
+    def _combine(self) -> dict[str, Any]:
+        """Fits a combiner, compares it with the serving one, and swaps it in if it is better."""
+        config = self._config.combiner
+        if config is None:
+            raise AssertionError("called only with a combiner")
+        new = self._out / "combiner.json"
+        rounds = [folder / "data" / "traces.jsonl" for folder in _rounds(self._folder.parent)]
+        fitted = self._step("combiner-fit", lambda: combiner_round.fit_round(config, rounds, new))
+        if "nothing" in fitted:
+            return {"promoted": False, "reason": fitted["nothing"]}
+        frozen = self._step("combiner-frozen", lambda: combiner_round.compare(config, new))
+        live = self._step("combiner-live", lambda: combiner_round.shadow(config, new, rounds[-1]))
+        decision = combiner_round.decide(frozen, live, config)
+        facts = {"file": str(new), "frozen": frozen, "live": live, "reason": decision.reason}
+        if not decision.promote:
+            return {"promoted": False, **facts}
+        swapped = combiner_file.swap(new, config.file)
+        return {"promoted": True, "before": swapped.old, "revision": swapped.new, **facts}
+
+    def _judge(self, evidence: Mapping[str, Any]) -> dict[str, Any]:
+        """Trains a judge and promotes it if it is better; returns the round's decision."""
         pairs = self._step("pairs", self._pairs)
         if "nothing" in pairs:
-            return self._decided(Decision(False, pairs["nothing"]), {})
+            return self._decided(Decision(False, pairs["nothing"]), evidence)
         self._step("train", self._train)
         adapter = self._step("export", self._export)
         frozen = self._step("frozen", lambda: self._evaluation("frozen", self._config.frozen))
         fresh = self._step("fresh", self._fresh)
-        evidence = {"adapter": adapter["directory"], "frozen": frozen, "fresh": fresh}
+        evidence = {**evidence, "adapter": adapter["directory"], "frozen": frozen, "fresh": fresh}
         decision = decide(frozen, fresh if "difference" in fresh else None, self._config.promote)
         if not decision.promote or self._config.server is None:
             return self._decided(decision, evidence)
@@ -146,7 +175,7 @@ class _Round:
         path = self._folder / "steps" / f"{name}.json"
         if not path.is_file():
             began = time.time()
-            with Console(stderr=True).status(f"{self._folder}: {name}"):
+            with Console(stderr=True).status(Text(f"{self._folder}: {name}")):
                 result = work()
             write_json(path, {**result, "seconds": round(time.time() - began, 1)})
         result = read_json(path)
@@ -167,12 +196,14 @@ class _Round:
 
     def _train(self) -> dict[str, Any]:
         config, data = self._config, self._out / "data"
-        path, recipe = self._out / "recipe.yaml", _read_recipe(config.recipe)
+        if config.recipe is None:
+            raise AssertionError("called only with a recipe")
+        path, recipe = self._out / "recipe.yaml", read_mapping(config.recipe)
         recipe |= {"data": str(data / "pairs.jsonl"), "out": str(self._out / "run")}
         evaluation = recipe.get("evaluation")
         if isinstance(evaluation, dict) and "share" not in evaluation:
             recipe["evaluation"] = {**evaluation, "data": str(dev_path(data / "pairs.jsonl"))}
-        write_text(path, yaml.safe_dump(recipe, sort_keys=False))
+        write_text(path, json.dumps(recipe, indent=2, ensure_ascii=False) + "\n")
         if not (self._out / "run" / "run.json").is_file():  # a run's last file
             self._tools.train(path, config.overrides, self._log("train"))
         return {"run": str(self._out / "run")}
@@ -263,7 +294,7 @@ def _begin(config: LoopConfig) -> Path | None:
     The folder is created in one step together with its traces, so no trace is read twice or left out.
     """
     earlier = _rounds(config.rounds)
-    serving = _serving_judge(config, earlier)
+    serving = _serving_judge(config, earlier) if config.recipe is not None else {"directory": None, "revision": None}
     since = float(read_json(earlier[-1] / ROUND)["until"]) if earlier else 0.0
     until = time.time() - config.traces.settle_s
     tasks = None
@@ -330,17 +361,6 @@ def _locked(rounds: Path) -> Iterator[int]:
         except BlockingIOError:
             raise MixfuseError(f"{rounds}: another mixfuse loop is running there; wait for it") from None
         yield lock.fileno()
-
-
-def _read_recipe(path: Path) -> dict[str, Any]:
-    """Reads a recipe without checking its keys, which training does."""
-    try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise MixfuseError(f"{path}: the recipe cannot be read: {error}") from None
-    if not isinstance(recipe, dict):
-        raise MixfuseError(f"{path}: expected a mapping of keys, found {type(recipe).__name__}")
-    return recipe
 
 
 def _run_command(lock: int, log: Path, *arguments: str | Path) -> None:

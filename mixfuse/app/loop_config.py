@@ -1,12 +1,12 @@
 """What `mixfuse loop` reads: its config, group by group."""
 
-from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from mixfuse.app.pairs_spec import Source
 from mixfuse.app.verifiers import ByTasks
+from mixfuse.contracts.paths import FilePath, Location
 from mixfuse.contracts.strict_yaml import Strict
 from mixfuse.train.data.pair_filters import Filters
 
@@ -26,7 +26,7 @@ class Traces(Strict):
         min_rows: With fewer new traces that have a label there is no round; they wait for the next.
     """
 
-    database: str
+    database: Location
     tasks: ByTasks | None = None
     min_agreement: float | None = Field(default=0.5, ge=0, le=1)
     settle_s: float = Field(default=600.0, ge=0)
@@ -84,15 +84,46 @@ class Server(Strict):
     timeout_s: PositiveFloat = 3600.0
 
 
+class Combining(Strict):
+    """How a round fits a combiner, and what it must achieve to be promoted.
+
+    Attributes:
+        file: The gateway's `combiner`. A promoted one takes its place; see `mixfuse combiner swap`.
+        frozen: Recorded pools with marks that decide, as `pool collect` writes them. They are never fitted to.
+        data: Further recorded pools to fit to. They anchor the combiner against bad feedback.
+        prices: A YAML or JSON file of members and dollars an answer.
+        agreement: What makes two answers equal; unset: as the rows suggest.
+        target: The confidence that the gateway asks for (`modes.target`); the two are compared at it.
+        margin: The lower end of the 95 % interval of the paired difference must lie above it, in right answers.
+        alpha: The paired test's p-value must not be above this.
+        most_ece: Its calibration error may exceed the serving one's by this.
+        min_questions: With fewer questions in the frozen set, no combiner is promoted.
+        min_fresh: With fewer marked live traces, these are not compared.
+    """
+
+    file: FilePath
+    frozen: tuple[FilePath, ...] = Field(min_length=1)
+    data: tuple[FilePath, ...] = ()
+    prices: FilePath | None = None
+    agreement: Literal["exact", "number", "json", "choice"] | None = None
+    target: float = Field(default=0.9, gt=0, lt=1)
+    margin: float = Field(default=0.0, ge=0, lt=1)
+    alpha: float = Field(default=0.05, gt=0, le=0.5)
+    most_ece: float = Field(default=0.03, ge=0, lt=1)
+    min_questions: PositiveInt = 200
+    min_fresh: PositiveInt = 50
+
+
 class LoopConfig(Strict):
-    """What `mixfuse loop` reads.
+    """What `mixfuse loop` reads. A round trains a judge (`recipe`), fits a combiner (`combiner`), or both.
 
     Attributes:
         rounds: Folder of the rounds.
         traces: Where feedback comes from.
-        frozen: Files of labelled pairs that decide, in any shape that `mixfuse eval judge` reads. Their prompts are
-            never trained on.
-        recipe: The judge's training recipe. The round replaces its `data`, `evaluation.data` and `out`.
+        frozen: Files of labelled pairs that decide on the judge, in any shape that `mixfuse eval judge` reads. Their
+            prompts are never trained on.
+        recipe: The judge's training recipe; unset: no judge is trained. The round replaces its `data`,
+            `evaluation.data` and `out`.
         overrides: `key=value` for the recipe.
         pairs: Filters and further sources.
         promote: What a new judge must achieve.
@@ -100,21 +131,27 @@ class LoopConfig(Strict):
         judge: Without a server: the adapter directory that serves, null for the base. After a promotion it is the
             promoted adapter.
         parity: Compare the new adapter in vLLM with PEFT before it is evaluated.
+        combiner: How a combiner is fitted; unset: none is.
     """
 
-    rounds: Path
+    rounds: FilePath
     traces: Traces
-    frozen: tuple[Path, ...] = Field(min_length=1)
-    recipe: Path
+    frozen: tuple[FilePath, ...] = ()
+    recipe: FilePath | None = None
     overrides: tuple[str, ...] = ()
     pairs: Pairs = Pairs()
     promote: Promote = Promote()
     server: Server | None = Server()
-    judge: Path | None = None
+    judge: FilePath | None = None
     parity: bool = True
+    combiner: Combining | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.recipe is None and self.combiner is None:
+            raise ValueError("name a 'recipe' to train a judge, or a 'combiner' to fit one")
+        if self.recipe is not None and not self.frozen:
+            raise ValueError("'frozen' is missing: files of labelled pairs that decide whether the judge is promoted")
         if any(source.label == FEEDBACK for source in self.pairs.sources):
             raise ValueError(f"pairs.sources: {FEEDBACK!r} is the name of the round's own pairs; choose another")
         if self.server is not None and self.judge is not None:

@@ -31,12 +31,12 @@ def write_project(folder: Path, model: str) -> list[Path]:
     examples = resources.files("mixfuse") / "configs"
     texts = {folder / name: _relocated(text, model) for name, text in _texts(examples / model, Path()).items()}
     texts |= {folder / name: text for name, text in _texts(examples / "deepspeed", Path("deepspeed")).items()}
-    for path in texts:
-        if path.exists() or path.is_symlink():
-            raise MixfuseError(f"{path} exists already and is not overwritten; choose another folder")
-        if blocked := next((parent for parent in path.parents if parent.exists() and not parent.is_dir()), None):
-            raise MixfuseError(f"{blocked} is no folder; choose another folder for the project")
     with disk_errors(folder):
+        for path in texts:
+            if path.exists() or path.is_symlink():
+                raise MixfuseError(f"{path} exists already and is not overwritten; choose another folder")
+            if blocked := next((parent for parent in path.parents if parent.exists() and not parent.is_dir()), None):
+                raise MixfuseError(f"{blocked} is no folder; choose another folder for the project")
         for path, text in texts.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("x", encoding="utf-8") as stream:

@@ -10,18 +10,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from os import cpu_count
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mixfuse.app.pairs_spec import Source
 from mixfuse.app.synthetic_pairs import read_synthetic
 from mixfuse.app.verifiers import Check, check_of
+from mixfuse.contracts import preferences
 from mixfuse.contracts.errors import MixfuseError
-from mixfuse.contracts.files import iter_jsonl
 from mixfuse.train.data import pairs
 from mixfuse.train.data.pairs import Preference
-
-_VOTES = {"A": (1, "A", "first"), "B": (2, "B", "second")}
-"""How a vote for each side is written: PandaLM's annotators say 1 and 2, and 0 for a tie."""
+from mixfuse.train.data.sources import rows
+from mixfuse.train.recipe import DataSource
 
 
 @dataclass
@@ -48,7 +47,14 @@ def read_source(source: Source, *, seed: int, verdicts: Path, progress: bool) ->
         return SourcePairs(*read_synthetic(source, seed))
     if source.kind == "judge":
         return _judged(source, seed, verdicts, progress)
-    return {"pool": _pool, "references": _references, "labels": _labels, "traces": _traces}[source.kind](source)
+    kind = _kind_of(source) if source.kind == "auto" else source.kind
+    return {"pool": _pool, "references": _references, "labels": _labels, "traces": _traces}[kind](source)
+
+
+def _kind_of(source: Source) -> Literal["pool", "labels"]:
+    """What the first row of a file says it is."""
+    _, first = next(rows(DataSource(path=Path(source.path)), wanted=preferences.KEYS))
+    return "pool" if "responses" in first and not preferences.is_comparison(first) else "labels"
 
 
 def _pool(source: Source) -> SourcePairs:
@@ -58,12 +64,12 @@ def _pool(source: Source) -> SourcePairs:
 
 def _of_rows(rows: Sequence[dict[str, Any]], source: Source) -> SourcePairs:
     counts = Counter({"rows": len(rows)})
-    preferences = []
+    found = []
     for row in _marked(rows, source, counts):
         row_preferences = pairs.of_pool(row, source=source.label)
         counts["usable rows"] += bool(row_preferences)
-        preferences += row_preferences
-    return SourcePairs(preferences, counts)
+        found += row_preferences
+    return SourcePairs(found, counts)
 
 
 def _marked(rows: Sequence[dict[str, Any]], source: Source, counts: Counter[str]) -> Iterator[dict[str, Any]]:
@@ -88,7 +94,7 @@ def _marks(row: dict[str, Any], check: Check) -> list[dict[str, Any]]:
 def _references(source: Source) -> SourcePairs:
     rows = pairs.read_pool(Path(source.path), marked=source.verifier == "marked")
     counts = Counter({"rows": len(rows)})
-    preferences = []
+    found = []
     for row in _marked(rows, source, counts):
         reference = row.get("reference")
         if not isinstance(reference, str) or not reference.strip():
@@ -96,50 +102,18 @@ def _references(source: Source) -> SourcePairs:
             continue
         wrong = [response for response in row["responses"] if not response["correct"] and response["text"] != reference]
         right = {"model": "reference", "text": reference, "correct": True}
-        preferences += pairs.of_pool({**row, "responses": [right, *wrong]}, source=source.label)
-    return SourcePairs(preferences, counts)
+        found += pairs.of_pool({**row, "responses": [right, *wrong]}, source=source.label)
+    return SourcePairs(found, counts)
 
 
 def _labels(source: Source) -> SourcePairs:
-    """People's choices; the margin is the majority's lead in votes."""
-    counts: Counter[str] = Counter()
-    preferences = []
-    for number, row in iter_jsonl(Path(source.path), required=("prompt", "response_a", "response_b", "label")):
-        where = f"{source.path}:{number}"
-        answers = (row["response_a"], row["response_b"])
-        if not all(isinstance(answer, dict) and isinstance(answer.get("text"), str) for answer in answers):
-            raise MixfuseError(f"{where}: response_a and response_b must be {{model, text}}")
-        if not isinstance(row["prompt"], str) or row["label"] not in (*_VOTES, "tie"):
-            raise MixfuseError(f"{where}: prompt must be a text and label one of A, B, tie")
-        counts["rows"] += 1
-        if row["label"] == "tie":
-            counts["ties"] += 1
-            continue
-        better, worse = answers if row["label"] == "A" else answers[::-1]
-        margin = _lead(row.get("votes"), row["label"], where)
-        if margin <= 0:
-            counts["labels without a majority of the votes"] += 1
-            continue
-        named = all(isinstance(answer.get("model"), str) for answer in answers)
-        models = (better["model"], worse["model"]) if named else None
-        preferences.append(Preference(row["prompt"], better["text"], worse["text"], source.label, margin, models))
-    return SourcePairs(preferences, counts)
-
-
-def _lead(votes: Any, label: str, where: str) -> float:
-    """(votes for the label - votes against it) / all votes; 1 where there are none."""
-    if votes is None or votes in ([], {}):
-        return 1.0
-    other = "B" if label == "A" else "A"
-    if isinstance(votes, list):
-        tally = Counter(
-            next((side for side, spellings in _VOTES.items() if vote in spellings), "tie") for vote in votes
-        )
-    elif isinstance(votes, dict) and all(isinstance(count, int) for count in votes.values()):
-        tally = Counter(votes)
-    else:
-        raise MixfuseError(f"{where}: votes must be a list of votes, or the numbers of votes for A, B and tie")
-    return (tally[label] - tally[other]) / max(1, tally.total())
+    """The choices of people and benchmarks, in any public shape; the margin is the lead in votes or scores."""
+    if source.verifier != "marked":
+        raise MixfuseError(f"{source.path}: its rows hold choices between answers, so 'verifier' marks nothing in it")
+    found = preferences.read(rows(DataSource(path=Path(source.path)), wanted=preferences.KEYS))
+    counts = Counter({"rows": found.shapes.total()}) + found.left_out
+    counts.update({f"rows of {shape}": count for shape, count in found.shapes.items()})
+    return SourcePairs(pairs.of_comparisons(found.pairs, source=source.label, counts=counts), counts)
 
 
 def _traces(source: Source) -> SourcePairs:
@@ -172,7 +146,7 @@ def _judged(source: Source, seed: int, cache: Path, progress: bool) -> SourcePai
     labels = asyncio.run(label(source.judge, [question for question, _ in candidates], cache=cache, progress=progress))
     counts = Counter({"rows": len(rows), "pairs": len(candidates), "calls made": labels.asked})
     counts.update({f"calls failed: {kind}": count for kind, count in labels.failed.items()})
-    preferences = []
+    found = []
     for (question, models), outcome in zip(candidates, labels.outcomes, strict=True):
         if outcome is None or outcome.winner == "tie":
             counts["without a verdict" if outcome is None or outcome.parse_failures else "orders disagree"] += 1
@@ -181,5 +155,5 @@ def _judged(source: Source, seed: int, cache: Path, progress: bool) -> SourcePai
         better, worse = (question.first, question.second)[:: 1 if first_won else -1]
         named = models and (models if first_won else models[::-1])
         margin = abs(2 * outcome.score - 1)
-        preferences.append(Preference(question.prompt, better, worse, source.label, margin, named))
-    return SourcePairs(preferences, counts)
+        found.append(Preference(question.prompt, better, worse, source.label, margin, named))
+    return SourcePairs(found, counts)

@@ -11,11 +11,12 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from mixfuse.app.verifiers import Verifier
 from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.paths import FilePath, Location
 from mixfuse.contracts.strict_yaml import Strict, load, validate
 from mixfuse.fusion.config import ModelConfig
 from mixfuse.train.data.pair_filters import Filters
 
-Kind = Literal["pool", "references", "labels", "traces", "judge", "synthetic"]
+Kind = Literal["auto", "pool", "references", "labels", "traces", "judge", "synthetic"]
 Damage = Literal["truncate", "repeat", "number", "wrong_question"]
 
 
@@ -24,7 +25,8 @@ class Source(Strict):
 
     Attributes:
         kind: `pool`: right against wrong answers of pool rows. `references`: the reference answer against wrong ones.
-            `labels`: people's choices between two answers. `traces`: the trace database's feedback. `judge`: a stronger
+            `labels`: the choices of people and benchmarks, in any shape of docs/data.md. `auto`: `pool` where the rows
+            have `responses`, else `labels`. `traces`: the trace database's feedback. `judge`: a stronger
             judge's choices between a pool's answers. `synthetic`: a right answer against one that was made worse.
         path: The file; for `traces` the database's path or URL.
         name: Name of its pairs; by default the kind for synthetic ones, else the file's name.
@@ -40,8 +42,8 @@ class Source(Strict):
         licence: The licence that the data's owner states, for the data card.
     """
 
-    kind: Kind = "pool"
-    path: str
+    kind: Kind = "auto"
+    path: Location
     name: str = ""
     verifier: Verifier = "marked"
     judge: ModelConfig | None = None
@@ -99,7 +101,7 @@ class PairsSpec(Filters):
     """
 
     sources: tuple[Source, ...] = Field(min_length=1)
-    against: tuple[Path, ...] = ()
+    against: tuple[FilePath, ...] = ()
     hard: Hard | None = None
     seed: int = 0
 

@@ -5,7 +5,9 @@ stronger judge behind HTTP.
 """
 
 import asyncio
+import itertools
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,15 @@ from mixfuse.app.pair_sources import SourcePairs, read_source
 from mixfuse.app.pairs_spec import Hard, PairsSpec, refuse_password
 from mixfuse.app.prompts import read_prompts
 from mixfuse.contracts.errors import MixfuseError
-from mixfuse.contracts.files import sha256_file
+from mixfuse.contracts.paths import keep_apart
 from mixfuse.train.data import data_card, pairs
+from mixfuse.train.data.data_files import files_of
 from mixfuse.train.data.pair_filters import Selection, select
+from mixfuse.train.data.sources import digest
+from mixfuse.train.recipe import DataSource
 
 
-def build(spec: PairsSpec, out: Path, *, progress: bool = True) -> dict[str, Any]:
+def build(spec: PairsSpec, out: Path, *, progress: bool = True, inputs: Sequence[Path] = ()) -> dict[str, Any]:
     """Writes training pairs, dev pairs and a data card.
 
     Args:
@@ -27,6 +32,7 @@ def build(spec: PairsSpec, out: Path, *, progress: bool = True) -> dict[str, Any
             `NAME.card.json` and, with matplotlib, `NAME.card.png`. `NAME.verdicts.sqlite3` stores a stronger judge's
             verdicts for the next call.
         progress: Whether to show bars on stderr.
+        inputs: Other files that are read, such as the spec's; nothing is written over them or the sources.
 
     Returns:
         The data card's JSON.
@@ -39,10 +45,18 @@ def build(spec: PairsSpec, out: Path, *, progress: bool = True) -> dict[str, Any
         if source.kind == "traces":
             refuse_password(source.path)
     verdicts = out.with_name(f"{out.stem}.verdicts.sqlite3")
+    files = (files_of(Path(source.path)) for source in spec.sources if source.kind != "traces")
+    read = [*inputs, *spec.against, *itertools.chain.from_iterable(files)]
+    read += [Path(source.path) for source in spec.sources if source.kind == "traces" and "://" not in source.path]
+    cards = [out.with_name(f"{out.stem}.card.{ending}") for ending in ("json", "md", "png")]
+    keep_apart([out, pairs.dev_path(out), *cards, verdicts], read)
     by_source = [read_source(source, seed=spec.seed, verdicts=verdicts, progress=progress) for source in spec.sources]
     preferences = [preference for source_pairs in by_source for preference in source_pairs.preferences]
     if not preferences:
-        where = ", ".join(source.path for source in spec.sources)
+        where = ", ".join(
+            f"{source.path} ({', '.join(f'{name} {count}' for name, count in read_pairs.counts.items() if count)})"
+            for source, read_pairs in zip(spec.sources, by_source, strict=True)
+        )
         raise MixfuseError(
             f"{where}: no prompt has both a right and a wrong answer, so there is nothing to prefer", kind="no_pairs"
         )
@@ -65,7 +79,7 @@ def _source_facts(spec: PairsSpec, by_source: list[SourcePairs]) -> list[dict[st
             "name": source.label,
             "kind": source.kind,
             "path": source.path,
-            "sha256": sha256_file(Path(source.path)) if source.kind != "traces" else None,
+            "sha256": digest(DataSource(path=Path(source.path))) if source.kind != "traces" else None,
             "licence": source.licence,
             "weight": source.weight,
             "read": dict(source_pairs.counts),

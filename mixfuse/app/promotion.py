@@ -53,4 +53,7 @@ def summary_lines(decision: Mapping[str, Any]) -> list[str]:
             printed.append(f"{name}: {new:.3f} against {serving:.3f} on {evaluation['n']} pairs, {difference}")
         elif "nothing" in evaluation:
             printed.append(f"{name}: {evaluation['nothing']}")
+    if (combiner := decision.get("combiner")) is not None:
+        said = f"promoted {combiner['revision']}" if combiner["promoted"] else "kept the serving one"
+        printed.append(f"combiner: {said}; {combiner['reason']}")
     return printed

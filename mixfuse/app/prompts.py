@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mixfuse.contracts import preferences
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.files import iter_jsonl, read_json
 
@@ -42,6 +43,10 @@ def prompt_of(row: Any, where: str) -> str:
     Raises:
         MixfuseError: The row has no prompt.
     """
+    if isinstance(row, dict) and preferences.is_comparison(row):
+        found = _compared(row)
+        if found is not None:
+            return found
     prompt = next((row[key] for key in _PROMPT_KEYS if key in row), None) if isinstance(row, dict) else None
     if isinstance(row, dict) and isinstance(row.get("messages"), list):
         messages = [message for message in row["messages"] if isinstance(message, dict)]
@@ -52,3 +57,12 @@ def prompt_of(row: Any, where: str) -> str:
     if not isinstance(prompt, str):
         raise MixfuseError(f"{where}: the row has no prompt: neither {', '.join(_PROMPT_KEYS)} nor messages")
     return prompt
+
+
+def _compared(row: dict[str, Any]) -> str | None:
+    """The prompt of a comparison in a public shape, as `pairs build` reads it."""
+    try:
+        pairs = preferences.read([("", row)]).pairs
+    except MixfuseError:
+        return None
+    return pairs[0].prompt if pairs else None

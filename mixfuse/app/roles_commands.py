@@ -1,6 +1,7 @@
 """`mixfuse roles …`: shows and changes which adapter serves each role of a running server."""
 
 import json
+import math
 import sys
 import time
 from dataclasses import asdict
@@ -10,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from mixfuse.app.admin_api import GateReport, SwapRequest
 from mixfuse.app.client import AdminClient
@@ -48,7 +50,7 @@ def list_roles(url: str, *, as_json: bool = False) -> None:
             str(row.in_flight),
             "; ".join(notes),
         )
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)
 
 
 def swap_role(url: str, role: str, directory: Path, *, as_json: bool = False) -> None:
@@ -81,7 +83,7 @@ def swap_through_gate(url: str, role: str, directory: Path, gate: dict[str, Any]
     try:
         with Console(stderr=True).status("") as status:
             while report.under_way:
-                status.update(f"{role}: {report.new}: {_progress(report)}")
+                status.update(Text(f"{role}: {report.new}: {_progress(report)}"))
                 time.sleep(_POLL_S)
                 report = client.role(role).gate or report
     except KeyboardInterrupt:
@@ -93,7 +95,7 @@ def swap_through_gate(url: str, role: str, directory: Path, gate: dict[str, Any]
     else:
         for name, figures in (("shadow", report.shadow), ("canary", report.canary)):
             if figures is not None:
-                Console().print(_figures(f"{role}: {name}", figures))
+                Console(markup=False, emoji=False).print(_figures(f"{role}: {name}", figures))
     if report.state != "promoted":
         raise MixfuseError(f"{role}: {report.reason}", kind="gate")
     if not as_json:
@@ -108,9 +110,12 @@ def seconds(text: str) -> float:
     """
     unit = {"s": 1, "m": 60, "h": 3600}.get(text[-1:])
     try:
-        return float(text[:-1]) * unit if unit else float(text)
+        value = float(text[:-1]) * unit if unit else float(text)
     except ValueError:
-        raise MixfuseError(f"{text!r} is no length of time; write 90s, 10m or 2h") from None
+        value = math.nan
+    if not 0 < value < math.inf:  # NaN compares false
+        raise MixfuseError(f"{text!r} is no length of time; write 90s, 10m or 2h")
+    return value
 
 
 def share(text: str) -> float:
@@ -120,9 +125,12 @@ def share(text: str) -> float:
         MixfuseError: The text is something else.
     """
     try:
-        return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+        value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
     except ValueError:
-        raise MixfuseError(f"{text!r} is no share of requests; write 10% or 0.1") from None
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise MixfuseError(f"{text!r} is no share of requests; write 10% or 0.1")
+    return value
 
 
 def roll_role_back(url: str, role: str, *, as_json: bool = False) -> None:
@@ -172,7 +180,7 @@ def show_history(url: str, role: str, *, limit: int = 20, as_json: bool = False)
             event.gateway,
             event.directory or "",
         )
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)
 
 
 def pin_role(url: str, role: str, pinned: bool, *, as_json: bool = False) -> None:

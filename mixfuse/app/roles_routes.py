@@ -14,9 +14,11 @@ from mixfuse.app.gates import Gate, Gates
 from mixfuse.app.roles_store import StoredRoles
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.strict_yaml import validate
+from mixfuse.fusion.http.bodies import read_json
 from mixfuse.fusion.http.keys import ADMIN_KEY, is_admin
 from mixfuse.fusion.http.statuses import status_of
 from mixfuse.serve.roles import BASE, RoleState, RoleTable
+from mixfuse.serve.slots import Trouble
 from mixfuse.serve.swap import Swapper
 
 Handler = Callable[[Request], Awaitable[Response]]
@@ -32,14 +34,14 @@ def routes(swapper: Swapper, store: StoredRoles, gates: Gates) -> list[Route]:
     """
     table = swapper.table
 
+    def row(state: RoleState) -> RoleRow:
+        return _row(state, gates.of(state.name), table.troubles().get(state.name))
+
     async def list_(_request: Request) -> Response:
-        return JSONResponse({"roles": [asdict(_row(state, gates.of(state.name))) for state in table.states()]})
+        return JSONResponse({"roles": [asdict(row(state)) for state in table.states()]})
 
     async def swap(request: Request) -> Response:
-        try:
-            body = await request.json()
-        except ValueError:
-            raise MixfuseError('the body must be {"directory": "…"}') from None
+        body = await read_json(request)
         swap_request, role = validate(body, SwapRequest, source="the body"), request.path_params["role"]
         if not swap_request.gated:
             return JSONResponse(asdict(await swapper.swap(role, swap_request.directory)))
@@ -68,7 +70,7 @@ def routes(swapper: Swapper, store: StoredRoles, gates: Gates) -> list[Route]:
     async def pin(request: Request) -> Response:
         role = request.path_params["role"]
         await table.pin(role, request.method == "PUT")
-        return JSONResponse(asdict(_row(table.state(role), gates.of(role))))
+        return JSONResponse(asdict(row(table.state(role))))
 
     path = "/admin/roles/{role}"
     return [
@@ -103,19 +105,19 @@ def _with_errors(handler: Handler) -> Handler:
     return answering
 
 
-def _row(state: RoleState, gate: Gate | None) -> RoleRow:
+def _row(state: RoleState, gate: Gate | None, trouble: Trouble | None) -> RoleRow:
     serving, staged = state.serving, state.staged
     return RoleRow(
         role=state.name,
         revision=serving.revision,
         directory=str(serving.directory) if serving.directory else None,
         in_flight=serving.in_flight,
-        loaded=serving.loaded,
+        loaded=serving.loaded and trouble is None,
         pinned=state.pinned,
         since=state.since,
         version=state.version,
         staged=StagedRow(staged.revision, state.canary_share, staged.in_flight) if staged else None,
-        problem=state.problem,
+        problem="; ".join(filter(None, (state.problem, trouble and trouble.why))) or None,
         gate=gate.report() if gate else None,
     )
 
@@ -135,11 +137,24 @@ class RoleMetrics(Collector):
         behind = GaugeMetricFamily(
             "mixfuse_role_behind", "1 where this gateway cannot serve what the role table says", labels=["role"]
         )
+        unserved = GaugeMetricFamily(
+            "mixfuse_role_unserved", "1 where no engine can answer for a role now", labels=["role"]
+        )
+        in_flight = GaugeMetricFamily(
+            "mixfuse_role_in_flight", "Requests that hold a revision of a role now", labels=["role", "revision"]
+        )
+        troubles = self._table.troubles()
         for state in self._table.states():
+            unserved.add_metric([state.name], float(state.name in troubles and troubles[state.name].dead))
             serving.add_metric([state.name, state.serving.revision or BASE], 1)
+            for revision in filter(None, (state.serving, state.staged)):
+                # The base's count is that of all roles that it serves.
+                in_flight.add_metric([state.name, revision.revision or BASE], revision.in_flight)
             behind.add_metric([state.name], float(state.problem is not None))
         yield serving
         yield behind
+        yield unserved
+        yield in_flight
         yield GaugeMetricFamily("mixfuse_adapters_loaded", "Adapters in the engine", value=self._table.loaded)
         for name, words, value in (
             ("loads", "Adapters loaded into the engine", counts.loads),

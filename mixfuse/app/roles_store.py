@@ -6,6 +6,7 @@ two gateways that swap at the same time, one gets a conflict. A restarted gatewa
 database, reads its revisions from here.
 """
 
+import asyncio
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -17,11 +18,15 @@ from typing import TypeVar
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import SQLAlchemyError
 
+from mixfuse.app.engine_lease import EngineLease
 from mixfuse.contracts.database import Database
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.serve.role_record import Reason, RoleEntry
 
 Result = TypeVar("Result")
+
+# A change may wait for another gateway's; a database that is longer silent is reported.
+_ANSWER_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -59,10 +64,11 @@ class StoredRoles:
     Args:
         database: The trace database.
         gateway: This gateway's name in the history.
+        lease: Knows the gateways that share its engines.
     """
 
-    def __init__(self, database: Database, gateway: str) -> None:
-        self._database, self._gateway = database, gateway
+    def __init__(self, database: Database, gateway: str, lease: EngineLease | None = None) -> None:
+        self._database, self._gateway, self._lease = database, gateway, lease
         self.name = database.name
 
     async def read(self) -> Mapping[str, RoleEntry]:
@@ -103,6 +109,11 @@ class StoredRoles:
             lambda connection: connection.execute(query, {"role": role, "new": revision}).first() is not None
         )
 
+    async def followed(self, role: str, version: int) -> None:
+        """Returns once every gateway that shares this one's engines serves this version of a role, or cannot."""
+        if self._lease is not None:
+            await self._lease.followed(role, version)
+
     async def pin(self, role: str, pinned: bool) -> RoleEntry:
         """Records whether a role's adapter stays loaded.
 
@@ -131,10 +142,23 @@ class StoredRoles:
         """Returns the role's newest events, newest first."""
         return await self._run(partial(history, role=role, limit=limit))
 
+    async def served(self, role: str, count: int) -> list[Path]:
+        """Returns the adapter directories that served a role last, newest first, each once."""
+        query = text(
+            "SELECT directory FROM role_history WHERE role = :role AND version IS NOT NULL AND directory IS NOT NULL "
+            "GROUP BY directory ORDER BY MAX(version) DESC LIMIT :count"
+        )
+
+        def work(connection: Connection) -> list[Path]:
+            return [Path(row[0]) for row in connection.execute(query, {"role": role, "count": count})]
+
+        return await self._run(work)
+
     async def _run(self, work: Callable[[Connection], Result]) -> Result:
         try:
-            return await self._database.run(work)
-        except SQLAlchemyError as error:
+            async with asyncio.timeout(_ANSWER_S):
+                return await self._database.run(work)
+        except (SQLAlchemyError, TimeoutError) as error:
             raise MixfuseError(
                 f"the role table in {self._database.name} cannot be reached now: {error.__class__.__name__}; "
                 "try again later",
@@ -243,9 +267,13 @@ def roll_back(database: Database, role: str, gateway: str) -> RoleEntry:
 
 def history(connection: Connection, *, role: str, limit: int) -> list[Event]:
     """Returns the role's newest events, newest first."""
+    # Clocks of gateways differ, so the times do not tell the order of changes. What has no version, such as a refusal,
+    # comes after the newest change that is not later by its own gateway's clock.
     query = text(
         "SELECT at, role, why, outcome, old_revision AS old, new_revision AS new, directory, gateway, version, error "
-        "FROM role_history WHERE role = :role ORDER BY at DESC, version DESC LIMIT :limit"
+        "FROM role_history AS event WHERE role = :role ORDER BY COALESCE(version, (SELECT MAX(earlier.version) FROM "
+        "role_history AS earlier WHERE earlier.role = event.role AND earlier.at <= event.at), 0) DESC, "
+        "CASE WHEN version IS NULL THEN 0 ELSE 1 END, at DESC LIMIT :limit"
     )
     return [Event(**row) for row in connection.execute(query, {"role": role, "limit": limit}).mappings()]
 

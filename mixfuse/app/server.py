@@ -7,10 +7,12 @@ serves the role at that moment.
 """
 
 import asyncio
+import errno
 import gc
 import ipaddress
 import logging
 import os
+import re
 import resource
 import signal
 import socket
@@ -19,42 +21,60 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import uvicorn
 import uvloop
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 from rich.console import Console
 from starlette.applications import Starlette
+from starlette.types import ASGIApp
 
+from mixfuse.app import workers
+from mixfuse.app.admin_api import GateRequest, SwapRequest
+from mixfuse.app.engine_lease import EngineLease
+from mixfuse.app.engine_metrics import EngineMetrics
 from mixfuse.app.gates import GateConfig, Gates
 from mixfuse.app.roles_routes import RoleMetrics, routes
 from mixfuse.app.roles_store import StoredRoles
-from mixfuse.contracts.adapter import fingerprint, verify
+from mixfuse.contracts.adapter import TrustedKey, fingerprint, verify
 from mixfuse.contracts.database import opened
 from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.paths import FilePath
 from mixfuse.contracts.strict_yaml import Strict, load
+from mixfuse.fusion.calls.board import SharedBoard
 from mixfuse.fusion.calls.upstream import Endpoint
-from mixfuse.fusion.config import FusionConfig
+from mixfuse.fusion.config import FusionConfig, ModelConfig
 from mixfuse.fusion.http.gateway import create_app
+from mixfuse.fusion.http.inside import Inside
 from mixfuse.fusion.http.keys import ADMIN_KEY, has_keys
+from mixfuse.fusion.http.team import Team
+from mixfuse.fusion.ui.mount import ui
 from mixfuse.serve.admission import Admission
+from mixfuse.serve.copies import AdapterCopies
 from mixfuse.serve.engine import EngineConfig
 from mixfuse.serve.engine_group import EngineGroup
 from mixfuse.serve.following import RecordFollower
+from mixfuse.serve.precision import precision
+from mixfuse.serve.probes import Terms
 from mixfuse.serve.roles import BASE, RoleTable
 from mixfuse.serve.slots import Revision
 from mixfuse.serve.swap import Swapper
 from mixfuse.serve.watch import Candidate, Folder, Watcher
 
 logger = logging.getLogger(__name__)
+UI_PAGES = "mixfuse.app.pages"
+"""The package of the pages at `/ui` in which rooms meet."""
 
-# Longer than clients and load balancers keep an idle connection (5 to 60 s), so that none sends a request into a
-# connection that this server is closing.
-_KEEP_ALIVE_S = 75
+AnyModel = TypeVar("AnyModel", bound=ModelConfig)
+
+# It is a part of a URL, of a model's name in the engine and of the path of a watched folder.
+_ROLE_NAME = re.compile(r"[^\W_][\w.-]{0,63}")
+_LOOK_S = 0.02
+_KEPT = 3  # fetched adapters that served a role last; a rollback goes back to them
+_BURY_S = 5.0
+_SAY_S = 0.2
 _HUB_POLL_S = 60.0  # the Hub limits the rate of requests
-# In nats. An unlikely token's log-probability easily differs by a few tenths between bfloat16 and float32.
-_TOLERANCE_BELOW_FLOAT32 = 0.5
 
 
 class GatewayConfig(Strict):
@@ -83,32 +103,77 @@ class ServeConfig(Strict):
         roles_poll_s: Seconds between two reads of the role table, for changes by other gateways.
         watch: A folder: the newest adapter directory in `WATCH/ROLE/` is swapped in without a command. Or role → an
             adapter on the Hugging Face Hub, `org/name[@branch]`: fetched into `runs/hub/ROLE/` and swapped in when new.
-        trusted_keys: Public keys. If there are any, only adapters signed with one of them are served.
-        probe_tolerance: How far an adapter's log-probabilities may be from those stored with it, in nats. By default
-            the stored tolerance for a float32 engine, else half a nat.
+            Of the fetched ones, those that served the role last are kept, for a rollback.
+        watch_gate: The gate that a watched adapter has to pass, as the options of `mixfuse roles swap`: `shadow`,
+            `canary`, `for_s`, `requests`, `timeout_s`, `limits`. By default it serves at once.
+        trusted_keys: Public keys (PEM files), or `{key: FILE, until: DAY}`. If there are any, only adapters signed with
+            one of them are loaded.
+        revoked_keys: Public keys whose adapters are not loaded, whoever trusts them. The files are read at each check.
+        probe_tolerance: How far an adapter's log-probabilities may always be from those stored with it, in nats, as
+            median and quantiles; twice what the base itself is off by is always allowed. By default 0.001 for a float32
+            engine, else 0.02, or 0.5 for probes of earlier versions, which do not hold the base's. A judge's verdict
+            may be off by half of what the 99 % quantile may.
+        adapters_without_probes: `refuse` serves only adapters that have `probes.json`. Every adapter that is exported
+            from a run has, and every one that passed `adapter verify --base`.
         gate: The limits that an adapter must keep in a swap with `--shadow` or `--canary`.
         fusion: The pool, the judge and the modes: here, or the path of a fusion config.
         logs: Folder for the engine's log.
+        state: Folder for what the server needs while it runs: the copies of adapters that the engine reads. Where
+            engines run on other hosts, it must be on a file system that they share, under the same path.
     """
 
     engine: EngineConfig
     gateway: GatewayConfig = GatewayConfig()
-    roles: dict[str, Path | None] = {}
+    roles: dict[str, FilePath | None] = {}
     roles_from: Literal["table", "config"] = "table"
     roles_poll_s: Annotated[float, Field(gt=0)] = 2.0
-    watch: Path | dict[str, str] | None = None
-    trusted_keys: list[Path] = []
+    watch: FilePath | dict[str, str] | None = None
+    watch_gate: GateRequest | None = None
+    trusted_keys: list[FilePath | TrustedKey] = []
+    revoked_keys: list[FilePath] = []
     probe_tolerance: Annotated[float, Field(gt=0)] | None = None
+    adapters_without_probes: Literal["serve", "refuse"] = "serve"
     gate: GateConfig = GateConfig()
-    fusion: FusionConfig | Path
-    logs: Path = Path("runs/logs")
+    fusion: FusionConfig | FilePath
+    logs: FilePath = Path("runs/logs")
+    state: FilePath = Path("runs/state")
+
+    @field_validator("roles")
+    @classmethod
+    def _names(cls, roles: dict[str, FilePath | None]) -> dict[str, Path | None]:
+        for name in roles:
+            if not _ROLE_NAME.fullmatch(name):
+                raise ValueError(
+                    f"{name[:80]!r} cannot be a role's name, since it could not be swapped: a name has letters, "
+                    "digits, '.', '_' and '-', begins with a letter or a digit, and has 64 characters at most"
+                )
+        return roles
+
+    @model_validator(mode="after")
+    def _check_watch(self) -> Self:
+        if self.watch_gate is not None and self.watch is None:
+            raise ValueError("`watch_gate` goes with `watch`")
+        if self.watch_gate is not None and not self.watch_gate.gated:
+            raise ValueError("`watch_gate` needs `shadow` or `canary`")
+        return self
+
+    @property
+    def sized_engine(self) -> EngineConfig:
+        """The engine, with a cache of adapters that fits the roles."""
+        return self.engine.for_roles(len(self.roles))
 
 
 class LeasedRoles:
-    """The role table as the gateway uses it: each lease is an endpoint of an engine."""
+    """The role table as the gateway uses it: each lease is an endpoint of an engine.
 
-    def __init__(self, table: RoleTable, engines: EngineGroup) -> None:
-        self._table, self._engines = table, engines
+    Args:
+        table: The role table.
+        engines: The engines.
+        valid: Whether this gateway may answer, where others use the engines too.
+    """
+
+    def __init__(self, table: RoleTable, engines: EngineGroup, valid: Callable[[], bool] = lambda: True) -> None:
+        self._table, self._engines, self._valid = table, engines, valid
 
     def names(self) -> list[str]:
         """The roles."""
@@ -126,8 +191,17 @@ class LeasedRoles:
         async with self._table.hold(revision), self._at(revision) as endpoint:
             yield endpoint
 
+    async def _regain(self, model: str) -> bool:
+        return self._valid() and await self._engines.regain(model)
+
     @asynccontextmanager
     async def _at(self, revision: Revision) -> AsyncIterator[Endpoint]:
+        if not self._valid():
+            raise MixfuseError(
+                "this gateway cannot reach the database by which it shares its engines; until then others may swap "
+                "roles without it, so it does not answer",
+                kind="engine",
+            )
         async with self._engines.at(revision.model) as address:
             yield Endpoint(
                 address.url,
@@ -135,6 +209,7 @@ class LeasedRoles:
                 address.api_key,
                 revision.revision,
                 calibration=revision.calibration,
+                regain=partial(self._regain, revision.model),
             )
 
 
@@ -168,7 +243,24 @@ def configs(config_path: Path, overrides: list[str]) -> tuple[ServeConfig, Fusio
     named = [model.role for model in (*fusion.members, fusion.judge, fusion.synthesizer) if model and model.role]
     if missing := [role for role in named if role not in (BASE, *config.roles)]:
         raise MixfuseError(f"{config_path}: the fusion config names the role {missing[0]!r}; add it to `roles`")
-    return config, fusion
+    return config, _with_tokenizer(fusion, config.engine.base / "tokenizer.json")
+
+
+def _with_tokenizer(fusion: FusionConfig, tokenizer: Path) -> FusionConfig:
+    """Names the base's tokenizer for every role: its prompts are counted by it, and its control tokens are known."""
+    if not tokenizer.is_file():
+        return fusion
+
+    def named(model: AnyModel) -> AnyModel:
+        return model if model.role is None or model.tokenizer else model.model_copy(update={"tokenizer": tokenizer})
+
+    return fusion.model_copy(
+        update={
+            "members": tuple(map(named, fusion.members)),
+            "judge": fusion.judge and named(fusion.judge),
+            "synthesizer": fusion.synthesizer and named(fusion.synthesizer),
+        }
+    )
 
 
 async def _serve(config: ServeConfig, fusion: FusionConfig) -> None:
@@ -176,40 +268,61 @@ async def _serve(config: ServeConfig, fusion: FusionConfig) -> None:
     assert task is not None  # noqa: S101 - this coroutine is run by asyncio.Runner
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     console = Console(stderr=True)
-    listener = _listen(config.gateway, fusion)
+    listener = listen(config.gateway, fusion)
     with listener, opened(fusion.trace_db) as database:
         base = await asyncio.to_thread(fingerprint, config.engine.base)
-        engine = EngineGroup(config.engine, logs=config.logs)
+        engine = EngineGroup(config.sized_engine, logs=config.logs)
         where = ", ".join(config.engine.external) or f"log in {config.logs}"
-        store = StoredRoles(database, f"{socket.gethostname()}:{listener.getsockname()[1]}")
+        copies = await asyncio.to_thread(
+            AdapterCopies, config.state / "adapters", others_read=bool(config.engine.external)
+        )
+        gateway = f"{socket.gethostname()}:{listener.getsockname()[1]}"
+        lease = EngineLease(database, gateway, config.engine.external)
+        store = StoredRoles(database, gateway, lease)
         admission = Admission(
             base,
             config.engine.max_lora_rank,
-            verify=partial(verify, trusted=config.trusted_keys),
-            probe_tolerance=_probe_tolerance(config),
+            verify=partial(verify, trusted=config.trusted_keys, revoked=config.revoked_keys),
+            terms=_terms(config),
+            unprobed=config.adapters_without_probes == "serve",
+            copies=copies,
+            base_folder=config.engine.base,
+            dtype=None if config.engine.served_dtype == "auto" else config.engine.served_dtype,
+            owner=lease.owner,
         )
         table = RoleTable(engine, list(config.roles), admission, max_loaded=config.engine.max_loaded, record=store)
         swapper = Swapper(table)
         follower = RecordFollower(swapper)
-        roles = LeasedRoles(table, engine)
+        roles = LeasedRoles(table, engine, lambda: lease.valid)
         gates = Gates(swapper, roles, fusion, config.gate)
         background: list[asyncio.Task[None]] = []
         try:
+            await lease.take()
             with console.status(f"waiting for the engine on {config.engine.base} ({where})"):
                 await engine.start()
+                await lease.bury(engine.unload_of)
                 sources = await follower.start(config.roles, from_config=config.roles_from == "config")
+                await lease.say(follower.versions())
+                await follower.follow()  # what was swapped before the others knew of this gateway
             app = create_app(
                 fusion,
                 roles,
                 extra_routes=routes(swapper, store, gates),
                 checks={"engine": lambda: engine.running},
+                troubles=table.troubles,
                 observers=[gates.observe],
-                collectors=[RoleMetrics(table)],
+                collectors=[RoleMetrics(table), EngineMetrics(engine, table)],
+                ui=_ui(fusion, config.gateway),
             )
             server = uvicorn.Server(_uvicorn(app, config.gateway))
-            background = _background(config, swapper, follower)
-            _print_ready(console, listener, _serving(table, sources))
-            await _run_gateway(server, listener, engine)
+            background = _background(config, swapper, follower, gates, store)
+            if lease.owner:
+                background += [
+                    asyncio.create_task(_repeat(partial(lease.bury, engine.unload_of), _BURY_S)),
+                    asyncio.create_task(_repeat(lambda: lease.say(follower.versions()), _SAY_S)),
+                ]
+            _print_ready(console, listener, _serving(table, sources), page=_ui(fusion, config.gateway) is not None)
+            await _run_gateway(server, listener, engine, lease)
         finally:
             for task in background:
                 task.cancel()
@@ -217,38 +330,49 @@ async def _serve(config: ServeConfig, fusion: FusionConfig) -> None:
                 await asyncio.wait(background)
             await gates.close()
             await swapper.close()
-            await engine.stop()
+            await engine.stop()  # nothing loads an adapter again
+            await lease.release(engine.unload_of)
+            copies.close()
 
 
-async def _run_gateway(server: uvicorn.Server, listener: socket.socket, engine: EngineGroup) -> None:
-    """Runs the gateway until it is stopped, or every engine is given up; that error is raised."""
+async def _run_gateway(
+    server: uvicorn.Server, listener: socket.socket, engine: EngineGroup, lease: EngineLease
+) -> None:
+    """Runs the gateway until it is stopped; or every engine is given up, or a lease is lost: that error is raised."""
     gateway = asyncio.create_task(server.serve(sockets=[listener]))
-    failed = asyncio.create_task(engine.failed())
-    await asyncio.wait({gateway, failed}, return_when=asyncio.FIRST_COMPLETED)
-    if failed.done() and not gateway.done():
+    ends = [asyncio.create_task(engine.failed()), asyncio.create_task(lease.lost())]
+    await asyncio.wait({gateway, *ends}, return_when=asyncio.FIRST_COMPLETED)
+    if not gateway.done():
         server.should_exit = True
         await gateway
-        raise failed.result()
-    failed.cancel()
+        raise next(end.result() for end in ends if end.done())
+    for end in ends:
+        end.cancel()
     await gateway
 
 
-def _probe_tolerance(config: ServeConfig) -> float | None:
-    """The tolerance for `Admission`; None for the one stored with each adapter, which holds for float32."""
-    if config.probe_tolerance is None and config.engine.dtype != "float32":
-        return _TOLERANCE_BELOW_FLOAT32
-    return config.probe_tolerance
+def _terms(config: ServeConfig) -> Terms:
+    """By what an adapter's answers to its probes are judged."""
+    return Terms(config.probe_tolerance, precision(config.engine))
 
 
-def _background(config: ServeConfig, swapper: Swapper, follower: RecordFollower) -> list["asyncio.Task[None]"]:
+def _background(
+    config: ServeConfig, swapper: Swapper, follower: RecordFollower, gates: Gates, store: StoredRoles
+) -> list["asyncio.Task[None]"]:
     """Starts the background tasks: following the shared record, and watching for new adapters."""
+    asked = config.watch_gate.model_dump() if config.watch_gate is not None else None
+
+    async def through_gate(role: str, directory: Path) -> None:
+        await gates.through(role, SwapRequest(directory=directory, **(asked or {})))
+
+    swap = through_gate if asked is not None else None
     tasks = [_repeat(follower.follow, config.roles_poll_s)]
     if isinstance(config.watch, dict):
-        hub = HubSource(config.watch, config.engine.base)
-        tasks += [_repeat(Watcher(swapper, hub, role).poll, _HUB_POLL_S) for role in config.watch]
+        hub = HubSource(config.watch, config.engine.base, store)
+        tasks += [_repeat(Watcher(swapper, hub, role, swap).poll, _HUB_POLL_S) for role in config.watch]
     elif config.watch is not None:
         folder = Folder(config.watch)
-        tasks += [_repeat(Watcher(swapper, folder, role).poll, config.roles_poll_s) for role in config.roles]
+        tasks += [_repeat(Watcher(swapper, folder, role, swap).poll, config.roles_poll_s) for role in config.roles]
     return [asyncio.create_task(task) for task in tasks]
 
 
@@ -258,18 +382,21 @@ class HubSource:
     Args:
         names: Role → `org/name[@branch]`.
         base: The base model of the adapters.
+        store: Knows which of them served.
         folder: Adapters are fetched into `FOLDER/ROLE/`.
     """
 
-    def __init__(self, names: dict[str, str], base: Path, folder: Path = Path("runs/hub")) -> None:
-        self._names, self._base, self._folder = names, base, folder
+    def __init__(self, names: dict[str, str], base: Path, store: StoredRoles, folder: Path = Path("runs/hub")) -> None:
+        self._names, self._base, self._store, self._folder = names, base, store, folder
 
     async def newest(self, role: str) -> Candidate | None:
         """Returns the adapter at the head of the role's branch."""
         from mixfuse.app import hub
 
         name, folder = self._names[role], self._folder / role
-        return Candidate(*await asyncio.to_thread(hub.newest, name, folder, base=self._base))
+        candidate = Candidate(*await asyncio.to_thread(hub.newest, name, folder, base=self._base))
+        await asyncio.to_thread(hub.prune, folder, candidate.directory, await self._store.served(role, _KEPT))
+        return candidate
 
 
 async def _repeat(work: Callable[[], Awaitable[None]], every_s: float) -> None:
@@ -295,21 +422,80 @@ def _serving(table: RoleTable, sources: dict[str, str]) -> str:
     )
 
 
-def run_gateway(config_path: Path, overrides: list[str], address: GatewayConfig) -> None:
+def run_gateway(config_path: Path, overrides: list[str], address: GatewayConfig, count: int = 1) -> None:
     """`mixfuse gateway`: runs the gateway without an engine, for a pool served elsewhere, until Ctrl-C or SIGTERM.
 
+    Args:
+        config_path: The fusion config.
+        overrides: Changes to it.
+        address: Where it listens.
+        count: The number of worker processes.
+
     Raises:
-        MixfuseError: The config is invalid, or the port is in use.
+        MixfuseError: The config is invalid, the port is in use, or the workers cannot share a limit.
     """
     config = load(config_path, FusionConfig, overrides)
-    with _listen(address, config) as listener:
-        server = uvicorn.Server(_uvicorn(create_app(config, None), address))
-        names = ", ".join(member.name for member in config.members)
-        _print_ready(Console(stderr=True), listener, names)
+    names = ", ".join(member.name for member in config.members)
+    if count > 1:
+        _run_workers(config, address, count, names)
+        return
+    with listen(address, config, host="--host", port="--port") as listener:
+        page = _ui(config, address)
+        server = uvicorn.Server(_uvicorn(create_app(config, None, ui=page), address))
+        _print_ready(Console(stderr=True), listener, names, page=page is not None)
         try:
             _run_event_loop(server.serve(sockets=[listener]))
         except KeyboardInterrupt:
             print("stopped", file=sys.stderr)
+
+
+def _run_workers(config: FusionConfig, address: GatewayConfig, count: int, names: str) -> None:
+    models = [*config.members, *config.embeddings, *filter(None, (config.judge, config.synthesizer))]
+    workers.check(count, [(str(model.model), model.max_concurrency) for model in models])
+    sockets = workers.listeners(listen(address, config, host="--host", port="--port"), count)
+    with opened(config.trace_db):
+        pass  # brought up to date once, before all workers open it
+    board, folder = SharedBoard.create(count), workers.folder()
+
+    def work(number: int, ready: Callable[[], None], parent: int) -> None:
+        team = Team(SharedBoard(board, number, count), folder)
+        app = create_app(config, None, team=team, ui=_ui(config, address))
+        server = uvicorn.Server(_uvicorn(app, address))
+        _run_event_loop(_work(server, sockets[number], ready, parent))
+
+    def ready() -> None:
+        page = _ui(config, address) is not None
+        _print_ready(Console(stderr=True), sockets[0], f"{names}; {count} workers", page=page)
+
+    gc.collect()
+    gc.freeze()  # the workers share what is loaded now
+    try:
+        how = workers.run(count, work, drain_s=address.drain_s, ready=ready)
+    finally:
+        workers.close(sockets)
+        workers.remove(folder)
+    if how == signal.SIGINT:
+        print("stopped", file=sys.stderr)
+    else:  # ends as one process does
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGTERM)
+
+
+async def _work(server: uvicorn.Server, listener: socket.socket, ready: Callable[[], None], parent: int) -> None:
+    """Serves as one of several workers; ends when the parent does, however that ends."""
+    loop = asyncio.get_running_loop()
+
+    def orphaned() -> None:
+        loop.remove_reader(parent)
+        server.should_exit = True
+
+    loop.add_reader(parent, orphaned)
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    while not server.started and not serving.done():  # noqa: ASYNC110 - uvicorn has no event for it
+        await asyncio.sleep(_LOOK_S)
+    if server.started:
+        ready()
+    await serving
 
 
 def _run_event_loop(main: Coroutine[Any, Any, None]) -> None:
@@ -331,27 +517,41 @@ def _uvicorn(app: Starlette, gateway: GatewayConfig) -> uvicorn.Config:
         log_level="warning",
         access_log=False,
         proxy_headers=False,  # no code here needs the client's address
+        http=app.state.connections.protocol,
         ws="none",
-        timeout_keep_alive=_KEEP_ALIVE_S,
         timeout_graceful_shutdown=gateway.drain_s,
         lifespan="on",
     )
 
 
-def _print_ready(console: Console, listener: socket.socket, what: str) -> None:
+def _ui(fusion: FusionConfig, gateway: GatewayConfig) -> Callable[[Inside], ASGIApp] | None:
+    """The page at `/ui`, where the config wants it."""
+    wanted = _loopback(gateway.host) if fusion.ui is None else fusion.ui
+    return ui(UI_PAGES) if wanted else None
+
+
+def _print_ready(console: Console, listener: socket.socket, what: str, *, page: bool) -> None:
     host, port = listener.getsockname()[:2]
     console.print(f"ready: http://{host}:{port}/v1 ({what})", markup=False, highlight=False, soft_wrap=True)
+    if page:
+        console.print(f"page: http://{host}:{port}/ui", markup=False, highlight=False, soft_wrap=True)
 
 
-def _listen(gateway: GatewayConfig, fusion: FusionConfig) -> socket.socket:
+def listen(
+    gateway: GatewayConfig, fusion: FusionConfig, *, host: str = "gateway.host", port: str = "gateway.port"
+) -> socket.socket:
+    """Opens the gateway's socket; `host` and `port` are what the user calls the two.
+
+    Raises:
+        MixfuseError: The address cannot be used, or is open to all.
+    """
     if not _loopback(gateway.host) and not os.environ.get(ADMIN_KEY):
         raise MixfuseError(
-            f"gateway.host {gateway.host} is reachable from outside: set {ADMIN_KEY} first, or anybody could swap "
-            "adapters"
+            f"{host} {gateway.host} is reachable from outside: set {ADMIN_KEY} first, or anybody could swap adapters"
         )
     if not _loopback(gateway.host) and fusion.api_keys == "auto" and not has_keys(fusion.trace_db):
         raise MixfuseError(
-            f"gateway.host {gateway.host} is reachable from outside, and there is no API key: add one "
+            f"{host} {gateway.host} is reachable from outside, and there is no API key: add one "
             "(mixfuse keys add), or open it to everybody with `api_keys: off` in the fusion config"
         )
     listener = socket.socket(socket.AF_INET6 if ":" in gateway.host else socket.AF_INET)
@@ -359,11 +559,13 @@ def _listen(gateway: GatewayConfig, fusion: FusionConfig) -> socket.socket:
     try:
         listener.bind((gateway.host, gateway.port))
         listener.listen(2048)  # so that a client that reads "ready" can connect
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # a name with an empty or too long part is no UTF-8 error, but IDNA's
         listener.close()
-        raise MixfuseError(
-            f"cannot listen on {gateway.host}:{gateway.port}: {error.strerror}; choose another gateway.port"
-        ) from None
+        of_host = not isinstance(error, OSError) or isinstance(error, socket.gaierror)
+        of_host = of_host or error.errno == errno.EADDRNOTAVAIL  # type: ignore[union-attr]
+        reason = error.strerror if isinstance(error, OSError) else "no host has such a name"
+        at = f"{gateway.host[:200]}:{gateway.port}"
+        raise MixfuseError(f"cannot listen on {at}: {reason}; choose another {host if of_host else port}") from None
     return listener
 
 

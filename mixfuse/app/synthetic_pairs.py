@@ -10,7 +10,7 @@ from typing import Any
 
 from mixfuse.app.pairs_spec import Damage, Source
 from mixfuse.app.prompts import prompt_of
-from mixfuse.contracts.files import iter_jsonl
+from mixfuse.contracts.files import iter_jsonl, refuse_halves
 from mixfuse.train.data.pairs import Preference
 
 _NUMBER = re.compile(r"\d+")
@@ -28,6 +28,7 @@ def read_synthetic(source: Source, seed: int) -> tuple[list[Preference], Counter
     counts: Counter[str] = Counter()
     rights: list[tuple[str, str]] = []
     for number, row in iter_jsonl(Path(source.path)):
+        refuse_halves(row, f"{source.path}:{number}")
         counts["rows"] += 1
         prompt, right = prompt_of(row, f"{source.path}:{number}"), _right(row)
         if right is None:
@@ -49,14 +50,18 @@ def read_synthetic(source: Source, seed: int) -> tuple[list[Preference], Counter
 
 def _right(row: dict[str, Any]) -> str | None:
     """The reference, else the first answer marked correct, else the assistant's last message."""
-    messages = [message for message in row.get("messages") or () if isinstance(message, dict)]
+    messages = _objects(row.get("messages"))
     replies = [message.get("content") for message in messages if message.get("role") == "assistant"]
-    responses = [response for response in row.get("responses") or () if isinstance(response, dict)]
+    responses = _objects(row.get("responses"))
     marked = [response.get("text") for response in responses if response.get("correct")]
     for text in (row.get("reference"), *marked[:1], *replies[-1:]):
         if isinstance(text, str) and text.strip():
             return text
     return None
+
+
+def _objects(value: Any) -> list[dict[str, Any]]:
+    return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
 
 
 def _damaged(text: str, damage: Damage, rng: random.Random) -> str | None:

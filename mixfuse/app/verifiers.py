@@ -3,12 +3,12 @@
 import importlib
 import re
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.paths import FilePath
 from mixfuse.contracts.strict_yaml import Strict
 from mixfuse.fusion.measure.questions import Question, matches
 from mixfuse.fusion.measure.questions import Verifier as Comparing
@@ -29,7 +29,7 @@ class ByTasks(Strict):
         seed: The seed of the tasks.
     """
 
-    tasks: Path
+    tasks: FilePath
     split: Literal["train", "pool", "heldout"] = "pool"
     count: PositiveInt = 100
     seed: int = 0

@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ from mixfuse.cli import options
 from mixfuse.contracts.errors import MixfuseError
 
 if TYPE_CHECKING:
+    from mixfuse.app.trial_engine import EngineChoice
     from mixfuse.contracts.adapter import Manifest
 
 
@@ -27,19 +29,35 @@ def _register_export_and_verify(adapter: options.Commands) -> None:
         adapter, "export", _export, "write an adapter directory that both PEFT and vLLM can apply"
     )
     export.add_argument("src", type=Path, metavar="SRC", help="a training run, or any PEFT adapter directory")
-    export.add_argument("out", type=Path, metavar="OUT", help="the adapter directory to create")
+    export.add_argument("out", type=options.out_folder, metavar="OUT", help="the adapter directory to create")
     export.add_argument("--base", type=Path, metavar="DIR", help="the base model (default: the run's own)")
+    export.add_argument(
+        "--expert-columns",
+        choices=("peft", "blocks"),
+        help="the order of the experts' columns of B in a fused adapter (default: it is told from the file)",
+    )
     export.add_argument("--role", help="what the adapter is for (default: the run's own role, else domain)")
     _add_full_hash(export)
+    inspect = options.add_command(
+        adapter,
+        "inspect",
+        _inspect,
+        "say what an adapter is, who made it, and whether vLLM, PEFT and mixfuse apply all of it",
+        "Exits with 1 if it can neither be served nor mended by export.",
+    )
+    inspect.add_argument("source", metavar="DIR|ORG/NAME[@REVISION]", help="a folder, or a repository on the Hub")
+    inspect.add_argument("--base", type=Path, metavar="DIR", help="the base model, to compare with")
+    options.add_json(inspect, "what was found")
     verify = options.add_command(
         adapter,
         "verify",
         _verify,
         "check an adapter directory: hashes, signature, shapes and base model",
-        "With --base it also compares the log-probabilities of vLLM with those of PEFT.",
+        "With --base, --config or --url it also compares the log-probabilities of vLLM with those of PEFT.",
     )
     verify.add_argument("dir", type=Path, metavar="DIR", help="the adapter directory")
     verify.add_argument("--base", type=Path, metavar="DIR", help="the base model; compares vLLM with PEFT on it")
+    options.add_engine(verify, "--url")
     _add_public_key(verify)
     _add_full_hash(verify)
 
@@ -66,7 +84,7 @@ def _register_hub(adapter: options.Commands) -> None:
         adapter, "pull", _pull, "download an adapter directory from the Hugging Face Hub and verify it"
     )
     pull.add_argument("source", metavar="ORG/NAME[@REVISION]", help="a branch, tag, commit or adapter revision")
-    pull.add_argument("out", type=Path, metavar="OUT", help="the folder to create")
+    pull.add_argument("out", type=options.out_folder, metavar="OUT", help="the folder to create")
     pull.add_argument("--base", type=Path, metavar="DIR", help="refuse an adapter that was made for another base model")
     _add_public_key(pull)
 
@@ -75,7 +93,7 @@ def _register_signing(adapter: options.Commands) -> None:
     keygen = options.add_command(
         adapter, "keygen", _keygen, "create an Ed25519 key pair for signatures: FILE and FILE.pub"
     )
-    keygen.add_argument("file", type=Path, metavar="FILE", help="the private key to create")
+    keygen.add_argument("file", type=options.out_file, metavar="FILE", help="the private key to create")
     sign = options.add_command(
         adapter,
         "sign",
@@ -93,13 +111,13 @@ def _register_operations(adapter: options.Commands) -> None:
     )
     diff.add_argument("a", type=Path, metavar="A", help="an adapter directory")
     diff.add_argument("b", type=Path, metavar="B", help="another adapter directory")
-    diff.add_argument("--plot", type=Path, metavar="FILE", help="write heat maps to this PNG")
+    diff.add_argument("--plot", type=options.out_file, metavar="FILE", help="write heat maps to this PNG")
     options.add_json(diff)
     merge = options.add_command(
         adapter, "merge", _merge, "add an adapter to its base model and write a plain checkpoint"
     )
     merge.add_argument("dir", type=Path, metavar="DIR", help="the adapter directory")
-    merge.add_argument("out", type=Path, metavar="OUT", help="the folder to create")
+    merge.add_argument("out", type=options.out_folder, metavar="OUT", help="the folder to create")
     merge.add_argument("--base", type=Path, metavar="DIR", help="the base model (default: as in the manifest)")
     merge.add_argument(
         "--check",
@@ -130,7 +148,12 @@ def _export(arguments: argparse.Namespace) -> None:
     from mixfuse.train.adapters.export import export
 
     manifest = export(
-        arguments.src, arguments.out, base=arguments.base, role=arguments.role, full_hash=arguments.full_hash
+        arguments.src,
+        arguments.out,
+        base=arguments.base,
+        role=arguments.role,
+        full_hash=arguments.full_hash,
+        columns=arguments.expert_columns,
     )
     print(f"{arguments.out}: {_summary(manifest)}")
 
@@ -140,33 +163,70 @@ def _summary(manifest: "Manifest") -> str:
     return f"{manifest.role} adapter, revision {manifest.revision}, rank {manifest.rank}, {trained}"
 
 
+def _inspect(arguments: argparse.Namespace) -> int:
+    from mixfuse.contracts.model_card import is_hub_id
+    from mixfuse.train.adapters.inspect_adapter import inspect
+
+    folder = Path(arguments.source)
+    if folder.exists() or not is_hub_id(arguments.source.partition("@")[0]):
+        found = inspect(folder, base=arguments.base)
+    else:
+        from mixfuse.app.hub import fetch
+
+        with tempfile.TemporaryDirectory() as temporary:
+            fetch(arguments.source, Path(temporary))
+            found = inspect(Path(temporary), base=arguments.base, name=arguments.source)
+    print(found)
+    if arguments.json:
+        print(json.dumps(found.to_json()))
+    return 1 if found.mixfuse == "no" else 0
+
+
 def _verify(arguments: argparse.Namespace) -> None:
     from mixfuse.contracts.adapter import fingerprint, read_manifest, verify
+    from mixfuse.contracts.adapter_weights import check_directory
 
-    base = arguments.base or Path(read_manifest(arguments.dir).base_path)
+    manifest = read_manifest(arguments.dir)
+    choice = _engine_choice(arguments)
+    on_engine = arguments.base is not None or choice.config is not None or choice.url is not None
+    if not on_engine and (choice.dtype or choice.tensor_parallel_size):
+        raise MixfuseError("--dtype and --tensor-parallel-size are of the engine that --base or --config compares with")
+    base = arguments.base or Path(manifest.base_path)
+    if on_engine and arguments.base is None and choice.config is not None:
+        base = choice.engine(None, rank=manifest.rank).base
     known = None
-    if arguments.base is not None or (base / "config.json").is_file():
+    if on_engine or (base / "config.json").is_file():
         known = fingerprint(base, exact=arguments.full_hash)
     manifest = verify(arguments.dir, base=known, trusted=arguments.public_key)
+    check_directory(arguments.dir, base=base if known else None)
     if arguments.full_hash and (known is None or manifest.base.tensors is None):
         raise MixfuseError(
             f"{arguments.dir}: no full hash to compare: "
             + (f"{base} is not here" if known is None else "it was exported without --full-hash")
         )
-    if arguments.base is None:
+    if not on_engine:
         checks = "hashes, shapes and base are right" if known else f"hashes and shapes are right ({base} is not here)"
         signer = f"; signed with key {manifest.signature.public_key[:16]}…" if manifest.signature else ""
-        print(f"{arguments.dir}: revision {manifest.revision}: {checks}{signer}")
+        effect = "not proven that an engine applies it (--base BASE compares vLLM with PEFT)"
+        print(f"{arguments.dir}: revision {manifest.revision}: {checks}{signer}; {effect}")
         return
     from mixfuse.app.evaluate import verify_parity
 
-    parity = verify_parity(arguments.dir, arguments.base)
+    parity = verify_parity(arguments.dir, base, choice)
     print(
-        f"{arguments.dir}: log-probs in vLLM and PEFT differ by at most {parity.max_abs_logprob_difference:.1e} "
-        f"(tolerance {parity.tolerance:.0e}) over {parity.tokens} tokens; the adapter moves them by up to "
-        f"{parity.adapter_effect:.2g}"
+        f"{arguments.dir}: log-probs in vLLM ({parity.dtype}) and PEFT differ by {parity.deviation} over "
+        f"{parity.tokens} tokens"
+        + (f"; the base alone by {parity.base_deviation}" if parity.dtype != "float32" else "")
+        + f"; the adapter moves them by up to {parity.adapter_effect:.2g}"
         + (f", its experts by {parity.expert_effect:.2g}" if parity.expert_effect else "")
+        + "".join(f"; the engine shows {share}" for share in parity.shares)
     )
+
+
+def _engine_choice(arguments: argparse.Namespace) -> "EngineChoice":
+    from mixfuse.app.trial_engine import EngineChoice
+
+    return EngineChoice(arguments.config, arguments.dtype, arguments.tensor_parallel_size, arguments.engine_url)
 
 
 def _card(arguments: argparse.Namespace) -> None:

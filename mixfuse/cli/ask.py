@@ -19,8 +19,12 @@ def register(commands: options.Commands) -> None:
         default="best_of",
         help="; ".join(text.rstrip(".").replace("%", "%%") for text in descriptions().values()),
     )
-    ask.add_argument("--max-tokens", type=int, help="most tokens of the answer (default: each member's own)")
-    ask.add_argument("--temperature", type=float, help="sampling temperature (default: each member's own)")
+    ask.add_argument(
+        "--max-tokens", type=options.whole(), help="most tokens of the answer (default: each member's own)"
+    )
+    ask.add_argument(
+        "--temperature", type=options.real(least=0), help="sampling temperature (default: each member's own)"
+    )
     options.add_url(ask)
 
 

@@ -1,7 +1,6 @@
 """`mixfuse base …`: the small base model that comes with mixfuse."""
 
 import argparse
-from pathlib import Path
 
 from mixfuse.cli import options
 
@@ -12,11 +11,11 @@ def register(commands: options.Commands) -> None:
     build = options.add_command(
         base, "build", _build, "turn SmolLM2-135M into a Mixtral", "Each MLP is copied into every expert of its layer."
     )
-    build.add_argument("out", type=Path, metavar="OUT", help="the folder to create")
-    build.add_argument("--experts", type=int, default=4, help="experts per layer (default: 4)")
+    build.add_argument("out", type=options.out_folder, metavar="OUT", help="the folder to create")
+    build.add_argument("--experts", type=options.whole(1), default=4, help="experts per layer (default: 4)")
     build.add_argument("--tiny", action="store_true", help="make a random two-layer model for fast tests instead")
     build.add_argument("--family", default="mixtral", metavar="TYPE", help="its model_type (default: mixtral)")
-    build.add_argument("--seed", type=int, default=0, help="seed of the random weights (default: 0)")
+    build.add_argument("--seed", type=options.whole(0), default=0, help="seed of the random weights (default: 0)")
 
 
 def _build(arguments: argparse.Namespace) -> None:

@@ -16,10 +16,14 @@ def register(commands: options.Commands) -> None:
         "Under `mixfuse launch` it checks all machines and the connections between them.",
     )
     doctor.add_argument(
-        "recipe", type=Path, nargs="?", metavar="RECIPE", help="also check the recipe's base, disk space and processes"
+        "recipe",
+        type=Path,
+        nargs="?",
+        metavar="RECIPE",
+        help="also check the recipe's base, data, disk space and processes",
     )
     options.add_overrides(doctor, "the recipe")
-    doctor.add_argument("--nodes", type=int, metavar="N", help="fail unless N machines take part")
+    doctor.add_argument("--nodes", type=options.whole(1), metavar="N", help="fail unless N machines take part")
     options.add_json(doctor, "the checks")
 
 

@@ -18,6 +18,7 @@ from mixfuse.cli import (
     base,
     combiner,
     completion,
+    data,
     doctor,
     eval,
     experts,
@@ -26,24 +27,27 @@ from mixfuse.cli import (
     keys,
     launch,
     loop,
+    options,
     pairs,
     plan,
     pool,
+    report,
     roles,
     serve,
     tasks,
     traces,
     train,
+    ui,
 )
 from mixfuse.contracts.errors import exit_code
 
 JOBS: Mapping[str, tuple[ModuleType, ...]] = {
     "Start a project": (init, base, completion),
-    "Make training data": (tasks, pool, pairs),
+    "Make training data": (tasks, data, pool, pairs),
     "Train": (plan, doctor, train, launch, experts),
     "Check and publish adapters": (adapter,),
     "Serve": (serve, gateway, roles, keys),
-    "Ask, measure and improve": (ask, eval, combiner, traces, loop),
+    "Ask, measure and improve": (ask, eval, combiner, traces, ui, report, loop),
 }
 """The commands by the job they belong to, as `mixfuse` without arguments lists them."""
 
@@ -65,10 +69,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 for success; 2 for an error that the user can fix, printed as one line on standard error; 75 for a run that
         SIGTERM stopped; 130 after Ctrl-C; 141 when the reader of standard output has gone.
     """
-    arguments = build_parser().parse_args(argv)
+    parser = build_parser()
+    words = list(sys.argv[1:] if argv is None else argv)
+    if problem := options.mistyped(parser, words):
+        print(f"mixfuse: error: {problem}", file=sys.stderr)
+        return 2
+    arguments = parser.parse_args(words)
     command: Callable[[argparse.Namespace], int | None] = arguments.command
     try:
-        return exit_code(lambda: command(arguments))
+        return exit_code(lambda: command(options.settle_paths(arguments)))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

@@ -15,7 +15,9 @@ def register(commands: options.Commands) -> None:
     )
     profile.add_argument("recipe", type=Path, metavar="RECIPE", help="a training recipe (YAML)")
     options.add_overrides(profile, "the recipe")
-    profile.add_argument("--out", type=Path, metavar="DIR", help="default: the recipe's `out` followed by -experts")
+    profile.add_argument(
+        "--out", type=options.out_folder, metavar="DIR", help="default: the recipe's `out` followed by -experts"
+    )
     options.add_json(profile)
 
 

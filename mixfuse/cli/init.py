@@ -1,7 +1,6 @@
 """`mixfuse init`: a project to start from."""
 
 import argparse
-from pathlib import Path
 
 from mixfuse.cli import options
 
@@ -15,7 +14,7 @@ def register(commands: options.Commands) -> None:
         "write a project to start from: recipes, serve and fusion configs, a README",
         "Existing files are never overwritten.",
     )
-    init.add_argument("dir", type=Path, metavar="DIR", help="the folder to write to")
+    init.add_argument("dir", type=options.out_folder, metavar="DIR", help="the folder to write to")
     init.add_argument(
         "--for",
         dest="model",

@@ -25,9 +25,12 @@ def register(commands: options.Commands) -> None:
     launcher.add_argument("--deepspeed", type=Path, metavar="HOSTFILE", help="start DeepSpeed's launcher")
     launcher.add_argument("--slurm", action="store_true", help="write an sbatch file and submit it")
     launch.add_argument(
-        "--processes", type=int, metavar="N", help="processes per machine (default: the recipe's `processes`)"
+        "--processes",
+        type=options.whole(1),
+        metavar="N",
+        help="processes per machine (default: the recipe's `processes`)",
     )
-    launch.add_argument("--nodes", type=int, metavar="N", help="torchrun and Slurm: number of machines")
+    launch.add_argument("--nodes", type=options.whole(1), metavar="N", help="torchrun and Slurm: number of machines")
     launch.add_argument(
         "--hosts", default="", metavar="A,B,…", help="torchrun: the machines; the first is where they meet"
     )
@@ -35,13 +38,34 @@ def register(commands: options.Commands) -> None:
         "--rdzv", metavar="HOST[:PORT]", help="where the machines meet (rendezvous), if not at the first"
     )
     launch.add_argument(
-        "--gpus-per-node", type=int, metavar="G", help="Slurm: GPUs to request per node (default: --processes)"
+        "--local-addr",
+        metavar="ADDRESS",
+        help="torchrun: how the other machines reach this one, if not by its name in --hosts",
     )
     launch.add_argument(
-        "--grace", type=int, default=300, help="Slurm: seconds to save a checkpoint before the end (default: 300)"
+        "--ports",
+        type=options.whole(1, 65534),
+        metavar="P",
+        help="rank 0 opens P for the store and P+1 for the heartbeat (default: any; or set MIXFUSE_PORTS)",
     )
     launch.add_argument(
-        "--sbatch", action="append", default=[], metavar="KEY=VALUE", help="Slurm: add an option to the sbatch file"
+        "--gpus-per-node",
+        type=options.whole(0),
+        metavar="G",
+        help="Slurm: GPUs to request per node (default: --processes)",
+    )
+    launch.add_argument(
+        "--grace",
+        type=options.whole(0),
+        default=300,
+        help="Slurm: seconds to save a checkpoint before the end (default: 300)",
+    )
+    launch.add_argument(
+        "--sbatch",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="Slurm: add an option to the sbatch file; no-KEY leaves one out",
     )
     launch.add_argument("--dry-run", action="store_true", help="print what would run, and run nothing")
     launch.add_argument(
@@ -66,9 +90,17 @@ def _launch(arguments: argparse.Namespace) -> int:
         nodes=arguments.nodes,
         hosts=[host for host in arguments.hosts.split(",") if host],
         rendezvous=arguments.rdzv,
+        local_addr=arguments.local_addr,
         hostfile=arguments.deepspeed,
         gpus=arguments.gpus_per_node,
         grace=arguments.grace,
         sbatch=arguments.sbatch,
     )
-    return launch(command, machines, launcher=launcher, processes=processes, dry_run=arguments.dry_run)
+    return launch(
+        command,
+        machines,
+        launcher=launcher,
+        processes=processes,
+        ports=arguments.ports,
+        dry_run=arguments.dry_run,
+    )

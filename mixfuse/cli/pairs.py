@@ -16,21 +16,24 @@ def register(commands: options.Commands) -> None:
         "build",
         _build,
         "build preference pairs in both orders, with a dev split and a data card",
-        "Reads one file of pool rows, or a spec (YAML) with several sources and filters.",
+        "Reads one file of pool rows or of public preference data, or a spec (YAML) with several sources and filters.",
     )
-    build.add_argument("pool", type=Path, metavar="POOL_FILE|SPEC.yaml", help="pool rows, or a spec of several sources")
+    build.add_argument("pool", type=Path, metavar="FILE|SPEC.yaml", help="rows, or a spec of several sources")
     options.add_overrides(build, "the spec")
-    build.add_argument("--out", type=Path, required=True, metavar="FILE", help="the JSONL file to write")
-    build.add_argument("--per-prompt", type=int, metavar="N", help="most pairs per prompt (default: 2)")
+    build.add_argument("--out", type=options.out_file, required=True, metavar="FILE", help="the JSONL file to write")
+    build.add_argument("--per-prompt", type=options.whole(1), metavar="N", help="most pairs per prompt (default: 2)")
     build.add_argument(
-        "--dev-share", type=float, metavar="SHARE", help="share of the prompts held out for dev (default: 0.1)"
+        "--dev-share",
+        type=options.real(least=0, most=1),
+        metavar="SHARE",
+        help="share of the prompts held out for dev (default: 0.1)",
     )
     build.add_argument(
         "--balance", metavar="TRAITS", help="balance length,style,model (default for a pool file: none of them)"
     )
     build.add_argument(
         "--near",
-        type=float,
+        type=options.real(least=0, most=1),
         metavar="SIMILARITY",
         help="similarity from which prompts count as duplicates (default for a pool file: 1.0, equal ones only)",
     )
@@ -42,7 +45,7 @@ def register(commands: options.Commands) -> None:
         metavar="FILE",
         help="an evaluation set whose prompts are left out of the pairs; repeatable",
     )
-    build.add_argument("--seed", type=int, help="seed of every random choice (default: 0)")
+    build.add_argument("--seed", type=options.whole(0), help="seed of every random choice (default: 0)")
     options.add_json(build, "the data card")
     rationales = options.add_command(
         pairs,
@@ -54,9 +57,13 @@ def register(commands: options.Commands) -> None:
         "data", type=Path, metavar="FILE", help="labelled pairs or pool answers, as for `mixfuse eval judge`"
     )
     rationales.add_argument("--judge", required=True, metavar="MODEL", help="the model or role that writes them")
-    rationales.add_argument("--out", type=Path, required=True, metavar="FILE", help="the JSONL file to write")
-    rationales.add_argument("--samples", type=int, default=4, help="rationales per order of each pair (default: 4)")
-    rationales.add_argument("--limit", type=int, metavar="N", help="read only the first N rows")
+    rationales.add_argument(
+        "--out", type=options.out_file, required=True, metavar="FILE", help="the JSONL file to write"
+    )
+    rationales.add_argument(
+        "--samples", type=options.whole(1), default=4, help="rationales per order of each pair (default: 4)"
+    )
+    rationales.add_argument("--limit", type=options.whole(1), metavar="N", help="read only the first N rows")
     rationales.add_argument("--api-key-env", metavar="NAME", help="environment variable that holds the API key")
     options.add_url(rationales)
 
@@ -73,13 +80,13 @@ def _build(arguments: argparse.Namespace) -> None:
     if arguments.against:
         settings["against"] = [str(path) for path in arguments.against]
     spec = read_spec(arguments.pool, settings, arguments.overrides)
-    card = build(spec, arguments.out)
+    card = build(spec, arguments.out, inputs=[arguments.pool])
     for line in data_card.lines(card):
         print(line)
     prompts = card["prompts"]
     print(
-        f"{arguments.out}: train pairs {card['train_pairs']}, dev pairs {card['dev_pairs']} (two rows per pair), from "
-        f"{prompts['train']} and {prompts['dev']} prompts; {arguments.out.stem}.card.md has the details"
+        f"{arguments.out}: {card['train_pairs']} training rows, {card['dev_pairs']} dev rows (a pair is two rows), "
+        f"from {prompts['train']} and {prompts['dev']} prompts; {arguments.out.stem}.card.md has the details"
     )
     if arguments.json:
         print(json.dumps(card))

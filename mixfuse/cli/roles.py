@@ -19,10 +19,12 @@ def register(commands: options.Commands) -> None:
     )
     swap.add_argument("role", metavar="ROLE", help="the role, for example judge")
     swap.add_argument("dir", type=Path, metavar="DIR", help="the adapter directory")
-    swap.add_argument("--shadow", type=int, metavar="N", help="first repeat N live requests with the new adapter")
+    swap.add_argument(
+        "--shadow", type=options.whole(), metavar="N", help="first repeat N live requests with the new adapter"
+    )
     swap.add_argument("--canary", metavar="SHARE", help="then send it this share of the requests (for example 10%%)")
     swap.add_argument("--for", dest="for_", metavar="TIME", help="length of the canary phase (90s, 10m, 2h)")
-    swap.add_argument("--requests", type=int, metavar="N", help="end the canary phase after N requests")
+    swap.add_argument("--requests", type=options.whole(), metavar="N", help="end the canary phase after N requests")
     swap.add_argument(
         "--timeout", default="10m", metavar="TIME", help="longest wait for enough requests (default: 10m)"
     )
@@ -38,11 +40,16 @@ def register(commands: options.Commands) -> None:
     )
     rollback.add_argument("role", metavar="ROLE", help="the role, for example judge")
     rollback.add_argument(
-        "--db", metavar="PATH_OR_URL", help="change the role table in this trace_db directly, without a server"
+        "--db",
+        type=options.database,
+        metavar="PATH_OR_URL",
+        help="change the role table in this trace_db directly, without a server",
     )
     history = options.add_command(roles, "history", _history, "show the changes of a role, newest first")
     history.add_argument("role", metavar="ROLE", help="the role, for example judge")
-    history.add_argument("--limit", type=int, default=20, metavar="N", help="show the newest N (default: 20)")
+    history.add_argument(
+        "--limit", type=options.whole(), default=20, metavar="N", help="show the newest N (default: 20)"
+    )
     pin = options.add_command(roles, "pin", _pin, "keep the adapter of a role loaded in the engine")
     pin.add_argument("role", metavar="ROLE", help="the role, for example judge")
     pin.set_defaults(pinned=True)

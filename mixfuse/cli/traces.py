@@ -10,7 +10,7 @@ def register(commands: options.Commands) -> None:
     """Adds the parsers."""
     traces = options.add_group(commands, "traces", "read the recorded requests of the gateway")
     export = options.add_command(traces, "export", _export, "export traces as pool rows for `mixfuse pairs build`")
-    export.add_argument("--out", type=Path, required=True, metavar="FILE", help="the JSONL file to write")
+    export.add_argument("--out", type=options.out_file, required=True, metavar="FILE", help="the JSONL file to write")
     export.add_argument(
         "--label",
         choices=("feedback", "judge"),
@@ -21,10 +21,10 @@ def register(commands: options.Commands) -> None:
         "--tasks", type=Path, metavar="FILE", help="a task file (YAML); its verifiers mark the answers to its tasks"
     )
     options.add_tasks_options(export, split="pool")
-    export.add_argument("--days", type=float, metavar="DAYS", help="only traces of the last DAYS days")
+    export.add_argument("--days", type=options.real(), metavar="DAYS", help="only traces of the last DAYS days")
     export.add_argument(
         "--min-agreement",
-        type=float,
+        type=options.real(least=0, most=1),
         metavar="SHARE",
         help="ignore users who agree with the others less often than this",
     )

@@ -63,6 +63,12 @@ def claims(found: dict[str, Any]) -> list[Claim]:
             f"{fusion['best_single']} {pct(fusion['best_single_accuracy'])}",
         ),
         Claim(
+            fusion["auto_accuracy"] > fusion["auto_best_member_accuracy"],
+            "auto, which asks whom the combiner names, is right more often than the best member",
+            f"{pct(fusion['auto_accuracy'])} at {fusion['auto_cost_ratio']:.2f} of its cost, "
+            f"{fusion['auto_best_member']} {pct(fusion['auto_best_member_accuracy'])}",
+        ),
+        Claim(
             not swap["failed"],
             "the hot swap lost no request",
             f"{swap['failed']} of {swap['requests_during']} failed",
@@ -103,6 +109,8 @@ def summary(out: Path, found: dict[str, Any], *, quick: bool) -> str:
 **Left:** the adapters in `{out}/adapters`, all figures in `{out}/report.md` and `{out}/results.json`, the fused
 answers in `{out}/fused`, logs in `{out}/logs`.
 
+**Look:** `source .venv/bin/activate`, then `mixfuse ui --runs {out}` shows the runs and reports at http://127.0.0.1:8081/ui.
+
 **Next:** {next_step(quick=quick)}
 """
 
@@ -112,8 +120,8 @@ def next_step(*, quick: bool) -> str:
     if quick:
         return "`scripts/demo` runs the same on a base that learns."
     return (
-        "`source .venv/bin/activate`, then `mixfuse serve configs/tiny/serve.yaml` serves the domain model; README.md, "
-        '"A first session", goes on from there.'
+        "`mixfuse serve configs/tiny/serve.yaml` serves the domain model, with a page that asks it, at "
+        'http://127.0.0.1:8080/ui; README.md, "A first session", goes on from there.'
     )
 
 
@@ -144,7 +152,15 @@ def write_report(out: Path, found: dict[str, Any], *, quick: bool) -> None:
         (f"best single member ({fusion['best_single']}), asked once", fusion["best_single_accuracy"], ""),
         ("that member, sampled as often as the pool and judged", fusion["self_fusion_accuracy"], ""),
         ("best_of", fusion["best_of_accuracy"], interval(fusion["best_of_interval"])),
+        ("auto, the same tasks", fusion["auto_live_accuracy"], ""),
+        ("majority of the members, the same tasks", fusion["majority_accuracy"], ""),
         ("oracle: some candidate is right", fusion["oracle_accuracy"], ""),
+        (f"best single member ({fusion['auto_best_member']}), all held-out tasks",
+         fusion["auto_best_member_accuracy"], ""),
+        ("majority, all held-out tasks", fusion["auto_majority_accuracy"], ""),
+        ("weighed, everybody asked, all held-out tasks", fusion["auto_weighed_accuracy"], ""),
+        ("auto, all held-out tasks", fusion["auto_accuracy"], ""),
+        ("oracle, all held-out tasks", fusion["auto_oracle_accuracy"], ""),
     ]  # fmt: skip
     accuracies = "\n".join(f"| {name} | {pct(value)} | {spread} |" for name, value, spread in rows)
     steps = "\n".join(f"| {name} | {minutes:.1f} |" for name, minutes in usage["cpu_minutes_by_step"].items())
@@ -162,6 +178,13 @@ Intervals are 95 %.
 {accuracies}
 
 {fusion["verdict"]}
+
+The members answer greedily, so one of them sampled more often says the same again: at equal compute it stays where
+it is. A pool with a temperature would be a harder rival here.
+
+`auto` on {fusion["auto_n"]} held-out tasks, replayed on the members' recorded answers:
+{pct(fusion["auto_accuracy"])} right, at {fusion["auto_cost_ratio"]:.2f} of the cost of {fusion["auto_best_member"]};
+its confidence is off by {fusion["auto_ece"]:.3f} on average. {fusion["auto_fallback"]}
 
 Parity of vLLM and PEFT (worst difference of a log-probability, nats): domain {found["parity"]["domain"]:.1e},
 judge {found["parity"]["judge"]:.1e}.
@@ -211,6 +234,7 @@ def _plots(out: Path, found: dict[str, Any]) -> None:
         "base": (found["base_accuracy"], found["base_accuracy_interval"]),
         "domain": (found["domain_accuracy"], found["domain_accuracy_interval"]),
         "best_of": (fusion["best_of_accuracy"], fusion["best_of_interval"]),
+        "auto": (fusion["auto_accuracy"], [fusion["auto_accuracy"]] * 2),
         "oracle": (fusion["oracle_accuracy"], [fusion["oracle_accuracy"]] * 2),
     }
     figure, axis = pyplot.subplots(figsize=(5, 3.5))

@@ -5,9 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from mixfuse.contracts.files import read_jsonl
 from mixfuse.contracts.tasks import Task
 from mixfuse.fusion.measure import statistics
+
+CONFIG = Path("configs/tiny/fusion.yaml")
 
 
 @dataclass(frozen=True)
@@ -19,7 +23,8 @@ class Measured:
         answers: The file of the members' greedy answers to them.
         untrained: `mixfuse eval judge --json` of the base.
         trained: The same of the trained judge.
-        fusion: `mixfuse eval fusion --json`.
+        fusion: `mixfuse eval fusion --json` of best_of and auto, at the running server.
+        auto: `mixfuse eval fusion --pool --json`: auto replayed on all held-out answers.
         swap: Requests during the hot swap, and those that failed.
         parity: By role: the worst difference of a log-probability between vLLM and PEFT, in nats.
     """
@@ -29,6 +34,7 @@ class Measured:
     untrained: dict[str, Any]
     trained: dict[str, Any]
     fusion: dict[str, Any]
+    auto: dict[str, Any]
     swap: dict[str, Any]
     parity: dict[str, float]
 
@@ -45,7 +51,7 @@ def results(measured: Measured) -> dict[str, Any]:
         "domain_accuracy_lenient": share(lenient["domain"]),
         "heldout_tasks": len(measured.heldout),
         "judge": _judge(measured.untrained, measured.trained),
-        "fusion": _fusion(measured.fusion),
+        "fusion": _fusion(measured.fusion) | _auto(measured.auto),
         "swap": measured.swap,
         "parity": measured.parity,
     }
@@ -89,8 +95,29 @@ def _fusion(fused: dict[str, Any]) -> dict[str, Any]:
         "self_fusion_accuracy": fused["self_fusion"]["best_of"]["accuracy"]["value"],
         "oracle_accuracy": fused["baselines"]["oracle"]["accuracy"]["value"],
         "gap_closed": fused["gap_closed"]["best_of"],
+        "auto_live_accuracy": fused["modes"]["auto"]["accuracy"]["value"],
+        "majority_accuracy": fused["baselines"]["majority"]["accuracy"]["value"],
         "verdict": fused["verdict"]["words"],
         "n": n,
+    }
+
+
+def _auto(replayed: dict[str, Any]) -> dict[str, Any]:
+    """The figures of auto at the target that the demo's config names, and what stands beside them."""
+    target = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))["modes"]["target"]
+    point = next(point for point in replayed["curve"] if point["target"] >= target)
+    return {
+        "auto_accuracy": point["accuracy"],
+        "auto_cost_ratio": point["cost_ratio"],
+        "auto_ece": point["ece"],
+        "auto_n": replayed["n"],
+        "auto_best_member": replayed["best_member"],
+        "auto_best_member_accuracy": replayed["best_member_accuracy"],
+        "auto_majority_accuracy": replayed["majority"],
+        "auto_weighed_accuracy": replayed["weighed"],
+        "auto_oracle_accuracy": replayed["oracle"],
+        "auto_difference": replayed["difference"],
+        "auto_fallback": replayed["fallback"],
     }
 
 

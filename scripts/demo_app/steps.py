@@ -5,6 +5,7 @@ The held-out tasks are only ever used to measure; nothing is tuned on them.
 
 import asyncio
 import json
+import re
 import subprocess
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
@@ -25,6 +26,9 @@ from mixfuse.train.data.pairs import dev_path
 TASKS = Path("configs/tiny/tasks.yaml")
 CONFIGS = Path("configs/tiny")
 CONCURRENCY = 64  # as many as the engine works on at once: on a CPU a step costs little more for 64 than for 8
+SPECIALISTS = {"sums": "chain_sum", "letters": "letter_counting"}
+"""Role → the kind of task that it is tuned on."""
+MEMBERS = ("domain", *SPECIALISTS, "base")
 console = Console()
 
 
@@ -37,7 +41,9 @@ class Sizes:
         base: Arguments of `mixfuse base build`.
         train: Tasks to tune on.
         sft: Overrides of the SFT recipe.
-        pool: Tasks to collect answers to, for the judge's pairs.
+        specialists: Specialist → tasks of its kind to tune it on, and steps.
+        specialist_sft: More overrides of the SFT recipe for them.
+        pool: Tasks to collect answers to, for the judge's pairs and the combiner.
         heldout: Tasks to measure base and domain model on.
         judged: Tasks of those whose sampled answers the judge is measured on.
         dpo: Overrides of the judge's recipe.
@@ -49,6 +55,8 @@ class Sizes:
     base: tuple[str, ...]
     train: int
     sft: tuple[str, ...]
+    specialists: dict[str, tuple[int, int]]
+    specialist_sft: tuple[str, ...]
     pool: int
     heldout: int
     judged: int
@@ -61,15 +69,18 @@ FULL = Sizes(
     out=Path("runs/demo"),
     base=(),
     train=512,
-    sft=(),
-    pool=96,
-    heldout=100,
+    # Few enough that a specialist can be better at its kind: sums take more steps to learn than letters do.
+    sft=("optimizer.steps=12",),
+    specialists={"sums": (640, 40), "letters": (192, 12)},
+    specialist_sft=("processes=1", "optimizer.micro_batch=16"),
+    pool=200,
+    heldout=160,
     judged=40,
     dpo=(),
-    fused=24,
+    fused=12,
     minutes={
-        "base": 0.5, "sft": 4, "verify-domain": 1, "pool": 3, "judge": 6,
-        "verify-judge": 1, "swap": 1.5, "ask": 0.5, "evaluate": 3,
+        "base": 0.5, "sft": 3, "specialists": 8, "verify-domain": 1, "pool": 4, "combiner": 0.2, "judge": 7,
+        "verify-judge": 1, "swap": 1.5, "ask": 1, "evaluate": 5,
     },
 )  # fmt: skip
 QUICK = Sizes(
@@ -78,25 +89,29 @@ QUICK = Sizes(
     train=128,
     # The tiny base is random: a high rate makes it answer something, so that every step has work to do.
     sft=("optimizer.steps=14", "optimizer.learning_rate=0.02", "save_every=0"),
-    pool=16,
-    heldout=16,
+    specialists={"sums": (64, 6), "letters": (64, 6)},
+    specialist_sft=("processes=1", "optimizer.learning_rate=0.02", "save_every=0"),
+    pool=48,
+    heldout=32,
     judged=6,
     dpo=("optimizer.steps=4", "optimizer.learning_rate=0.02", "optimizer.warmup_steps=0", "save_every=0"),
     fused=6,
     minutes={
-        "base": 0.1, "sft": 0.5, "verify-domain": 0.5, "pool": 0.7, "judge": 0.5,
+        "base": 0.1, "sft": 0.5, "specialists": 0.6, "verify-domain": 0.5, "pool": 0.7, "combiner": 0.1, "judge": 0.5,
         "verify-judge": 0.5, "swap": 0.7, "ask": 0.2, "evaluate": 0.3,
     },
 )  # fmt: skip
 WORDS = {
     "base": "the base: SmolLM2-135M upcycled into a Mixtral",
     "sft": "the domain model: SFT on reasoning-gym tasks, 2 ZeRO-3 processes, LoRA on attention and experts",
+    "specialists": "two specialists: SFT on one kind of task each",
     "verify-domain": "export the domain adapter; compare vLLM with PEFT on it",
-    "pool": "serve base and domain model, ask the pool, mark the answers with the tasks' verifiers",
+    "pool": "serve base, domain model and specialists, ask the pool, mark the answers with the tasks' verifiers",
+    "combiner": "the combiner: whom to believe and whom to ask, fitted on the marked answers",
     "judge": "the judge: DPO on preference pairs, both orders of each",
     "verify-judge": "export the judge; compare vLLM with PEFT on it",
     "swap": "serve again; hot-swap the judge into the running server while requests flow",
-    "ask": "a question in the three modes",
+    "ask": "a question in each mode",
     "evaluate": "measure judge and fusion on held-out tasks",
 }
 
@@ -126,11 +141,17 @@ class Demo:
             if not train.exists():
                 mixfuse("tasks", "make", TASKS, "--count", self.sizes.train, "--out", train)
             self.train("sft", "domain_sft", self.sizes.sft, data=train)
+        with self.step("specialists"):
+            for name, kind in SPECIALISTS.items():
+                self.train_specialist(name, kind)
         with self.step("verify-domain"):
             self.export("sft", "domain")
         with self.step("pool"):
             write_text(self.fusion, self.here("fusion.yaml"))
             self.ask_the_pool()
+        with self.step("combiner"):
+            self.saved("combiner.json", self.fit_combiner)
+            write_text(self.fusion, with_combiner(self.here("fusion.yaml")))
         # The engine is stopped while the judge trains: beside it, both would take some 16 GB.
         with self.step("judge"):
             self.train_judge()
@@ -157,16 +178,39 @@ class Demo:
         return self.usage.step(name)
 
     def train(
-        self, stage: str, recipe: str, overrides: tuple[str, ...], *, data: Path, dev: Path | None = None
+        self,
+        stage: str,
+        recipe: str,
+        overrides: tuple[str, ...],
+        *,
+        data: Path,
+        dev: Path | None = None,
+        run: str | None = None,
     ) -> None:
         """Trains unless that run is finished; an interrupted run resumes from its checkpoint."""
-        run = self.out / stage
-        if (run / "run.json").exists():
+        out = self.out / (run or stage)
+        if (out / "run.json").exists():
             return
-        paths = [f"base={self.base}", f"out={run}", f"data={data}"]
+        paths = [f"base={self.base}", f"out={out}", f"data={data}"]
         if dev:
             paths.append(f"evaluation.data={dev}")
         mixfuse("train", stage, CONFIGS / f"{recipe}.yaml", *paths, *overrides)
+
+    def train_specialist(self, name: str, kind: str) -> None:
+        """Tunes an adapter on one kind of task, and exports it."""
+        data, adapter = self.data / f"train_{name}.jsonl", self.adapters / name
+        tasks, steps = self.sizes.specialists[name]
+        if not data.exists():
+            mixfuse("tasks", "make", TASKS, "--kind", kind, "--count", tasks, "--out", data)
+        overrides = (f"role={name}", f"optimizer.steps={steps}", *self.sizes.specialist_sft)
+        self.train("sft", "domain_sft", overrides, data=data, run=name)
+        if not adapter.exists():
+            mixfuse("adapter", "export", self.out / name, adapter)
+
+    def fit_combiner(self) -> dict[str, Any]:
+        """Fits the combiner to the pool's marked answers; returns its figures, cross-validated."""
+        prices = [part for name in MEMBERS for part in ("--price", f"{name}=1")]
+        return mixfuse_json("combiner", "fit", self.data / "pool.jsonl", "--out", self.out / "combiner.json", *prices)
 
     def train_judge(self) -> None:
         """Builds the preference pairs from the pool's answers, and trains on them."""
@@ -195,9 +239,10 @@ class Demo:
             return
         with self.server() as url:
             pool, heldout, judging = wanted
-            self.collect(url, pool, "pool", self.sizes.pool, samples=3, temperature=0.9, max_tokens=12)
-            self.collect(url, heldout, "heldout", self.sizes.heldout, samples=1, temperature=0.0, max_tokens=20)
-            self.collect(url, judging, "heldout", self.sizes.judged, samples=3, temperature=0.9, max_tokens=12)
+            # Greedy, as the members answer later: a combiner must be fitted to answers like those it will weigh.
+            self.collect(url, pool, "pool", self.sizes.pool, samples=1, temperature=0.0, max_tokens=12)
+            self.collect(url, heldout, "heldout", self.sizes.heldout, samples=1, temperature=0.0, max_tokens=12)
+            self.collect(url, judging, "heldout", self.sizes.judged, samples=2, temperature=0.9, max_tokens=12)
             self.eval_judge(url, "untrained")
 
     def swap_and_measure(self) -> Measured:
@@ -208,17 +253,19 @@ class Demo:
                 self.swap(url)
             with self.step("ask"):
                 question = self.heldout()[0].prompt
-                for mode in ("best_of", "merge", "debate"):
+                for mode in ("auto", "best_of", "merge", "debate"):
                     mixfuse("ask", question, "--mode", mode, "--url", url)
             with self.step("evaluate"):
                 trained = self.eval_judge(url, "judge")
                 fusion = self.saved("fusion.json", lambda: self.eval_fusion(url))
+                auto = self.saved("auto.json", self.replay_auto)
         return Measured(
             heldout=self.heldout(),
             answers=self.data / "heldout.jsonl",
             untrained=read_json(self.data / "judge_untrained.json"),
             trained=trained,
             fusion=fusion,
+            auto=auto,
             swap=read_json(self.data / "swap.json"),
             parity={
                 role: read_json(self.adapters / role / "manifest.json")["parity"]["max_abs_logprob_difference"]
@@ -239,7 +286,7 @@ class Demo:
         """`mixfuse serve` on the demo's base, with its domain adapter; the judge is the base until it is swapped."""
         overrides = [
             f"engine.base={self.base}",
-            f"roles.domain={self.adapters / 'domain'}",
+            *(f"roles.{role}={self.adapters / role}" for role in ("domain", *SPECIALISTS)),
             f"fusion={self.fusion}",
             f"logs={self.out / 'logs'}",
         ]
@@ -275,17 +322,22 @@ class Demo:
         return self.saved(f"judge_{which}.json", lambda: mixfuse_json("eval", "judge", "--judge", role, *options))
 
     def eval_fusion(self, url: str) -> dict[str, Any]:
-        """Measures best_of on held-out tasks beside each member, equal compute and the oracle."""
+        """Measures best_of and auto on held-out tasks beside each member, votes, equal compute and the oracle."""
         options: dict[str, object] = {
             "--tasks": TASKS,
             "--count": self.sizes.fused,
-            "--modes": "best_of",
             "--choose-share": 0,  # few tasks: the best single member is chosen on all of them, which flatters it
             "--concurrency": 8,
             "--out": self.out / "fused",
             "--url": url,
         }
-        return mixfuse_json("eval", "fusion", self.fusion, *(part for option in options.items() for part in option))
+        parts = [part for option in options.items() for part in option]
+        return mixfuse_json("eval", "fusion", self.fusion, *parts, "--modes", "best_of", "auto")
+
+    def replay_auto(self) -> dict[str, Any]:
+        """Replays `auto` on all held-out answers, which were collected before: no model is asked."""
+        options = ("--combiner", self.out / "combiner.json", "--out", self.out / "auto")
+        return mixfuse_json("eval", "fusion", "--pool", self.data / "heldout.jsonl", *options)
 
     def saved(self, name: str, make_it: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The JSON that a step left, or leaves now."""
@@ -298,6 +350,14 @@ class Demo:
     def heldout(self) -> list[Task]:
         """The held-out tasks."""
         return make(TASKS, "heldout", self.sizes.heldout)
+
+
+def with_combiner(config: str) -> str:
+    """A fusion config's text with the mark taken from its `combiner`."""
+    text, changed = re.subn("(?m)^#combiner:", "combiner:", config)
+    if changed != 1:
+        raise ValueError(f"the fusion config names {changed} combiners; the demo fits one")
+    return text
 
 
 def _rounded(minutes: float) -> str:

@@ -21,9 +21,9 @@ def run(script: str, *arguments: str) -> dict[str, Any]:
 
 
 def test_the_benchmark_measures_gateway_and_floor_and_states_its_goals():
-    report = run("fusion.py", "--only", "latency,throughput,hang,failure,streaming,crowd,memory")
+    report = run("fusion.py", "--only", "latency,throughput,scaling,hang,failure,streaming,crowd,memory")
     targets = {f"{who} {shape}" for who in ("direct", "floor", "mixfuse") for shape in ("merge", "best_of")}
-    assert report["latency"]["p50_ms"].keys() == targets
+    assert report["latency"]["p50_ms"].keys() == targets | {"mixfuse best_of, batching"}
     assert all(count == 0 for count in report["throughput 0 ms"]["errors"].values())
     for target in ("mixfuse merge, quorum 2", "mixfuse best_of, quorum 2"):
         assert report["hang"][target]["result"] == "answered"
@@ -31,6 +31,7 @@ def test_the_benchmark_measures_gateway_and_floor_and_states_its_goals():
         assert report["failure"]["result"][target] == "answered"
     assert report["hang"]["floor merge"]["result"].startswith("no answer")  # the mock does hang
     assert min(report["streaming"]["pieces"][f"mixfuse {shape}"] for shape in ("merge", "best_of")) > 1
+    assert min(report["scaling"]["per_s"]["mixfuse best_of, 2 workers"]) > 0
     assert report["crowd"]["errors"] == report["memory"]["errors"] == 0
     assert len(report["goals"]) >= 8
 
@@ -40,6 +41,13 @@ def test_mixed_load_with_faults_leaves_nothing_unexplained():
     assert report["ok"]
     assert report["faults injected"] > 0
     assert report["answered"] > 0
+
+
+def test_the_benchmark_of_the_page_reads_every_list():
+    report = run("ui.py")
+    assert len(report["p95 ms"]) >= 20
+    assert report["bytes"]["list, styles, script"] < 100_000
+    assert report["requests"].keys() >= {"p50 with ten pages / without"}
 
 
 @pytest.mark.engine

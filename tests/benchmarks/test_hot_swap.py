@@ -72,6 +72,31 @@ def test_an_answer_of_a_revision_that_did_not_serve_is_found(
     assert hot_swap.show(report) == ["answers from a revision not in the table"]
 
 
+def test_an_answer_with_another_revisions_log_probabilities_is_found(hot_swap: ModuleType, seen: Any):
+    seen.ask(15.0, "b", apart=0.001)
+    assert hot_swap.show(seen.report()) == []
+    seen.ask(15.0, "b", apart=0.4)
+    report = seen.report()
+    assert (report["checked"], report["wrong"]) == (2, 1)
+    assert hot_swap.show(report) == ["answers whose log-probabilities are not their revision's"]
+
+
+def test_answers_that_could_pass_for_one_another_end_the_benchmark(hot_swap: ModuleType):
+    assert hot_swap.far_apart({"a": [[-1.0, -2.0]], "b": [[-1.0, -2.5]]}) == 0.5
+    assert hot_swap.distance([-1.0, -2.0, -3.0], [-1.0]) == math.inf
+    with pytest.raises(hot_swap.BenchmarkError, match="the check would see nothing"):
+        hot_swap.far_apart({"a": [[-1.0, -2.0]], "b": [[-1.0, -2.01]]})
+
+
+def test_only_calls_that_met_a_deleted_adapter_may_be_repeated(hot_swap: ModuleType, seen: Any):
+    said = ["domain: upstream_error: The model `domain@c` does not exist."]
+    seen.ask(30.5, "c", failed_calls=said)
+    assert seen.report()["failed_calls"] == said
+    seen.server.steps.append(hot_swap.Step("deleted in the engine", "domain", 30.0, 31.0))
+    assert seen.report()["failed_calls"] == []
+    assert seen.report()["repeated_calls"] == 1
+
+
 def test_slow_requests_while_a_swap_goes_on_are_found(hot_swap: ModuleType, seen: Any):
     seen.ask(10.5, "b", took=3.0)
     report = seen.report()
@@ -131,11 +156,11 @@ class AdminServer:
 @pytest.fixture
 async def under_load(hot_swap: ModuleType, tmp_path: Path) -> AsyncIterator[tuple[Any, AdminServer]]:
     """The benchmark's view of a server, and that server."""
-    names = [f"{role}-{number}" for role in hot_swap.KINDS.values() for number in range(4)]
+    names = [f"{role}-{number}" for role in hot_swap.ROLES for number in range(4)]
     for name in (*names, *hot_swap.REFUSED):
         (tmp_path / name).mkdir()
         (tmp_path / name / "manifest.json").write_text(json.dumps({"revision": f"revision of {name}"}))
-    serving = {role: f"revision of {role}-0" for role in hot_swap.KINDS.values()}
+    serving = {role: f"revision of {role}-0" for role in hot_swap.ROLES}
     admin = AdminServer(serving, set(hot_swap.REFUSED))
     app = web.Application()
     app.add_routes([
@@ -149,8 +174,9 @@ async def under_load(hot_swap: ModuleType, tmp_path: Path) -> AsyncIterator[tupl
 
 async def test_the_plan_runs_and_ends_as_it_says(hot_swap: ModuleType, under_load: tuple[Any, AdminServer]):
     server, admin = under_load
-    plan = [step for step in hot_swap.PLAN if step[0] not in ("full disk", "engine killed")]  # they need a real server
-    assert len(plan) == len(hot_swap.PLAN) - 2
+    real = ("full disk", "engine killed", *hot_swap.FAULTS)  # they need a real server
+    plan = [step for step in hot_swap.PLAN if step[0] not in real]
+    assert len(plan) == len(hot_swap.PLAN) - len(real)
     for kind, role in plan:
         before = admin.history[role][-2:]
         step = await server.step(kind, role)
@@ -162,7 +188,7 @@ async def test_the_plan_runs_and_ends_as_it_says(hot_swap: ModuleType, under_loa
             assert (now != before[-1]) == step.done, "a good swap changes the revision, a refused one does not"
     counts = Counter(step.kind for step in server.steps)
     assert counts == {"good": 14, "rollback": 5, **dict.fromkeys(hot_swap.REFUSED, 1)}
-    assert {role for kind, role in plan if kind == "good"} == set(hot_swap.KINDS.values())
+    assert {role for kind, role in plan if kind == "good"} == set(hot_swap.ROLES)
 
 
 @pytest.mark.parametrize(
@@ -206,12 +232,14 @@ async def test_both_revisions_may_answer_during_a_swap_and_one_of_them_outside(
 
 @pytest.mark.engine
 @pytest.mark.slow
-def test_the_benchmark_of_swaps_finds_nothing_lost():
+def test_the_benchmark_of_swaps_finds_nothing_lost(hot_swap: ModuleType):
     command = [sys.executable, str(BENCHMARKS / "hot_swap.py"), "--smoke", "--json"]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     report = json.loads(done.stdout.splitlines()[-1])
-    assert report["steps"] == {"good": 2, "tampered file": 1, "rollback": 1}
+    assert report["checked"] > 0
+    assert report["wrong"] == 0
+    assert report["steps"] == {"good": 2, "tampered file": 1, "rollback": 1, **dict.fromkeys(hot_swap.FAULTS, 1)}
     assert "was changed after export" in report["refused"]["tampered file"]
     assert report["failed"] == report["failed_calls"] == report["strangers"] == []
     assert report["memory_mib"].keys() == {"gateway", "engine"}

@@ -4,6 +4,7 @@ import json
 import shutil
 import stat
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from safetensors.numpy import load_file, save_file
 
 from mixfuse.app import config_reference
 from mixfuse.contracts import adapter, signing
-from mixfuse.contracts.adapter import CONFIG, MANIFEST, WEIGHTS, Manifest
+from mixfuse.contracts.adapter import CONFIG, MANIFEST, WEIGHTS, Manifest, TrustedKey
+from mixfuse.contracts.adapter_weights import safetensors_header
 from mixfuse.contracts.errors import MixfuseError
 
 STEM = "base_model.model.model.layers.0"
@@ -25,7 +27,9 @@ def write(folder: Path, tensors: dict[str, Any], **keys: Any) -> Path:
     """An adapter directory of rank 2 around these tensors, its hashes right."""
     folder.mkdir()
     save_file(tensors, folder / WEIGHTS)
-    (folder / CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": 2}))
+    (folder / CONFIG).write_text(
+        json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]})
+    )
     (folder / "README.md").write_text("A card.")
     files = adapter.file_hashes(folder)
     defaults = {
@@ -171,17 +175,17 @@ def test_an_adapter_of_another_base_is_refused_and_the_difference_named(part: st
 def test_what_is_no_safetensors_file_is_one_line(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "x.safetensors").write_bytes(content)
     with pytest.raises(MixfuseError, match="not a whole safetensors file"):
-        adapter.safetensors_header(tmp_path / "x.safetensors")
+        safetensors_header(tmp_path / "x.safetensors")
 
 
 def test_a_safetensors_file_cut_off_or_lengthened_is_not_whole(directory: Path) -> None:
     path = directory / WEIGHTS
     whole = path.read_bytes()
-    assert adapter.safetensors_header(path)[f"{Q}.lora_A.weight"]["shape"] == [2, 8]
+    assert safetensors_header(path)[f"{Q}.lora_A.weight"]["shape"] == [2, 8]
     for content in (whole[:-1], whole[: len(whole) // 2], whole + b"\0"):
         path.write_bytes(content)
         with pytest.raises(MixfuseError, match="not a whole safetensors file"):
-            adapter.safetensors_header(path)
+            safetensors_header(path)
 
 
 @pytest.fixture
@@ -201,6 +205,21 @@ def test_a_signed_manifest_is_taken_by_who_trusts_its_key(directory: Path, key: 
         adapter.verify(directory, trusted=(other,))
     adapter.sign(directory, key.with_name("other"))
     assert adapter.verify(directory, trusted=(other,)).files == before.files
+
+
+def test_a_key_is_trusted_until_its_day_and_not_once_it_is_revoked(directory: Path, key: Path) -> None:
+    adapter.sign(directory, key)
+    public, today = key.with_name("mine.pub"), datetime.now(UTC).date()
+    other = signing.generate(key.with_name("other"))
+    for until in (None, today, today + timedelta(days=1)):
+        trusted = (other, TrustedKey(key=public, until=until))
+        assert adapter.verify(directory, trusted=trusted, revoked=(other,)).signature is not None
+    past = TrustedKey(key=public, until=today - timedelta(days=1))
+    with pytest.raises(MixfuseError, match=f"trusted until {past.until}; sign it with another"):
+        adapter.verify(directory, trusted=(past, other))
+    for trusted in ((), (public,), (past,)):
+        with pytest.raises(MixfuseError, match="which was revoked"):
+            adapter.verify(directory, trusted=trusted, revoked=(public,))
 
 
 def test_where_a_signature_is_demanded_an_unsigned_directory_is_refused(directory: Path, key: Path) -> None:
@@ -384,23 +403,3 @@ def test_a_base_that_lacks_a_part_is_named(missing: str, base: Path) -> None:
     (base / missing).unlink()
     with pytest.raises(MixfuseError, match=r"no such file|no \.safetensors weights"):
         adapter.fingerprint(base)
-
-
-@pytest.mark.parametrize("kind", ["F64", "F32", "F16", "BF16"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_a_weight_that_is_no_finite_number_is_found_in_every_type(kind: str, value: float, tmp_path: Path) -> None:
-    torch = pytest.importorskip("torch")
-    from safetensors.torch import save_file as save
-
-    dtype = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[kind]
-    good, bad = torch.randn(3, 5).to(dtype), torch.randn(5, 3).to(dtype)
-    good[0, 0], bad[2, 1] = torch.finfo(dtype).max, torch.finfo(dtype).tiny
-    save({"a": good, "b": bad}, tmp_path / WEIGHTS)
-    adapter.check_finite(tmp_path)
-    bad[4, 2] = value
-    save({"a": good, "b": bad}, tmp_path / WEIGHTS)
-    with pytest.raises(MixfuseError, match="b holds NaN or infinity"):
-        adapter.check_finite(tmp_path)
-    save({"a": torch.ones(2, 2, dtype=torch.int64)}, tmp_path / WEIGHTS)
-    with pytest.raises(MixfuseError, match="a is of type I64"):
-        adapter.check_finite(tmp_path)

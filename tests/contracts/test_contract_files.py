@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mixfuse.contracts import files
+from mixfuse.contracts import files, strict_yaml
 from mixfuse.contracts.errors import MixfuseError
 
 
@@ -39,6 +39,14 @@ def test_rows_that_fail_halfway_leave_the_old_file(tmp_path: Path) -> None:
     assert path.read_bytes() == before
     assert files.read_jsonl(path) == [{"é": 1}, {"b": 2}]
     assert names(tmp_path) == {"rows.jsonl"}
+
+
+def test_a_file_does_not_take_the_place_of_a_device(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(MixfuseError, match="no regular file"):
+        files.write_text(pipe, "text")
+    assert pipe.is_fifo()
 
 
 def test_a_folder_appears_only_when_its_block_has_succeeded(tmp_path: Path) -> None:
@@ -170,3 +178,25 @@ def test_json_beyond_all_bounds_is_one_line(tmp_path: Path, text: str):
         files.read_json(path)
     with pytest.raises(MixfuseError, match=r"odd\.json:1: malformed JSON"):
         list(files.iter_jsonl(path))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: 1\na: 2\n", "the key 'a' stands twice"),
+        ("a: {b: 1, b: 2}\n", "the key 'b' stands twice"),
+        ("a: " + "[" * 5000, "nested too deep"),
+        ("a: " + "9" * 5000, "not valid YAML"),
+    ],
+)
+def test_yaml_that_means_two_things_or_nothing_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(MixfuseError, match=message):
+        strict_yaml.read_mapping(path)
+
+
+def test_yaml_may_begin_with_a_byte_order_mark_and_merge_a_mapping(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_bytes(b"\xef\xbb\xbfa: &base {x: 1, y: 2}\nb:\n  <<: *base\n  y: 3\n")
+    assert strict_yaml.read_mapping(path) == {"a": {"x": 1, "y": 2}, "b": {"x": 1, "y": 3}}

@@ -12,11 +12,26 @@ from mixfuse.contracts.judge_protocol import Outcome
 
 
 def test_a_comparison_shows_question_and_answers_in_their_places() -> None:
-    system, user = protocol.comparison("Which {one}?", "first {x}", "second %s", nonce="ab12")
-    assert system == {"role": "system", "content": protocol.SYSTEM}
+    (user,) = protocol.comparison("Which {one}?", "first {x}", "second %s", nonce="ab12")
     assert user["role"] == "user"
+    assert user["content"].startswith(f"{protocol.SYSTEM}\n\n")
     places = [user["content"].index(text) for text in ("Which {one}?", "first {x}", "second %s")]
     assert places == sorted(places)
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize("first", ["user", "assistant"])
+def test_no_message_of_a_comparison_is_the_systems_and_its_turns_alternate(first: str, prepared: bool) -> None:
+    """Mixtral's templates refuse system messages, or leave them out; others refuse turns that do not alternate."""
+    talk = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
+    start = talk if first == "user" else talk[1:]
+    question = [{"role": "system", "content": "Answer in French."}, *start, {"role": "user", "content": "Why?"}]
+    asked = protocol.asked(question) if prepared else question
+    messages = protocol.comparison(asked, "one", "two", nonce="ab12")
+    assert [message["role"] for message in messages] == ["user", "assistant", "user"]
+    assert messages[0]["content"].startswith(f"{protocol.SYSTEM}\n\n{protocol.GIVEN}\nAnswer in French.")
+    assert messages[0]["content"].endswith("Hello") is (first == "user")
+    assert "one" in messages[-1]["content"]
 
 
 def test_an_answer_with_the_nonce_is_refused() -> None:
@@ -112,7 +127,7 @@ def test_template_tokens_are_made_harmless_and_stay_readable(token: str) -> None
         assert token.lower() not in shown
         assert shown.replace(" ", "") == protocol.visible(text).replace(" ", "")
         assert protocol.shown(shown) == shown
-    (_, user) = protocol.comparison(f"about {token}", token, f"{token} again", nonce="ab12")
+    (user,) = protocol.comparison(f"about {token}", token, f"{token} again", nonce="ab12")
     assert token not in user["content"]
 
 

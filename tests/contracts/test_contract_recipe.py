@@ -55,7 +55,7 @@ def recipe(tmp_path: Path, text: str, *overrides: str) -> Job:
 def test_a_mistake_is_one_line_that_names_file_and_key(text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(MixfuseError) as caught:
         recipe(tmp_path, text)
-    assert str(caught.value).startswith(f"{tmp_path / 'job.yaml'}: ")
+    assert str(caught.value).startswith(f"{tmp_path / 'job.yaml'}:")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -70,13 +70,14 @@ def test_an_override_sets_one_key_and_leaves_its_neighbours(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("number", ["1e-4", "1.0e-4", "0.0001"])
 def test_a_number_with_an_exponent_is_a_number(number: str, tmp_path: Path) -> None:
-    """YAML 1.1 reads 1e-4 as a string."""
     assert recipe(tmp_path, "", f"learning_rate={number}").learning_rate == 1e-4
     assert recipe(tmp_path, f"learning_rate: {number}").learning_rate == 1e-4
 
 
-def test_text_that_looks_like_a_number_stays_text_where_text_is_wanted(tmp_path: Path) -> None:
-    assert recipe(tmp_path, "", "note=1e5").note == "1e5"
+def test_text_that_looks_like_a_number_is_text_in_quotes(tmp_path: Path) -> None:
+    assert recipe(tmp_path, "", 'note="1e5"').note == "1e5"
+    with pytest.raises(MixfuseError, match="'note'"):
+        recipe(tmp_path, "", "note=1e5")
     assert recipe(tmp_path, "", "note=nan").note == "nan"
 
 
@@ -103,7 +104,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(MixfuseError, match="is a folder"):
         load(tmp_path, Job)
     (tmp_path / "latin").write_bytes("note: é".encode("latin-1"))
-    with pytest.raises(MixfuseError, match="latin: not valid YAML"):
+    with pytest.raises(MixfuseError, match="latin:1: not valid YAML"):
         load(tmp_path / "latin", Job)
 
 

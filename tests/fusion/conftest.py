@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from fake_upstream import FakeUpstream, Script, fake_upstream, serving
-from fusion_harness import FakeRoles, Gateway, StartGateway
+from fusion_harness import FakeRoles, Gateway, StartGateway, config_keys
 from postgres import Postgres, emptied, postgres
 
 from mixfuse.fusion.config import FusionConfig
@@ -31,17 +31,7 @@ def config(upstream: FakeUpstream, tmp_path: Path) -> Callable[..., FusionConfig
     """Builds a config over the fake upstream; keywords replace or add keys."""
 
     def build(members: list[Any] | None = None, **keys: Any) -> FusionConfig:
-        def at(model: str) -> dict[str, Any]:
-            return {"base_url": upstream.base_url, "model": model}
-
-        chosen = ["alpha", "beta", "gamma"] if members is None else members
-        data: dict[str, Any] = {
-            "members": [{"name": one, **at(one)} if isinstance(one, str) else one for one in chosen],
-            "judge": at("judge"),
-            "synthesizer": at("synth"),
-            "trace_db": tmp_path / "traces.sqlite3",
-        }
-        return FusionConfig.model_validate(data | keys)
+        return FusionConfig.model_validate(config_keys(upstream, tmp_path, members, **keys))
 
     return build
 

@@ -1,12 +1,16 @@
 """What the fusion tests share beside the fake upstream: a role table, a running gateway, a judge's taste."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+import os
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import httpx
+import yaml
 from fake_upstream import FakeUpstream
 from openai import AsyncOpenAI, OpenAI
 
@@ -14,17 +18,63 @@ from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.judge_protocol import Calibration
 from mixfuse.fusion.calls.upstream import Endpoint
 
+MIXFUSE = (sys.executable, "-m", "mixfuse")
+
 
 def prefers(word: str) -> Callable[[str, str], float]:
     """A judge who likes answers with that word in them, wherever they stand."""
     return lambda first, second: 0.5 + 0.4 * ((word in first) - (word in second))
 
 
-def summed(trace: dict[str, Any]) -> dict[str, int]:
+def summed(trace: dict[str, Any]) -> dict[str, Any]:
     """A trace's usage: the sum over its calls."""
     prompt = sum(call["usage"]["prompt_tokens"] for call in trace["calls"])
     completion = sum(call["usage"]["completion_tokens"] for call in trace["calls"])
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+    reasoning = sum(call["usage"]["reasoning_tokens"] for call in trace["calls"])
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "completion_tokens_details": {"reasoning_tokens": reasoning},
+    }
+
+
+def config_keys(upstream: FakeUpstream, folder: Path, members: list[Any] | None = None, **keys: Any) -> dict[str, Any]:
+    """The keys of a config over the fake upstream, with its traces in the folder; keywords replace or add keys."""
+
+    def at(model: str) -> dict[str, Any]:
+        return {"base_url": upstream.base_url, "model": model}
+
+    chosen = ["alpha", "beta", "gamma"] if members is None else members
+    return {
+        "members": [{"name": one, **at(one)} if isinstance(one, str) else one for one in chosen],
+        "judge": at("judge"),
+        "synthesizer": at("synth"),
+        "trace_db": str(folder / "traces.sqlite3"),
+        **keys,
+    }
+
+
+async def start_process(
+    folder: Path, config: dict[str, Any], *options: str, env: Mapping[str, str] | None = None
+) -> tuple[asyncio.subprocess.Process, str]:
+    """Starts `mixfuse gateway` with a config in the folder; returns the process and the line that says it is ready."""
+    (folder / "fusion.yaml").write_text(yaml.safe_dump(config))
+    process = await asyncio.create_subprocess_exec(
+        *MIXFUSE,
+        "gateway",
+        folder / "fusion.yaml",
+        "--port=0",
+        *options,
+        stderr=asyncio.subprocess.PIPE,
+        cwd=folder,
+        env=os.environ | (env or {}),
+    )
+    assert process.stderr is not None
+    async with asyncio.timeout(60):
+        line = (await process.stderr.readline()).decode()
+    assert line.startswith("ready: http://"), line + (await process.stderr.read()).decode()
+    return process, line
 
 
 class FakeRoles:

@@ -3,26 +3,31 @@
 import os
 import pwd
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import sqlalchemy
 
 
 @dataclass(frozen=True)
 class Postgres:
-    """A running server, which can be stopped and started again."""
+    """A running server, which can be stopped and started again, and halted so that it keeps its connections silent."""
 
     url: str
     stop: Callable[[], None]
     start: Callable[[], None]
+    halt: Callable[[], None]
+    go_on: Callable[[], None]
 
 
 @contextmanager
@@ -58,11 +63,22 @@ def postgres() -> Iterator[Postgres]:
     def stop() -> None:
         run("pg_ctl", "stop", "-m", "fast", "-s")
 
+    def signal_all(number: signal.Signals) -> None:
+        first = psutil.Process(int((folder / "data" / "postmaster.pid").read_text().split()[0]))
+        for process in (first, *first.children(recursive=True)):
+            process.send_signal(number)
+
     try:
         run("initdb", "-A", "trust", "-U", "mixfuse", "-E", "UTF8", "--no-sync")
         start()
         try:
-            yield Postgres(f"postgresql://mixfuse@127.0.0.1:{port}/postgres", stop, start)
+            yield Postgres(
+                f"postgresql://mixfuse@127.0.0.1:{port}/postgres",
+                stop,
+                start,
+                halt=partial(signal_all, signal.SIGSTOP),
+                go_on=partial(signal_all, signal.SIGCONT),
+            )
         finally:
             stop()
     finally:

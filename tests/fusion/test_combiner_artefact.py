@@ -9,7 +9,7 @@ import pytest
 from combiner_pools import pool
 
 from mixfuse.contracts.errors import MixfuseError
-from mixfuse.fusion.combiner.artefact import BINS, Combiner, load, save
+from mixfuse.fusion.combiner.artefact import BINS, MOST_MEMBERS, Combiner, load, save
 from mixfuse.fusion.measure.combiner_fit import fit_combiner
 
 
@@ -34,7 +34,7 @@ def _set(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         *folders, last = path.split("/")
         for name in folders:
             data = data[int(name)] if isinstance(data, list) else data[name]
-        data[last] = value
+        data[int(last) if isinstance(data, list) else last] = value
 
     return change
 
@@ -51,11 +51,29 @@ def _set(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (_set("policies/0/actions/a", ["b"] * (BINS - 1)), f"has no {BINS} bins after 'a'"),
         (_set("policies/0/actions/a", ["a"] * BINS), "asks 'a' again after 'a'"),
         (_set("policies/0/actions/b+a", ["c"] * BINS), "'b+a' out of the members' order"),
-        (_set("members/a/weight", float("nan")), "not a finite number"),
-        (_set("unread", float("inf")), "not a finite number"),
+        (_set("members/a/weight", float("nan")), "members.a.weight"),
+        (_set("unread", float("inf")), "'unread': Input should be a finite number"),
         (_set("members/a/accuracy", 1.5), "members.a.accuracy"),
         (_set("calibration", []), "calibration"),
         (_set("members", {}), "members"),
+        (_set("members/a/weight", "1.5"), "members.a.weight"),
+        (_set("members/a/weight", True), "members.a.weight"),
+        (_set("members/a/weight", 1e4), "members.a.weight is 10000, and no fitted one is beyond ±1000"),
+        (_set("policies/0/calibration/slope", 1e4), "policies[0].calibration.slope is 10000"),
+        (_set("members/a/price", -1.0), "members.a.price"),
+        (_set("members/a/price", 10**400), "members.a.price"),
+        (_set("members/a\n", {"weight": 0.0, "accuracy": 0.5, "price": 1.0}), "is no name"),
+        (_set("judges/\ud800", 1.0), "half of a surrogate pair"),
+        (_set("counts", [0.1]), "counts has 1 values; 3 members need 2"),
+        (_set("none/asked", [0.1]), "none.asked has 1 values; 3 members need 3"),
+        (_set("calibration", [{"slope": 1.0}] * 2), "calibration has 2 values; 3 members need 3"),
+        (_set("pairs/0/second", "a"), "the pair a is no pair"),
+        (_set("pairs/1", {"first": "b", "second": "a", "weight": 0.1}), "the pair a and b is no pair, or stands twice"),
+        (_set("policies/0/target", 0.95), "the targets of the policies do not rise"),
+        (_set("policies/0/actions", {}), "asks nobody at the start"),
+        (_set("policies/0/actions/", [""] * BINS), "asks nobody at the start"),
+        (_set("data/marked", 10**6), "more complete or marked questions than there are"),
+        (_set("figures/n", float("inf")), "figures.n is not a finite number"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(
@@ -70,6 +88,21 @@ def test_what_does_not_fit_is_refused_in_one_line(
     assert message in str(error.value)
     assert str(error.value).startswith(str(file))
     assert "\n" not in str(error.value)
+
+
+def test_more_members_than_a_request_can_wait_for_are_refused(fitted: Combiner, tmp_path: Path) -> None:
+    data = json.loads(fitted.model_dump_json())
+    data["members"] |= {f"m{number}": data["members"]["a"] for number in range(MOST_MEMBERS)}
+    file = tmp_path / "combiner.json"
+    file.write_text(json.dumps(data))
+    with pytest.raises(MixfuseError, match="67 members, and a combiner has at most 64"):
+        load(file)
+
+
+def test_what_could_not_be_read_again_is_not_written(fitted: Combiner, tmp_path: Path) -> None:
+    with pytest.raises(MixfuseError, match="unread is not a finite number"):
+        save(fitted.model_copy(update={"unread": float("nan")}), tmp_path / "combiner.json")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("text", ["", "[]", "null", '{"version": 1', "3"])

@@ -64,11 +64,33 @@ def test_a_row_is_read(tmp_path: Path) -> None:
 )
 def test_an_odd_row_is_refused_by_file_and_line(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     file = tmp_path / "pool.jsonl"
-    write_jsonl(file, [GOOD, GOOD | changes])
+    write_jsonl(file, [GOOD, GOOD | {"id": "other"} | changes])
     with pytest.raises(MixfuseError) as error:
         read_pool([file])
     assert str(error.value).startswith(f"{file}:2: ")
     assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_row_that_stands_there_twice_counts_once(tmp_path: Path) -> None:
+    """The same file named twice, a copy of it, and a row without an id."""
+    nameless = {key: value for key, value in GOOD.items() if key != "id"}
+    file, copy = tmp_path / "pool.jsonl", tmp_path / "copy.jsonl"
+    write_jsonl(file, [GOOD, nameless])
+    write_jsonl(copy, [nameless, GOOD])
+    assert len(read_pool([file, file, copy])[0]) == len(read_pool([file])[0]) == 2
+
+
+@pytest.mark.parametrize(
+    "changes", [{"prompt": "another?"}, {"responses": GOOD["responses"][:1]}, {"domain": "maths"}, {"id": "q", "x": 1}]
+)
+def test_an_id_of_two_different_rows_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+    file, other = tmp_path / "pool.jsonl", tmp_path / "other.jsonl"
+    write_jsonl(file, [GOOD])
+    write_jsonl(other, [GOOD | changes])
+    with pytest.raises(MixfuseError) as error:
+        read_pool([file, other])
+    assert str(error.value).startswith(f"{other}:1: the id 'q' is that of {file}:1, too")
     assert "\n" not in str(error.value)
 
 

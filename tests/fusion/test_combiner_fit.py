@@ -12,7 +12,16 @@ from combiner_pools import pool, remarked
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.fusion.combiner.artefact import Combiner
 from mixfuse.fusion.combiner.evidence import Comparison, Question
-from mixfuse.fusion.combiner.fit import Options, calibrate, combiner_of, fit_weights
+from mixfuse.fusion.combiner.fit import (
+    Options,
+    _calibrations,
+    _fallback,
+    calibrate,
+    combiner_of,
+    fit_weights,
+    scores_by_fold,
+)
+from mixfuse.fusion.combiner.table import probabilities
 from mixfuse.fusion.measure.combiner_fit import fit_combiner
 from mixfuse.fusion.measure.combiner_replay import Figures, replay
 
@@ -103,6 +112,59 @@ def test_a_hundred_marked_questions_do_no_harm(accuracies: dict[str, float], cop
         assert not seen.fallback or seen.difference.value == 0
 
 
+def test_where_no_member_stands_out_weighing_is_the_safer_choice() -> None:
+    """Six equal members, few marks: the one that was right most often by chance is no better than the others."""
+    names = dict.fromkeys("abcdef", 0.6)
+    test = pool(2000, names, seed=99)
+    for seed in range(6):
+        combiner = weights(pool(60, names, seed=seed, copies={"c": "b", "d": "b"}))
+        assert not combiner.fallback
+        assert replay(combiner, test).difference.value > 0.03
+
+
+def test_a_strong_penalty_leaves_votes_that_count_alike() -> None:
+    """Weights are pulled towards their mean, not towards 0: what is left is the majority vote."""
+    fitted = fit_weights(pool(60, {"a": 0.8, "b": 0.6, "c": 0.4}), Options({}, {}, strengths=(100.0,)))
+    values = fitted.parameters[fitted.table.layout.blocks["member"]]
+    assert values.mean() > 0.5
+    assert np.ptp(values) < 0.3
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "gained", "lost", "reason"),
+    [
+        ({"a": 0.9, "b": 0.4}, 0, 20, "differs from the best member by -0.050"),
+        ({"a": 0.9, "b": 0.4}, 10, 10, "by +0.000"),  # no gain, and an error
+        ({"a": 0.9, "b": 0.4}, 11, 10, "by +0.003"),  # a gain within a quarter of its error
+        ({"a": 0.9, "b": 0.4}, 20, 2, ""),
+        ({"a": 0.6, "b": 0.6}, 0, 20, ""),  # neither member stands out
+    ],
+)
+def test_a_member_is_preferred_where_it_stands_out_and_weighing_gains_nothing(
+    accuracies: dict[str, float], gained: int, lost: int, reason: str
+) -> None:
+    fitted = fit_weights(pool(400, accuracies), Options({}, {}, strengths=(1.0,)))
+    weighed = fitted.table.mark[:, fitted.best].copy()
+    weighed[np.flatnonzero(weighed == 0)[:gained]] = 1.0
+    weighed[np.flatnonzero(fitted.table.mark[:, fitted.best] == 1)[:lost]] = 0.0
+    said = _fallback(fitted.table, fitted.accuracies, weighed)
+    assert reason in said
+    assert bool(said) == bool(reason)
+
+
+def test_the_confidence_in_a_preferred_member_is_that_of_its_own_answers() -> None:
+    """Its class need not be the likeliest: here it hardly ever is."""
+    fitted = fit_weights(pool(800, {"a": 0.9, "b": 0.25}), Options({}, {}, strengths=(1.0,)))
+    calibrations = _calibrations(
+        fitted.table, fitted.fold, fitted.held_out, fitted.accuracies, np.random.default_rng(0), preferred=1
+    )
+    shares = probabilities(scores_by_fold(fitted.table, fitted.fold, fitted.held_out))[:, :-1]
+    of_b = (shares * fitted.table.share[:, 1]).sum(1)
+    assert mean(calibrations[-1](float(value)) for value in of_b) == pytest.approx(0.25, abs=0.05)
+    leading = mean(fitted.calibration[-1](float(value)) for value in shares.max(1))
+    assert leading == pytest.approx(0.9, abs=0.05)
+
+
 def test_where_weighing_gains_nothing_the_best_member_is_returned_and_it_says_why() -> None:
     combiner = fit_combiner(pool(200, {"a": 0.9, "b": 0.2}), "choice")
     assert "shows no gain" in combiner.fallback
@@ -112,7 +174,10 @@ def test_where_weighing_gains_nothing_the_best_member_is_returned_and_it_says_wh
 
 def test_the_confidence_is_as_right_as_it_says() -> None:
     train, test = pool(1000, EVEN), pool(3000, EVEN, seed=1)
-    assert figures(train, test).ece < 0.03
+    seen = figures(train, test)
+    assert seen.ece < 0.03
+    assert seen.ece_chance == pytest.approx(0.015, abs=0.01)
+    assert figures(train, test[:100]).ece_chance > 2 * seen.ece_chance  # few questions show more by chance
     # A wrong calibration shows: everything but the calibration is the same.
     wrong = weights(train)
     wrong = wrong.model_copy(
@@ -174,6 +239,28 @@ def test_members_asked_in_doubt_are_judged_by_how_often_they_were_asked() -> Non
     assert weighed.accuracies[1] == pytest.approx((200 * 0.3 + 2000 * 0.9) / 2200, abs=0.08)
 
 
+def test_rows_of_one_prompt_are_in_one_fold() -> None:
+    """A prompt asked many times must not be fitted to and measured by at once."""
+    questions = [replace(question, prompt=f"prompt {number // 4}") for number, question in enumerate(pool(200, EVEN))]
+    fitted = fit_weights(questions, Options({}, {}, strengths=(1.0,)))
+    assert len(set(fitted.fold.tolist())) == 5
+    assert all(len(set(fitted.fold[start : start + 4])) == 1 for start in range(0, 200, 4))
+    with pytest.raises(MixfuseError, match="the 200 marked rows have 2 different prompts"):
+        fit_combiner([replace(question, prompt=f"{number % 2}") for number, question in enumerate(questions)], "choice")
+
+
+def test_a_pool_of_many_members_is_fitted_and_its_policies_keep_the_best() -> None:
+    """More members than a policy can choose among: six are kept, and the best and the cheap are among them."""
+    accuracies = {"best": 0.85, **{f"m{number}": 0.3 for number in range(11)}, "cheap": 0.8}
+    prices = {name: 1.0 for name in accuracies} | {"best": 10.0, "cheap": 0.1}
+    said: list[str] = []
+    combiner = fit_combiner(pool(400, accuracies), "choice", prices, progress=said.append)
+    asked = {name for policy in combiner.policies for actions in policy.actions.values() for name in actions if name}
+    assert {"best", "cheap"} <= asked
+    assert all(len(state.split("+")) < 6 for policy in combiner.policies for state in policy.actions)
+    assert any("penalty" in line for line in said)
+
+
 def test_too_few_marks_are_refused() -> None:
     with pytest.raises(MixfuseError, match="20 of 50 questions are marked; a combiner needs at least 30"):
         fit_combiner(remarked(pool(50, EVEN), lambda question, _: int(question.id) < 20), "choice")
@@ -210,3 +297,21 @@ def test_the_share_that_all_fail_bounds_what_any_selection_reaches() -> None:
     assert seen["value"] == pytest.approx(fails)
     assert seen["low"] < fails < seen["high"]
     assert combiner.figures["oracle"] == pytest.approx(1 - fails)
+
+
+def test_members_asked_together_by_chance_are_each_judged_by_that_chance() -> None:
+    """`b` and `c` are asked on hard questions, and together on one easy question in ten, as `explore` asks them."""
+    generator = np.random.default_rng(0)
+    hard, easy = pool(400, {"a": 0.4, "b": 0.3, "c": 0.6}), pool(2000, {"a": 0.9, "b": 0.9, "c": 0.95}, seed=1)
+    together = dict.fromkeys("bc", 0.1)
+    log = [
+        replace(question, propensities=together)
+        if generator.random() < 0.1
+        else replace(question, answers=question.answers[:1])
+        for question in easy
+    ]
+    fitted = fit_weights([*hard, *log], Options({}, {}, strengths=(1.0,)))
+    assert fitted.accuracies[1:] == pytest.approx(
+        [(400 * 0.3 + 2000 * 0.9) / 2400, (400 * 0.6 + 2000 * 0.95) / 2400], abs=0.05
+    )
+    assert fitted.weight.max() / fitted.weight.min() == pytest.approx(10)  # asked together: not a tenth of a tenth

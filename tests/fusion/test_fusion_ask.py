@@ -62,3 +62,20 @@ async def test_errors_are_one_line(gateway: Gateway, upstream: FakeUpstream) -> 
     with pytest.raises(MixfuseError, match="alpha: upstream_error") as caught:
         await asked(gateway)
     assert caught.value.kind == "too_few_answers"
+
+
+async def test_why_the_judge_failed_and_what_it_wrote_are_shown(gateway: Gateway, upstream: FakeUpstream) -> None:
+    upstream.models["judge"] = Script(status=500)
+    shown = " ".join((await asked(gateway)).split())
+    assert "the judge failed, so the first member's answer is returned" in shown
+    assert "judge (verdict): upstream_error: HTTP 500: status 500" in shown
+    upstream.models["judge"] = Script("I cannot choose\x1b[2J.")  # no verdict, and no log-probabilities
+    shown = " ".join((await asked(gateway)).split())
+    assert "the judge wrote: I cannot choose" in shown
+    assert "\x1b" not in shown
+
+
+async def test_how_sure_auto_is_and_why_it_stopped_are_shown(gateway: Gateway) -> None:
+    shown = await asked(gateway, "auto")
+    assert "confidence 0." in shown
+    assert "no further member was asked: " in shown

@@ -10,11 +10,14 @@ import pytest
 from fake_upstream import FakeUpstream, Script
 from fusion_harness import StartGateway
 
+from mixfuse.contracts.database import opened
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.files import read_jsonl
 from mixfuse.contracts.tasks import TaskSet
-from mixfuse.fusion.batch import Sampling
+from mixfuse.fusion.batch import Sampling, Target
+from mixfuse.fusion.calls.pool import HttpRoles
 from mixfuse.fusion.config import FusionConfig
+from mixfuse.fusion.http.keys import create
 from mixfuse.fusion.labels.collect import CollectReport, collect, collect_answers
 
 Config = Callable[..., FusionConfig]
@@ -25,6 +28,7 @@ class Sum:
     id: str
     prompt: str
     reference: str
+    domain: str | None = None
 
 
 TASKS = [Sum(f"t{number}", f"1 + {number}?", str(number + 1)) for number in range(4)]
@@ -143,8 +147,42 @@ async def test_roles_are_reached_through_a_running_gateway(
     def collect_in_a_thread() -> CollectReport:
         tasks = TaskSet(TASKS, is_of_alpha)
         out = tmp_path / "pool.jsonl"
-        return collect_answers(pool, gateway.url, tasks, Sampling(0.0, 4, 0), out, samples=1, concurrency=2)
+        return collect_answers(pool, Target(gateway.url), tasks, Sampling(0.0, 4, 0), out, samples=1, concurrency=2)
 
     report = await asyncio.to_thread(collect_in_a_thread)
     assert report.correct["mine"] == 4
     assert "mine: 4 of 4 correct" in capsys.readouterr().out
+
+
+async def test_a_server_that_does_not_run_is_one_line_and_few_calls(config: Config, tmp_path: Path) -> None:
+    pool = config([{"name": "one", "role": "one"}, {"name": "two", "role": "two"}])
+    tasks = [Sum(f"t{number}", f"{number}?", "0") for number in range(200)]
+    where = HttpRoles("http://127.0.0.1:9/v1")
+    with pytest.raises(MixfuseError, match="no member of the pool can be reached") as caught:
+        await collect(
+            pool, where, TaskSet(tasks, is_of_alpha), Sampling(), tmp_path / "pool.jsonl",
+            samples=3, concurrency=1, progress=False,
+        )  # fmt: skip
+    assert str(caught.value).count("cannot connect") == 1  # the same reason is not repeated for each member and sample
+    assert "one, two: unreachable" in str(caught.value)
+    assert "--url" in str(caught.value)
+    assert not (tmp_path / "pool.jsonl").exists()
+
+
+async def test_the_servers_key_is_sent(
+    start_gateway: StartGateway, config: Config, upstream: FakeUpstream, tmp_path: Path
+) -> None:
+    with opened(tmp_path / "keys.sqlite3") as database:
+        _, secret = create(database, "jane")
+    gateway = await start_gateway(trace_db=str(tmp_path / "keys.sqlite3"))
+    pool = config([{"name": "mine", "role": "alpha"}])
+    tasks, out = TaskSet(TASKS, is_of_alpha), tmp_path / "pool.jsonl"
+    for server, right in ((Target(gateway.url), False), (Target(f"{gateway.url}/v1/", secret), True)):
+        run = asyncio.to_thread(
+            collect_answers, pool, server, tasks, Sampling(0.0, 4, 0), out, samples=1, concurrency=2
+        )
+        if right:
+            assert (await run).rows == 4
+        else:
+            with pytest.raises(MixfuseError, match="answered by no member"):
+                await run

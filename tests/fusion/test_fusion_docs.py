@@ -46,6 +46,7 @@ async def upstream() -> AsyncIterator[FakeUpstream]:
             "small-1": Script("six"),
             "large-1": Script(count, tool_calls=[("weather", "{}")]),
             "coder-1": Script("24"),
+            "embed-1": Script(),
             "judge-1": Script(verdict=lambda first, second: 0.5 + 0.4 * (good(first) - good(second))),
         }
     ) as fake:
@@ -85,7 +86,9 @@ async def test_the_pages_python_runs(documented: Gateway) -> None:
     assert lines[1] == "judged"
     assert "24" in lines
     assert "tool_calls" in lines
-    assert lines[-1] == "unsupported_parameter n"
+    assert "unsupported_parameter n" in lines
+    assert '{"legs": 24} judged' in lines
+    assert "2 vectors" in lines
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
@@ -113,6 +116,7 @@ async def test_the_fields_are_all_there(documented: Gateway, upstream: FakeUpstr
         {"model": "fusion/best-of", "messages": question},
         {"model": "careful", "messages": question},
         {"model": "fusion/merge", "messages": question, "fusion": {"cite": True}},
+        *[{"model": "fusion/best-of", "messages": question, "fusion": {"cache": True}}] * 2,
         {"model": "fusion/best-of", "messages": [{"role": "user", "content": [picture]}]},
     ]
     fields_by_expose: dict[str, set[str]] = {}

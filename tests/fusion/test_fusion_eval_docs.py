@@ -15,8 +15,12 @@ from fusion_harness import StartGateway, prefers
 
 from mixfuse.cli.entry import main
 from mixfuse.contracts.files import write_jsonl
-from mixfuse.fusion.config import FusionConfig
-from mixfuse.fusion.measure.comparisons import load
+from mixfuse.contracts.judge_protocol import Calibration
+from mixfuse.contracts.strict_yaml import validate
+from mixfuse.fusion.config import FusionConfig, Judge
+from mixfuse.fusion.measure.comparisons import Comparison, Label
+from mixfuse.fusion.measure.judge_report import WORDS, compared, report
+from mixfuse.fusion.measure.marks import Views
 from mixfuse.fusion.measure.questions import Verifier
 
 PAGE = (Path(__file__).parents[2] / "docs" / "judging.md").read_text(encoding="utf-8")
@@ -57,24 +61,31 @@ async def test_the_commands_of_the_page_run(
         assert {"report.html", "report.md", "cache.sqlite3"} <= {file.name for file in Path("runs", folder).iterdir()}
 
 
-def test_every_shape_of_data_is_read_by_the_keys_the_page_names(tmp_path: Path) -> None:
-    values: dict[str, Any] = {
-        "response_a": {"text": "x"},
-        "response_b": {"text": "y"},
-        "responses": [{"model": "m", "text": "x", "correct": True}, {"model": "n", "text": "y", "correct": False}],
-        "chosen": ["x"],
-        "rejected": ["y"],
-    }
-    labels = {"labelled pairs": "A", "JudgeBench": "A>B", "LLMBar": 1}
-    cells = first_cells("Data")
-    assert len(cells) == 5
-    for name, keys, _ in cells:
-        required = re.findall(r"`(\w+)`", re.sub(r"\(.*?\)|, each with .*|; perhaps .*", "", keys))
-        row = {key: values.get(key, labels.get(name, "") if key == "label" else "text") for key in required}
-        write_jsonl(tmp_path / "d.jsonl", [row])
-        assert len(load(tmp_path / "d.jsonl")) == 1, name
+def test_the_judges_config_of_the_page_is_one() -> None:
+    (text,) = re.findall(r"^```yaml\n(kind: .*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    assert validate(yaml.safe_load(text), Judge, source="the page").kind == "reward"
 
 
 def test_every_verifier_is_on_the_page() -> None:
     named = [cells[0].strip("`") for cells in first_cells("`--verifier`")]
     assert named == [*get_args(Verifier), "reasoning-gym"]
+
+
+def test_the_page_explains_every_row_that_is_printed() -> None:
+    labels: list[Label] = ["first", "second", "tie", "first"]
+    pairs = [
+        Comparison(f"p{n}", f"{n} " * (n + 1), "wrong", label, (f"m{n % 2}", "m2"), "a.jsonl")
+        for n, label in enumerate(labels)
+    ]
+    views = [Views(0.9, 0.2), Views(0.6, 0.5), Views(0.5, 0.5), Views(None, None)]
+    calibration = Calibration(temperature=2.0, tie_margin=0.1)
+    own = report(pairs, views, failed_calls={"timeout": 1}, calibration=calibration)
+    table = compared(pairs, own, {"other": own}).table()
+    rows = [str(cell) for cell in table.columns[0].cells]
+    explained = re.findall(r"\*\*([^*]+)\*\*:", PAGE)
+    known = {words for one in explained for words in (one, *one.split(", "))}
+    for row in rows:
+        bare = row.removeprefix("minus ").removeprefix("other, ").removeprefix("a coin, ")
+        assert {bare, bare.partition(":")[0]} & known, (row, known)
+    assert set(WORDS.values()) < set(rows)
+    assert "minus other, right in both orders" in rows

@@ -148,6 +148,12 @@ async def test_a_second_run_asks_nothing_and_one_cut_off_goes_on(
         assert len(pool.requests) == asked
         await evaluated(config(), gateway.url, cache, served={"judge": "r2"})  # a judge was swapped
         assert cache.added == 20 * 3 + 14 * 2
+    for content in ("{}", "{ }"):  # a combiner was fitted, and fitted again
+        (tmp_path / "combiner.json").write_text(content)
+        with_combiner = config().model_copy(update={"combiner": tmp_path / "combiner.json"})
+        with Cache(tmp_path / "cache.sqlite3") as cache:
+            await evaluated(with_combiner, gateway.url, cache)
+            assert cache.added == 20 * 3 + 14 * 2
 
 
 async def test_failures_count_as_wrong_and_are_asked_again(

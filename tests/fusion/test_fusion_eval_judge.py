@@ -194,7 +194,7 @@ def test_pool_responses_give_every_usable_pair_up_to_a_cap(tmp_path: Path) -> No
         ({"prompt": "p", "messages": []}, "no pairs to judge"),
         ({"prompt": "p", "response_a": {"text": "x"}, "label": "A"}, "missing key 'response_b'"),
         ({"prompt": "p", "response_a": {"text": "x"}, "response_b": {"text": "y"}, "label": "C"}, "label 'C'"),
-        ({"prompt": "p", "response_a": "x", "response_b": "y", "label": "A"}, "expected an object"),
+        ({"prompt": "p", "response_a": 1, "response_b": "y", "label": "A"}, "expected text"),
         ({"prompt": "p", "response_a": {"text": 1}, "response_b": {"text": "y"}, "label": "A"}, "expected text"),
         ({"prompt": "p", "responses": [{"text": "x"}]}, "missing key 'model'"),
         ({"response_a": {"text": "x"}, "response_b": {"text": "y"}, "label": "A"}, "missing key 'prompt'"),

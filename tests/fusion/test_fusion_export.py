@@ -44,7 +44,7 @@ async def stored(place: Path, traces: list[Trace]) -> Path:
     with opened(place) as database:
         store = TraceStore(database, TraceConfig())
         for entry in traces:
-            store.add(entry)
+            await store.add(entry)
         await store.close()
     return place
 

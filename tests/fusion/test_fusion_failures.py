@@ -26,12 +26,13 @@ MODELS = {
 FAULTS = {
     "rate_limited": Script(status=429),
     "upstream_error": Script(status=500),
+    "bad_request": Script(status=400, body=b'{"error": {"message": "seed: not an integer"}}'),
     "invalid_response": Script(body=b"{}"),
     "refused": Script(refusal="I would rather not"),
     "context_length": Script(status=400, body=b'{"error": {"code": "context_length_exceeded"}}'),
 }
 WHO = {"one member": ("alpha",), "two of three members": ("alpha", "gamma"), "all members": MEMBERS}
-OF_REQUESTS = ("judge_failed", "too_few_answers", "trace_db", "unauthorized")  # not of single calls
+OF_REQUESTS = ("judge_failed", "too_few_answers", "trace_db", "trace_unreadable", "unauthorized")  # not of single calls
 DOLLAR = {"prompt": 1e6, "completion": 1e6}  # a token
 
 

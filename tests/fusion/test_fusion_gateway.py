@@ -96,8 +96,8 @@ async def test_a_pass_through_gives_the_models_logprobs(gateway: Gateway, upstre
 
 
 async def test_only_supported_parameters_are_passed_on(gateway: Gateway, upstream: FakeUpstream) -> None:
-    sent = {"temperature": 0.1, "top_p": 0.5, "max_tokens": 7, "seed": 3, "stop": ["END"]}
-    await gateway.post(model="alpha", messages=HELLO, **sent, user="me", n=1, tools=None, frequency_penalty=0)
+    sent = {"temperature": 0.1, "top_p": 0.5, "max_tokens": 7, "seed": 3, "stop": ["END"], "user": "me"}
+    await gateway.post(model="alpha", messages=HELLO, **sent, n=1, tools=None, store=False)
     assert upstream.requests == [{"model": "alpha", "messages": HELLO, **sent}]
 
 
@@ -320,6 +320,62 @@ async def test_a_mode_whose_decider_is_missing_is_refused(start_gateway: StartGa
     for mode, decider in (("best-of", "judge"), ("merge", "synthesizer"), ("debate", "synthesizer")):
         error = (await gateway.post(model=f"fusion/{mode}", messages=HELLO)).json()["error"]
         assert (error["code"], decider in error["message"]) == ("mode_unavailable", True)
+
+
+async def test_models_that_cannot_be_asked_are_not_listed(start_gateway: StartGateway) -> None:
+    presets = {
+        "judged": {"mode": "best_of"},
+        "own": {"mode": "best_of", "judge": "alpha"},
+        "written": {"mode": "merge"},
+    }
+    for keys, gone in (
+        ({}, set()),
+        ({"synthesizer": None}, {"fusion/merge", "written"}),
+        ({"judge": None}, {"fusion/best-of", "fusion/debate", "judged"}),
+        ({"judge": None, "modes": {"debate_ending": "merge"}}, {"fusion/best-of", "judged"}),
+    ):
+        gateway = await start_gateway(presets=presets, **keys)
+        listed = {model["id"] for model in (await gateway.http.get("/v1/models")).json()["data"]}
+        named = {"fusion/auto", "fusion/best-of", "fusion/debate", "fusion/merge", "alpha", *presets}
+        assert named - listed == gone
+        for name in named:
+            assert (await gateway.http.get(f"/v1/models/{name}")).status_code == (404 if name in gone else 200)
+            answer = await gateway.post(model=name, messages=HELLO)
+            assert (answer.status_code == 400) == (name in gone), (name, answer.text)
+
+
+@pytest.mark.parametrize(
+    ("feedback", "param"),
+    [
+        ({"scores": 1}, "scores"), ({"corect": [0]}, "corect"), ({"thumbs": "up"}, "thumbs"),
+        ({"score": 1, "User": "jane"}, "User"), ({"score": "1"}, "score"), ({"score": True}, "score"),
+        ({"best": "0"}, "best"), ({"best": True}, "best"), ({"best": -1}, "best"), ({"correct": 0}, "correct"),
+        ({"correct": ["0"]}, "correct.0"), ({"user": 7}, "user"), ({"metadata": []}, "metadata"),
+        ({"correct": [0, 1], "wrong": [1]}, None), ({"best": 3}, None), ({"wrong": [99]}, None),
+    ],
+)  # fmt: skip
+async def test_feedback_that_nothing_would_heed_is_refused_by_name(
+    gateway: Gateway, feedback: dict[str, Any], param: str | None
+) -> None:
+    fusion = (await gateway.post(**BEST)).json()["fusion"]
+    response = await gateway.http.post(f"/v1/traces/{fusion['trace_id']}/feedback", json=feedback)
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert error["param"] == param
+    assert param is None or param.split(".")[0] in error["message"]
+    assert (await gateway.trace(fusion))["feedback"] == []
+
+
+async def test_all_forms_of_feedback_are_kept(gateway: Gateway) -> None:
+    fusion = (await gateway.post(**BEST)).json()["fusion"]
+    forms: list[dict[str, Any]] = [
+        {"correct": [0, 2], "wrong": [1]}, {"best": 0, "user": "jane"}, {"score": -0.5, "comment": "no"},
+        {"score": 1, "metadata": {"page": [1]}},
+    ]  # fmt: skip
+    for form in forms:
+        response = await gateway.http.post(f"/v1/traces/{fusion['trace_id']}/feedback", json=form)
+        assert response.status_code == 200, response.text
+    assert (await gateway.trace(fusion))["feedback"] == forms
 
 
 async def test_more_members_are_needed_than_were_asked_for(start_gateway: StartGateway) -> None:

@@ -112,7 +112,7 @@ async def store(place: Path, made: Sequence[Trace]) -> None:
     with opened(place) as database:
         kept = TraceStore(database, TraceConfig())
         for one in made:
-            kept.add(one)
+            await kept.add(one)
         await kept.close()
 
 

@@ -40,15 +40,17 @@ async def test_a_synthesizer_that_fails_at_once_gives_way_to_the_first_member(
     assert "500" in body["fusion"]["error"]
 
 
-async def test_a_conversation_is_shown_as_a_transcript(gateway: Gateway, upstream: FakeUpstream) -> None:
+async def test_a_conversation_keeps_its_roles(gateway: Gateway, upstream: FakeUpstream) -> None:
     turns = [
         {"role": "user", "content": "one"},
         {"role": "assistant", "content": "two"},
         {"role": "user", "content": [{"type": "text", "text": "thr"}, {"type": "text", "text": "ee"}]},
     ]
     await gateway.post(model="fusion/merge", messages=turns)
-    content = upstream.asked("synth")[0]["messages"][-1]["content"]
-    assert "user: one\n\nassistant: two\n\nuser: three\n" in content
+    _, *before, last = upstream.asked("synth")[0]["messages"]
+    assert before == turns[:2]
+    assert last["role"] == "user"
+    assert last["content"].startswith("Question:\nthree\n\n<answer 1 ")
     assert upstream.asked("alpha")[0]["messages"][-1] == {"role": "user", "content": "three"}
 
 
@@ -204,7 +206,7 @@ async def test_a_debate_stops_before_the_round_it_cannot_pay(
         for name in ("alpha", "beta")
     ]
     gateway = await start_gateway(members, modes={"max_rounds": 10})
-    for max_cost, at_least in ((31, 0), (300, 1)):
+    for max_cost, at_least in ((31, 0), (1000, 1)):
         fusion = (await gateway.post(**DEBATE, max_tokens=5, fusion={"max_cost": max_cost})).json()["fusion"]
         assert fusion["debate"]["stopped"] == "budget"
         assert at_least <= fusion["debate"]["rounds"] < 10

@@ -61,7 +61,7 @@ def test_llmbar_is_one_array_with_whole_numbers_as_labels(tmp_path: Path) -> Non
     assert [one.label for one in pairs] == ["first", "second"]
     assert {one.file for one in pairs} == {"Natural/dataset.json"}
     path.write_text(json.dumps([row, {**row, "label": 3}]))
-    with pytest.raises(MixfuseError, match=r"dataset\.json: row 2: label '3' is none of 1, 2"):
+    with pytest.raises(MixfuseError, match=r"dataset\.json: row 2: label '3' is no label"):
         load(path)
     path.write_text(json.dumps([row, "text"]))
     with pytest.raises(MixfuseError, match="row 2: expected a JSON object"):
@@ -133,12 +133,12 @@ def test_rewardbench2_ties_as_published(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        (judgebench(label="A"), "label 'A'"),
+        (judgebench(label="A>C"), "label 'A>C'"),
         ({"response_A": "x", "question": "q"}, "missing key 'response_B'"),
         ({"input": "q", "output_1": "x", "label": 1}, "missing key 'output_2'"),
         (rewardbench2("Math", "1", ["x"], []), "must each hold an answer"),
         (rewardbench2("Ties", "1", ["x"], ["y"]), "must begin with 'ref:' or 'tied:'"),
-        ({"id": "1", "prompt": "q", "chosen": "x", "rejected": "y"}, "no pairs to judge"),
+        ({"id": "1", "prompt": "q", "chosen": "x"}, "no pairs to judge"),
     ],
 )
 def test_a_bad_row_is_named(tmp_path: Path, row: dict[str, Any], words: str) -> None:
@@ -163,3 +163,67 @@ def test_several_files_are_one_report_by_source(tmp_path: Path) -> None:
     }
     assert scores_of.by_source[f"{folder}/a.jsonl: law"]["both_orders_correct"]["value"] == 0
     assert set(scores_of.official) == {"judgebench"}
+
+
+def test_rmbench_by_how_the_answers_are_styled(tmp_path: Path) -> None:
+    def row(domain: str, number: int) -> dict[str, Any]:
+        texts = {key: [f"{key} {number} {style}" for style in range(3)] for key in ("chosen", "rejected")}
+        return {"id": f"{domain}-{number}", "prompt": f"{domain} {number}", "domain": domain, **texts}
+
+    path = write(tmp_path / "d.jsonl", row("chat", 1), row("safety-refuse", 1), row("safety-response", 2))
+    rows = load(path)
+    assert len(rows) == 27
+
+    def views(row: Comparison) -> Views:
+        # In chat style decides, and between equals the right one wins; in safety the right one always wins.
+        styles = [int(text[-1]) for text in (row.first, row.second)]
+        right = row.first.startswith("chosen") - row.second.startswith("chosen")
+        lean = right if row.source.startswith("safety") else 2 * (styles[0] - styles[1]) + right
+        return Views(0.5 + lean / 20, 0.5 - lean / 20)
+
+    figures = official(rows, [views(row) for row in rows])["rmbench"]
+    assert figures["hard"] == pytest.approx(0.5)
+    assert (figures["normal"], figures["easy"]) == (1, 1)
+    assert figures["chat"] == pytest.approx(2 / 3)
+    assert figures["safety"] == 1
+    assert figures["score"] == pytest.approx((0.5 + 1 + 1) / 3)
+    even = official(rows, [Views(0.5, 0.5)] * len(rows))["rmbench"]
+    assert even["score"] == 0  # the published rule asks for more than a tie
+
+
+def test_rewardbench_weighs_subsets_by_their_size_and_sections_alike() -> None:
+    def pair(subset: str, number: int) -> Comparison:
+        return Comparison(f"{subset} {number}", "x", "y", "first", source=subset, benchmark="rewardbench")
+
+    rows = [pair("hep-cpp", 1), pair("math-prm", 1), pair("math-prm", 2), pair("donotanswer", 1)]
+    views = [Views(0.9, 0.1), Views(0.9, 0.1), Views(0.1, 0.9), Views(0.5, 0.5)]
+    figures = official(rows, views)["rewardbench"]
+    reasoning = (164 + 984 * 0.5) / (164 + 984)
+    assert figures["Reasoning"]["value"] == pytest.approx(reasoning)
+    assert figures["Safety"]["value"] == 0.5
+    assert figures["score"] == pytest.approx((reasoning + 0.5) / 2)
+
+
+def test_ppe_leaves_ties_of_people_out() -> None:
+    rows = [
+        Comparison("p", "x", "y", "first", benchmark="ppe", source="math"),
+        Comparison("q", "x", "y", "second", benchmark="ppe"),
+        Comparison("r", "x", "y", "tie", benchmark="ppe"),
+    ]
+    figures = official(rows, [Views(0.9, 0.1), Views(0.9, 0.1), Views(0.9, 0.1)])["ppe"]
+    assert figures["accuracy"]["value"] == 0.5
+    assert figures["math"]["value"] == 1
+
+
+def test_cohens_kappa_counts_ties_as_a_label_of_their_own() -> None:
+    first, second, tie = Views(0.9, 0.1), Views(0.1, 0.9), Views(0.9, 0.9)
+    labels = ["first", "second", "tie", "first"]
+    rows = [Comparison(f"p{n}", "x", "y", label) for n, label in enumerate(labels)]  # type: ignore[arg-type]
+    full = report(rows, [first, second, tie, first]).kappa
+    assert full is not None
+    assert full.value == pytest.approx(1)
+    part = report(rows, [first, first, tie, first]).kappa
+    assert part is not None
+    by_chance = (2 * 3 + 1 * 0 + 1 * 1) / 16
+    assert part.value == pytest.approx((0.75 - by_chance) / (1 - by_chance))
+    assert report(rows[:1], [first]).kappa is None

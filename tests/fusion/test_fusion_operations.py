@@ -2,7 +2,9 @@
 
 import asyncio
 import sqlite3
+import time
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -12,7 +14,9 @@ import openai
 import pytest
 from fake_upstream import FakeUpstream, Script, serving
 from fusion_harness import Gateway, StartGateway
+from pydantic import ValidationError
 
+from mixfuse.cli.entry import main
 from mixfuse.contracts.database import opened
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.fusion.calls.ledger import Spend
@@ -20,6 +24,7 @@ from mixfuse.fusion.config import FusionConfig
 from mixfuse.fusion.http.gateway import create_app
 from mixfuse.fusion.http.key_limits import KeyBudget
 from mixfuse.fusion.http.keys import KeyRing, create, revoke
+from mixfuse.fusion.store.traces import Spent
 
 HELLO: list[Any] = [{"role": "user", "content": "why?"}]
 BEST: dict[str, Any] = {"model": "fusion/best-of", "messages": HELLO}
@@ -104,6 +109,30 @@ async def test_a_keys_rate_is_kept(start_gateway: StartGateway, place: Path) -> 
     assert 1 <= int(response.headers["retry-after"]) <= 30
 
 
+async def test_a_key_ends_after_its_last_day(
+    start_gateway: StartGateway, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    today = datetime.now(UTC).date()
+    secret = key(place, "jane", last_day=today)
+    gateway = await start_gateway()
+    use(gateway, secret)
+    assert (await gateway.post(**BEST)).status_code == 200
+    tomorrow = time.time() + 86_400
+    with monkeypatch.context() as later:
+        later.setattr(time, "time", lambda: tomorrow)
+        response = await gateway.post(**BEST)
+        assert (response.status_code, response.json()["error"]["type"]) == (401, "unauthorized")
+        assert "has expired" in response.json()["error"]["message"]
+        main(["keys", "list", "--db", str(place)])
+        assert "expired" in capsys.readouterr().out
+        key(place, "jane")  # the name is free again
+    with pytest.raises(MixfuseError, match="is over"):
+        key(place, "joe", last_day=today - timedelta(days=1))
+    with pytest.raises(SystemExit) as ended:
+        main(["keys", "add", "joe", "--until", "soon", "--db", str(place)])
+    assert ended.value.code == 2
+
+
 async def test_a_keys_budget_is_kept_over_requests_and_restarts(
     start_gateway: StartGateway, upstream: FakeUpstream, place: Path
 ) -> None:
@@ -156,7 +185,8 @@ async def test_what_other_gateways_spend_arrives(place: Path) -> None:
         budget.add(Spend(0.2, 2))  # spent here, not in the database yet
         budget.rebase(Spend(0.5, 5))  # what others spent, as the database says
         assert budget.used == pytest.approx(Spend(0.7, 7))
-        ring.committed(made.id, Spend(0.2, 2))
+        ring.committed(Spent(made.id, "2026-01-01", Spend(0.2, 2)))
+        assert budget.used == pytest.approx(Spend(0.7, 7))
         budget.rebase(Spend(0.7, 7))  # which now includes our own
         assert budget.used == pytest.approx(Spend(0.7, 7))
 
@@ -318,3 +348,37 @@ async def test_spans_tell_the_request_and_its_calls(
     attributes = {one.key: one.value for one in root.attributes}
     assert attributes["gen_ai.usage.input_tokens"].int_value == 40  # two answers and two verdicts, 10 each
     assert b"the answer of" not in b"".join(received)
+
+
+async def test_a_budget_in_dollars_that_limits_nothing_is_told(
+    start_gateway: StartGateway, place: Path, caplog: pytest.LogCaptureFixture, upstream: FakeUpstream
+) -> None:
+    key(place, max_cost=1.0)
+    priced = {"name": "alpha", "base_url": upstream.base_url, "model": "alpha", "price": {"completion": 1.0}}
+    for members, told in ((None, True), ([priced], False)):
+        caplog.clear()
+        gateway = await start_gateway(members)
+        assert ("limits nothing" in caplog.text) == told
+        ready = (await gateway.http.get("/readyz")).json()
+        assert ready["status"] == "ok"
+        assert any("no model has a price" in problem for problem in ready["problems"]) == told
+
+
+@pytest.mark.parametrize("keys", [{"modes": {"max_cost": 1}}, {"presets": {"cheap": {"max_cost": 0.1}}}])
+def test_a_configs_limit_in_dollars_needs_prices(config: Callable[..., FusionConfig], keys: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="limits nothing, since no model has a 'price'"):
+        config(**keys)
+
+
+def test_keys_add_refuses_a_budget_that_the_config_gives_no_price_to(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "fusion.yaml"
+    words = ["keys", "add", "jane", "--db", str(place), "--config", str(path)]
+    model = "{name: a, base_url: 'http://127.0.0.1:9/v1', model: a%s}"
+    path.write_text(f"members: [{model % ''}]\n")
+    assert main([*words, "--budget", "5"]) == 2
+    assert "has a `price`" in capsys.readouterr().err
+    assert main(words) == 2
+    path.write_text(f"members: [{model % ', price: {prompt: 1}'}]\n")
+    assert main([*words, "--budget", "5"]) == 0

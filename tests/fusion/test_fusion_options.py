@@ -125,7 +125,7 @@ async def test_in_full_there_are_texts_and_every_calls_usage(gateway: Gateway) -
     calls = body["fusion"]["calls"]
     assert [call["stage"] for call in calls].count("verdict") == 6
     assert body["usage"] == summed({"calls": calls})
-    assert all("text" not in call and call["duration_ms"] > 0 for call in calls)
+    assert all(("text" in call) == (call["stage"] == "verdict") and call["duration_ms"] > 0 for call in calls)
 
 
 async def test_a_model_by_name_takes_expose_and_nothing_else(gateway: Gateway) -> None:
@@ -170,7 +170,9 @@ async def test_openrouters_fusion_is_understood_where_it_is_allowed(
     ("plugin", "status", "code"),
     [
         ({"id": "web"}, 400, "invalid_value"),
-        ({"id": "fusion", "max_tool_calls": 3}, 400, "unknown_parameter"),
+        ({"id": "fusion", "max_tool_calls": 17}, 400, "invalid_value"),
+        ({"id": "fusion", "reasoning": {"effort": "low", "max_tokens": 3}}, 400, "unknown_parameter"),
+        ({"id": "fusion", "temperature": 3}, 400, "invalid_value"),
         ({"id": "fusion", "analysis_models": ["delta"]}, 400, "unknown_member"),
         ({"id": "fusion", "model": "delta"}, 400, "unknown_member"),
         ({"id": "fusion", "preset": "none"}, 400, "unknown_preset"),
@@ -188,6 +190,41 @@ async def test_openrouters_way_is_off_unless_allowed(gateway: Gateway) -> None:
     response = await gateway.post(**BEST, plugins=[{"id": "fusion"}])
     assert (response.status_code, response.json()["error"]["code"]) == (400, "unknown_parameter")
     assert (await gateway.post(model="openrouter/fusion", messages=HELLO)).status_code == 404
+    response = await gateway.post(model="alpha", messages=HELLO, tools=[{"type": "openrouter:fusion"}])
+    assert (response.status_code, response.json()["error"]["code"]) == (400, "unknown_parameter")
+
+
+async def test_openrouters_tool_is_its_plugin(start_gateway: StartGateway, upstream: FakeUpstream) -> None:
+    gateway = await start_gateway(openrouter_alias=True, presets=PRESETS)
+    parameters = {"analysis_models": ["alpha", "gamma"], "temperature": 0.2, "max_completion_tokens": 9}
+    tool = {"type": "openrouter:fusion", "parameters": {**parameters, "max_tool_calls": 4}}
+    body = (await gateway.post(model="beta", messages=HELLO, tools=[tool], tool_choice="required")).json()
+    assert (body["fusion"]["mode"], body["choices"][0]["message"]["content"]) == ("merge", "the answer of beta")
+    assert {entry["member"] for entry in body["fusion"]["candidates"]} == {"alpha", "gamma"}
+    assert [(sent["temperature"], sent["max_tokens"]) for sent in upstream.asked("alpha")] == [(0.2, 9)]
+    assert "tools" not in upstream.asked("alpha")[0]
+    body = (await gateway.post(model="beta", messages=HELLO, tools=[tool], temperature=0.5)).json()
+    assert upstream.asked("alpha")[1]["temperature"] == 0.5
+    body = (await gateway.post(model="beta", messages=HELLO, tools=[tool], tool_choice="none")).json()
+    assert body["fusion"]["mode"] == "pass_through"
+    for wrong in ([tool, tool], [{**tool, "parameters": []}], [{**tool, "function": {}}]):
+        response = await gateway.post(model="beta", messages=HELLO, tools=wrong)
+        assert (response.status_code, response.json()["error"]["param"]) == (400, "tools")
+
+
+async def test_models_are_fallbacks_in_their_order(gateway: Gateway, upstream: FakeUpstream) -> None:
+    upstream.models["alpha"] = Script(status=500)
+    body = (await gateway.post(model="alpha", models=["alpha", "gamma", "beta"], messages=HELLO)).json()
+    assert body["choices"][0]["message"]["content"] == "the answer of gamma"
+    assert [failed["member"] for failed in body["fusion"]["failed"]] == ["alpha"] * len(body["fusion"]["failed"])
+    assert upstream.asked("beta") == []
+    body = (await gateway.post(models=["beta"], messages=HELLO)).json()
+    assert body["model"] == "beta"
+    for wrong in (["delta"], [], "beta", ["fusion/merge"]):
+        response = await gateway.post(model="beta", models=wrong, messages=HELLO)
+        assert response.status_code in (400, 404), wrong
+    response = await gateway.post(**BEST, models=["alpha"])
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "models")
 
 
 # Sampling parameters, in every mode

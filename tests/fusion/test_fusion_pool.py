@@ -81,7 +81,7 @@ TOO_LONG = json.dumps({"error": {"message": "This model's maximum context length
 FAILURES = [
     (Script(status=500), "upstream_error"),
     (Script(status=401), "upstream_error"),
-    (Script(status=400), "upstream_error"),
+    (Script(status=400), "bad_request"),
     (Script(status=400, body=TOO_LONG), "context_length"),
     (Script(status=429), "rate_limited"),
     (Script(status=502, body=b"<html>"), "upstream_error"),

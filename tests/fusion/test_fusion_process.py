@@ -9,21 +9,23 @@ import shutil
 import signal
 import sqlite3
 import subprocess
-import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 from fake_upstream import FakeUpstream, Script
-from fusion_harness import Gateway, prefers
+from fusion_harness import MIXFUSE, Gateway, config_keys, prefers, start_process
+
+from mixfuse.contracts.strict_yaml import validate
+from mixfuse.fusion.config import FusionConfig
 
 HELLO: list[Any] = [{"role": "user", "content": "why?"}]
 BEST: dict[str, Any] = {"model": "fusion/best-of", "messages": HELLO}
-MIXFUSE = (sys.executable, "-m", "mixfuse")
 
 
 @dataclass
@@ -48,30 +50,7 @@ async def start(upstream: FakeUpstream, tmp_path: Path) -> AsyncIterator[Start]:
     async with AsyncExitStack() as stack:
 
         async def run(*overrides: str, env: dict[str, str] | None = None, **keys: Any) -> Process:
-            def at(model: str) -> dict[str, Any]:
-                return {"base_url": upstream.base_url, "model": model}
-
-            config = {
-                "members": [{"name": name, **at(name)} for name in ("alpha", "beta", "gamma")],
-                "judge": at("judge"),
-                "synthesizer": at("synth"),
-                "trace_db": str(tmp_path / "traces.sqlite3"),
-            }
-            (tmp_path / "fusion.yaml").write_text(yaml.safe_dump(config | keys))
-            process = await asyncio.create_subprocess_exec(
-                *MIXFUSE,
-                "gateway",
-                tmp_path / "fusion.yaml",
-                "--port=0",
-                *overrides,
-                stderr=asyncio.subprocess.PIPE,
-                cwd=tmp_path,
-                env=os.environ | (env or {}),
-            )
-            assert process.stderr is not None
-            async with asyncio.timeout(60):
-                line = (await process.stderr.readline()).decode()
-            assert line.startswith("ready: http://"), line + (await process.stderr.read()).decode()
+            process, line = await start_process(tmp_path, config_keys(upstream, tmp_path, **keys), *overrides, env=env)
             found = Process(process, Gateway(line.split()[1].removesuffix("/v1")))
             stack.push_async_callback(found.gateway.close)
             running.append(found)
@@ -161,6 +140,18 @@ async def test_requests_that_never_end_are_cut_off_with_a_trace(
     assert [call["outcome"] for call in json.loads(record)["calls"]] == ["cancelled"]
 
 
+def test_a_keys_name_is_printed_as_it_is_or_refused(tmp_path: Path) -> None:
+    names = ["[/red]", "[bold]x", "a:smile:b", "[link=x]", "\\[/]"]
+    for name in names:
+        mixfuse(tmp_path, "keys", "add", name)
+    listing = mixfuse(tmp_path, "keys", "list")
+    assert all(name in listing for name in names)
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        mixfuse(tmp_path, "keys", "add", "x\x1b[2J")
+    assert refused.value.returncode == 2
+    assert "cannot be printed" in refused.value.stderr
+
+
 async def test_keys_made_beside_a_running_gateway_count_at_once(
     start: Start, upstream: FakeUpstream, tmp_path: Path
 ) -> None:
@@ -225,7 +216,7 @@ async def test_traces_become_preference_pairs(start: Start, upstream: FakeUpstre
         text=True,
         check=True,
     )
-    assert "train pairs 12" in done.stdout  # six pairs in both orders
+    assert "12 training rows" in done.stdout  # six pairs in both orders
     judged = await asyncio.to_thread(
         mixfuse, tmp_path, "traces", "export", "--label", "judge", "--out", tmp_path / "judged.jsonl"
     )
@@ -237,7 +228,9 @@ OPERATIONS = (Path(__file__).parents[2] / "docs" / "operations.md").read_text(en
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 async def test_the_operations_page_is_true(start: Start, upstream: FakeUpstream, tmp_path: Path) -> None:
-    (config,) = re.findall(r"^```yaml\n(.*?)^```$", OPERATIONS, re.MULTILINE | re.DOTALL)
+    config, *others = re.findall(r"^```yaml\n(.*?)^```$", OPERATIONS, re.MULTILINE | re.DOTALL)
+    for part in others:  # each is a config with the members of the first
+        validate(yaml.safe_load(config) | yaml.safe_load(part), FusionConfig, source="docs/operations.md")
     upstream.models |= {"small-1": Script("six"), "large-1": Script("24"), "judge-1": Script(verdict=prefers("24"))}
     server = await start(
         env={"MIXFUSE_ADMIN_KEY": "admin"},
@@ -294,3 +287,26 @@ def test_a_gateway_reachable_from_outside_wants_keys(tmp_path: Path) -> None:
     )
     assert done.returncode == 2
     assert "there is no API key" in done.stderr
+
+
+async def test_a_full_disk_is_seen_and_costs_no_trace(start: Start, upstream: FakeUpstream, tmp_path: Path) -> None:
+    server = await start()
+    ids = [(await server.gateway.post(**BEST)).json()["fusion"]["trace_id"]]
+    assert (await server.gateway.http.get("/readyz")).status_code == 200
+    process = psutil.Process(server.process.pid)
+    before = process.rlimit(psutil.RLIMIT_FSIZE)
+    process.rlimit(psutil.RLIMIT_FSIZE, (0, before[1]))  # every write beyond the first byte fails, as on a full disk
+    try:
+        for _ in range(3):
+            answer = await server.gateway.post(**BEST)
+            assert answer.status_code == 200
+            ids.append(answer.json()["fusion"]["trace_id"])
+            ready = await server.gateway.http.get("/readyz")
+            assert (ready.status_code, "the trace spool cannot be written" in ready.text) == (503, True)
+    finally:
+        process.rlimit(psutil.RLIMIT_FSIZE, before)
+    async with asyncio.timeout(60):
+        while (await server.gateway.http.get("/readyz")).status_code != 200:  # noqa: ASYNC110 - another process
+            await asyncio.sleep(0.05)
+    await server.end(signal.SIGTERM)
+    assert stored(tmp_path) == set(ids)

@@ -4,8 +4,8 @@ import asyncio
 import json
 import sqlite3
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +22,38 @@ from mixfuse.contracts.trace import Call, Trace, Usage
 from mixfuse.fusion.calls.ledger import Spend
 from mixfuse.fusion.config import FusionConfig, TraceConfig
 from mixfuse.fusion.store.spool import Spool
-from mixfuse.fusion.store.traces import TraceStore
+from mixfuse.fusion.store.traces import Spent, TraceStore
 
 HELLO: list[Any] = [{"role": "user", "content": "why?"}]
 
 
+class Noted:
+    """Notes which spending is in the database."""
+
+    def __init__(self) -> None:
+        self.spent: list[tuple[str, Spend]] = []
+        self.left_behind: list[Spent] = []
+
+    def committing(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def committed(self, spent: Spent) -> None:
+        self.spent.append((spent.key_id, spent.spend))
+
+    def adopt(self, left_behind: Sequence[Spent]) -> None:
+        self.left_behind += left_behind
+
+
 @asynccontextmanager
 async def store(place: str, tmp_path: Path, **config: Any) -> AsyncIterator[TraceStore]:
-    spent: list[tuple[str, Spend]] = []
+    spending = Noted()
     with opened(place) as database:
         traces = TraceStore(
             database,
             TraceConfig(spool=tmp_path / "spool", **config),
-            committed=lambda key_id, spend: spent.append((key_id, spend)),
+            spending=spending,
         )
-        traces.spent = spent  # type: ignore[attr-defined]
+        traces.spent = spending.spent  # type: ignore[attr-defined]
         await traces.start()
         try:
             yield traces
@@ -59,11 +76,11 @@ async def test_what_is_added_is_there_newest_first(place: str, tmp_path: Path) -
     async with store(place, tmp_path) as traces:
         added = [trace(number) for number in range(5)] + [trace(9, mode="merge", answer="\x00\u2028\U0001f600")]
         for one in added:
-            traces.add(one)
+            await traces.add(one)
         assert await traces.get(added[0].id) == added[0]
         assert traces.backlog == 0
-        assert await traces.newest(limit=2) == [added[5], added[4]]
-        assert await traces.newest(mode="merge") == [added[5]]
+        assert (await traces.newest(limit=2)).traces == [added[5], added[4]]
+        assert (await traces.newest(mode="merge")).traces == [added[5]]
         assert await traces.get("trace-none") is None
     assert rows(place, "SELECT COUNT(*), SUM(cost), SUM(total_tokens) FROM traces") == [(6, 1.5, 18)]
     assert list((tmp_path / "spool").iterdir()) == []
@@ -72,7 +89,7 @@ async def test_what_is_added_is_there_newest_first(place: str, tmp_path: Path) -
 async def test_feedback_is_added_in_order(place: str, tmp_path: Path) -> None:
     async with store(place, tmp_path) as traces:
         one = trace(key="key-1")
-        traces.add(one)
+        await traces.add(one)
         await asyncio.gather(*(traces.add_feedback(one.id, {"score": score}) for score in range(5)))
         found = await traces.get(one.id)
         assert found is not None
@@ -85,8 +102,8 @@ async def test_a_key_sees_its_own_traces_only(place: str, tmp_path: Path) -> Non
     async with store(place, tmp_path) as traces:
         mine, other, open_ = trace(1, key="key-1"), trace(2, key="key-2"), trace(3)
         for one in (mine, other, open_):
-            traces.add(one)
-        assert await traces.newest(key_id="key-1") == [mine]
+            await traces.add(one)
+        assert (await traces.newest(key_id="key-1")).traces == [mine]
         assert await traces.get(other.id, key_id="key-1") is None
         assert await traces.get(mine.id, key_id="key-1") == mine
 
@@ -94,10 +111,10 @@ async def test_a_key_sees_its_own_traces_only(place: str, tmp_path: Path) -> Non
 async def test_usage_of_a_key_is_counted_once_however_often_a_trace_is_written(place: str, tmp_path: Path) -> None:
     one = trace(key="key-1")
     async with store(place, tmp_path) as traces:
-        traces.add(one)
+        await traces.add(one)
         await traces.written()
-        traces.add(one)  # as after a commit whose confirmation was lost
-        traces.add(trace(1, key="key-1"))
+        await traces.add(one)  # as after a commit whose confirmation was lost
+        await traces.add(trace(1, key="key-1"))
         await traces.written()
         assert traces.spent == [("key-1", Spend(0.25, 3))] * 3  # type: ignore[attr-defined]
     assert rows(place, "SELECT key_id, day, requests, tokens, cost FROM key_usage") == [
@@ -114,11 +131,13 @@ async def test_what_a_killed_process_left_is_written_by_the_next(place: str, tmp
     with segment.path.open("ab") as file:
         file.write(left[0].model_dump_json().encode()[:40])  # killed in the middle of a write
     async with store(place, tmp_path) as traces:  # that process still lives
-        assert await traces.newest() == []
+        assert (await traces.newest()).traces == []
     spool.close()  # the lock ends with the process
     async with store(place, tmp_path) as traces:
-        assert await traces.newest() == left[::-1]
-    assert list((tmp_path / "spool").iterdir()) == []
+        assert (await traces.newest()).traces == left[::-1]
+        assert traces.set_aside == 1
+    (aside,) = (tmp_path / "spool").iterdir()
+    assert aside.read_text() == "no trace\n"
 
 
 async def test_a_database_that_is_away_is_waited_for(server: Postgres, tmp_path: Path) -> None:
@@ -126,7 +145,7 @@ async def test_a_database_that_is_away_is_waited_for(server: Postgres, tmp_path:
         one = trace()
         await asyncio.to_thread(server.stop)
         try:
-            traces.add(one)
+            await traces.add(one)
             await traces.written()  # does not wait for ever
             assert (traces.backlog, bool(traces.failure)) == (1, True)
             with pytest.raises(MixfuseError, match="cannot be read") as caught:
@@ -152,13 +171,13 @@ async def test_a_database_that_stays_away_leaves_the_traces_in_the_spool(
         other.run_now(lambda c: c.execute(sqlalchemy.text("ALTER TABLE traces RENAME TO elsewhere")))
         async with store(place, tmp_path) as traces:
             for one in left:
-                traces.add(one)
+                await traces.add(one)
             await traces.written()
             assert (bool(traces.failure), traces.backlog) == (True, 4)
         assert len(list((tmp_path / "spool").iterdir())) == 1
         other.run_now(lambda c: c.execute(sqlalchemy.text("ALTER TABLE elsewhere RENAME TO traces")))
     async with store(place, tmp_path) as traces:
-        assert await traces.newest() == left[::-1]
+        assert (await traces.newest()).traces == left[::-1]
 
 
 async def test_a_trace_that_cannot_be_written_holds_up_no_other(tmp_path: Path) -> None:
@@ -175,9 +194,9 @@ async def test_a_trace_that_cannot_be_written_holds_up_no_other(tmp_path: Path) 
                 )
             )
         for one in (trace(0), bad, trace(2)):
-            traces.add(one)
+            await traces.add(one)
         await traces.written()
-        assert [one.created_at - 1e9 for one in await traces.newest()] == [2, 0]
+        assert [one.created_at - 1e9 for one in (await traces.newest()).traces] == [2, 0]
     (left,) = (tmp_path / "spool").iterdir()
     assert bad.id in left.read_text()
 
@@ -185,8 +204,8 @@ async def test_a_trace_that_cannot_be_written_holds_up_no_other(tmp_path: Path) 
 async def test_traces_past_their_time_are_removed(place: str, tmp_path: Path) -> None:
     now = time.time()
     async with store(place, tmp_path) as traces:
-        traces.add(trace(created_at=now - 3 * 86400))
-        traces.add(trace(created_at=now - 1 * 86400))
+        await traces.add(trace(created_at=now - 3 * 86400))
+        await traces.add(trace(created_at=now - 1 * 86400))
     async with store(place, tmp_path, retention_days=2):
         async with asyncio.timeout(30):
             while rows(place, "SELECT COUNT(*) FROM traces") != [(1,)]:  # noqa: ASYNC110 - nor of this

@@ -34,19 +34,21 @@ from mixfuse.fusion.config import FusionConfig
 from mixfuse.fusion.http.gateway import create_app
 from mixfuse.fusion.measure.shadow import Comparison, Part, Side, watch
 from mixfuse.serve.admission import Admission
+from mixfuse.serve.copies import copy_name
 from mixfuse.serve.engine_group import Address
 from mixfuse.serve.roles import RoleTable
 from mixfuse.serve.swap import Swapper
+from mixfuse.serve.watch import Folder, Watcher
 
 BASE = Fingerprint(**dict.fromkeys(("config", "tokenizer", "chat_template", "weights"), "0" * 64))
 
 
 class ScriptedEngine:
-    """An engine whose adapters answer by the script of the folder they were loaded from."""
+    """An engine whose adapters answer by the script of the copy they were loaded from, by its name."""
 
     base_model_name = "base"
 
-    def __init__(self, upstream: FakeUpstream, scripts: dict[Path, Script]) -> None:
+    def __init__(self, upstream: FakeUpstream, scripts: dict[str, Script]) -> None:
         self._upstream, self._scripts = upstream, scripts
         upstream.models["base"] = Script("the base's answer")
         self.loaded: set[str] = set()
@@ -57,17 +59,32 @@ class ScriptedEngine:
 
     async def load_adapter(self, name: str, path: Path) -> None:
         self.loaded.add(name)
-        self._upstream.models[name] = self._scripts[path]
+        self._upstream.models[name] = self._scripts[path.name]
 
     async def unload_adapter(self, name: str) -> None:
         self.loaded.remove(name)
         del self._upstream.models[name]  # a request that still went there would break the server
+
+    def trouble(self, name: str) -> None:
+        return None
+
+    async def repair(self, name: str) -> None:
+        assert name in self.loaded
 
     async def probe(self, name: str) -> None:
         assert name in self.loaded
 
     async def prompt_logprobs(self, name: str, prompt: list[int]) -> list[float]:
         return [-2.0 if name in self.loaded else -1.0] * (len(prompt) - 1)
+
+    def each(self) -> "list[ScriptedEngine]":
+        return [self]
+
+    async def max_model_len(self) -> None:
+        return None
+
+    async def decode(self, name: str, prompt: list[int], tokens: int) -> tuple[list[int], list[float]]:
+        return [7] * tokens, (await self.prompt_logprobs(name, [*prompt, *[7] * tokens]))[-tokens:]
 
     async def first_token_logprobs(self, name: str, messages: list[dict[str, str]]) -> dict[str, float]:
         raise AssertionError("these adapters have no stored verdicts")
@@ -105,11 +122,29 @@ def database(tmp_path: Path) -> Iterator[Database]:
         yield database
 
 
+def house_config() -> dict[str, Any]:
+    """The keys of the house's config."""
+    return {
+        "members": ["alpha", "beta", {"name": "expert", "role": "domain"}],
+        "judge": {"role": "judge", "breaker": None},
+        "synthesizer": {"role": "domain"},
+    }
+
+
 @pytest.fixture
 async def house(
     upstream: FakeUpstream, config: Callable[..., FusionConfig], database: Database, tmp_path: Path
 ) -> AsyncIterator[House]:
-    scripts: dict[Path, Script] = {}
+    async with a_house(upstream, config(**house_config()), database, tmp_path) as built:
+        yield built
+
+
+@asynccontextmanager
+async def a_house(
+    upstream: FakeUpstream, fusion: FusionConfig, database: Database, tmp_path: Path, **more: Any
+) -> AsyncIterator[House]:
+    """Builds the house; keywords are more arguments of the gateway."""
+    scripts: dict[str, Script] = {}
     numbers: Iterator[int] = iter(range(1, 100))
 
     def make(role: str, script: Script) -> Path:
@@ -121,21 +156,18 @@ async def house(
         weights = {f"{stem}.lora_{side}.weight": numpy.full(shape, number, numpy.float32) for side, shape in
                    (("A", (2, 8)), ("B", (8, 2)))}  # fmt: skip
         save_file(weights, folder / WEIGHTS)
-        (folder / CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": 2}))
+        (folder / CONFIG).write_text(
+            json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]})
+        )
         files = adapter.file_hashes(folder)
         manifest = Manifest(
             role=role, revision=adapter.revision_of(files), base=BASE, base_path="base", rank=2,
             experts_trained=False, files=files, judge_protocol=judge_protocol.describe(),
         )  # fmt: skip
         (folder / MANIFEST).write_text(manifest.model_dump_json())
-        scripts[folder.resolve()] = script
+        scripts[copy_name(files)] = script
         return folder
 
-    fusion = config(
-        ["alpha", "beta", {"name": "expert", "role": "domain"}],
-        judge={"role": "judge", "breaker": None},
-        synthesizer={"role": "domain"},
-    )
     engine = ScriptedEngine(upstream, scripts)
     halves = cycle([0.1, 0.9])  # of a canary's share of a half: every other lease
     store = StoredRoles(database, "here")
@@ -147,11 +179,37 @@ async def house(
     roles = LeasedRoles(table, engine)
     async with AsyncExitStack() as stack:
         gates = Gates(swapper, roles, fusion, GateConfig(max_latency_ratio=None))
-        app = create_app(fusion, roles, observers=[gates.observe], extra_routes=routes(swapper, store, gates))
+        app = create_app(fusion, roles, observers=[gates.observe], extra_routes=routes(swapper, store, gates), **more)
         gateway = Gateway(await stack.enter_async_context(serving(app)))
         stack.push_async_callback(gateway.close)
         stack.push_async_callback(gates.close)
         yield House(gateway, gates, swapper, engine, make)
+
+
+async def test_a_watched_adapter_passes_the_gate_that_is_asked_for(house: House, tmp_path: Path, caplog) -> None:
+    watched = tmp_path / "watched" / "judge"
+    watched.mkdir(parents=True)
+    asked: dict[str, Any] = {"shadow": 2, "timeout_s": 30}
+
+    async def through(role: str, directory: Path) -> None:
+        await house.gates.through(role, SwapRequest(directory=directory, **asked))
+
+    watcher = Watcher(house.swapper, Folder(tmp_path / "watched"), "judge", through)
+    before = house.serving("judge")
+    for name, script, promoted in (
+        ("bad", Script(verdict=prefers("alpha")), False),
+        ("good", Script(verdict=prefers("beta")), True),
+    ):
+        house.make("judge", script).rename(watched / name)
+        await watcher.poll()
+        polling = asyncio.create_task(watcher.poll())
+        async with asyncio.timeout(60):
+            while not polling.done():
+                await house.ask()
+        await polling
+        assert (house.serving("judge") != before) == promoted, name
+    assert "watch: role judge:" in caplog.text
+    assert "min_agreement" in caplog.text
 
 
 # Observers

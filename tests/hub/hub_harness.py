@@ -43,11 +43,15 @@ def make(folder: Path, *, seed: int = 0, fused: bool = True, **keys: Any) -> Pat
         for side, shape in (("A", (2, 1200)), ("B", (1200, 2)))
     }
     save_file(tensors, folder / WEIGHTS)
-    (folder / CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": 2}))
+    (folder / CONFIG).write_text(
+        json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]})
+    )
     if fused:
         (folder / "peft").mkdir()
         save_file({"fused": random.normal(size=(2, 1000)).astype(numpy.float32)}, folder / "peft" / WEIGHTS)
-        (folder / "peft" / CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": 2}))
+        (folder / "peft" / CONFIG).write_text(
+            json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]})
+        )
     files = adapter.file_hashes(folder)
     role = keys.get("role", "judge")
     defaults = {

@@ -377,12 +377,22 @@ def test_a_second_pull_into_the_same_place_is_refused(mixfuse: Run, hub: Hub, pu
 WATCH = """
 import asyncio, sys
 from pathlib import Path
+from mixfuse.app.roles_store import StoredRoles
 from mixfuse.app.server import HubSource
+from mixfuse.contracts.database import opened
 
-source = HubSource({"judge": "org/judge"}, Path(sys.argv[1]), Path(sys.argv[2]))
-for _ in range(2):
-    found = asyncio.run(source.newest("judge"))
-    print(found.directory, found.state)
+async def main(database):
+    store = StoredRoles(database, "here")
+    source = HubSource({"judge": "org/judge"}, Path(sys.argv[1]), store, Path(sys.argv[2]))
+    for _ in range(2):
+        found = await source.newest("judge")
+        print(found.directory, found.state)
+    if sys.argv[3] == "served":
+        version = (await store.read())["judge"].version if "judge" in await store.read() else 0
+        await store.change("judge", version, found.state[:12], found.directory, "watch")
+
+with opened(str(Path(sys.argv[2]).parent / "traces.sqlite3")) as database:
+    asyncio.run(main(database))
 """
 
 
@@ -393,14 +403,32 @@ def test_a_watched_branch_is_fetched_once_a_commit(hub: Hub, tmp_path: Path, env
     for seed in (0, 1):
         directory = make(tmp_path / str(seed), seed=seed, base=fingerprint)
         hub.add("org/judge", contents(directory))
-        command = [sys.executable, "-c", WATCH, str(base), str(tmp_path / "fetched")]
-        done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=120)
-        first, again = done.stdout.splitlines()
+        first, again = watched(base, tmp_path / "fetched", environment, served=True)
         assert first == again
         assert contents(Path(first.split()[0])) == contents(directory)
         seen.append(first)
     assert seen[0] != seen[1]
     assert len(hub.asked("GET /object")) == 4
+
+
+def watched(base: Path, folder: Path, environment: dict[str, str], *, served: bool) -> list[str]:
+    command = [sys.executable, "-c", WATCH, str(base), str(folder), "served" if served else "refused"]
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=120)
+    return done.stdout.splitlines()
+
+
+def test_fetched_commits_that_no_rollback_needs_are_removed(
+    hub: Hub, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    base, folder = a_base(tmp_path / "base"), tmp_path / "fetched"
+    fingerprint = adapter.fingerprint(base).model_dump()
+    fetched = []
+    for seed in range(6):
+        hub.add("org/judge", contents(make(tmp_path / str(seed), seed=seed, base=fingerprint)))
+        line, _ = watched(base, folder, environment, served=seed != 4)
+        fetched.append(Path(line.split()[0]).name)
+    left = {path.name for path in (folder / "judge").iterdir() if path.is_dir()}
+    assert left == {fetched[1], fetched[2], fetched[3], fetched[5]}  # the three that served last, and the newest
 
 
 def test_a_watched_role_that_nobody_serves_is_named(tmp_path: Path, environment: dict[str, str]) -> None:
@@ -413,6 +441,21 @@ def test_a_watched_role_that_nobody_serves_is_named(tmp_path: Path, environment:
     command = [sys.executable, "-m", "mixfuse", "serve", "serve.yaml"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert "`watch` names the role 'judge'; add it to `roles`" in one_line(done)
+
+
+def test_any_tools_adapter_on_the_hub_is_inspected_where_it_lies(mixfuse: Run, hub: Hub, judge: Path) -> None:
+    files = contents(judge)
+    theirs = {name: files[name] for name in (CONFIG, WEIGHTS)} | {"training_args.bin": b"pickle", "x/y.json": b"{}"}
+    hub.add("org/theirs", theirs | {"README.md": b"---\ntags:\n- axolotl\n---\n"})
+    done = mixfuse("inspect", "org/theirs", "--json")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("org/theirs\n")
+    assert json.loads(done.stdout.splitlines()[-1])["maker"] == "axolotl (PEFT)"
+    hub.add("org/pickled", {CONFIG: files[CONFIG], "adapter_model.bin": b"pickle"})
+    assert "pickled .bin files are refused" in one_line(mixfuse("inspect", "org/pickled"))
+    hub.add("org/none", {"README.md": b"x"})
+    assert "org/none at commit" in one_line(mixfuse("inspect", "org/none"))
+    assert "no such run or adapter folder" in one_line(mixfuse("inspect", "nowhere"))
 
 
 def test_a_signature_travels_and_can_be_demanded(mixfuse: Run, judge: Path, tmp_path: Path) -> None:

@@ -16,10 +16,14 @@ from mixfuse.contracts.adapter import CONFIG, MANIFEST, PROBES, WEIGHTS, Fingerp
 from mixfuse.contracts.database import opened
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.serve.admission import Admission
+from mixfuse.serve.probes import Terms
 from mixfuse.serve.roles import RoleTable
+from mixfuse.serve.slots import Trouble
 from mixfuse.serve.swap import Swapper
 
 BASE = Fingerprint(**dict.fromkeys(("config", "tokenizer", "chat_template", "weights"), "0" * 64))
+
+LORA = {"peft_type": "LORA", "lora_alpha": 2, "target_modules": ["q_proj"]}
 
 
 class FakeEngine:
@@ -29,6 +33,8 @@ class FakeEngine:
 
     def __init__(self) -> None:
         self.loaded: set[str] = set()
+        self.paths: dict[str, Path] = {}
+        self.troubles: dict[str, Trouble] = {}
         self.calls: list[str] = []
         self.fail: dict[str, MixfuseError] = {}
         self.gates: dict[str, asyncio.Event] = {}
@@ -48,12 +54,20 @@ class FakeEngine:
         await self._step("load", name)
         assert name not in self.loaded, "vLLM refuses a name that is loaded"
         self.loaded.add(name)
+        self.paths[name] = path
 
     async def unload_adapter(self, name: str) -> None:
         await self._step("unload", name)
         if name not in self.loaded:
             raise MixfuseError("it cannot be found", kind="adapter")
         self.loaded.remove(name)
+
+    def trouble(self, name: str) -> Trouble | None:
+        return self.troubles.get(name)
+
+    async def repair(self, name: str) -> None:
+        await self._step("repair", name)
+        self.troubles.pop(name, None)
 
     async def probe(self, name: str) -> None:
         await self._step("probe", name)
@@ -62,6 +76,15 @@ class FakeEngine:
     async def prompt_logprobs(self, name: str, prompt: list[int]) -> list[float]:
         assert name in {"base", *self.loaded}
         return [self.says.get(name, -2.0)] * (len(prompt) - 1)
+
+    def each(self) -> "list[FakeEngine]":
+        return [self]
+
+    async def max_model_len(self) -> int:
+        return 1024
+
+    async def decode(self, name: str, prompt: list[int], tokens: int) -> tuple[list[int], list[float]]:
+        return [7] * tokens, (await self.prompt_logprobs(name, [*prompt, *[7] * tokens]))[-tokens:]
 
     async def first_token_logprobs(self, name: str, messages: list[dict[str, str]]) -> dict[str, float]:
         p = self.prefers.get(name, 0.5)
@@ -74,7 +97,13 @@ def made(tmp_path: Path) -> Callable[..., Path]:
     done: set[Path] = set()
 
     def make(
-        number: int, role: str = "domain", *, probes: Probes | None = None, at: Path | None = None, rank: int = 2
+        number: int,
+        role: str = "domain",
+        *,
+        probes: Probes | None = None,
+        at: Path | None = None,
+        rank: int = 2,
+        **facts,
     ) -> Path:
         folder = at or tmp_path / f"{role}-{number}"
         if folder in done and at is None:
@@ -83,11 +112,11 @@ def made(tmp_path: Path) -> Callable[..., Path]:
         folder.mkdir(parents=True, exist_ok=True)
         stem = "base_model.model.model.layers.0.self_attn.q_proj"
         weights = {
-            f"{stem}.lora_A.weight": numpy.full((rank, 8), number, numpy.float32),
+            f"{stem}.lora_A.weight": numpy.full((rank, 8), number + 1, numpy.float32),
             f"{stem}.lora_B.weight": numpy.ones((8, rank), numpy.float32),
         }
         save_file(weights, folder / WEIGHTS)
-        (folder / CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": rank}))
+        (folder / CONFIG).write_text(json.dumps(LORA | {"r": rank}))
         if probes is not None:
             (folder / PROBES).write_text(probes.model_dump_json())
         files = adapter.file_hashes(folder)
@@ -100,6 +129,7 @@ def made(tmp_path: Path) -> Callable[..., Path]:
             experts_trained=False,
             files=files,
             judge_protocol=judge_protocol.describe() if role == "judge" else None,
+            **facts,
         )
         (folder / MANIFEST).write_text(manifest.model_dump_json())
         return folder
@@ -119,10 +149,16 @@ def revision(directory: Path) -> str:
 
 
 def table(
-    engine: FakeEngine, *roles: str, probe_tolerance: float | None = None, store: StoredRoles | None = None, **keys
+    engine: FakeEngine,
+    *roles: str,
+    probe_tolerance: float | None = None,
+    precision: str = "float32",
+    unprobed: bool = True,
+    store: StoredRoles | None = None,
+    **keys,
 ) -> Swapper:
     """The swapper of a fresh role table."""
-    admission = Admission(BASE, 8, probe_tolerance=probe_tolerance)
+    admission = Admission(BASE, 8, terms=Terms(probe_tolerance, precision), unprobed=unprobed)
     return Swapper(RoleTable(engine, list(roles) or ["domain"], admission, record=store, **keys))
 
 

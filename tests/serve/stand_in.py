@@ -9,7 +9,9 @@ import os
 import signal
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 
 class StandIn:
@@ -19,6 +21,7 @@ class StandIn:
         adapters: Name → path of what is loaded.
         refused: Names that it refuses to load.
         logprob: What it says of every token of a prompt.
+        doors: Whether some routes need no key, as vLLM's own.
     """
 
     def __init__(self, *, name: str = "base", api_key: str | None = None, port: int = 0) -> None:
@@ -26,6 +29,7 @@ class StandIn:
         self.adapters: dict[str, str] = {}
         self.refused: set[str] = set()
         self.logprob = -1.0
+        self.doors = False
         self.works = threading.Event()
         self.works.set()
         self._server: ThreadingHTTPServer | None = None
@@ -53,12 +57,26 @@ class StandIn:
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
+                if stand_in.api_key and self.headers["authorization"] != f"Bearer {stand_in.api_key}":
+                    self._answer(401, {"error": {"message": "no key"}})
+                    return
                 rows = [{"id": stand_in.name, "parent": None}]
-                rows += [{"id": name, "parent": stand_in.name} for name in stand_in.adapters]
+                rows += [
+                    {"id": name, "parent": stand_in.name, "root": root} for name, root in stand_in.adapters.items()
+                ]
                 self._answer(200, {"data": rows} if self.path == "/v1/models" else {})
+
+            def do_DELETE(self) -> None:
+                if stand_in.doors:
+                    self._answer(404, {"error": {"message": f"{self.path} cannot be found"}})
+                else:
+                    self._answer(404, {"detail": "Not Found"})
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                if stand_in.doors and not self.path.startswith("/v1/"):
+                    self._answer(400, {"error": {"message": "a body is missing"}})
+                    return
                 name = body.get("lora_name", body.get("model"))
                 if stand_in.api_key and self.headers["authorization"] != f"Bearer {stand_in.api_key}":
                     self._answer(401, {"error": {"message": "no key"}})
@@ -66,10 +84,14 @@ class StandIn:
                     if name in stand_in.refused or name in stand_in.adapters:
                         self._answer(400, {"error": {"message": f"{name} is not welcome"}})
                     else:
+                        if (slow := Path(body["lora_path"]) / "seconds").exists():
+                            stand_in.works.clear()  # vLLM loads between two steps
+                            time.sleep(float(slow.read_text()))
+                            stand_in.works.set()
                         stand_in.adapters[name] = body["lora_path"]
                         self._answer(200, {})
                 elif name not in (stand_in.name, *stand_in.adapters):
-                    self._answer(404, {"error": {"message": f"there is no {name}"}})
+                    self._answer(404, {"error": {"message": f"The model `{name}` does not exist."}})
                 else:
                     stand_in.works.wait()
                     if self.path == "/v1/unload_lora_adapter":
@@ -77,7 +99,9 @@ class StandIn:
                     said = [None] + [
                         {str(token): {"logprob": stand_in.logprob}} for token in body.get("prompt", [])[1:]
                     ]
-                    self._answer(200, {"choices": [{"prompt_logprobs": said}]})
+                    message = {"role": "assistant", "content": f"said by {name}"}
+                    choice = {"index": 0, "message": message, "finish_reason": "stop", "prompt_logprobs": said}
+                    self._answer(200, {"choices": [choice]})
 
             def _answer(self, status: int, body: object) -> None:
                 text = json.dumps(body).encode()
@@ -94,6 +118,6 @@ class StandIn:
 
 if __name__ == "__main__":
     os.write(1, f"{os.getpid()}\n".encode())
-    stand_in = StandIn(port=int(sys.argv[1]), api_key=os.environ["VLLM_API_KEY"])
+    stand_in = StandIn(port=int(sys.argv[1]), api_key=Path(os.environ["MIXFUSE_ENGINE_KEY_FILE"]).read_text())
     signal.signal(signal.SIGUSR1, lambda *_: stand_in.works.clear())
     threading.Event().wait()

@@ -27,6 +27,9 @@ from transformers import AutoTokenizer
 from mixfuse.contracts import judge_protocol
 from mixfuse.contracts.adapter import LORA_RANKS, verify
 from mixfuse.contracts.errors import MixfuseError
+from mixfuse.fusion.answering.verdicts import LOGPROB_PARAMETERS, JudgeEndpoint, OrderedPair
+from mixfuse.fusion.calls.ledger import Ledger
+from mixfuse.fusion.calls.upstream import Endpoint, Purpose, http_client
 from mixfuse.serve import cpu_lora_products
 from mixfuse.serve import engine as engine_module
 from mixfuse.serve import vllm_cpu_moe_lora as plugin
@@ -46,7 +49,8 @@ def config(base: Path, **changes) -> EngineConfig:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def engine(tiny, tmp_path_factory: pytest.TempPathFactory):
     """One engine for all tests; every slot is taken, which is when vLLM's own CPU code mixes adapters up."""
-    async with Engine(config(tiny.base), log_path=tmp_path_factory.mktemp("engine") / "engine.log") as running:
+    log_path = tmp_path_factory.mktemp("engine") / "engine.log"
+    async with Engine(config(tiny.base, tool_parser="hermes"), log_path=log_path) as running:
         for name in ADAPTERS:
             await running.load_adapter(name, tiny.served[name])
         yield running
@@ -74,6 +78,30 @@ async def test_logprobs_are_those_of_transformers_and_peft(engine: Engine, tiny,
         assert distance(await logprobs(engine, model, text), tiny.logprobs(model, text)) < TOLERANCE
     if model != "base":
         assert distance(tiny.logprobs(model, TEXTS[0]), tiny.logprobs("base", TEXTS[0])) > 100 * TOLERANCE
+
+
+@pytest.mark.engine
+@module_loop
+async def test_verdicts_asked_for_in_one_call_are_those_of_single_calls(engine: Engine):
+    pairs = [OrderedPair("Which is larger?", *answers, nonce="0123abcd") for answers in (("7", "9"), ("9", "7"))]
+    asked = [pair.messages() for pair in pairs]
+    async with http_client() as client:
+        ledger = Ledger()
+        judge = JudgeEndpoint(client, Endpoint(engine.url, "one", engine.api_key), Purpose("verdict", "judge"), ledger)
+        together = await judge.ask_all(asked, LOGPROB_PARAMETERS)
+        alone = [await judge.ask(messages, LOGPROB_PARAMETERS) for messages in asked]
+    assert [call.outcome for call in ledger.calls] == ["ok"] * 4
+    tops = [[top["logprob"] for top in reply.logprobs["content"][0]["top_logprobs"]] for reply in (*together, *alone)]
+    assert len(tops[0]) == LOGPROB_PARAMETERS["top_logprobs"]
+    for one, other in zip(tops[:2], tops[2:], strict=True):
+        assert one == pytest.approx(other, abs=TOLERANCE)
+    assert tops[0] != pytest.approx(tops[1], abs=10 * TOLERANCE)  # each answer belongs to its own chat
+    for reply, single in zip(together, alone, strict=True):
+        assert reply.text == single.text
+        # The batch's usage is the sum over its chats; each verdict is accounted for with its share.
+        assert reply.call.usage.completion_tokens == single.call.usage.completion_tokens == 1
+    spent = [sum(call.usage.prompt_tokens for call in calls) for calls in (ledger.calls[:2], ledger.calls[2:])]
+    assert spent[0] == spent[1]
 
 
 @pytest.mark.engine
@@ -211,6 +239,34 @@ async def test_the_parity_gate_passes_a_good_adapter_and_catches_the_silent_drop
 
 @pytest.mark.engine
 @module_loop
+async def test_verify_takes_a_running_engine_and_leaves_nothing_in_it(engine: Engine, tiny, tmp_path: Path):
+    directory = tmp_path / "one"
+    shutil.copytree(tiny.served["one"], directory)
+    before = await engine.models()
+
+    async def verified(key: str | None) -> tuple[int | None, str]:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "mixfuse", "adapter", "verify", str(directory)),
+            *("--base", str(tiny.base), "--url", engine.url),
+            env={**os.environ, "VLLM_API_KEY": key or ""},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        said, failed = await process.communicate()
+        return process.returncode, (said + failed).decode()
+
+    status, words = await verified("another key")
+    assert status == 2
+    assert "refused to list its models" in words
+    assert verify(directory).parity is None
+    status, words = await verified(engine.api_key)
+    assert status == 0, words
+    assert verify(directory).parity is not None
+    assert await engine.models() == before
+
+
+@pytest.mark.engine
+@module_loop
 async def test_an_adapter_comes_and_goes(engine: Engine, tiny):
     await engine.load_adapter("guest", tiny.served["experts"])
     assert distance(await logprobs(engine, "guest", TEXTS[0]), tiny.logprobs("experts", TEXTS[0])) < TOLERANCE
@@ -254,10 +310,46 @@ async def test_chat_gives_the_top_logprobs_a_verdict_is_read_from(engine: Engine
 
 @pytest.mark.engine
 @module_loop
+async def test_requests_with_tools_are_answered(engine: Engine):
+    """Without a parser, vLLM refuses those that let the model choose."""
+    weather = {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}
+    messages = [{"role": "user", "content": "What is the weather in Rome?"}]
+    tools = [{"type": "function", "function": weather}]
+    answer = await ask(engine, "chat/completions", model="one", messages=messages, tools=tools, max_tokens=4)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["choices"][0]["message"]["role"] == "assistant"
+
+
+@pytest.mark.engine
+@module_loop
 async def test_the_api_wants_the_key(engine: Engine):
     async with httpx.AsyncClient(trust_env=False) as client:
         assert (await client.get(f"{engine.url}/models")).status_code == 401
     assert engine.api_key not in engine.log_path.read_text()
+
+
+async def test_an_engine_gets_its_key_in_a_file_and_none_of_our_secrets(server, monkeypatch, tmp_path: Path):
+    """Ray copies an engine's whole environment to every node."""
+    secrets = ["OPENAI_API_KEY", "HF_TOKEN", "PGPASSWORD", "VLLM_API_KEY", "AWS_SECRET_ACCESS_KEY"]
+    for name in secrets:
+        monkeypatch.setenv(name, "confidential")
+    report = tmp_path / "seen.json"
+    engine = server(
+        "import json, os, pathlib; file = pathlib.Path(os.environ['MIXFUSE_ENGINE_KEY_FILE']);"
+        f"pathlib.Path({str(report)!r}).write_text(json.dumps([dict(os.environ), file.read_text(),"
+        " oct(file.stat().st_mode), str(file)]))",
+        env={"GIVEN_TOKEN": "meant for it"},
+    )
+    with pytest.raises(MixfuseError, match="died at its start"):
+        await engine.start()
+    environment, key, mode, file = json.loads(report.read_text())
+    assert key == engine.api_key
+    assert mode == "0o100600"
+    assert not Path(file).exists()
+    assert key not in json.dumps(environment)
+    assert not set(secrets) & set(environment)
+    assert environment["GIVEN_TOKEN"] == "meant for it"
+    assert environment["PATH"] == os.environ["PATH"]
 
 
 async def test_a_port_in_use_is_named(tmp_path: Path):
@@ -291,7 +383,7 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 
     def put(program: str, **changes) -> Engine:
         command = [sys.executable, "-c", program]
-        monkeypatch.setattr(engine_module, "command", lambda config, port: [*command, str(port)])
+        monkeypatch.setattr(engine_module, "command", lambda config, port, template: [*command, str(port)])
         monkeypatch.setattr(engine_module, "find_spec", lambda name: name)
         return Engine(config(tmp_path, **changes), log_path=tmp_path / "log")
 
@@ -371,14 +463,24 @@ def test_the_guard_leaves_no_process(end: str, tmp_path: Path):
     # The parent of the guard: it starts it as the engine does, says who it is, and sleeps.
     parent = """
 import subprocess, sys, time
-guard = subprocess.Popen(sys.argv[2:], stdin=subprocess.PIPE, stdout=open(sys.argv[1], "wb"), start_new_session=True)
+guard = subprocess.Popen(sys.argv[2:], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
 print(guard.pid, flush=True)
 time.sleep(600)
 """
-    command = [sys.executable, "-I", "-S", "-c", engine_module._GUARD, "0.5", sys.executable, "-c", STUBBORN]
-    with subprocess.Popen(
-        [sys.executable, "-c", parent, str(log), *command], stdout=subprocess.PIPE, text=True
-    ) as started:
+    command = [
+        sys.executable,
+        "-I",
+        "-S",
+        "-c",
+        engine_module._GUARD,
+        "0.5",
+        str(log),
+        "999",
+        sys.executable,
+        "-c",
+        STUBBORN,
+    ]
+    with subprocess.Popen([sys.executable, "-c", parent, "", *command], stdout=subprocess.PIPE, text=True) as started:
         assert started.stdout
         guard = int(started.stdout.readline())
         until(lambda: log.exists() and len(log.read_text().split()) == 3)
@@ -388,6 +490,46 @@ time.sleep(600)
         os.kill(victim, signal.SIGTERM if end == "guard is told" else signal.SIGKILL)
         until(lambda: not any(alive(pid) for pid in [guard, *pids]))
         started.kill()
+
+
+@pytest.mark.parametrize("lines", [1, 5000])
+def test_a_full_log_is_begun_anew_and_no_line_is_lost(tmp_path: Path, lines: int):
+    log = tmp_path / "engine.log"
+    (tmp_path / "engine.log.1").write_text("the last start\n")
+    program = f"import sys; [print('line', number) for number in range({lines})]; sys.exit(3)"
+    command = [sys.executable, "-I", "-S", "-c", engine_module._GUARD, "0.5", str(log), "40000"]
+    command += [sys.executable, "-c", program]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as guard:
+        assert guard.stdout is not None
+        printed = guard.stdout.read().decode()  # its standard input stays open meanwhile
+    said = "".join(f"line {number}\n" for number in range(lines))
+    assert (guard.returncode, printed) == (3, said)
+    files = [log.with_name(f"engine.log{end}") for end in (".3", ".2", ".1", "")]
+    kept = "".join(file.read_text() for file in files if file.exists())
+    assert kept.removeprefix("the last start\n") == said
+    assert max(file.stat().st_size for file in files if file.exists()) < 40000 + (1 << 16)
+    assert files[2].exists()
+
+
+def test_the_engines_log_goes_to_standard_output_where_that_is_asked(tmp_path: Path):
+    (tmp_path / "config.json").write_text("{}")
+    script = inspect.cleandoc("""
+        import asyncio, sys
+        from pathlib import Path
+        from mixfuse.contracts.errors import MixfuseError
+        from mixfuse.serve import engine
+        engine.command = lambda config, port, template: [sys.executable, "-c", "print('I am the engine')"]
+        config = engine.EngineConfig(base=Path(sys.argv[1]), log_stdout=sys.argv[2] == "yes")
+        try:
+            asyncio.run(engine.Engine(config, log_path=Path(sys.argv[1]) / "log").start())
+        except MixfuseError as error:
+            print(f"error: {error}", file=sys.stderr)
+    """)
+    for asked, said in (("yes", "I am the engine\n"), ("no", "")):
+        command = [sys.executable, "-c", script, str(tmp_path), asked]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.stdout == said, done.stderr
+        assert "I am the engine" in done.stderr, "the reason of the failed start is in the log all the same"
 
 
 @pytest.mark.engine

@@ -303,6 +303,7 @@ def test_refused_swaps_leave_the_old_revision_serving(server: Server, client: op
     export(wide, tmp_path / "wide", base=tiny.base)
 
     silent = _changed(tiny.served["experts"], tmp_path / "silent", lambda name, w: w * ("lora_A" in name))
+    faint = _changed(tiny.served["experts"], tmp_path / "faint", lambda name, w: w if "lora_A" in name else w * 1e-9)
     broken = _changed(tiny.served["experts"], tmp_path / "broken", lambda name, w: w * math.nan)
 
     before = serving(server)
@@ -312,7 +313,8 @@ def test_refused_swaps_leave_the_old_revision_serving(server: Server, client: op
         ("domain", tmp_path / "wide"): "rank 16 is above the engine's max_lora_rank 8",
         ("domain", tmp_path / "nothing"): "no such adapter directory",
         ("domain", tiny.fused["one"]): "mixfuse adapter export",
-        ("domain", silent): "it ignores the adapter",
+        ("domain", silent): "so the adapter does nothing",
+        ("domain", faint): "it ignores the adapter",
         ("domain", broken): "holds NaN or infinity",
         ("judge", tiny.served["experts"]): "judge protocol",
         ("nobody", tiny.served["one"]): "unknown role 'nobody'",

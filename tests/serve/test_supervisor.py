@@ -3,29 +3,44 @@
 import asyncio
 import inspect
 import os
+import re
 import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import pytest_asyncio
 from pydantic import ValidationError
+from role_harness import table
 from safetensors.numpy import save_file
 from stand_in import StandIn
 from test_engine import alive, until
 
+from mixfuse.app.gates import GateConfig, Gates
+from mixfuse.app.roles_routes import routes
 from mixfuse.app.server import LeasedRoles
 from mixfuse.contracts.adapter import Fingerprint
 from mixfuse.contracts.errors import MixfuseError
-from mixfuse.fusion.calls.upstream import Endpoint
+from mixfuse.contracts.strict_yaml import validate
+from mixfuse.fusion.calls.failures import CallError
+from mixfuse.fusion.calls.ledger import Ledger
+from mixfuse.fusion.calls.pool import Pool
+from mixfuse.fusion.calls.upstream import Endpoint, Purpose, call
+from mixfuse.fusion.config import FusionConfig
+from mixfuse.fusion.http.gateway import create_app
 from mixfuse.serve import engine as engine_module
+from mixfuse.serve import supervisor
 from mixfuse.serve.admission import Admission
 from mixfuse.serve.engine import EngineConfig, Restart
 from mixfuse.serve.engine_group import EngineGroup, per_replica
 from mixfuse.serve.roles import RoleTable
+from mixfuse.serve.supervisor import OwnEngine, Replica, Wanted
+from mixfuse.serve.vllm_api import VllmApi
 
 PROGRAM = [sys.executable, str(Path(__file__).parent / "stand_in.py")]
 SOON = Restart(first_delay_s=0.01, check_s=0.05, hung_after_s=1, wait_s=20)
@@ -53,7 +68,7 @@ def in_place_of_vllm(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], N
     monkeypatch.setattr(engine_module, "_STOP_GRACE_S", 0.2)
 
     def put(program: list[str]) -> None:
-        monkeypatch.setattr(engine_module, "command", lambda config, port: [*program, str(port)])
+        monkeypatch.setattr(engine_module, "command", lambda config, port, template: [*program, str(port)])
 
     put(PROGRAM)
     return put
@@ -94,7 +109,7 @@ async def test_requests_wait_for_an_engine_that_comes_back_with_its_adapters(gro
     async with group.at("a") as after:
         assert after.url != before.url
         _, names = await group.replicas[0].api.models()
-        assert names == {"a", "b"}
+        assert set(names) == {"a", "b"}
     assert not alive(first)
     assert str(first) in (group.config.base / "logs" / "engine.log.1").read_text()
 
@@ -104,7 +119,7 @@ async def test_an_adapter_unloaded_meanwhile_does_not_come_back(group: EngineGro
     await away(group)
     await group.unload_adapter("a")
     async with group.at("base"):
-        assert (await group.replicas[0].api.models())[1] == {"b"}
+        assert set((await group.replicas[0].api.models())[1]) == {"b"}
 
 
 async def test_an_adapter_whose_files_were_changed_does_not_come_back_under_its_name(group: EngineGroup):
@@ -141,7 +156,7 @@ async def test_an_engine_that_crashes_again_and_again_is_given_up(group: EngineG
     os.kill(server_pid(group), signal.SIGKILL)
     async with asyncio.timeout(60):
         failure = await group.failed()
-    assert "given up after 5 crashes within 900 s; the last: " in str(failure)
+    assert "given up after 5 crashes in a row, without 300 s of health between them; the last: " in str(failure)
     assert "ValueError: no memory left" in str(failure)
     with pytest.raises(MixfuseError, match="given up after 5 crashes"):
         async with group.at("base"):
@@ -152,7 +167,7 @@ def test_pauses_double_to_a_limit_and_differ(base: Path):
     restart = Restart(first_delay_s=1, max_delay_s=8)
     replica = EngineGroup(EngineConfig(base=base, restart=restart), logs=base)._own_replicas()[0]
     for longest in (1, 2, 4, 8, 8):
-        replica._crash_times.append(0)
+        replica._crashes += 1
         pauses = {replica._pause() for _ in range(50)}
         assert len(pauses) > 1
         assert longest / 2 <= min(pauses)
@@ -170,7 +185,7 @@ def test_a_killed_parent_leaves_no_process_amid_a_restart(base: Path):
         once = "import os, time; os.write(1, b'%d' % os.getpid()); time.sleep(600)"
         programs = [{PROGRAM}, [sys.executable, "-c", once]]
         engine.find_spec = lambda name: name
-        engine.command = lambda config, port: [*(programs.pop(0)), str(port)]
+        engine.command = lambda config, port, template: [*(programs.pop(0)), str(port)]
         async def main():
             config = engine.EngineConfig(base=base, restart=engine.Restart(first_delay_s=0))
             async with EngineGroup(config, logs=base) as group:
@@ -263,6 +278,259 @@ async def test_an_engine_that_comes_back_takes_requests_once_it_has_every_adapte
         assert set(others[0].adapters) == {"b"}
 
 
+class Failing(OwnEngine):
+    """An engine whose starts, or lives, take half an hour each and then fail."""
+
+    def __init__(self, restart: Restart, pass_time: Callable[[float], None], *, starts: bool) -> None:
+        self.api = StandInApi()
+        self._restart, self._pass_time, self._starts, self.ups = restart, pass_time, starts, 0
+
+    async def up(self) -> None:
+        self.ups += 1
+        if not self._starts:
+            self._pass_time(1800)
+            raise MixfuseError("no memory left", kind="engine")
+
+    async def gone(self, last_load: Callable[[], float]) -> str:
+        self._pass_time(1800)
+        return "the engine died"
+
+    async def down(self) -> None:
+        pass
+
+
+class StandInApi(VllmApi):
+    def __init__(self) -> None:
+        super().__init__("http://127.0.0.1:9/v1", None, base_model_name="base", hint="")
+
+    async def models(self, *, timeout_s: float = 10) -> tuple[str, dict[str, str | None]]:
+        return "base", {}
+
+
+@pytest.mark.parametrize("starts", [False, True], ids=["fails at each start", "crashes after half an hour of health"])
+async def test_failures_are_counted_however_far_apart_they_are(monkeypatch: pytest.MonkeyPatch, starts: bool):
+    loop, passed = asyncio.get_running_loop(), [0.0]
+    real = loop.time
+    monkeypatch.setattr(loop, "time", lambda: real() + passed[0])
+
+    def pass_time(seconds: float) -> None:
+        passed[0] += seconds
+
+    restart = SOON.model_copy(update={"crashes": 3, "first_delay_s": 0})
+    source = Failing(restart, pass_time, starts=starts)
+    replica = Replica(source, Wanted(), restart, 4, lambda: None)
+    if starts:
+        await replica.start()
+    replica.supervise()
+    for _ in range(10_000):
+        await asyncio.sleep(0)  # a limit in seconds would be over at once
+        if replica.failure or source.ups > 20:
+            break
+    assert (replica.failure is None) == starts
+    assert starts or "given up after 3 crashes in a row" in str(replica.failure)
+    await replica.stop()
+
+
+async def test_the_load_of_a_large_adapter_is_no_hang(group: EngineGroup):
+    first, large = server_pid(group), adapter(group.config.base, "large")
+    (large / "seconds").write_text(str(4 * SOON.hung_after_s))
+    await group.load_adapter("large", large)
+    await group.probe("large")
+    assert group.running
+    assert server_pid(group) == first
+    os.kill(first, signal.SIGUSR1)  # and after it, a hang is one
+    await away(group)
+
+
+async def test_an_adapter_that_was_deleted_in_the_engine_comes_back(group: EngineGroup, caplog):
+    await group.replicas[0].api.unload_adapter("a")
+    await eventually(lambda: "'a' again" in caplog.text)
+    assert re.search(r"the engine at \S+ has lost 'a'; it is loaded again", caplog.text)
+    assert set((await group.replicas[0].api.models())[1]) == {"a", "b"}
+    assert group.trouble("a") is None
+    async with group.at("a"):
+        pass
+
+
+async def test_an_adapter_that_was_refused_is_tried_again(
+    external: EngineConfig, others: list[StandIn], monkeypatch: pytest.MonkeyPatch, caplog
+):
+    monkeypatch.setattr(supervisor, "RETRY_S", 0.3)
+    async with EngineGroup(external, logs=external.base) as group:
+        await group.load_adapter("a", adapter(external.base, "a"))
+        others[0].refused.add("a")
+        del others[0].adapters["a"]
+        await eventually(lambda: "not welcome" in group.replicas[0].lost.get("a", ""))
+        await asyncio.sleep(10 * SOON.check_s)
+        assert caplog.text.count("is not served by") == 1, "it is said once"
+        others[0].refused.clear()
+        await eventually(lambda: "a" in others[0].adapters)
+        await eventually(lambda: not group.replicas[0].lost)
+
+
+async def test_requests_wait_for_an_adapter_that_is_loaded_again(external: EngineConfig, others: list[StandIn]):
+    others[1].stop()
+    async with EngineGroup(external, logs=external.base) as group:
+        large = adapter(external.base, "a")
+        await group.load_adapter("a", large)
+        (large / "seconds").write_text("0.5")
+        others[0].adapters.clear()
+        await eventually(lambda: group.replicas[0].mending)
+        async with group.at("a"):
+            assert "a" in others[0].adapters
+
+
+async def test_another_adapter_under_the_name_is_replaced(external: EngineConfig, others: list[StandIn]):
+    async with EngineGroup(external, logs=external.base) as group:
+        await group.load_adapter("a", adapter(external.base, "a"))
+        ours = dict(others[0].adapters)
+        others[0].adapters["a"] = "/elsewhere"
+        await eventually(lambda: others[0].adapters == ours)
+
+
+async def test_a_role_that_an_engine_cannot_serve_is_said_and_a_swap_to_the_same_directory_mends_it(
+    external: EngineConfig, others: list[StandIn], made, caplog
+):
+    async with EngineGroup(external, logs=external.base) as group:
+        engine = SayingEngines(group)
+        swapper = table(engine, "domain", "judge")
+        await swapper.swap("domain", made(1))
+        model = swapper.table.serving()["domain"].model
+        fusion = validate(
+            {"members": [{"name": "one", "role": "domain"}], "trace_db": str(external.base / "t.sqlite3")},
+            FusionConfig,
+            source="x",
+        )
+        admin = routes(swapper, None, Gates(swapper, LeasedRoles(swapper.table, group), fusion, GateConfig()))
+        app = create_app(fusion, LeasedRoles(swapper.table, group), extra_routes=admin, troubles=swapper.table.troubles)
+
+        async def get(path: str) -> httpx.Response:
+            transport = httpx.ASGITransport(app)
+            async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+                return await client.get(path)
+
+        async def row() -> dict[str, Any]:
+            rows = (await get("/admin/roles")).json()["roles"]
+            return next(row for row in rows if row["role"] == "domain")
+
+        assert (await row())["loaded"]
+        assert (await get("/readyz")).json() == {"status": "ok", "problems": []}
+        for stand_in, replica in zip(others, group.replicas, strict=True):
+            stand_in.refused.add(model)
+            stand_in.adapters.clear()
+            await eventually(lambda replica=replica: "welcome" in replica.lost.get(model, ""))
+            assert not (await row())["loaded"]
+            assert "is not welcome" in (await row())["problem"]
+            ready = await get("/readyz")
+            assert ready.status_code == (200 if stand_in is others[0] else 503), ready.text
+            assert any(f"role domain: vLLM refused load_lora_adapter of '{model}'" in said
+                       for said in ready.json()["problems"])  # fmt: skip
+        assert f"'{model}' is not served by" in caplog.text
+        with pytest.raises(MixfuseError, match="is not welcome"):
+            await swapper.swap("domain", made(1))
+        for stand_in in others:
+            stand_in.refused.clear()
+        await swapper.swap("domain", made(1))
+        assert (await row())["loaded"]
+        assert (await get("/readyz")).status_code == 200
+        assert all(set(stand_in.adapters) == {model} for stand_in in others)
+
+
+async def test_a_request_that_finds_its_adapter_deleted_is_answered_all_the_same(external, others: list[StandIn], made):
+    """Between two comparisons, which are five seconds apart by default."""
+    seldom = external.model_copy(update={"restart": Restart(check_s=3600)})
+    async with EngineGroup(seldom, logs=external.base) as group:
+        swapper = table(SayingEngines(group), "domain")
+        await swapper.swap("domain", made(1))
+        model = swapper.table.serving()["domain"].model
+        roles = LeasedRoles(swapper.table, group)
+        purpose = Purpose("answer", "domain", timeout_s=20)
+        async with Pool(roles) as pool, roles.lease("domain") as endpoint:
+            for stand_in in others:
+                stand_in.adapters.clear()
+            ledger = Ledger()
+            answer = await call(
+                pool.client, endpoint, [{"role": "user", "content": "x"}], {}, purpose=purpose, ledger=ledger
+            )
+            assert answer.text == f"said by {model}"
+            assert [line.outcome for line in ledger.calls] == ["upstream_error", "ok"]
+            assert all(set(stand_in.adapters) == {model} for stand_in in others)
+            for stand_in in others:
+                stand_in.adapters.clear()
+                stand_in.refused.add(model)
+            with pytest.raises(CallError, match="does not exist"):
+                await call(
+                    pool.client, endpoint, [{"role": "user", "content": "x"}], {}, purpose=purpose, ledger=ledger
+                )
+
+
+class SayingEngines:
+    """Engines without a model, whose adapters say something else than their base."""
+
+    def __init__(self, group: EngineGroup) -> None:
+        self._group = group
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._group, name)
+
+    async def prompt_logprobs(self, name: str, prompt: list[int]) -> list[float]:
+        return [-1.0 if name == "base" else -2.0] * (len(prompt) - 1)
+
+    def each(self) -> "list[SayingEngines]":
+        return [self]
+
+    async def max_model_len(self) -> None:
+        return None
+
+    async def decode(self, name: str, prompt: list[int], tokens: int) -> tuple[list[int], list[float]]:
+        return [7] * tokens, (await self.prompt_logprobs(name, [*prompt, *[7] * tokens]))[-tokens:]
+
+
+async def test_a_restart_waits_for_every_process_of_the_last_start(base: Path, in_place_of_vllm):
+    """A worker that left its process group outlives the engine's end."""
+    worker = "import os, time; os.write(1, b'worker %d\\n' % os.getpid()); time.sleep(600)"
+    script = (
+        f"import subprocess, sys, os; subprocess.Popen([sys.executable, '-c', {worker!r}], start_new_session=True); "
+    )
+    script += f"os.execv(sys.executable, {PROGRAM} + sys.argv[1:])"
+    in_place_of_vllm([sys.executable, "-c", script])
+    log = base / "logs" / "engine.log"
+
+    def workers() -> list[int]:
+        return [int(pid) for pid in re.findall(r"worker (\d+)\n", log.read_text())]
+
+    async with EngineGroup(EngineConfig(base=base, restart=SOON), logs=base / "logs") as group:
+        await eventually(workers)
+        (first,) = workers()
+        (server,) = re.findall(r"^(\d+)$", log.read_text(), re.MULTILINE)
+        os.kill(int(server), signal.SIGKILL)
+        await away(group)
+        async with group.at("base"):
+            assert not alive(first)
+        await eventually(workers)
+    for pid in workers():
+        if alive(pid):
+            os.kill(pid, signal.SIGKILL)
+
+
+async def test_a_restart_waits_for_the_memory_of_the_gpus(base: Path, in_place_of_vllm, monkeypatch):
+    monkeypatch.setattr(engine_module, "cpu_build", lambda: False)
+    program, used = base / "nvidia-smi", base / "used"
+    program.write_text(f"#!/bin/sh\ncat {used}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{base}:{os.environ['PATH']}")
+    used.write_text("10\n20\n")
+    async with EngineGroup(EngineConfig(base=base, restart=SOON), logs=base / "logs") as group:
+        used.write_text("10\n70000\n")
+        os.kill(server_pid(group), signal.SIGKILL)
+        await away(group)
+        await asyncio.sleep(1)
+        assert not group.running
+        used.write_text("10\n30\n")
+        async with group.at("base"):
+            pass
+
+
 async def test_an_engine_that_was_started_anew_between_two_looks_gets_its_adapters(
     external: EngineConfig, others: list[StandIn]
 ):
@@ -287,6 +555,16 @@ async def test_an_engine_without_an_adapter_that_cannot_be_given_back_serves_the
         for _ in range(3):
             async with group.at("a") as address:
                 assert address.url == external.external[1]
+
+
+async def test_an_engine_that_lets_anybody_in_is_named(external: EngineConfig, others: list[StandIn], caplog):
+    others[1].doors = True
+    async with EngineGroup(external, logs=external.base):
+        pass
+    (warning,) = [record.message for record in caplog.records if "without a key" in record.message]
+    assert external.external[1] in warning
+    assert "(POST /adapters, DELETE /adapters/mixfuse-no-such-adapter, POST /invocations)" in warning
+    assert "--middleware mixfuse.serve.vllm_key.EveryRouteNeedsTheKey" in warning
 
 
 async def test_an_adapter_left_from_before_is_replaced(external: EngineConfig, others: list[StandIn]):
@@ -346,6 +624,8 @@ async def test_a_missing_key_of_an_external_engine_is_named(external: EngineConf
         ({"url": "http://a", "replicas": 2}, "started here"),
         ({"api_key_env": "X"}, "api_key_env"),
         ({"port": 8000, "replicas": 2}, "share one port"),
+        ({"extra_args": ["--disable-log-stats"]}, "a long queue from a hang"),
+        ({"max_cpu_loras": 2, "max_loras": 4}, "at least `max_loras`"),
     ],
 )
 def test_contradictions_are_refused(base: Path, changes: dict[str, object], words: str):
@@ -357,6 +637,8 @@ def test_each_replica_has_its_own_gpus(base: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     config = EngineConfig(base=base, replicas=2, extra_args=["--tensor-parallel-size=2"])
     assert [one.env["CUDA_VISIBLE_DEVICES"] for one in per_replica(config, cpu=False)] == ["0,1", "2,3"]
+    copies = EngineConfig(base=base, replicas=2, extra_args=["-dp", "2"])
+    assert [one.env["CUDA_VISIBLE_DEVICES"] for one in per_replica(copies, cpu=False)] == ["0,1", "2,3"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
     with pytest.raises(MixfuseError, match="need 4 GPUs"):
         per_replica(config, cpu=False)

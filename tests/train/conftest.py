@@ -1,7 +1,9 @@
 """The tiny base, adapters for it, and trained runs that several tests look at."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import train_harness as harness
@@ -16,6 +18,20 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("tiny") / "base"
     build(out, tiny=True)
     return out
+
+
+@pytest.fixture(scope="session")
+def embedded() -> Any:
+    """The embedded tokenizer. Copy it before changing it."""
+    from mixfuse.train.model.embedded_base import load_embedded_tokenizer
+
+    return load_embedded_tokenizer()
+
+
+@pytest.fixture
+def tokenizer(embedded: Any) -> Any:
+    """The embedded tokenizer, for this test alone."""
+    return copy.deepcopy(embedded)
 
 
 @pytest.fixture(scope="session")

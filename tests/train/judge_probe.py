@@ -51,7 +51,7 @@ def chosen_verdicts(trainer: Any, batch: dict[str, Any]) -> list[str]:
 
 def main() -> None:
     recipe = load(Path(sys.argv[1]), JudgeRecipe, sys.argv[2:])
-    worker.prepare(recipe.threads, wandb=recipe.wandb)
+    worker.prepare(recipe.threads, wandb=recipe.wandb, timeout_minutes=recipe.timeout_minutes)
     trainer = judge_dpo.make_trainer(recipe)
     modules = dict(trainer.model.named_modules())
     facts: dict[str, Any] = {

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from mixfuse.contracts.adapter import fingerprint
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.train.model import embedded_base
-from mixfuse.train.model.load import load_tokenizer
+from mixfuse.train.model.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")

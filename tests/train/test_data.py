@@ -12,7 +12,7 @@ from train_harness import PROJECT, write_jsonl
 
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.strict_yaml import load
-from mixfuse.train.data import chat_data, chats, packing
+from mixfuse.train.data import chat_data, chats, packing, prepared
 from mixfuse.train.recipe import DataSource, SftRecipe
 
 SHARED = PROJECT.parent / "shared" / "data"
@@ -25,7 +25,7 @@ def chat(number: int, words: int = 3, name: str = "") -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def tokenizer(tiny_base: Path) -> Any:
-    from mixfuse.train.model.load import load_tokenizer
+    from mixfuse.train.model.tokenizer import load_tokenizer
 
     return load_tokenizer(tiny_base)
 
@@ -40,7 +40,9 @@ def prepare(tmp_path: Path, tiny_base: Path, tokenizer: Any) -> Any:
         weights = keys.pop("weights", [1] * len(sets))
         keys["data"] = [{"path": path, "weight": weight} for path, weight in zip(sources, weights, strict=True)]
         overrides = [f"{key}={json.dumps(value)}" for key, value in keys.items()]
-        return chat_data.chat_data(load(recipe_path, SftRecipe, overrides), tokenizer, resuming=resuming)
+        recipe = load(recipe_path, SftRecipe, overrides)
+        data = prepared.prepare(chat_data.CHATS, recipe, tokenizer, resuming=resuming)
+        return chat_data.chat_data(recipe, tokenizer, data)
 
     return make
 
@@ -76,10 +78,18 @@ def test_every_format_reads_as_the_same_chat(form: str, suffix: str, tmp_path: P
     ("row", "form", "message"),
     [
         ({"prompt": "a"}, "prompt_completion", "x.jsonl:1: missing key 'completion'"),
-        ({"conversations": [{"from": "bot", "value": "a"}] * 2}, "auto", "x.jsonl:1: a message's role must be one of"),
-        ({"conversations": "none"}, "sharegpt", "x.jsonl:1: conversations must be a list"),
-        ({"text": "a"}, "auto", "x.jsonl:1: missing key 'messages'"),
-        ({"prompt": "a", "completion": None}, "auto", "x.jsonl:1: a message's content must be a string"),
+        (
+            {"conversations": [{"from": "bot", "value": "a"}] * 2},
+            "auto",
+            "x.jsonl:1: conversations.0. of a ShareGPT row is from 'bot'",
+        ),
+        ({"conversations": "none"}, "sharegpt", "x.jsonl:1: conversations is a text, but no JSON"),
+        ({"text": "a"}, "auto", "x.jsonl:1: no chat: these are plain texts"),
+        (
+            {"prompt": "a", "completion": None},
+            "auto",
+            "x.jsonl:1: 'prompt' stands without 'completion', or with an empty one",
+        ),
     ],
 )
 def test_a_row_of_another_format_is_named(row: Any, form: Any, message: str, tmp_path: Path) -> None:
@@ -105,7 +115,13 @@ def test_a_data_set_of_the_hub_is_loaded_by_datasets(tmp_path: Path) -> None:
         list(chats.chats(DataSource(hub=str(tmp_path), split="validation")))
 
 
-def test_several_processes_tokenise_the_same(prepare: Any) -> None:
+def test_several_processes_tokenise_the_same_without_a_fork(prepare: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fork copies locks that threads of torch or NCCL may hold."""
+
+    def fork() -> int:
+        raise AssertionError("forked")
+
+    monkeypatch.setattr(os, "fork", fork)
     rows = [chat(n, words=n) for n in range(20)]
     one, two = prepare(rows).train, prepare(rows, data_processes=2, seed=1).train
     assert [row["documents"] for row in two] == [row["documents"] for row in one]
@@ -163,13 +179,16 @@ def test_equal_prompts_stand_on_one_side(prepare: Any) -> None:
 def test_rows_stay_on_disk_and_a_resumed_run_finds_them(prepare: Any, tmp_path: Path) -> None:
     rows = [chat(n) for n in range(50)]
     first = prepare(rows)
-    assert sum(file.stat().st_size for file in (tmp_path / "sft" / "data").rglob("*.arrow")) > 10_000
-    made = {file: file.stat().st_mtime_ns for file in (tmp_path / "sft" / "data").rglob("*")}
+    assert not list((tmp_path / "sft").rglob("*.arrow"))
+    cache = tmp_path / prepared.FOLDER
+    assert sum(file.stat().st_size for file in cache.rglob("*.arrow")) > 10_000
+    made = {file: file.stat().st_mtime_ns for file in cache.rglob("*")}
     again = prepare(rows, resuming=True)
-    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "sft" / "data").rglob("*")} == made
+    assert {file: file.stat().st_mtime_ns for file in cache.rglob("*")} == made
     assert ids(again.train) == ids(first.train)
     with pytest.raises(MixfuseError, match="whose data has changed since it began"):
         prepare(rows[:-1], resuming=True)
+    assert {file: file.stat().st_mtime_ns for file in cache.rglob("*")} == made, "tokenised before it was refused"
     assert len(prepare(rows[:-1]).train) == 49
 
 
@@ -182,7 +201,7 @@ def test_a_big_data_set_is_not_held_in_memory(tmp_path: Path) -> None:
         stream.writelines(row for _ in range(20_000))
     size = (tmp_path / "big.jsonl").stat().st_size
     tracemalloc.start()
-    chats.check_chats([DataSource(path=tmp_path / "big.jsonl")])
+    assert sum(1 for _ in chats.chats(DataSource(path=tmp_path / "big.jsonl"))) == 20_000
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < size / 20
@@ -216,19 +235,3 @@ def test_a_real_data_set(name: str, prepare: Any, tokenizer: Any) -> None:
         for document in row["documents"]:
             said = [token for token in document["labels"] if token != -100]
             assert tokenizer.decode(said) == answers[document["id"]] + "<|im_end|>"
-
-
-def test_the_other_processes_wait_for_the_first(prepare: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    import threading
-
-    rows = [chat(n) for n in range(5)]
-    found: list[Any] = []
-    monkeypatch.setenv("RANK", "1")
-    waiting = threading.Thread(target=lambda: found.append(prepare(rows)))
-    waiting.start()
-    waiting.join(0.5)
-    assert not found
-    monkeypatch.setitem(os.environ, "RANK", "0")
-    prepare(rows)
-    waiting.join(30)
-    assert ids(found[0].train) == [str(n) for n in range(5)]

@@ -37,6 +37,29 @@ def test_what_fails_is_named_with_how_to_mend_it(sft_recipe: Path, tmp_path: Pat
     assert (found["machines"]["status"], found["machines"]["found"].partition(":")[0]) == ("FAIL", "1 of 2")
 
 
+def test_files_that_training_would_miss_are_found(sft_recipe: Path, tmp_path: Path) -> None:
+    missing, empty, kept = tmp_path / "missing.jsonl", tmp_path / "empty.jsonl", tmp_path / "kept.jsonl"
+    empty.touch()
+    kept.write_text("{}\n")
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_text('{"model_type": "mixtral"')
+    done = harness.mixfuse(
+        "doctor", sft_recipe, f"base={base}", f"out={tmp_path}/run", f"data=[{missing}, {empty}, {tmp_path}, {kept}]",
+        f"evaluation={{data: {tmp_path}/held-out.jsonl}}", f"deepspeed={tmp_path}/zero3.json", "--json",
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    found = report(done)
+    assert {name for name in ("base", "data", "deepspeed") if found[name]["status"] == "FAIL"} == {
+        "base", "data", "deepspeed",
+    }  # fmt: skip
+    for problem in (f"{missing}: no such file", f"{empty} is empty", f"{tmp_path}: the folder holds", "held-out.jsonl"):
+        assert problem in found["data"]["found"]
+    assert "kept" not in found["data"]["found"]
+    assert found["data"]["mend"]
+    assert "not valid JSON" in found["base"]["found"]
+
+
 def test_two_processes_compare_and_reach_each_other(sft_recipe: Path, tmp_path: Path) -> None:
     command = ["launch", "--local", "2", "doctor", sft_recipe, f"out={tmp_path}/run", "--nodes", "1", "--json"]
     done = harness.mixfuse(*command)
@@ -103,3 +126,26 @@ def test_a_recipe_that_is_wrong_is_one_line(sft_recipe: Path) -> None:
 @pytest.mark.parametrize("name", ["disk", "base"])
 def test_checks_of_a_recipe_are_left_out_without_one(name: str) -> None:
     assert name not in {check.name for check in doctor.local_checks(None)}
+
+
+def test_it_says_which_attention_a_run_takes(sft_recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from mixfuse.contracts.strict_yaml import load
+    from mixfuse.train.model import attention
+    from mixfuse.train.recipe import SftRecipe
+
+    def found(*overrides: str) -> tuple[str, str]:
+        (check,) = doctor._attention(load(sft_recipe, SftRecipe, ["packing=true", *overrides]))
+        return check.status, check.found
+
+    assert found() == ("ok", "varlen: each document by itself")
+    status, why = found("attention=flash_attention_2")
+    assert status == "FAIL" and "needs a GPU and dtype bfloat16; use auto, which is varlen here" in why
+    assert found("attention=sdpa", "max_length=16384")[0] == "note"
+    assert doctor._attention(None) == []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(attention, "is_flash_attn_2_available", lambda: True)
+    assert found("dtype=bfloat16") == ("ok", "flash_attention_2: flash-attn is installed")
+    assert "flash_attention_2 for packed chats" in doctor._attention(None)[0].found

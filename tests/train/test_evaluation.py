@@ -3,13 +3,15 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from train_harness import SFT_STEPS, Run
+from train_harness import SFT_STEPS, Run, train
 
 from mixfuse.contracts.files import write_jsonl
-from mixfuse.train.recipe import Evaluation
+from mixfuse.train.data.sources import shared_out, short_names
+from mixfuse.train.recipe import DataSource, Evaluation
 from mixfuse.train.stages.evaluation import KeepBest
 
 zero3 = pytest.mark.zero3
@@ -22,7 +24,7 @@ def held_out_loss(chats: Path, base: Path, adapter: Path | None = None) -> tuple
     from transformers import MixtralForCausalLM
 
     from mixfuse.train.data.loss_mask import encode
-    from mixfuse.train.model.load import load_tokenizer
+    from mixfuse.train.model.tokenizer import load_tokenizer
 
     model = MixtralForCausalLM.from_pretrained(base, dtype=torch.float32)
     if adapter is not None:
@@ -87,6 +89,50 @@ def test_the_saved_adapter_has_the_loss_of_its_evaluation(stopped_early: Run, ru
     assert loss == pytest.approx(stopped_early.record["metrics"]["best_eval_loss"], rel=1e-4)
 
 
+@zero3
+@pytest.mark.parametrize("stage", ["sft", "judge"])
+def test_each_data_sets_loss_is_reported(stage: str, request: Any, runs: Path, tiny_base: Path, tmp_path: Path) -> None:
+    """What one set teaches, another may forget; a limit takes from all."""
+    recipe = request.getfixturevalue(f"{stage}_recipe")
+    rows = (runs / ("held_out.jsonl" if stage == "sft" else "pairs.jsonl")).read_text().splitlines(keepends=True)
+    few, many = tmp_path / "few.jsonl", tmp_path / "many.jsonl"
+    few.write_text("".join(rows[:2]))
+    many.write_text("".join(rows[2:]))
+    steps = "optimizer={steps: 1, batch_size: 4, micro_batch: 2, learning_rate: 0.01, warmup_steps: 0}"
+    data = f"evaluation={{data: [{few}, {many}], every: 1, limit: {4 if stage == 'sft' else 8}}}"
+    run = train(stage, recipe, f"out={tmp_path}/run", "processes=2", steps, data)
+    for row in run.evaluations:
+        assert {name for name in row if name.startswith("eval_loss/")} == {"eval_loss/few", "eval_loss/many"}
+    first = run.evaluations[0]
+    if stage == "sft":
+        for path, count in ((few, 2), (many, 2)):
+            head = tmp_path / f"{path.stem}.head.jsonl"
+            head.write_text("".join(path.read_text().splitlines(keepends=True)[:count]))
+            loss, _ = held_out_loss(head, tiny_base)
+            assert first[f"eval_loss/{path.stem}"] == pytest.approx(loss, rel=1e-5)
+    else:  # one pair of `few`, three of `many`
+        parts = first["eval_loss/few"] + 3 * first["eval_loss/many"]
+        assert first["eval_loss"] == pytest.approx(parts / 4, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("limit", "counts", "taken"),
+    [(None, [3, 9], [3, 9]), (6, [9, 9], [3, 3]), (8, [2, 9], [2, 6]), (7, [9, 1, 9], [3, 1, 3]), (1, [5, 5], [1, 1]),
+     (100, [3, 4], [3, 4])],
+)  # fmt: skip
+def test_a_limit_takes_from_every_set(limit: int | None, counts: list[int], taken: list[int]) -> None:
+    assert shared_out(limit, counts) == taken
+
+
+def test_sets_of_equal_names_are_told_apart() -> None:
+    sources = [
+        DataSource(path=Path("a/chats.jsonl")),
+        DataSource(hub="owner/chats"),
+        DataSource(path=Path("b/x.parquet")),
+    ]
+    assert short_names(sources) == ["chats", "chats-2", "x"]
+
+
 @pytest.fixture
 def alone(tmp_path: Path) -> Iterator[None]:
     """A process group of this process only."""
@@ -112,7 +158,7 @@ def test_patience_counts_on_over_a_resumed_run(tmp_path: Path) -> None:
     def stop_step(resumed_at: int) -> int:
         rows: list[dict[str, Any]] = [{"step": n + 1, "eval_loss": loss} for n, loss in enumerate(losses)]
         write_jsonl(tmp_path / "metrics.jsonl", rows)  # rows beyond the checkpoint too, as a killed run leaves them
-        callback = KeepBest(None, evaluation, tmp_path)
+        callback = KeepBest(None, SimpleNamespace(out=tmp_path), evaluation)
         callback.on_train_begin(None, Lights(resumed_at), None)
         for step, loss in enumerate(losses, start=1):
             control = Lights()

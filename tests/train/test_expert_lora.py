@@ -22,7 +22,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from mixfuse.contracts.errors import MixfuseError
-from mixfuse.train.model import expert_lora
+from mixfuse.train.model import expert_lora, expert_products
 
 Chosen = dict[int, tuple[int, ...]]
 GATE_UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
@@ -139,7 +139,7 @@ def test_experts_without_tokens(base: Path) -> None:
 def test_one_grouped_product_equals_the_loop(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a GPU runs, with the same calls on the CPU."""
     ours, theirs = adapted(base, ours=True), adapted(base, ours=False)
-    monkeypatch.setattr(expert_lora, "_has_grouped_product", lambda *_: True)
+    monkeypatch.setattr(expert_products, "_has_grouped_product", lambda *_: True)
     assert_same(ours, theirs, tokens())
 
 
@@ -186,7 +186,7 @@ def test_gradients_accumulate_as_pefts_do(base: Path) -> None:
 @pytest.mark.parametrize("chosen", [CHOSEN, {1: (2,)}], ids=["some", "one layer"])
 def test_untouched_experts(base: Path, chosen: Chosen, grouped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """As PEFT with zeros for their factors; and nothing is allocated or trained for them."""
-    monkeypatch.setattr(expert_lora, "_has_grouped_product", lambda *_: grouped)
+    monkeypatch.setattr(expert_products, "_has_grouped_product", lambda *_: grouped)
     ours = adapted(base, ours=True, chosen=chosen)
     expert_lora.assert_in_force(ours)
     theirs = get_peft_model(load(base, "grouped_mm"), lora_config(ours=False))
@@ -247,8 +247,8 @@ def small_problem(dropout: float, dtype: torch.dtype) -> tuple[Callable[..., tor
     def run(x: torch.Tensor, gates: torch.Tensor, *factors: torch.Tensor) -> torch.Tensor:
         torch.manual_seed(0)
         lora = {
-            "gate_up_proj": expert_lora.Factors(factors[0], factors[1], 0.5, (0, 2, 3), dropout),
-            "down_proj": expert_lora.Factors(factors[2], factors[3], 0.7, (0, 1), dropout),
+            "gate_up_proj": expert_products.Factors(factors[0], factors[1], 0.5, (0, 2, 3), dropout),
+            "down_proj": expert_products.Factors(factors[2], factors[3], 0.7, (0, 1), dropout),
         }
         return expert_lora.experts_forward(experts, x, index, gates, lora)
 
@@ -265,10 +265,10 @@ def test_every_gradient_is_the_derivative(dropout: float) -> None:
 
 def test_one_grouped_product_equals_the_loop_with_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
     """Under masks that depend on the input alone: by nature the two draw them in other portions."""
-    monkeypatch.setattr(expert_lora._Lora, "mask", lambda _, x: (x.detach() > 0).to(x.dtype) * 2)
+    monkeypatch.setattr(expert_products._Lora, "mask", lambda _, x: (x.detach() > 0).to(x.dtype) * 2)
     results = []
     for grouped in (False, True):
-        monkeypatch.setattr(expert_lora, "_has_grouped_product", lambda *_, grouped=grouped: grouped)
+        monkeypatch.setattr(expert_products, "_has_grouped_product", lambda *_, grouped=grouped: grouped)
         run, inputs = small_problem(0.5, torch.float32)
         output = run(*inputs)
         results.append([output.detach(), *torch.autograd.grad(output.square().sum(), inputs)])

@@ -22,7 +22,8 @@ from mixfuse.contracts.strict_yaml import load
 from mixfuse.train.adapters.export import export
 from mixfuse.train.model import choose_experts
 from mixfuse.train.model.choose_experts import Load
-from mixfuse.train.model.load import load_base, load_tokenizer
+from mixfuse.train.model.load import load_base
+from mixfuse.train.model.tokenizer import load_tokenizer
 from mixfuse.train.processes.checkpoint import last_checkpoint
 from mixfuse.train.recipe import JudgeRecipe, Lora, SftRecipe, kind_of, lora_parameters
 
@@ -133,13 +134,8 @@ def test_a_sample_is_drawn_with_the_seed_and_cut(recipe_path: Path, skewed_base:
     assert max(map(len, drawn)) == 6
     assert drawn == choose_experts.sample(data, tokenizer, recipe)
     assert drawn != choose_experts.sample(data, tokenizer, load(recipe_path, SftRecipe, ["max_length=6", "seed=1"]))
-    pair = {
-        "prompt": [{"role": "user", "content": "a"}],
-        "chosen": [{"role": "assistant", "content": "B"}],
-        "rejected": [{"role": "assistant", "content": "A"}],
-    }
-    (ids,) = choose_experts.sample([pair], tokenizer, load(recipe_path, SftRecipe, []))
-    assert tokenizer.decode(ids).rstrip().endswith("B<|im_end|>")
+    pair = {"prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [4]}
+    assert choose_experts.sample([pair], tokenizer, load(recipe_path, SftRecipe, [])) == [[1, 2, 3]]
 
 
 def test_parameters_are_counted_without_a_model(model: Any) -> None:

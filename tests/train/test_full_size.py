@@ -30,7 +30,7 @@ from mixfuse.contracts.families.mixtral import FAMILY as MIXTRAL
 from mixfuse.contracts.family import active_parameters, base_parameters
 from mixfuse.train.adapters.export import export
 from mixfuse.train.model import expert_lora
-from mixfuse.train.model.load import _Checkpoint, lora_config, mark_leaves
+from mixfuse.train.model.load import Checkpoint, lora_config, mark_leaves
 from mixfuse.train.planning import memory
 from mixfuse.train.recipe import Lora, lora_parameters
 
@@ -145,7 +145,7 @@ def test_the_first_forward_passes_all_layers(adapted: Any) -> None:
 def test_every_parameter_is_found_in_the_checkpoint_under_its_saved_names(base: Path) -> None:
     """The model has transformers 5's names, the file w1, w2, w3: each stored tensor has one place, none is left."""
     parameters = {name: parameter.shape for name, parameter in on_meta().named_parameters()}
-    checkpoint = _Checkpoint(base, family_of(base))
+    checkpoint = Checkpoint(base, family_of(base))
     checkpoint.check_names(parameters)  # names and shapes, and that none is left over
     left = saved_tensors()
     for name, shape in parameters.items():
@@ -162,7 +162,7 @@ def test_transformers_maps_the_saved_names_to_the_same_parameters(base: Path) ->
     for saved in saved_tensors():
         name, _ = rename_source_key(saved, renamings, converters)
         by_parameter.setdefault(name, set()).add(saved)
-    checkpoint = _Checkpoint(base, family_of(base))
+    checkpoint = Checkpoint(base, family_of(base))
     ours = {
         name: {key for _, key in checkpoint.pieces_of(name, parameter.shape)}
         for name, parameter in on_meta().named_parameters()

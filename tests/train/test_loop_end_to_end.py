@@ -44,7 +44,7 @@ async def store(place: Path, traces: list[Trace]) -> None:
     with opened(place) as database:
         kept = TraceStore(database, TraceConfig())
         for one in traces:
-            kept.add(one)
+            await kept.add(one)
         await kept.close()
 
 

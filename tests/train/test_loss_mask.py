@@ -1,6 +1,5 @@
 """The loss is on what the assistant must say, whatever the chat template; checked token by token."""
 
-import copy
 from typing import Any
 
 import pytest
@@ -17,8 +16,9 @@ MARKED = (
     "{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# As Mixtral 8x22B's: no header before an answer, and the system message stands in the *last* user turn, so that a
-# chat's beginning does not render as the beginning of the chat.
+# Where mistral-common puts things with the v3 tokenizer: no header before an answer, and the system message in the
+# *last* user turn, so that a chat's beginning does not render as the beginning of the chat. The templates that
+# Mistral publishes are in test_mistral_recipes.py.
 MISTRAL = (
     "{% set system = messages[0]['content'] if messages[0]['role'] == 'system' else '' %}{{ bos_token }}"
     "{% for m in messages %}{% if m['role'] == 'user' %}"
@@ -35,18 +35,6 @@ CHAT = [
     {"role": "user", "content": "Of coal?"},
     {"role": "assistant", "content": "Black"},
 ]
-
-
-@pytest.fixture(scope="module")
-def embedded() -> Any:
-    from mixfuse.train.model.embedded_base import load_embedded_tokenizer
-
-    return load_embedded_tokenizer()
-
-
-@pytest.fixture
-def tokenizer(embedded: Any) -> Any:
-    return copy.deepcopy(embedded)
 
 
 def learned(chat: list[dict[str, str]], tokenizer: Any, loss_on: Any = "all") -> list[list[str]]:
@@ -84,6 +72,37 @@ def test_a_template_with_marks_gives_the_same_labels(chat: Any, loss_on: Any, to
     assert unmarked.learns
     tokenizer.chat_template = MARKED
     assert encode(chat, tokenizer, loss_on) == unmarked
+
+
+@pytest.mark.parametrize("template", [None, MARKED, MISTRAL])
+def test_a_turn_that_is_not_to_be_learned_is_masked(template: str | None, tokenizer: Any) -> None:
+    """OpenAI's `weight: 0`; the other turns keep the labels that they have without it."""
+    tokenizer.chat_template = template or tokenizer.chat_template
+    everything = encode(CHAT, tokenizer, "all")
+    kept = encode(CHAT, tokenizer, "all", learned=[True, False, True])
+    assert kept.input_ids == everything.input_ids
+    gone = [token for token, label in zip(everything.labels, kept.labels, strict=True) if token != label]
+    assert tokenizer.decode(gone).strip() == f"Green, mostly{tokenizer.eos_token}".replace(
+        "mostly<", "mostly\n<" if template != MISTRAL else "mostly<"
+    )
+    assert encode(CHAT, tokenizer, "last", learned=[True, False, True]) == encode(CHAT, tokenizer, "last")
+    assert not encode(CHAT, tokenizer, "last", learned=[True, True, False]).learns
+
+
+def test_turns_that_follow_one_another_are_told_apart(tokenizer: Any) -> None:
+    tokenizer.chat_template = MISTRAL
+    chat = [CHAT[1], CHAT[2], {"role": "assistant", "content": "Yes"}]
+    learned_ids = encode(chat, tokenizer, "all", learned=[False, True]).labels
+    assert tokenizer.decode([label for label in learned_ids if label != IGNORED]).strip().startswith("Yes")
+
+
+def test_marks_that_do_not_tell_turns_apart_are_refused(tokenizer: Any) -> None:
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}"
+        "{{ eos_token }}{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
+    )
+    with pytest.raises(MixfuseError, match="marks 1 stretches for 2 turns"):
+        encode([CHAT[1], CHAT[2], CHAT[2]], tokenizer, "all", learned=[True, False])
 
 
 def test_a_template_without_headers_and_with_the_system_message_last(tokenizer: Any) -> None:

@@ -16,6 +16,7 @@ from transformers import MixtralForCausalLM
 
 from mixfuse.cli.entry import main
 from mixfuse.contracts import adapter as contract
+from mixfuse.contracts.adapter_weights import safetensors_header
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.families.mixtral import FAMILY as MIXTRAL
 from mixfuse.train.adapters import merge_into_base as merging
@@ -57,7 +58,7 @@ def test_every_file_is_the_bases_but_for_what_the_adapter_changes(half: tuple[Pa
     names = {path.name for path in base.iterdir()}
     assert {path.name for path in (tmp_path / "out").iterdir()} == names | {RECORD}
     for path in base.glob("*.safetensors"):
-        assert contract.safetensors_header(path) == contract.safetensors_header(tmp_path / "out" / path.name)
+        assert safetensors_header(path) == safetensors_header(tmp_path / "out" / path.name)
         before, after = load_file(path), load_file(tmp_path / "out" / path.name)
         for name, tensor in before.items():
             if name in changes:

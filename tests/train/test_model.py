@@ -15,7 +15,8 @@ from transformers import MixtralForCausalLM
 
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.families.mixtral import FAMILY as MIXTRAL
-from mixfuse.train.model.load import _Checkpoint, check_loaded, load_base, load_tokenizer, lora_config
+from mixfuse.train.model.load import Checkpoint, check_loaded, load_base, lora_config
+from mixfuse.train.model.tokenizer import load_tokenizer
 from mixfuse.train.recipe import Lora
 
 
@@ -70,9 +71,9 @@ def test_a_checkpoint_is_checked_by_name_and_shape_before_any_process_waits_for_
     shapes = {
         name: tuple(parameter.shape) for name, parameter in load_base(tiny_base, torch.float32).named_parameters()
     }
-    _Checkpoint(tiny_base, MIXTRAL).check_names(shapes)
+    Checkpoint(tiny_base, MIXTRAL).check_names(shapes)
     with pytest.raises(MixfuseError, match=message):
-        _Checkpoint(changed(edit), MIXTRAL).check_names(shapes)
+        Checkpoint(changed(edit), MIXTRAL).check_names(shapes)
 
 
 @pytest.mark.parametrize(

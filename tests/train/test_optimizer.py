@@ -27,7 +27,7 @@ def arguments(sft_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     def make(**optimizer: Any) -> TrainingArguments:
         keys = {"steps": 100, "batch_size": 24, "micro_batch": 4, **optimizer}
         recipe = load(sft_recipe, SftRecipe, [f"optimizer={keys}", f"out={tmp_path}", "seed=3", "data_seed=5"])
-        keywords = trainer_arguments(recipe)
+        keywords = trainer_arguments(recipe, recipe.optimizer.steps_over(1))
         for key in ("deepspeed", "max_length"):  # DeepSpeed needs processes; max_length is TRL's
             del keywords[key]
         monkeypatch.delenv("WORLD_SIZE")

@@ -1,5 +1,6 @@
 """Preference pairs: both orders, anonymous, fenced, split by prompt, through the judge protocol."""
 
+import contextlib
 import json
 import re
 import sys
@@ -138,7 +139,7 @@ def test_a_pool_with_nothing_to_prefer_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ({"id": "7", "prompt": "Q"}, r"pool.jsonl:1: missing key 'responses'"),
+        ({"id": "7", "prompt": "Q"}, r"pool.jsonl:1: no pool row, 'responses' is missing"),
         ({"id": "7", "prompt": "Q", "responses": "none"}, "row '7': responses must be"),
         (
             {"id": "7", "prompt": "Q", "responses": [{"model": "m", "text": "x", "correct": "yes"}]},
@@ -182,7 +183,7 @@ def test_the_real_pool_gives_pairs_of_every_usable_prompt(tmp_path: Path) -> Non
 def test_training_keeps_both_orders_of_a_pair_in_one_batch(tiny_base: Path, tmp_path: Path) -> None:
     """The data set is shuffled by pair, the same for one seed, and pairs that would lose their verdict are left out."""
     from mixfuse.train.data.pair_data import pairs_datasets
-    from mixfuse.train.model.load import load_tokenizer
+    from mixfuse.train.model.tokenizer import load_tokenizer
 
     entries = [row(number) for number in range(6)]
     entries[3]["prompt"] = "long " * 300
@@ -196,18 +197,45 @@ def test_training_keeps_both_orders_of_a_pair_in_one_batch(tiny_base: Path, tmp_
         )  # fmt: skip
         return list(pairs_datasets(recipe, tokenizer).train)
 
+    def answers(pair: dict[str, Any]) -> dict[str, str]:
+        text = tokenizer.decode(pair["prompt_ids"])
+        return dict(re.findall(r"^\[([AB]) \w+\]\n(.*)$", text, re.MULTILINE))
+
     rows = dataset()
     assert len(rows) == 10
     for one, other in zip(rows[::2], rows[1::2], strict=True):
-        assert one["chosen"] == other["rejected"]
-        assert shown(one)["A"] == shown(other)["B"]
+        assert one["chosen_ids"] == other["rejected_ids"]
+        assert answers(one)["A"] == answers(other)["B"]
     assert dataset() == rows
-    assert [content(pair) for pair in dataset(seed=3)] != [content(pair) for pair in rows]
+    assert [pair["prompt_ids"] for pair in dataset(seed=3)] != [pair["prompt_ids"] for pair in rows]
+
+
+def test_pairs_are_tokenised_as_trl_would(tiny_base: Path, judge_recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from datasets import Dataset
+    from trl import DPOTrainer
+    from trl.trainer import dpo_trainer
+
+    from mixfuse.train.data.pair_data import pairs_datasets
+    from mixfuse.train.model.tokenizer import load_tokenizer
+
+    monkeypatch.setattr(dpo_trainer, "global_then_local_main_first", contextlib.nullcontext)
+    recipe, tokenizer = load(judge_recipe, JudgeRecipe, ["evaluation=null"]), load_tokenizer(tiny_base)
+    (source,) = recipe.data
+    chats = [{key: row[key] for key in ("id", "prompt", "chosen", "rejected")} for row in pairs.read_pairs(source)]
+    arguments = type("Arguments", (), {"dataset_num_proc": None, "max_length": None})
+    trls = DPOTrainer._prepare_dataset(object(), Dataset.from_list(chats), tokenizer, arguments, "train")
+    ours = pairs_datasets(recipe, tokenizer).train
+    names = ["id", "prompt_ids", "chosen_ids", "rejected_ids"]
+
+    def texts(rows: Any) -> list[str]:
+        return sorted(json.dumps(row) for row in rows.select_columns(names))
+
+    assert texts(ours) == texts(trls)
 
 
 def test_no_pair_that_fits_is_an_error(tiny_base: Path, judge_recipe: Path) -> None:
     from mixfuse.train.data.pair_data import pairs_datasets
-    from mixfuse.train.model.load import load_tokenizer
+    from mixfuse.train.model.tokenizer import load_tokenizer
 
     recipe = load(judge_recipe, JudgeRecipe, ["max_length=20"])
     with pytest.raises(MixfuseError, match="no pair fits max_length 20"):
@@ -216,7 +244,7 @@ def test_no_pair_that_fits_is_an_error(tiny_base: Path, judge_recipe: Path) -> N
 
 def test_the_judge_mixes_and_holds_out_whole_pairs(tiny_base: Path, judge_recipe: Path, tmp_path: Path) -> None:
     from mixfuse.train.data.pair_data import pairs_datasets
-    from mixfuse.train.model.load import load_tokenizer
+    from mixfuse.train.model.tokenizer import load_tokenizer
 
     sources = []
     for name, count in (("small", 4), ("large", 40)):
@@ -225,16 +253,17 @@ def test_the_judge_mixes_and_holds_out_whole_pairs(tiny_base: Path, judge_recipe
         pairs.build(pool, tmp_path / f"{name}.jsonl", per_prompt=1, dev_share=0.0)
         sources.append({"path": str(tmp_path / f"{name}.jsonl"), "weight": 1 if name == "large" else 3})
     recipe = load(judge_recipe, JudgeRecipe, [f"data={json.dumps(sources)}", "evaluation={share: 0.3}"])
-    train, evaluation = pairs_datasets(recipe, load_tokenizer(tiny_base))
+    tokenizer = load_tokenizer(tiny_base)
+    train, evaluation = pairs_datasets(recipe, tokenizer)
     assert evaluation is not None
     for rows in (list(train), list(evaluation)):
         for one, other in zip(rows[::2], rows[1::2], strict=True):
             assert one["id"] == other["id"]
-            assert one["chosen"] == other["rejected"]
+            assert one["chosen_ids"] == other["rejected_ids"]
     sides = set(train["id"]), set(evaluation["id"])
     assert not sides[0] & sides[1]
     assert len(sides[0] | sides[1]) == 44
-    small = sum("the small set" in prompt[-1]["content"] for prompt in train["prompt"])
+    small = sum("the small set" in text for text in tokenizer.batch_decode(list(train["prompt_ids"])))
     assert 0.6 < small / len(train) < 0.9, "three of four rows should come from the small set"
 
 

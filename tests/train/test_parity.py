@@ -5,9 +5,11 @@ against a real vLLM is in tests/serve.
 """
 
 import asyncio
+import gc
 import json
 import platform
 import shutil
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -18,15 +20,17 @@ import pytest
 import torch
 import train_harness as harness
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import MixtralForCausalLM
 
 from mixfuse.contracts import adapter as contract
 from mixfuse.contracts import signing
 from mixfuse.contracts.adapter import PARITY_TOLERANCE, Parity
 from mixfuse.contracts.errors import MixfuseError
-from mixfuse.train.adapters import parity
+from mixfuse.train.adapters import layerwise, parity
 from mixfuse.train.adapters.export import export
-from mixfuse.train.model.load import load_tokenizer
+from mixfuse.train.adapters.layerwise import streams
+from mixfuse.train.model.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match")
 
@@ -130,7 +134,7 @@ def test_what_peft_said_is_stored_for_a_swap_to_ask_again(
     after = contract.verify(directory, base=contract.fingerprint(tiny_base))
     assert after.revision == before.revision
     assert contract.PROBES in after.files
-    assert (directory / contract.PROBES).stat().st_size < 10_000
+    assert (directory / contract.PROBES).stat().st_size < 40_000
     probes = contract.read_probes(directory)
     assert probes is not None
     assert probes.tolerance == PARITY_TOLERANCE
@@ -231,3 +235,78 @@ def test_weights_changed_while_parity_was_measured_are_not_blessed(directory: Pa
     parity.check(directory, good)
     with pytest.raises(MixfuseError, match="was changed after export"):
         contract.verify(directory)
+
+
+def whole(directory: Path, base: Path, prompts: list[list[int]]) -> list[list[list[float]]]:
+    """What PEFT says when it holds the whole model: under the adapter, of the base, and without the experts."""
+    model = parity.peft_model(directory, base)
+    found = [parity.logprobs(model, prompts)]
+    with model.disable_adapter():
+        found.append(parity.logprobs(model, prompts))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".mlp.experts." in name and ".lora_B." in name:
+                parameter.zero_()
+    return [*found, parity.logprobs(model, prompts)]
+
+
+@pytest.mark.parametrize("kind", ["fused", "per expert", "attention", "one layer"])
+def test_a_layer_at_a_time_says_what_the_whole_model_says(
+    kind: str, peft_adapter: Callable[..., Path], tiny_base: Path, tmp_path: Path
+) -> None:
+    source = peft_adapter(experts=kind != "attention")
+    if kind == "one layer":
+        source = Path(shutil.copytree(source, tmp_path / "source"))
+        weights = {
+            name: tensor for name, tensor in load_file(source / contract.WEIGHTS).items() if ".layers.1." in name
+        }
+        save_file(weights, source / contract.WEIGHTS, metadata={"format": "pt"})
+        config = json.loads((source / contract.CONFIG).read_text())
+        config["target_parameters"] = [f"layers.1.{name}" for name in config["target_parameters"]]
+        config["target_modules"] = [f"model.layers.1.self_attn.{name}" for name in config["target_modules"]]
+        (source / contract.CONFIG).write_text(json.dumps(config))
+    out = tmp_path / "out"
+    export(source, out, base=tiny_base)
+    if kind == "per expert":
+        shutil.rmtree(out / "peft")
+    prompts = [[5, 6, 7, 8, 9, 10], list(range(20, 90))]
+    found = streams(out, tiny_base, prompts)
+    expected = whole(out, tiny_base, prompts)
+    pairs = [(found.adapted, expected[0]), (found.base, expected[1])]
+    assert (found.no_experts is None) == (kind == "attention")
+    if found.no_experts is not None:
+        pairs.append((found.no_experts, expected[2]))
+    for hidden, said in pairs:
+        assert parity.worst_difference(found.logprobs(hidden, prompts), said) < 1e-4
+    assert parity.worst_difference(expected[0], expected[1]) > 0.01
+
+
+def test_no_more_than_one_layer_is_in_memory(
+    adapter_directory: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+    seen: list[int] = []
+    build = layerwise._Base.layer
+
+    def counted(self: Any, number: int) -> Any:
+        gc.collect()
+        seen.append(len(alive))
+        layer = build(self, number)
+        alive.add(layer)
+        return layer
+
+    monkeypatch.setattr(layerwise._Base, "layer", counted)
+    parity.reference(adapter_directory, tiny_base)
+    assert seen == [0, 0]
+
+
+def test_an_adapter_of_layers_that_the_base_does_not_have_is_refused(
+    adapter_directory: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(adapter_directory, tmp_path / "out"))
+    for folder in (out, out / "peft"):
+        weights = load_file(folder / contract.WEIGHTS)
+        save_file({name.replace(".layers.1.", ".layers.7."): tensor for name, tensor in weights.items()},
+                  folder / contract.WEIGHTS, metadata={"format": "pt"})  # fmt: skip
+    with pytest.raises(MixfuseError, match="weights for layer 7, which the base does not have"):
+        streams(out, tiny_base, [[5, 6, 7]])

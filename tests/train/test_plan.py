@@ -13,6 +13,7 @@ from peft import get_peft_model
 from train_harness import PROJECT, ZERO3, mixfuse
 from transformers import MixtralConfig, MixtralForCausalLM
 
+from mixfuse.app.planning import size
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.families import family_named, shape_of
 from mixfuse.contracts.family import base_parameters
@@ -20,6 +21,7 @@ from mixfuse.train.model import expert_lora
 from mixfuse.train.model.load import lora_config
 from mixfuse.train.planning import memory, training_plan
 from mixfuse.train.planning.memory import Batch
+from mixfuse.train.planning.zero3_gathers import replay
 from mixfuse.train.recipe import Lora, SftRecipe
 
 MODEL = PROJECT / "configs" / "mixtral-8x22b" / "model"
@@ -89,8 +91,9 @@ def test_the_experts_at_full_size_take_what_the_formulas_say(batch: Batch) -> No
 
 
 @pytest.mark.zero3
-def test_two_real_processes_hold_what_was_planned(tmp_path: Path) -> None:
-    """Base, LoRA, optimiser, gathers, activations, and the peak of all, within 5 %.
+@pytest.mark.parametrize("ahead", [False, True])
+def test_two_real_processes_hold_what_was_planned(ahead: bool, tmp_path: Path) -> None:
+    """Base, LoRA, optimiser, gathers, activations, and the peak of all, within 5 % (gathering ahead: 8 %).
 
     With reentrant checkpointing (TRL's choice) every process ends up with the whole base gathered: this fails then.
     """
@@ -101,15 +104,16 @@ def test_two_real_processes_hold_what_was_planned(tmp_path: Path) -> None:
     benchmark = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(benchmark)
     case = benchmark.Case("test", layers=4, hidden=64, inner=2048, experts=4, dtype="bfloat16", checkpointing=True)
+    case = case._replace(scaled=not ahead)
     recipe = benchmark.make_recipe(case, tmp_path)
     seen = benchmark.measure(case, recipe, 2, tmp_path / "facts.json")
     plan = benchmark.planned(case, recipe, 2, seen["body"]["shape"])
     rows = benchmark.compare(plan, seen)
     assert {"parameters", "optimizer", "gathered, most", "activations kept", "total, peak"} <= rows.keys()
     for name, (planned, measured) in rows.items():
-        assert planned == pytest.approx(measured, rel=0.05), name
+        assert planned == pytest.approx(measured, rel=0.08 if ahead else 0.05), name
     # The base is 4 blocks; no more than a block and what surrounds it is ever gathered.
-    assert seen["whole"]["peaks"]["gather"] < 0.7 * 2 * plan.base_parameters
+    assert (seen["whole"]["peaks"]["gather"] < 0.7 * 2 * plan.base_parameters) is not ahead
 
 
 def recipe_for(tmp_path: Path, **keys: Any) -> SftRecipe:
@@ -156,14 +160,106 @@ def test_activations_grow_with_the_batch_and_checkpointing_keeps_few(tmp_path: P
     assert longer.saved["planned"] == pytest.approx(2 * checkpointed.saved["planned"], rel=0.01)
 
 
-def test_dpo_runs_twice_the_sequences(tmp_path: Path) -> None:
+def judge_for(tmp_path: Path, **keys: Any) -> training_plan.JudgeRecipe:
     recipe = recipe_for(tmp_path)
-    keys = recipe.model_dump(exclude={"router_aux_loss_coef", "role"}, exclude_defaults=True)
-    judge = training_plan.JudgeRecipe.model_validate(
-        {key: keys[key] for key in keys if key in training_plan.JudgeRecipe.model_fields}
-    )
-    assert planned(judge).batch == Batch(2, 4096)
-    assert planned(judge).saved["planned"] == pytest.approx(2 * planned(recipe).saved["planned"], rel=0.01)
+    dumped = recipe.model_dump(exclude={"router_aux_loss_coef", "role"}, exclude_defaults=True)
+    shared = {key: dumped[key] for key in dumped if key in training_plan.JudgeRecipe.model_fields}
+    return training_plan.JudgeRecipe.model_validate({**shared, **keys})
+
+
+def test_a_verdict_is_one_sequence_and_a_rationale_two_and_a_reference(tmp_path: Path) -> None:
+    """What runs is planned: `train/stages/one_pass_dpo.py` runs a comparison's prompt once."""
+    verdict, rationale = planned(judge_for(tmp_path)), planned(judge_for(tmp_path, completion="rationale"))
+    sft = planned(recipe_for(tmp_path))
+    assert verdict.batch == sft.batch == Batch(1, 4096)
+    assert verdict.saved["planned"] == sft.saved["planned"]
+    assert rationale.batch == Batch(2, 4096)
+    assert rationale.saved["planned"] == pytest.approx(2 * sft.saved["planned"], rel=0.01)
+    forward_passes = [
+        training_plan.speed(plan, tflops=1, utilisation=1, bandwidth=1).flops_per_token for plan in (verdict, rationale)
+    ]
+    assert forward_passes[1] == pytest.approx(forward_passes[0] * 4 / 3), "a reference in each step"
+    assert rationale.gathered_numel > 1.2 * verdict.gathered_numel
+
+
+def test_the_references_pass_is_planned(tmp_path: Path) -> None:
+    """16 comparisons a pass, without gradients: at 8x22B that is the most that a judge's GPU holds."""
+    small, large = (planned(judge_for(tmp_path, reference_batch=rows)) for rows in (1, 16))
+    assert small.peak.name != "reference"
+    assert large.peak.name == "reference"
+    tokens = 16 * 4096
+    assert large.peak.workspace > 2 * tokens * 2 * (4 * 16384)
+    evaluated = planned(recipe_for(tmp_path, evaluation={"share": 0.1, "micro_batch": 32}))
+    assert evaluated.peak.name == "evaluation"
+
+
+def test_the_next_layer_is_on_its_way_while_a_moe_block_computes(tmp_path: Path) -> None:
+    """DeepSpeed's default of 1e9 live parameters is less than one block (2.42e9): it would gather nothing meanwhile."""
+    shape, lora = shape_of(LARGE), Lora(r=16)
+    plan = planned(recipe_for(tmp_path), nodes=2, reserve_bytes=4 * GIB)
+    assert plan.fits
+    assert plan.ahead == training_plan.AHEAD[0]
+    block = memory.moe_block_parameters(shape)
+
+    def held(zero3: Any) -> list[int]:
+        """What is gathered, or on its way, while each MoE block's forward pass computes, in elements."""
+        thresholds = training_plan.Zero3.of(zero3, shape.H).thresholds
+        visits = memory.visits(memory.modules(shape, lora), checkpointing=True)
+        return [
+            gathered.running
+            for gathered in replay(visits, thresholds, 16)
+            if gathered.visit.module.leaf and gathered.visit.phase == "forward"
+        ]
+
+    *inner, _ = held(plan.zero3)
+    assert min(inner) > 2 * block, "the next block is not on its way"
+    zero3 = json.loads(ZERO3.read_text())
+    zero3["zero_optimization"] |= dict.fromkeys(training_plan.GATHERING[1:], 10**9)
+    zero3["zero_optimization"][training_plan.GATHERING[0]] = int(0.9 * shape.H**2)
+    assert max(held(zero3)) < 2 * block
+
+
+def test_gathering_ahead_takes_the_room_that_is_there(tmp_path: Path) -> None:
+    recipe, zero3 = recipe_for(tmp_path), json.loads(ZERO3.read_text())
+    totals = []
+    for number, name in enumerate(training_plan.AHEAD):
+        settings = training_plan.filled(zero3, training_plan.gathering(shape_of(LARGE), recipe.lora, number))
+        needed = training_plan.plan(recipe, LARGE, settings, training_plan.Hardware(1, 8, 80 * GIB)).gpu_total
+        plan = training_plan.plan(recipe, LARGE, zero3, training_plan.Hardware(1, 8, needed))
+        assert (plan.ahead, plan.gpu_total, plan.fits) == (name, needed, True)
+        totals.append(needed)
+    assert totals == sorted(set(totals), reverse=True), "each takes less than the one before"
+    short = training_plan.plan(recipe, LARGE, zero3, training_plan.Hardware(1, 8, totals[-1] - 1))
+    assert (short.ahead, short.fits) == (training_plan.AHEAD[-1], False)
+
+
+def test_a_users_own_numbers_stay(tmp_path: Path) -> None:
+    zero3 = {"zero_optimization": {"stage": 3, "stage3_max_live_parameters": 7}}
+    plan = training_plan.plan(recipe_for(tmp_path), LARGE, zero3, training_plan.Hardware(1, 8, 80 * GIB))
+    assert (plan.ahead, plan.zero3) == (None, zero3)
+    zero3["zero_optimization"]["stage3_prefetch_bucket_size"] = "auto"
+    plan = training_plan.plan(recipe_for(tmp_path), LARGE, zero3, training_plan.Hardware(1, 8, 80 * GIB))
+    assert plan.zero3["zero_optimization"]["stage3_max_live_parameters"] == 7
+    assert plan.zero3["zero_optimization"]["stage3_prefetch_bucket_size"] > 2e9
+
+
+def test_training_gets_the_planned_settings(
+    tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mixfuse.train.stages.core import deepspeed_config
+
+    config = deepspeed_config(recipe_for(tmp_path, base=tiny_base))
+    zero = config["zero_optimization"]
+    assert all(isinstance(zero[key], int) for key in training_plan.GATHERING)
+    shape = shape_of(json.loads((tiny_base / "config.json").read_text()))
+    assert zero["stage3_max_live_parameters"] > 2 * memory.moe_block_parameters(shape)
+    assert f"ZeRO-3 gathers ahead: {training_plan.AHEAD[0]}" in capsys.readouterr().out
+
+
+def test_the_judges_head_is_planned_by_the_rows_that_run() -> None:
+    from mixfuse.train.stages.one_pass_dpo import HEAD_ROWS
+
+    assert memory.HEAD_ROWS == HEAD_ROWS
 
 
 def test_offloading_moves_bytes_to_the_host(tmp_path: Path) -> None:
@@ -221,7 +317,7 @@ def test_the_command_says_what_is_wrong(tmp_path: Path) -> None:
     for arguments, message in (
         ([], "no config.json in"),
         (["--model", str(MODEL), "--gpu-memory", "much"], "'much' is not a size"),
-        (["--nodes", "0"], "at least 1"),
+        (["--model", str(MODEL), "--gpu-memory", "80"], "write the unit: 80GiB"),
         (["optimizer.steps=x"], "'optimizer.steps'"),
     ):
         done = mixfuse("plan", recipe, *arguments)
@@ -229,3 +325,84 @@ def test_the_command_says_what_is_wrong(tmp_path: Path) -> None:
         assert message in done.stderr
         assert done.stderr.count("\n") == 1
         assert not re.search("Traceback", done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("80GiB", 80 << 30), ("80GB", 80 * 10**9), ("80g", 80 * 10**9), ("1.5 TiB", 3 << 39), ("85899345920", 80 << 30)],
+)
+def test_a_size_is_read(text: str, count: int) -> None:
+    assert size("--gpu-memory", text) == count
+
+
+@pytest.mark.parametrize(
+    "text", ["80", "0", "0GiB", "640", "-1GiB", "1e3GiB", "9" * 400, "99999999999TiB", "", "GiB", "\u0668\u0660GiB"]
+)
+def test_a_size_that_no_memory_has_is_refused(text: str) -> None:
+    with pytest.raises(MixfuseError, match="--gpu-memory"):
+        size("--gpu-memory", text)
+
+
+def test_a_bare_number_is_told_its_unit() -> None:
+    with pytest.raises(MixfuseError, match="counts bytes; write the unit: 80GiB or 80GB"):
+        size("--gpu-memory", "80")
+    assert size("--reserve", "0", zero=True) == 0
+
+
+ODD: list[tuple[str, Any]] = [
+    ("num_hidden_layers", 10**9), ("num_hidden_layers", 0), ("num_local_experts", 10**12), ("hidden_size", 10**30),
+    ("hidden_size", "4096"), ("hidden_size", None), ("vocab_size", 1.5), ("vocab_size", True), ("head_dim", 0),
+    ("num_attention_heads", 0), ("num_key_value_heads", 0), ("num_key_value_heads", 7), ("num_experts_per_tok", 99),
+    ("intermediate_size", [1]), ("model_type", ["mixtral"]), ("model_type", None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "value"), ODD)
+def test_a_size_that_no_model_has_is_refused_by_name(key: str, value: Any) -> None:
+    with pytest.raises(MixfuseError, match=key.replace("model_type", "model type")):
+        shape_of({**LARGE, key: value})
+
+
+@pytest.mark.parametrize("config", [[], None, 3, "x"])
+def test_a_config_that_is_no_object_is_refused(config: Any) -> None:
+    with pytest.raises(MixfuseError, match="no JSON object"):
+        shape_of(config)
+
+
+@pytest.mark.parametrize(("key", "value"), [("hidden_act", "nope"), ("rms_norm_eps", "x"), ("pad_token_id", 10**12)])
+def test_a_value_that_makes_no_model_is_one_line(key: str, value: Any) -> None:
+    with pytest.raises(MixfuseError, match="builds no model"):
+        training_plan.count_on_meta({**LARGE, "num_hidden_layers": 1, key: value})
+
+
+@pytest.mark.parametrize(
+    "zero",
+    [[], "x", {"reduce_bucket_size": "much"}, {"reduce_bucket_size": float("inf")}, {"offload_param": "cpu"},
+     {"offload_param": {"device": "nvme", "buffer_count": "x"}}, {"stage3_prefetch_bucket_size": -1}],
+)  # fmt: skip
+def test_odd_settings_of_deepspeed_are_refused_by_name(zero: Any, tmp_path: Path) -> None:
+    with pytest.raises(MixfuseError, match="deepspeed: "):
+        training_plan.Zero3.of({"zero_optimization": zero}, 4096)
+
+
+def test_a_plan_that_does_not_fit_exits_with_1(tmp_path: Path) -> None:
+    tiny = Path(__file__).parents[2] / "configs" / "tiny"
+    for arguments, status, told in (
+        (["serve.yaml", "--device", "cpu", "--host-memory", "2GiB"], 1, "does NOT fit: 1 process of"),
+        (["serve.yaml", "--device", "cpu", "--host-memory", "64GiB"], 0, "fits"),
+        (["serve.yaml", "--device", "cpu"], 0, "--host-memory was not given"),
+        (["serve.yaml", "--gpu-memory", "100MiB"], 1, "does NOT fit"),
+        (["serve.yaml", "--gpu-memory", "100MiB", "--header"], 1, "left for keys and values"),
+        (["serve.yaml", "--host-memory", "64GiB"], 0, "of pinned memory for cached adapters"),
+        (["serve.yaml", "--host-memory", "1MiB"], 1, "lower engine.max_cpu_loras"),
+        (["serve.yaml", "engine.dtype=float32"], 1, "vLLM's kernels for LoRA on GPUs take bfloat16 and float16"),
+        (["serve.yaml", "--tflops", "3"], 2, "--tflops changes nothing"),
+        (["domain_sft.yaml", "--concurrency", "3"], 2, "--concurrency changes nothing"),
+        (["serve.yaml", f"engine.max_model_len={'9' * 400}"], 2, "is too large"),
+        (["serve.yaml", "engine.extra_args=[--tensor-parallel-size=0]"], 2, "a parallel size is from 1"),
+        (["serve.yaml", "engine.extra_args=[--gpu-memory-utilization=nan]"], 2, "is not a number above 0"),
+    ):
+        done = mixfuse("plan", tiny / arguments[0], *arguments[1:])
+        assert done.returncode == status, (arguments, done.stdout, done.stderr)
+        assert told in done.stdout + done.stderr
+        assert "Traceback" not in done.stderr

@@ -6,8 +6,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
 import yaml
+from pyarrow import parquet
 from train_harness import PROJECT, write_jsonl
 
 from mixfuse.app import preferences
@@ -149,14 +151,144 @@ def test_ties_and_labels_without_a_majority_are_counted_not_used(tmp_path: Path)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"label": "C"}, r"labels.jsonl:1: .*label one of A, B, tie"),
-        ({"response_a": "text"}, r"labels.jsonl:1: response_a and response_b"),
+        ({"label": "C"}, r"labels.jsonl:1: .*write A, B or tie"),
+        ({"response_a": 1}, r"labels.jsonl:1: expected text"),
         ({"votes": "many"}, r"labels.jsonl:1: votes must be"),
     ],
 )
 def test_a_label_of_another_shape_is_named(change: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(MixfuseError, match=message):
         read(tmp_path / "labels.jsonl", [{**label("1?", "A"), **change}], kind="labels")
+
+
+PUBLIC = [
+    {"prompt": f"Name sea {n}.", "prompt_id": f"p{n}", "chosen": f"sea {n}", "rejected": f"town {n}"} for n in range(6)
+]
+
+
+def test_public_preferences_are_built_into_pairs_without_a_spec(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "list.json").write_text(json.dumps(PUBLIC))
+    for data in (write_jsonl(tmp_path / "d.jsonl", PUBLIC), tmp_path / "list.json"):
+        out = tmp_path / "built" / f"{data.stem}.jsonl"
+        assert main(["pairs", "build", str(data), "--out", str(out), "--dev-share", "0"]) == 0
+        assert "12 training rows" in capsys.readouterr().out
+        pairs = read_pairs(out)
+        assert len({row["id"] for row in pairs}) == 6
+        (source,) = read_json(out.with_name(f"{data.stem}.card.json"))["sources"]
+        assert source["read"]["rows of chosen and rejected answers"] == 6
+
+
+def test_public_preferences_are_read_from_shards_and_tables(tmp_path: Path) -> None:
+    table = ["prompt,chosen,rejected", *(f"{row['prompt']},{row['chosen']},{row['rejected']}" for row in PUBLIC)]
+    (tmp_path / "d.csv").write_text("\n".join(table))
+    for number in (0, 1):
+        write_jsonl(tmp_path / f"shard-{number}.jsonl", PUBLIC[number::2])
+    for path in (tmp_path / "d.csv", tmp_path / "shard-*.jsonl"):
+        card = preferences.build(read_spec(path, {"dev_share": 0.0}), tmp_path / "out.jsonl", progress=False)
+        assert card["train_pairs"] == 12
+    with pytest.raises(MixfuseError, match="would be overwritten"):
+        preferences.build(read_spec(tmp_path / "shard-*.jsonl", {}), tmp_path / "shard-0.jsonl", progress=False)
+
+
+def test_a_column_that_is_not_read_spoils_no_table(tmp_path: Path) -> None:
+    columns = {key: pyarrow.array([row[key] for row in PUBLIC]) for key in ("prompt", "chosen", "rejected")}
+    columns["note"] = pyarrow.array([b"\xff"] * len(PUBLIC)).view(pyarrow.string())
+    columns["when"] = pyarrow.array([253402300800000000] * len(PUBLIC), pyarrow.timestamp("us"))
+    parquet.write_table(pyarrow.table(columns), tmp_path / "d.parquet")
+    card = preferences.build(
+        read_spec(tmp_path / "d.parquet", {"dev_share": 0.0}), tmp_path / "o.jsonl", progress=False
+    )
+    assert card["train_pairs"] == 12
+    assert len(read_pairs(tmp_path / "d.parquet")) == 12
+    columns["chosen"] = columns["note"]
+    parquet.write_table(pyarrow.table(columns), tmp_path / "d.parquet")
+    with pytest.raises(MixfuseError, match="row 0: a value cannot be read: it is not UTF-8 text"):
+        read_pairs(tmp_path / "d.parquet")
+
+
+def test_the_judge_trains_on_public_preferences_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tie = {**PUBLIC[0], "score_chosen": 1, "score_rejected": 1}
+    rows = read_pairs(write_jsonl(tmp_path / "d.jsonl", [*PUBLIC, tie, {**PUBLIC[0], "chosen": " "}]))
+    assert len(rows) == 12
+    assert {row["id"] for row in rows[::2]} == {row["id"] for row in rows[1::2]}
+    assert "sea 0" in rows[0]["prompt"][-1]["content"]
+    said = capsys.readouterr().out
+    assert "8 rows of chosen and rejected answers; left out: ties 1, empty answers 1; 6 pairs in both orders" in said
+    with pytest.raises(MixfuseError, match="no pair is left to train on"):
+        read_pairs(write_jsonl(tmp_path / "ties.jsonl", [tie]))
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"messages": [{"role": "user", "content": "x"}]}, "a chat to train on"),
+        ({"prompt": "p", "responses": []}, "mixfuse pairs build"),
+        ({"prompt": "p", "completion": "x", "label": False}, "KTO"),
+    ],
+)
+def test_a_file_that_holds_no_pairs_is_named_for_the_judge(row: dict[str, Any], words: str, tmp_path: Path) -> None:
+    with pytest.raises(MixfuseError, match=rf"d\.jsonl:1: .*{words}"):
+        read_pairs(write_jsonl(tmp_path / "d.jsonl", [row]))
+
+
+def test_a_pool_source_names_what_another_file_is(tmp_path: Path) -> None:
+    with pytest.raises(MixfuseError, match=r"d.jsonl:1: no pool row, 'responses' is missing: .*kind: labels"):
+        read(tmp_path / "d.jsonl", PUBLIC, kind="pool")
+    with pytest.raises(MixfuseError, match="'verifier' marks nothing"):
+        read(tmp_path / "d.jsonl", PUBLIC, verifier="exact", kind="labels")
+    row = pool_row(1, "two", "three")
+    del row["id"]
+    for response in row["responses"]:
+        response["correct"] = response["text"] == "two"
+    found, _ = read(tmp_path / "d.jsonl", [row])
+    assert [one.better for one in found] == ["two"]
+
+
+@pytest.mark.parametrize("kind", ["pool", "synthetic", "references"])
+def test_half_a_character_is_one_line_with_its_place(kind: str, tmp_path: Path) -> None:
+    row = pool_row(1, "two", "three", reference="two")
+    for response in row["responses"]:
+        response["correct"] = response["text"] == "two"
+    with pytest.raises(MixfuseError, match=r"d.jsonl:2: a text holds half a character"):
+        read(tmp_path / "d.jsonl", [row, {**row, "prompt": "What is it \ud83d?"}], kind=kind)
+
+
+def test_nothing_to_prefer_says_what_was_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ties = [{"prompt": "p", "response_a": "x", "response_b": "y", "winner": "tie (bothbad)"}]
+    data = write_jsonl(tmp_path / "d.jsonl", ties)
+    assert main(["pairs", "build", str(data), "--out", str(tmp_path / "out.jsonl")]) == 2
+    said = capsys.readouterr().err
+    assert "rows of two answers with a winner 1, ties 1" in said
+    assert "nothing to prefer" in said
+
+
+@pytest.mark.parametrize("name", ["d.jsonl", "d.dev.jsonl", "link.jsonl"])
+def test_pairs_are_never_written_over_what_they_are_built_from(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_jsonl(tmp_path / ("d.jsonl" if name == "link.jsonl" else name), PUBLIC)
+    (tmp_path / "link.jsonl").symlink_to(data)
+    before = data.read_bytes()
+    out = tmp_path / ("link.jsonl" if name == "link.jsonl" else "d.jsonl")
+    assert main(["pairs", "build", str(data), "--out", str(out)]) == 2
+    assert "would be overwritten" in capsys.readouterr().err
+    assert data.read_bytes() == before
+
+
+def test_tasks_are_never_written_over_their_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tasks = tmp_path / "tasks.yaml"
+    tasks.write_bytes((PROJECT / "configs" / "tiny" / "tasks.yaml").read_bytes())
+    assert main(["tasks", "make", str(tasks), "--out", str(tasks), "--count", "1"]) == 2
+    assert "would be overwritten" in capsys.readouterr().err
+    assert tasks.read_bytes() == (PROJECT / "configs" / "tiny" / "tasks.yaml").read_bytes()
+
+
+def test_prompts_of_public_comparisons_are_kept_from_training(tmp_path: Path) -> None:
+    text = "\n\nHuman: Name a sea.\n\nAssistant:"
+    shapes = [{"chosen": f"{text} North", "rejected": f"{text} Bonn"}, {"prompt": "p", "chosen": "x", "rejected": "x"}]
+    assert read_prompts(write_jsonl(tmp_path / "rows.jsonl", shapes)) == ["Name a sea.", "p"]
 
 
 def test_synthetic_answers_are_worse_and_say_what_was_done_to_them(tmp_path: Path) -> None:

@@ -7,17 +7,19 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
 import train_harness as harness
-from train_harness import Run
+from train_harness import SFT_STEPS, Run
 
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.files import write_json
 from mixfuse.contracts.strict_yaml import load
+from mixfuse.train.processes import whole_state
 from mixfuse.train.processes.checkpoint import WHOLE, check_resume, last_checkpoint, mark
 from mixfuse.train.recipe import SftRecipe
 
@@ -57,13 +59,15 @@ def dropout_recipe(tiny_base: Path, runs: Path) -> Path:
     return harness.sft_recipe(folder, base, lora={"r": 4, "alpha": 16, "dropout": 0.1, "experts": {0: [0, 1], 1: [3]}})
 
 
-def options(out: Path) -> list[str]:
+def _options(out: Path) -> list[str]:
     return [f"out={out}", "processes=2", f"optimizer.steps={STEPS}", f"save_every={SAVE_EVERY}"]
 
 
-def cut_off(recipe: Path, out: Path, number: signal.Signals, *, after: int) -> CutOff:
+def cut_off(
+    recipe: Path, out: Path, number: signal.Signals, *, after: int, options: Sequence[str] | None = None
+) -> CutOff:
     """Starts a run and sends it a signal once a step is logged: SIGKILL to all its processes, others to the first."""
-    command = [sys.executable, "-m", "mixfuse", "train", "sft", str(recipe), *options(out)]
+    command = [sys.executable, "-m", "mixfuse", "train", "sft", str(recipe), *(options or _options(out))]
     log = out.with_suffix(f".{number.name}.log")
     with log.open("w") as stream:
         parent = subprocess.Popen(command, env=harness.ENVIRONMENT, stdout=stream, stderr=subprocess.STDOUT)
@@ -89,7 +93,7 @@ def _last_step(out: Path) -> int:
 
 @pytest.fixture(scope="session")
 def uninterrupted(dropout_recipe: Path, runs: Path) -> Run:
-    return harness.train("sft", dropout_recipe, *options(runs / "uninterrupted"))
+    return harness.train("sft", dropout_recipe, *_options(runs / "uninterrupted"))
 
 
 @pytest.fixture(scope="session")
@@ -102,7 +106,7 @@ def interrupted(dropout_recipe: Path, runs: Path) -> Interrupted:
         cut_off(dropout_recipe, out, signal.SIGTERM, after=first),
         cut_off(dropout_recipe, out, signal.SIGKILL, after=second),
     ]
-    return Interrupted(cuts, harness.train("sft", dropout_recipe, *options(out)))
+    return Interrupted(cuts, harness.train("sft", dropout_recipe, *_options(out)))
 
 
 @pytest.mark.zero3
@@ -114,6 +118,9 @@ def test_sigterm_saves_the_step_and_ends_every_process(interrupted: Interrupted)
     step = int(stopped.checkpoint.name.removeprefix("checkpoint-"))
     assert stopped.after <= step <= stopped.after + 2, "it did not stop at the end of a step"
     assert f"stopped by SIGTERM after step {step} of {STEPS}, which is saved" in stopped.log
+    _, killed = interrupted.cuts
+    assert f"resuming from {stopped.checkpoint}: step {step + 1} of {STEPS} is next" in killed.log
+    assert "resuming" not in stopped.log
     assert "Traceback" not in stopped.log
 
 
@@ -166,11 +173,33 @@ def test_a_run_is_not_resumed_with_another_recipe(sft_recipe: Path, tmp_path: Pa
             _check(load(sft_recipe, SftRecipe, [out, change]))
 
 
-def test_another_world_size_is_refused_with_the_reason(sft_recipe: Path, tmp_path: Path) -> None:
+def test_another_world_size_is_refused_where_the_checkpoint_has_parts_alone(sft_recipe: Path, tmp_path: Path) -> None:
     out = f"out={tmp_path / 'run'}"
-    _begun(load(sft_recipe, SftRecipe, [out]))
-    with pytest.raises(MixfuseError, match="one ZeRO-3 part for each process; start 1, or choose another"):
+    checkpoint = _begun(load(sft_recipe, SftRecipe, [out]))
+    with pytest.raises(MixfuseError, match=r"one ZeRO-3 part for each process.*start 1, or choose another"):
         _check(load(sft_recipe, SftRecipe, [out, "processes=2"]))
+    (checkpoint / whole_state.FILE).write_bytes(b"x")
+    mark(checkpoint, processes=1)
+    _check(load(sft_recipe, SftRecipe, [out, "processes=2", "optimizer.micro_batch=1"]))
+    with pytest.raises(MixfuseError, match="whose 'optimizer' is"):
+        _check(load(sft_recipe, SftRecipe, [out, "processes=2", "optimizer.learning_rate=1"]))
+
+
+@pytest.mark.zero3
+def test_one_process_goes_on_where_two_were_stopped(sft_recipe: Path, runs: Path, sft_by_one: Run) -> None:
+    out = runs / "fewer"
+    cut = cut_off(sft_recipe, out, signal.SIGTERM, after=2, options=[f"out={out}", "processes=2"])
+    assert cut.checkpoint is not None
+    begun = int(cut.checkpoint.name.removeprefix("checkpoint-"))
+    run = harness.train("sft", sft_recipe, f"out={out}", "processes=1")
+    assert [row["step"] for row in run.steps] == list(range(1, SFT_STEPS + 1))
+    assert [row["step"] for row in run.steps if row["time"] < cut.ended_at][-1] == begun < SFT_STEPS
+    # Equal weights, moments, rates and examples: any of them missing shows in the losses of the steps after.
+    assert run.series("loss") == pytest.approx(sft_by_one.series("loss"), rel=1e-4)
+    assert run.series("learning_rate") == sft_by_one.series("learning_rate")
+    weights = run.weights()
+    for name, weight in sft_by_one.weights().items():
+        assert (weights[name] - weight).abs().max() <= 1e-3 * weight.abs().max(), name
 
 
 def test_a_run_is_not_resumed_where_that_is_forbidden(sft_recipe: Path, tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ def print_difference(difference: Difference) -> None:
     for layer, cells in groups.items():
         table.add_row(str(layer), *[_cell(cells.get(column)) for column in columns])
     # In a file or a pipe, the table is as wide as it needs to be.
-    console = Console()
+    console = Console(markup=False, emoji=False)
     console = console if console.is_terminal else Console(width=max(120, 12 + 24 * len(columns)))
     console.print(facts)
     console.print(table)

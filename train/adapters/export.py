@@ -8,15 +8,22 @@ the family's checkpoints, the same adapter works in vLLM and in plain PEFT.
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from mixfuse.contracts import adapter as contract
 from mixfuse.contracts import judge_protocol, model_card
 from mixfuse.contracts.adapter import Fingerprint, Manifest, Probes
+from mixfuse.contracts.adapter_weights import check_directory
+from mixfuse.contracts.agreement import effect_in
+from mixfuse.contracts.bounded_json import read_object
 from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.families import family_of
 from mixfuse.contracts.files import atomic_directory, read_json, write_json, write_text
+from mixfuse.contracts.peft_config import MOST_CONFIG_BYTES
 from mixfuse.contracts.strict_yaml import validate
+from mixfuse.train.adapters import foreign
 from mixfuse.train.adapters.layouts import Layout, convert
+from mixfuse.train.adapters.pairing import Order
 from mixfuse.train.adapters.saving import check_weights, library_versions
 
 
@@ -27,6 +34,7 @@ def export(
     base: Path | None = None,
     role: str | None = None,
     full_hash: bool = False,
+    columns: Order | None = None,
 ) -> Manifest:
     """Writes an adapter directory, whole or not at all.
 
@@ -36,6 +44,7 @@ def export(
         base: The base model; by default the one that the run, the manifest or the adapter's config names.
         role: The role; by default the run's or the manifest's, else "domain".
         full_hash: Hash every tensor of the base for its fingerprint, which reads the whole base.
+        columns: The order of the columns of fused B factors; by default it is told from the file.
 
     Returns:
         The manifest.
@@ -46,20 +55,14 @@ def export(
     if not source.is_dir():
         raise MixfuseError(f"{source}: no such run or adapter folder", kind="adapter")
     adapter, origin = _read_origin(source)
-    if not (adapter / contract.WEIGHTS).is_file():
-        raise MixfuseError(
-            f"{source} is neither a run nor a PEFT adapter: it has no {contract.WEIGHTS} "
-            "(pickled .bin files are refused)",
-            kind="adapter",
-        )
-    config = read_json(adapter / contract.CONFIG)
-    base = base or Path(origin.get("base") or config.get("base_model_name_or_path") or "")
+    base = base or Path(origin.get("base") or _named_base(adapter))
     if not (base / "config.json").is_file():
         raise MixfuseError(f"{source}: its base model {str(base)!r} is not here; name it with --base", kind="adapter")
-    contract.safetensors_header(adapter / contract.WEIGHTS)  # reports a truncated file in one line
-    weights = load_file(adapter / contract.WEIGHTS)
-    check_weights(weights, source)
-    layout = convert(weights, config, base, source=source)
+    _check_family(adapter, base)
+    found = foreign.read(adapter, base=base, columns=columns)
+    found.refuse()
+    check_weights(found.weights, source)
+    layout = convert(found.weights, found.config, base, source=source)
     role = role or origin.get("role") or "domain"
     # The protocol that it was trained with, which may differ from the current one.
     protocol = (origin.get("judge_protocol") or judge_protocol.describe()) if role == "judge" else None
@@ -67,7 +70,10 @@ def export(
     if role == "judge" and origin.get("calibration"):
         facts["calibration"] = origin["calibration"]
     fingerprint = contract.fingerprint(base, exact=full_hash)
-    return write_directory(out, layout, base, fingerprint, role=role, judge_protocol=protocol, source=source, **facts)
+    probes = _read_probes(source, adapter, same_base=_same_base(origin, base, fingerprint))
+    return write_directory(
+        out, layout, base, fingerprint, role=role, probes=probes, judge_protocol=protocol, source=source, **facts
+    )
 
 
 def write_directory(
@@ -78,6 +84,7 @@ def write_directory(
     *,
     role: str,
     source: Path,
+    probes: Probes | None = None,
     **facts: Any,
 ) -> Manifest:
     """Writes an adapter directory, whole or not at all.
@@ -89,6 +96,7 @@ def write_directory(
         fingerprint: The base's fingerprint.
         role: The role.
         source: Where the adapter comes from, for messages.
+        probes: Its probes; None if it has none.
         facts: Further keys of the manifest.
 
     Returns:
@@ -104,6 +112,8 @@ def write_directory(
             (temporary / "peft").mkdir()
             save_file(layout.fused[0], temporary / "peft" / contract.WEIGHTS, metadata={"format": "pt"})
             write_json(temporary / "peft" / contract.CONFIG, layout.fused[1])
+        if probes is not None:
+            write_text(temporary / contract.PROBES, probes.model_dump_json() + "\n")
         files = contract.file_hashes(temporary)
         keys = {
             "role": role,
@@ -115,13 +125,56 @@ def write_directory(
             "experts_trained": layout.has_experts,
             "files": files,
             "libraries": library_versions(),
+            "effect": effect_in(probes.logprobs) if probes is not None else None,
         }
         manifest = validate(keys | facts, Manifest, source=str(source))
         write_text(temporary / model_card.CARD, model_card.render(manifest))
         manifest = manifest.model_copy(update={"files": contract.file_hashes(temporary)})
         write_json(temporary / contract.MANIFEST, manifest.model_dump(mode="json"))
-        contract.verify(temporary)
+        try:
+            contract.verify(temporary)
+            check_directory(temporary, base=base if (base / "config.json").is_file() else None)
+        except MixfuseError as error:
+            raise MixfuseError(str(error).replace(str(temporary), str(source)), kind=error.kind) from None
     return manifest
+
+
+def _same_base(origin: dict[str, Any], base: Path, fingerprint: Fingerprint) -> bool:
+    """Whether the base is the one that the adapter was made on."""
+    if isinstance(origin.get("base_fingerprint"), Fingerprint):
+        return not origin["base_fingerprint"].differences(fingerprint)
+    return bool(origin.get("base")) and Path(origin["base"]).resolve() == base.resolve()
+
+
+def _read_probes(source: Path, adapter: Path, *, same_base: bool) -> Probes | None:
+    """The probes of a run or an adapter directory; those of another base say nothing about this one."""
+    folder = source if (source / contract.MANIFEST).is_file() else adapter
+    return contract.read_probes(folder) if same_base else None
+
+
+def _check_family(adapter: Path, base: Path) -> None:
+    """Checks that the base that an adapter names, if it is here, is of this base's family.
+
+    The families' names of experts stand for one another (`foreign`), so names and sizes alone would not tell.
+
+    Raises:
+        MixfuseError: It is of another.
+    """
+    named = Path(_named_base(adapter))
+    if not (named / "config.json").is_file():
+        return
+    families = family_of(named), family_of(base)
+    if families[0] != families[1]:
+        raise MixfuseError(
+            f"{adapter}: it was made for {named}, which is {families[0].title}; {base} is {families[1].title}",
+            kind="adapter",
+        )
+
+
+def _named_base(adapter: Path) -> str:
+    """The base that an adapter's config names."""
+    named = read_object(adapter / contract.CONFIG, most=MOST_CONFIG_BYTES).get("base_model_name_or_path")
+    return named if isinstance(named, str) else ""
 
 
 def _read_origin(source: Path) -> tuple[Path, dict[str, Any]]:
@@ -133,7 +186,11 @@ def _read_origin(source: Path) -> tuple[Path, dict[str, Any]]:
     if (source / contract.MANIFEST).is_file():
         manifest = contract.verify(source)
         fused = source / "peft"
-        return fused if fused.is_dir() else source, {**manifest.model_dump(mode="json"), "base": manifest.base_path}
+        return fused if fused.is_dir() else source, {
+            **manifest.model_dump(mode="json"),
+            "base": manifest.base_path,
+            "base_fingerprint": manifest.base,
+        }
     return source, {}
 
 

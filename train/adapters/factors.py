@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import track
 
 from mixfuse.contracts import adapter as contract
+from mixfuse.contracts.adapter_weights import safetensors_header
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.families import family_named
 from mixfuse.contracts.files import read_json
@@ -58,7 +59,7 @@ class TensorFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.header = contract.safetensors_header(path)
+        self.header = safetensors_header(path)
         end = max((tensor["data_offsets"][1] for tensor in self.header.values()), default=0)
         self.data = path.stat().st_size - end
         """Offset of the first tensor's bytes."""

@@ -14,16 +14,20 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mixfuse.contracts import adapter as contract
+from mixfuse.contracts.bounded_json import shortened
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.families import family_of
 from mixfuse.contracts.family import Family, Shape
 from mixfuse.contracts.files import read_json
+from mixfuse.contracts.linear_patterns import Pattern
+from mixfuse.contracts.peft_config import refusals
 
 Weights = dict[str, torch.Tensor]
+_MOST_PATTERNS = 256
 
+_ATTENTION = re.compile(r"^base_model\.model\.model\.layers\.\d+\.self_attn\.\w+\.lora_[AB]\.weight$")
 # PEFT nests two wrappers: `experts.base_layer` is the inner one (gate_up_proj), `experts` the outer one (down_proj).
-_FUSED = re.compile(r"^(?P<layer>.*\.layers\.\d+)\.mlp\.experts(?P<inner>\.base_layer)?\.lora_(?P<side>[AB])\.weight$")
+FUSED = re.compile(r"^(?P<layer>.*\.layers\.\d+)\.mlp\.experts(?P<inner>\.base_layer)?\.lora_(?P<side>[AB])\.weight$")
 
 
 class Layout(NamedTuple):
@@ -63,9 +67,12 @@ def convert(weights: Weights, config: dict[str, Any], base: Path, *, source: Pat
     family = family_of(base)
     shape = family.shape(read_json(base / "config.json"))
     _check_supported(config, source)
-    _check_factors(weights, config, shape, source)
-    is_fused = any(_FUSED.match(name) for name in weights)
-    plain, plain_config = _with_one_scale(weights, config)
+    config = {**config, "init_lora_weights": True}  # the factors are no start any more
+    ranks = _ByModule(config, "rank_pattern", "r", source)
+    alphas = _ByModule(config, "alpha_pattern", "lora_alpha", source)
+    _check_factors(weights, ranks, shape, source)
+    is_fused = any(FUSED.match(name) for name in weights)
+    plain, plain_config = _with_one_scale(weights, config, ranks, alphas)
     plain = per_expert(family, plain, config, experts=shape.E)
     plain = _with_all_experts(family, _with_one_rank(plain), shape)
     _check_targets(family, plain, shape, source)
@@ -80,7 +87,7 @@ def with_fused(family: Family, weights: Weights, config: dict[str, Any]) -> Layo
     fused = fuse(family, weights)
     if fused is None:
         return Layout(family, weights, config, None)
-    layers = sorted({int(_layer(name)) for name in fused if _FUSED.match(name)})
+    layers = sorted({int(_layer(name)) for name in fused if FUSED.match(name)})
     modules = [name for name in config["target_modules"] if name not in family.expert_projections]
     parameters = [f"layers.{layer}.{parameter}" for layer in layers for parameter in family.expert_parameters]
     return Layout(
@@ -106,7 +113,7 @@ def per_expert(family: Family, weights: Weights, config: dict[str, Any], *, expe
     """
     result: Weights = {}
     for name, tensor in weights.items():
-        match = _FUSED.match(name)
+        match = FUSED.match(name)
         if not match:
             result[name] = tensor.contiguous()
             continue
@@ -164,7 +171,9 @@ def fuse(family: Family, weights: Weights) -> Weights | None:
     return result
 
 
-def _with_one_scale(weights: Weights, config: dict[str, Any]) -> tuple[Weights, dict[str, Any]]:
+def _with_one_scale(
+    weights: Weights, config: dict[str, Any], ranks: "_ByModule", alphas: "_ByModule"
+) -> tuple[Weights, dict[str, Any]]:
     """Multiplies each module's scale into its B if ranks or alphas differ by module; the config's scale is then 1.
 
     Otherwise the weights are unchanged. rsLoRA's scale is rewritten as an ordinary one: when PEFT loads per-expert
@@ -177,26 +186,65 @@ def _with_one_scale(weights: Weights, config: dict[str, Any]) -> tuple[Weights, 
         return weights, {**config, "use_rslora": False, "lora_alpha": alpha}
     result: Weights = {}
     for name, tensor in weights.items():
-        rank = _rank_or_alpha(name, config, "rank_pattern", "r")
-        alpha = _rank_or_alpha(name, config, "alpha_pattern", "lora_alpha")
+        rank, alpha = ranks.of(name), alphas.of(name)
         scale = alpha / math.sqrt(rank) if root else alpha / rank
         result[name] = tensor.float() * scale if ".lora_B." in name else tensor.float()
     scaled = {"use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}, "lora_alpha": None}
     return result, {**config, **scaled}
 
 
-def _rank_or_alpha(name: str, config: dict[str, Any], pattern: str, key: str) -> float:
-    """Returns a factor's rank or alpha: from the pattern that matches its module, else from the config's key."""
-    patterns: dict[str, float] = config.get(pattern) or {}
-    if not patterns:
-        return float(config[key])
-    from peft.utils.other import get_pattern_key
+class _ByModule:
+    """The rank or alpha of each module: of the first pattern that matches its name, else the config's.
 
-    module = name.split(".lora_", maxsplit=1)[0].removeprefix("base_model.model.")
-    if match := _FUSED.match(name):
-        parameter = "gate_up_proj" if _is_gate_up(match, config) else "down_proj"
-        module = f"{module.removesuffix('.base_layer')}.{parameter}"
-    return float(patterns.get(get_pattern_key(list(patterns), module), config[key]))
+    Patterns match as PEFT's do (peft 0.21, `get_pattern_key`), in linear time whatever they are. Most are plain names,
+    which are looked up.
+
+    Args:
+        config: PEFT's config.
+        pattern: Its key with the patterns.
+        key: Its key with the value of all other modules.
+        source: The adapter's folder, for error messages.
+
+    Raises:
+        MixfuseError: There are too many patterns, or one that does not match in linear time.
+    """
+
+    def __init__(self, config: dict[str, Any], pattern: str, key: str, source: Path) -> None:
+        self._config, self._default = config, float(config[key])
+        self._names: dict[str, tuple[int, float]] = {}
+        self._others: list[tuple[int, float, Pattern]] = []
+        for place, (name, value) in enumerate((config.get(pattern) or {}).items()):
+            if re.fullmatch(r"\w+(\.\w+)*", name):
+                self._names[name] = (place, float(value))
+                continue
+            if len(self._others) == _MOST_PATTERNS:
+                raise MixfuseError(
+                    f"{source}: its {pattern} holds more than {_MOST_PATTERNS} patterns that are no plain names",
+                    kind="adapter",
+                )
+            try:
+                self._others.append((place, float(value), Pattern(rf"^(?:.*\.)?(?:{name})$")))
+            except ValueError:
+                raise MixfuseError(
+                    f"{source}: {pattern} {shortened(name, 80)!r} cannot be matched in linear time; name the modules",
+                    kind="adapter",
+                ) from None
+
+    def of(self, name: str) -> float:
+        """The value for the module of a factor."""
+        module = name.split(".lora_", maxsplit=1)[0].removeprefix("base_model.model.")
+        if match := FUSED.match(name):
+            parameter = "gate_up_proj" if _is_gate_up(match, self._config) else "down_proj"
+            module = f"{module.removesuffix('.base_layer')}.{parameter}"
+        parts = module.split(".")
+        ends = (".".join(parts[start:]) for start in range(len(parts)))
+        place, value = min((self._names[end] for end in ends if end in self._names), default=(None, self._default))
+        for other, found, pattern in self._others:
+            if place is not None and other > place:
+                break
+            if pattern.found_in(module):
+                return found
+        return value
 
 
 def _is_gate_up(match: re.Match[str], config: dict[str, Any]) -> bool:
@@ -242,19 +290,11 @@ def _per_expert_config(config: dict[str, Any], weights: Weights, base: Path) -> 
 
 
 def _check_supported(config: dict[str, Any], source: Path) -> None:
-    if str(config.get("peft_type")) != "LORA":
-        raise MixfuseError(f"{source}: a {config.get('peft_type')} adapter; only LoRA can be served", kind="adapter")
-    if not isinstance(config.get("r"), int):
-        raise MixfuseError(f"{source}: its {contract.CONFIG} has no rank 'r'", kind="adapter")
-    if not isinstance(config.get("lora_alpha"), int | float):
-        raise MixfuseError(f"{source}: its {contract.CONFIG} has no 'lora_alpha'", kind="adapter")
-    if config.get("bias", "none") != "none" or config.get("use_dora") or config.get("modules_to_save"):
-        raise MixfuseError(
-            f"{source}: bias, DoRA and modules_to_save cannot be served by vLLM; train without them", kind="adapter"
-        )
+    if refusal := next(refusals(config), None):
+        raise MixfuseError(f"{source}: {refusal.what}", kind="adapter")
 
 
-def _check_factors(weights: Weights, config: dict[str, Any], shape: Shape, source: Path) -> None:
+def _check_factors(weights: Weights, ranks: _ByModule, shape: Shape, source: Path) -> None:
     """Checks that factors come in pairs and are matrices of the config's rank, times the base's experts if fused.
 
     Split by a wrong number of experts, a fused factor would still give matrices, but those of a different adapter.
@@ -263,8 +303,8 @@ def _check_factors(weights: Weights, config: dict[str, Any], shape: Shape, sourc
         twin = name.replace(".lora_A.", ".lora_B.") if _rank_side(name) == 0 else name.replace(".lora_B.", ".lora_A.")
         if twin not in weights:
             raise MixfuseError(f"{source}: {name} has no {twin}; the file is incomplete", kind="adapter")
-        rank = _rank_or_alpha(name, config, "rank_pattern", "r")
-        expected = rank * (shape.E if _FUSED.match(name) else 1)
+        rank = ranks.of(name)
+        expected = rank * (shape.E if FUSED.match(name) else 1)
         if tensor.ndim != 2 or tensor.shape[_rank_side(name)] != expected:
             raise MixfuseError(
                 f"{source}: {name} has shape {list(tensor.shape)}, which does not fit rank {rank:g} and the base "
@@ -279,8 +319,9 @@ def _check_targets(family: Family, weights: Weights, shape: Shape, source: Path)
     for name, tensor in weights.items():
         module = name.split(".lora_")[0].rsplit(".", 1)[-1]
         expert = family.expert_factor.match(name)
-        is_served = module in sizes and _layer(name) and ".lora_" in name
-        if not is_served or (module in family.expert_projections and not expert):
+        place = _ATTENTION if module not in family.expert_projections else family.expert_factor
+        is_served = module in sizes and place.match(name)
+        if not is_served:
             raise MixfuseError(
                 f"{source}: {name} is not a part of {family.title} for which vLLM serves LoRA", kind="adapter"
             )

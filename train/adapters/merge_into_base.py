@@ -233,7 +233,7 @@ def _compare_with_peft(directory: Path, base: Path, merged: Path, file: TensorFi
     from transformers import AutoModelForCausalLM
 
     from mixfuse.train.adapters.parity import logprobs, peft_model, probe_prompts, worst_difference
-    from mixfuse.train.model.load import load_tokenizer
+    from mixfuse.train.model.tokenizer import load_tokenizer
 
     dtype = next(file.dtype(name) for name in file.header)
     prompts = probe_prompts(load_tokenizer(base))

@@ -1,14 +1,15 @@
 """The parity gate: does an adapter act in vLLM exactly as in training?
 
 Log-probabilities of fixed prompts are computed with transformers and PEFT in float32, and compared with those of a
-running engine under the same adapter. Greedy text would prove nothing: near ties flip (in bfloat16 even between runs),
-and an adapter whose experts were silently dropped can still write the same words. The gate also measures the effect of
-the adapter and of its experts alone, because an effect below the tolerance cannot be told from no effect.
+running engine under the same adapter (`contracts/agreement.py`). Greedy text would prove nothing: near ties flip (in
+bfloat16 even between runs), and an adapter whose experts were silently dropped can still write the same words. The gate
+also measures the effect of the adapter and of its experts alone, because an effect below the tolerance cannot be told
+from no effect.
 """
 
 import platform
-from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,21 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from mixfuse.contracts import judge_protocol
-from mixfuse.contracts.adapter import PARITY_TOLERANCE, LogprobProbe, Parity, Probes, VerdictProbe, read_manifest
+from mixfuse.contracts import agreement, judge_protocol
+from mixfuse.contracts.adapter import (
+    PARITY_TOLERANCE,
+    LogprobProbe,
+    Measured,
+    Parity,
+    Probes,
+    VerdictProbe,
+    read_manifest,
+)
+from mixfuse.contracts.agreement import FIXED_PROMPTS, LENGTHS, Answers, Rows, cut_lengths
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.train.adapters.export import write_manifest
-from mixfuse.train.model.load import load_tokenizer
+from mixfuse.train.adapters.layerwise import Alter, streams
+from mixfuse.train.model.tokenizer import load_tokenizer
 
 QUESTIONS = (
     "State the final answer to the following arithmetic problem: 14 + 29 =",
@@ -38,6 +49,18 @@ COMPARISONS = (
     (QUESTIONS[1], "Four.", "Six."),
     (QUESTIONS[2], "Air scatters blue light more than red.", "It is a mirror of the sea."),
 )
+# What each word of a sentence of the long probes is chosen from.
+_NAMES = ("river", "stone", "apple", "cloud", "tiger", "lamp", "winter", "door", "paper", "glass", "road", "summer")
+_SENTENCE = (
+    ("The", "A", "Every", "No", "This"),
+    ("old", "green", "small", "third", "silver", "quiet", "last", "open"),
+    _NAMES,
+    ("holds", "finds", "sees", "moves", "makes", "keeps", "turns", "leaves", "draws", "meets"),
+    tuple(str(number) for number in range(2, 90)),
+    _NAMES,
+    ("before", "after", "without", "because of", "near", "under"),
+    ("noon", "Paris", "rain", "music", "the market", "its garden", "a letter", "somebody"),
+)
 _NONCE = "0a1b"
 _PROBE_TOKENS = 64  # stored of each prompt; enough to tell adapters apart in a small file
 _CANDIDATES = 20  # top tokens that a verdict is read from: the most that OpenAI and vLLM return
@@ -51,54 +74,95 @@ class Reference:
 
     Attributes:
         prompts: Token ids of each probe.
-        logprobs: Log-probabilities under the adapter of each probe's tokens but the first, given those before, in nats.
+        answers: Log-probabilities of each probe's tokens but the first, given those before, in nats.
         adapter_effect: Worst difference to the base model, in nats.
         expert_effect: Worst difference to the adapter without its experts, in nats; None if it trains none.
         verdicts: A judge's verdicts on comparisons in both orders.
     """
 
     prompts: list[list[int]]
-    logprobs: list[list[float]]
+    answers: Answers
     adapter_effect: float
     expert_effect: float | None
     verdicts: tuple[VerdictProbe, ...] = ()
 
-    def probes(self) -> Probes:
-        """The probes that a swap sends to an engine, with these results as the expected ones."""
-        rows = zip(self.prompts, self.logprobs, strict=True)
-        logprob_probes = [
-            LogprobProbe(
-                tokens=tokens[:_PROBE_TOKENS],
-                logprobs=[round(value, 6) for value in logprobs[: _PROBE_TOKENS - 1]],
-            )
-            for tokens, logprobs in rows
-        ]
-        return Probes(tolerance=PARITY_TOLERANCE, logprobs=logprob_probes, verdicts=list(self.verdicts))
+    def within(self, length: int) -> "Reference":
+        """The same for an engine in which a prompt may have no more than `length` tokens."""
+        rows = [[row[: length - 1] for row in answers] for answers in self.answers]
+        return replace(self, prompts=[prompt[:length] for prompt in self.prompts], answers=Answers(*rows))
+
+    @property
+    def logprobs(self) -> list[list[float]]:
+        """The log-probabilities under the adapter."""
+        return [list(row) for row in self.answers.adapted]
+
+    def probes(self, measured: Mapping[str, Answers] | None = None) -> Probes:
+        """The probes that a swap sends to an engine, with these results as the expected ones.
+
+        Args:
+            measured: What engines said, by number format.
+        """
+        sizes = [_stored(prompt) for prompt in self.prompts]
+        return Probes(
+            tolerance=PARITY_TOLERANCE,
+            logprobs=stored_probes(self.prompts, self.answers),
+            verdicts=list(self.verdicts),
+            measured={
+                precision: Measured(logprobs=_cut(said.adapted, sizes), base=_cut(said.base, sizes))
+                for precision, said in (measured or {}).items()
+            },
+        )
 
 
-def reference(directory: Path, base: Path) -> Reference:
-    """Computes the probes' log-probabilities with transformers and PEFT, float32, on the CPU.
+def stored_probes(prompts: list[list[int]], answers: Answers) -> list[LogprobProbe]:
+    """The probes as they are stored: of the texts a beginning, of the long prompts all."""
+    sizes = [_stored(prompt) for prompt in prompts]
+    columns: list[list[list[float]]] = [_cut(rows, sizes) if rows else [[] for _ in prompts] for rows in answers]
+    adapted, base, no_experts = columns
+    return [
+        LogprobProbe(tokens=prompt[:size], logprobs=said, base=of_base, no_experts=without)
+        for prompt, size, said, of_base, without in zip(prompts, sizes, adapted, base, no_experts, strict=True)
+    ]
+
+
+def _stored(prompt: list[int]) -> int:
+    """How many tokens of a prompt are stored: enough to tell adapters apart in a small file."""
+    return len(prompt) if len(prompt) >= LENGTHS[1] else min(len(prompt), _PROBE_TOKENS)
+
+
+def _cut(rows: Rows, sizes: list[int]) -> list[list[float]]:
+    return [[round(value, 6) for value in row[: size - 1]] for row, size in zip(rows, sizes, strict=True)]
+
+
+def reference(directory: Path, base: Path, *, length: int = LENGTHS[1], alter: Alter | None = None) -> Reference:
+    """Computes the probes' log-probabilities with transformers and PEFT, float32, a layer at a time (`layerwise.py`).
 
     It uses the fused adapter that was trained (`peft/`) if the directory holds it. vLLM gets the per-expert one, so the
     comparison also covers the conversion.
+
+    Args:
+        directory: The adapter directory.
+        base: The base model.
+        length: The most tokens of a probe.
+        alter: Changes the base's weights as they are read; None: none.
     """
-    tokenizer = load_tokenizer(base)
-    prompts = probe_prompts(tokenizer)
-    model = peft_model(directory, base)
-    adapted = logprobs(model, prompts)
-    verdicts: tuple[VerdictProbe, ...] = ()
-    if read_manifest(directory).judge_protocol == judge_protocol.describe():
-        verdicts = tuple(_verdicts(model, tokenizer))
-    with model.disable_adapter():
-        unadapted = logprobs(model, prompts)
-    expert_effect = None
-    experts = [p for name, p in model.named_parameters() if ".mlp.experts." in name and ".lora_B." in name]
-    if experts:
-        with torch.no_grad():
-            for parameter in experts:
-                parameter.zero_()
-        expert_effect = worst_difference(adapted, logprobs(model, prompts))
-    return Reference(prompts, adapted, worst_difference(adapted, unadapted), expert_effect, verdicts)
+    manifest = read_manifest(directory)
+    tokenizer = load_tokenizer(base, manifest.recipe.get("chat_template"))
+    prompts = probe_prompts(tokenizer, length)
+    chats = comparisons() if manifest.judge_protocol == judge_protocol.describe() else []
+    asked = [as_prompt(tokenizer, messages) for messages in chats]
+    found = streams(directory, base, prompts + asked, alter=alter)
+    count = len(prompts)
+    adapted, unadapted = found.logprobs(found.adapted[:count], prompts), found.logprobs(found.base[:count], prompts)
+    without = found.logprobs(found.no_experts[:count], prompts) if found.no_experts is not None else []
+    last = [found.head(rows[-1:])[0] for rows in found.adapted[count:]]
+    return Reference(
+        prompts,
+        Answers(adapted, unadapted, without),
+        worst_difference(adapted, unadapted),
+        worst_difference(adapted, without) if without else None,
+        tuple(verdict_probes(chats, last, tokenizer)),
+    )
 
 
 def peft_model(directory: Path, base: Path) -> PeftModel:
@@ -108,56 +172,141 @@ def peft_model(directory: Path, base: Path) -> PeftModel:
     return PeftModel.from_pretrained(plain, str(source)).eval()
 
 
-def probe_prompts(tokenizer: Any) -> list[list[int]]:
-    """The fixed prompts, as token ids: chats, a comparison, and plain texts."""
+def probe_prompts(tokenizer: Any, length: int = LENGTHS[1]) -> list[list[int]]:
+    """The fixed prompts, as token ids: chats, a comparison, texts, `FIXED_PROMPTS`, and texts of `LENGTHS` tokens.
+
+    Args:
+        tokenizer: The base's.
+        length: The most tokens of a prompt.
+    """
     chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
     chats.append(judge_protocol.comparison(*COMPARISONS[0], nonce=_NONCE))
-    return [_as_prompt(tokenizer, messages) for messages in chats] + [tokenizer(text).input_ids for text in TEXTS]
+    prompts = [as_prompt(tokenizer, messages) for messages in chats] + [tokenizer(text).input_ids for text in TEXTS]
+    prompts += FIXED_PROMPTS
+    for number, size in enumerate(cut_lengths(length)):
+        prompts.append(tokenizer(_text(number, size)).input_ids[:size])
+    return [prompt[:length] for prompt in prompts]
 
 
-async def compare(expected: Reference, engine: EngineLogprobs, *, engine_name: str) -> Parity:
-    """Compares an engine's log-probabilities of the probes with PEFT's; `check` passes or fails the result."""
-    served = [await engine(prompt) for prompt in expected.prompts]
+def _text(number: int, words: int) -> str:
+    """At least so many words, in sentences that cannot be foreseen from one another."""
+    state, sentences = number + 1, []
+    for _ in range(words // len(_SENTENCE) + 1):
+        chosen = []
+        for choices in _SENTENCE:
+            state = (1103515245 * state + 12345) % (1 << 31)
+            chosen.append(choices[(state >> 12) % len(choices)])
+        sentences.append(" ".join(chosen) + ".")
+    return " ".join(sentences)
+
+
+async def measure(expected: Reference, engine: EngineLogprobs, base: EngineLogprobs | None = None) -> Answers:
+    """An engine's log-probabilities of the probes.
+
+    Args:
+        expected: PEFT's results.
+        engine: Asks for those under the adapter.
+        base: Asks for those of the base; None: they are not measured.
+    """
+    adapted = [await engine(prompt) for prompt in expected.prompts]
+    return Answers(adapted, [await base(prompt) for prompt in expected.prompts] if base else ())
+
+
+async def compare(
+    expected: Reference,
+    engine: EngineLogprobs,
+    *,
+    engine_name: str,
+    base: EngineLogprobs | None = None,
+    precision: str = "float32",
+) -> Parity:
+    """Compares an engine's log-probabilities of the probes with PEFT's; `check` passes or fails the result.
+
+    Raises:
+        MixfuseError: As for `compared`.
+    """
+    said = await measure(expected, engine, base)
+    return compared(expected, said, engine_name=engine_name, precision=precision)
+
+
+def compared(expected: Reference, said: Answers, *, engine_name: str, precision: str = "float32") -> Parity:
+    """The comparison of an engine's answers with PEFT's.
+
+    Raises:
+        MixfuseError: One of the engine's is no number, as from an overflow.
+    """
+    try:
+        off, drift, shares = agreement.compare(
+            expected.answers if said.base else expected.answers._replace(base=()), said
+        )
+    except MixfuseError as error:
+        raise MixfuseError(f"parity failed: {engine_name}: {error}", kind="parity") from None
     return Parity(
-        max_abs_logprob_difference=worst_difference(expected.logprobs, served),
-        tolerance=PARITY_TOLERANCE,
+        max_abs_logprob_difference=off.worst,
+        tolerance=agreement.tolerance_in(precision, PARITY_TOLERANCE, base_known=drift is not None),
         adapter_effect=expected.adapter_effect,
         expert_effect=expected.expert_effect,
-        tokens=sum(map(len, expected.logprobs)),
-        dtype="float32",
+        tokens=sum(map(len, expected.answers.adapted)),
+        dtype=precision,
         engine=engine_name,
         platform=_platform(),
         measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        deviation=off,
+        base_deviation=drift,
+        shares=shares,
     )
 
 
-def check(directory: Path, parity: Parity, expected: Reference | None = None) -> None:
+def check(
+    directory: Path,
+    parity: Parity,
+    expected: Reference | None = None,
+    *,
+    measured: Mapping[str, Answers] | None = None,
+) -> None:
     """Passes or fails the gate.
 
-    If it passes, the measured difference goes into the manifest, and PEFT's results into `probes.json`. A signed
-    manifest is not changed.
+    If it passes, the comparison goes into the manifest, and PEFT's results into `probes.json`. A signed manifest is
+    not changed.
 
     Args:
         directory: The adapter directory.
         parity: The result of `compare`.
         expected: PEFT's results, to store as probes.
+        measured: What engines said, by number format, to store with them.
 
     Raises:
-        MixfuseError: The difference is above the tolerance, or the adapter (or its experts) changes so little that a
-            dropped adapter could not be seen.
+        MixfuseError: The difference is more than the engine's number format explains, or the adapter (or its experts)
+            changes so little that a dropped adapter could not be seen.
+    """
+    check_agrees(directory, parity)
+    manifest = read_manifest(directory)
+    if manifest.signature is None:
+        probes = expected.probes(measured) if expected else None
+        changes: dict[str, Any] = {"parity": parity}
+        if probes:
+            changes["effect"] = agreement.effect_in(probes.logprobs)
+        write_manifest(directory, manifest.model_copy(update=changes), probes=probes)
+
+
+def check_agrees(directory: Path, parity: Parity) -> None:
+    """Passes or fails the gate; nothing is written.
+
+    Raises:
+        MixfuseError: As for `check`.
     """
     worst = parity.max_abs_logprob_difference
-    if not worst <= parity.tolerance:
+    if parity.deviation is None:
+        wrong = None if worst <= parity.tolerance else f"log-probs in vLLM and PEFT differ by {worst:.2e}"
+    else:
+        wrong = agreement.fault(parity.deviation, parity.base_deviation, parity.shares, tolerance=parity.tolerance)
+    if wrong:
         dropped = ""
         if abs(worst - parity.adapter_effect) <= 0.1 * parity.adapter_effect:
             dropped = "; that is the effect of the whole adapter, so the engine seems to ignore it"
         elif parity.expert_effect and abs(worst - parity.expert_effect) <= 0.1 * parity.expert_effect:
             dropped = "; that is the effect of the experts, so the engine seems to ignore them"
-        raise MixfuseError(
-            f"{directory}: parity failed: log-probs in vLLM and PEFT differ by {worst:.2e}, more than "
-            f"{parity.tolerance:.0e}{dropped}",
-            kind="parity",
-        )
+        raise MixfuseError(f"{directory}: parity failed in {parity.dtype}: {wrong}{dropped}", kind="parity")
     for part, effect in (("the adapter", parity.adapter_effect), ("its expert part", parity.expert_effect)):
         if effect is not None and effect <= parity.tolerance:
             raise MixfuseError(
@@ -165,10 +314,12 @@ def check(directory: Path, parity: Parity, expected: Reference | None = None) ->
                 "that ignored it would look the same; train longer",
                 kind="parity",
             )
-    manifest = read_manifest(directory)
-    if manifest.signature is None:
-        probes = expected.probes() if expected else None
-        write_manifest(directory, manifest.model_copy(update={"parity": parity}), probes=probes)
+    if unsure := next((share for share in parity.shares if agreement.unsure(share)), None):
+        raise MixfuseError(
+            f"{directory}: parity cannot be judged in {parity.dtype}: the engine shows {unsure}, so one that ignored "
+            "it could look the same; train longer, or serve in a more precise format",
+            kind="parity",
+        )
 
 
 @torch.no_grad()
@@ -200,24 +351,29 @@ def _logits(model: Any, prompts: list[list[int]]) -> torch.Tensor:
     return logits
 
 
-@torch.no_grad()
-def _verdicts(model: PeftModel, tokenizer: Any) -> Iterator[VerdictProbe]:
-    """The judge's verdicts on `COMPARISONS` in both orders; those that cannot be read are left out."""
-    chats = [
+def comparisons() -> list[list[dict[str, str]]]:
+    """`COMPARISONS` as a judge's chats, in both orders."""
+    return [
         judge_protocol.comparison(question, *pair, nonce=_NONCE)
         for question, first, second in COMPARISONS
         for pair in ((first, second), (second, first))
     ]
-    prompts = [_as_prompt(tokenizer, messages) for messages in chats]
-    for messages, prompt, row in zip(chats, prompts, _logits(model, prompts), strict=True):
-        top = row[len(prompt) - 1].float().log_softmax(-1).topk(_CANDIDATES)
+
+
+def verdict_probes(
+    chats: list[list[dict[str, str]]], logits: list[torch.Tensor], tokenizer: Any
+) -> Iterator[VerdictProbe]:
+    """The judge's verdicts on chats, from the logits of the first token; those that cannot be read are left out."""
+    for messages, row in zip(chats, logits, strict=True):
+        top = row.float().log_softmax(-1).topk(_CANDIDATES)
         spelled = [tokenizer.decode([token]) for token in top.indices.tolist()]
         p = judge_protocol.read_verdict(dict(zip(spelled, top.values.tolist(), strict=True)))
         if p is not None:
             yield VerdictProbe(messages=messages, p=round(p, 6))
 
 
-def _as_prompt(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
+def as_prompt(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
+    """The token ids of a chat."""
     ids: list[int] = tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=False
     )

@@ -69,7 +69,7 @@ def check_weights(weights: "dict[str, torch.Tensor]", source: Path) -> None:
 
     Raises:
         MixfuseError: There are no tensors, one is empty or holds NaN or infinity, or every B is zero (an untrained
-            LoRA).
+            LoRA) or every A.
     """
     import torch
 
@@ -80,10 +80,11 @@ def check_weights(weights: "dict[str, torch.Tensor]", source: Path) -> None:
     broken = next((name for name, tensor in weights.items() if not torch.isfinite(tensor).all()), None)
     if broken:
         raise MixfuseError(f"{source}: {broken} holds NaN or infinity; the training diverged", kind="adapter")
-    if not any(tensor.any() for name, tensor in weights.items() if ".lora_B." in name):
-        raise MixfuseError(
-            f"{source}: every lora_B is zero, so the adapter does nothing; train it first", kind="adapter"
-        )
+    for side in "BA":
+        if not any(tensor.any() for name, tensor in weights.items() if f".lora_{side}." in name):
+            raise MixfuseError(
+                f"{source}: every lora_{side} is zero, so the adapter does nothing; train it first", kind="adapter"
+            )
 
 
 def library_versions() -> dict[str, str]:

@@ -1,32 +1,28 @@
 """What SFT trains on: chats tokenised to disk, divided, mixed by weight and, if the recipe says so, packed.
 
-No data set is held in memory. Rows are read as a stream; `datasets` writes their tokens to Arrow files in the run's
-folder and maps them, so that any row can be read by its number. A resumed run reads the same rows in the same order
-from the same files, because their order depends on the recipe's seed alone.
+No data set is held in memory: the tokens are in the files of a cache (`prepared.py`), which are mapped, so that any row
+can be read by its number. A resumed run reads the same rows in the same order: it depends on the recipe's seed alone.
 """
 
 import hashlib
 import json
 import os
-import shutil
-import time
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import accumulate, chain
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from mixfuse.contracts.chat_template import adapted, render
 from mixfuse.contracts.errors import MixfuseError
-from mixfuse.contracts.files import atomic_directory, read_json, sha256_file, sha256_json, write_json
-from mixfuse.train.data.chats import chats
+from mixfuse.train.data.chats import Chat, Found, chats
+from mixfuse.train.data.data_files import stop
 from mixfuse.train.data.loss_mask import Encoded, encode
 from mixfuse.train.data.packing import documents, mixed, packed
+from mixfuse.train.data.prepared import Kind, Outcome, Prepared, noted, prepare
 from mixfuse.train.recipe import DataSource, SftRecipe
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-_FACTS = "facts.json"
 
 
 class ChatData(NamedTuple):
@@ -34,7 +30,8 @@ class ChatData(NamedTuple):
 
     Attributes:
         train: Rows of `{documents: [{id, input_ids, labels}]}`, one document a row or, packed, several.
-        evaluation: Held-out rows of `{id, input_ids, labels}`, or None.
+        evaluation: Held-out rows of `{id, input_ids, labels, set}`, or None. `set` names the data set; its rows are
+            neighbours.
         chats: Number of training chats.
         table: The training chats in their order, not packed: rows of `{id, input_ids, labels, …}`, memory-mapped.
     """
@@ -45,169 +42,121 @@ class ChatData(NamedTuple):
     table: "Dataset"
 
 
-def chat_data(recipe: SftRecipe, tokenizer: Any, *, resuming: bool = False) -> ChatData:
-    """Prepares the run's data, or loads it if it is prepared. Every process calls this; rank 0 does the work.
-
-    The tokens are in `OUT/data`, beside a digest of everything they depend on.
+def chat_data(recipe: SftRecipe, tokenizer: Any, prepared: Prepared | None = None) -> ChatData:
+    """The run's data. Every process calls this.
 
     Args:
         recipe: The run's recipe.
         tokenizer: The base's tokenizer.
-        resuming: Whether there is a checkpoint; then data that has changed since is refused.
+        prepared: What `prepare` gave; by default the data is prepared here.
 
     Raises:
-        MixfuseError: A data set is missing, malformed or has changed, or no chat is left to train on.
+        MixfuseError: A data set is missing or malformed, or no chat is left to train on.
     """
-    folder, digest = recipe.out / "data", _digest(recipe, tokenizer)
-    prepared = _prepared(folder)
-    if prepared != digest:
-        if prepared is not None and resuming:
-            raise MixfuseError(
-                f"{recipe.out} holds a run to resume whose data has changed since it began; put the files back, choose "
-                "another `out`, or remove the folder to start over"
-            )
-        if os.environ.get("RANK", "0") == "0":
-            with atomic_directory(folder, replace=True) as temporary:
-                _prepare(recipe, tokenizer, temporary, digest)
-        else:
-            while _prepared(folder) != digest:  # polled, because a collective would time out while rank 0 works
-                time.sleep(0.2)
-    return _load(recipe, folder)
+    return _load(recipe, noted(prepared or prepare(CHATS, recipe, tokenizer), recipe.out))
 
 
-def _digest(recipe: SftRecipe, tokenizer: Any) -> str:
-    """A digest of the bytes of every file, and of every setting that affects how they are tokenised and divided."""
-    evaluation = recipe.evaluation
-    sources = [*recipe.data, *((evaluation.data if evaluation else None) or ())]
-    return sha256_json(
-        {
-            "files": {source.name: sha256_file(source.path) for source in sources if source.path is not None},
-            "sources": [[source.model_dump(mode="json") for source in recipe.data], evaluation and evaluation.share],
-            "evaluation": [s.model_dump(mode="json") for s in (evaluation.data if evaluation else None) or ()],
-            "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
-            "template": tokenizer.chat_template,
-            "keys": [recipe.loss_on, recipe.truncation, recipe.max_length],
-        }
-    )
+def _keys(recipe: SftRecipe) -> list[Any]:
+    return [recipe.loss_on, recipe.truncation, recipe.max_length, recipe.on_bad_row, recipe.empty_answers]
 
 
-def _prepared(folder: Path) -> str | None:
-    path = folder / _FACTS
-    return str(read_json(path)["digest"]) if path.is_file() else None
+def _encode(chat: Chat, tokenizer: Any, recipe: SftRecipe, share: float | None) -> Outcome:
+    example = example_of(chat, tokenizer, recipe)
+    if example.left_out:
+        return Outcome([], left_out=example.left_out, reason=example.reason or chat.where)
+    ids, labels = example.encoded
+    row = {"id": chat.id, "input_ids": ids, "labels": labels, "length": len(ids)}
+    return Outcome([row], held_out=share is not None and is_held_out(json.dumps(chat.messages[:-1]), share))
 
 
-def _prepare(recipe: SftRecipe, tokenizer: Any, folder: Path, digest: str) -> None:
-    evaluation = recipe.evaluation
-    for number, source in enumerate(recipe.data):
-        data = _tokenised(source, recipe, tokenizer, folder / "work")
-        if evaluation and evaluation.share is not None:
-            held_out = data["held_out"][:]
-            for side, is_evaluation in (("train", False), ("evaluation", True)):
-                indices = [index for index, held in enumerate(held_out) if held is is_evaluation]
-                if indices:
-                    data.select(indices).save_to_disk(folder / f"{side}-{number:03d}")
-            if all(held_out):
-                raise MixfuseError(f"{source.name}: every chat is in the held-out share; lower evaluation.share")
-        else:
-            data.save_to_disk(folder / f"train-{number:03d}")
-    for number, source in enumerate((evaluation.data if evaluation else None) or ()):
-        _tokenised(source, recipe, tokenizer, folder / "work").save_to_disk(folder / f"evaluation-{number:03d}")
-    if evaluation and not any(folder.glob("evaluation-*")):
-        raise MixfuseError("no chat is in the held-out share; raise evaluation.share or name evaluation.data")
-    shutil.rmtree(folder / "work")
-    write_json(folder / _FACTS, {"digest": digest})
+def read_chats(source: DataSource, recipe: SftRecipe, found: Found) -> Iterator[Chat]:
+    """The chats of a data set, by the recipe's `on_bad_row` and `empty_answers`.
+
+    Raises:
+        MixfuseError: The data set cannot be read, or it holds a bad row and the recipe does not skip these.
+    """
+
+    def skip(error: MixfuseError) -> None:
+        found.leave_out(BAD, str(error))
+
+    skips = recipe.on_bad_row == "skip"
+    return chats(source, empty_answers=recipe.empty_answers == "learn", bad=skip if skips else stop, found=found)
 
 
-def _tokenised(source: DataSource, recipe: SftRecipe, tokenizer: Any, work: Path) -> "Dataset":
-    """The chats of one data set as `{id, input_ids, labels, length, held_out}`, after truncation."""
-    from datasets import Dataset, Features, List, Value
-
-    share = recipe.evaluation.share if recipe.evaluation else None
-
-    def read() -> Iterator[dict[str, Any]]:
-        for chat in chats(source):
-            yield chat._asdict()
-
-    def tokenise(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        out: dict[str, list[Any]] = {name: [] for name in features}
-        for name, messages, where in zip(batch["id"], batch["messages"], batch["where"], strict=True):
-            encoded = _encode_to_length(messages, tokenizer, recipe, where)
-            if encoded.learns:
-                held_out = share is not None and is_held_out(json.dumps(messages[:-1]), share)
-                values = (name, encoded.input_ids, encoded.labels, len(encoded.input_ids), held_out)
-                for key, value in zip(features, values, strict=True):
-                    out[key].append(value)
-        return out
-
-    message = {"role": Value("string"), "content": Value("large_string")}
-    shape = Features({"id": Value("string"), "messages": List(message), "where": Value("string")})
-    features = Features(
-        {
-            "id": Value("string"),
-            "input_ids": List(Value("int32")),
-            "labels": List(Value("int32")),
-            "length": Value("int32"),
-            "held_out": Value("bool"),
-        }
-    )
-    data = _generate(Dataset, read, shape, work)
-    # None avoids a fork, which is unsafe after the model's libraries have started threads.
-    processes = recipe.data_processes if recipe.data_processes > 1 else None
-    tokenised = data.map(
-        tokenise,
-        batched=True,
-        remove_columns=data.column_names,
-        features=features,
-        num_proc=processes,
-        desc="tokenising",
-    )
-    left_out = len(data) - len(tokenised)
-    if left_out:
-        print(
-            f"{source.name}: left out {left_out} of {len(data)} chats "
-            + (
-                f"longer than {recipe.max_length} tokens"
-                if recipe.truncation == "drop"
-                else f"with no token to learn from within {recipe.max_length} tokens"
-            )
-        )
-    if not len(tokenised):
-        raise MixfuseError(f"{source.name}: no chat fits max_length {recipe.max_length}; raise it")
-    return tokenised
+def nothing_left(found: Found, recipe: SftRecipe) -> str:
+    """Why no chat of a data set is left to train on, and what to do."""
+    if set(found.left_out) <= {BAD, NOTHING_LEARNED}:
+        reason = next((examples[0] for examples in found.examples.values()), "")
+        whys = ", ".join(f"{count} {why}" for why, count in found.left_out.items())
+        return f"no chat is left to train on ({whys}), for example {reason}"
+    return f"no chat fits max_length {recipe.max_length}; raise it"
 
 
-def _encode_to_length(messages: list[dict[str, Any]], tokenizer: Any, recipe: SftRecipe, where: str) -> Encoded:
+BAD = "that cannot be read or rendered"
+NOTHING_LEARNED = "with no answer to learn (empty, or of weight 0)"
+
+
+class Example(NamedTuple):
+    """A chat as it is trained on.
+
+    Attributes:
+        encoded: Its tokens after truncation.
+        whole: Its number of tokens before.
+        left_out: Why it is left out, in words that follow "chats"; empty if it is not.
+        reason: Of a bad row, the error.
+    """
+
+    encoded: Encoded
+    whole: int
+    left_out: str = ""
+    reason: str = ""
+
+
+def example_of(chat: Chat, tokenizer: Any, recipe: SftRecipe) -> Example:
     """Encodes a chat and truncates it to `max_length` as the recipe says.
 
     Raises:
-        MixfuseError: The chat cannot be encoded, or it is too long and `truncation` is `error`.
+        MixfuseError: The chat cannot be encoded and bad rows are not skipped, or it is too long and `truncation` is
+            `error`.
     """
     try:
-        encoded = encode(messages, tokenizer, recipe.loss_on)
-    except MixfuseError as error:
-        raise MixfuseError(f"{where}: {error}") from None
-    if len(encoded.input_ids) <= recipe.max_length:
-        return encoded
+        _check_names(chat, tokenizer)
+        encoded = encode(chat.messages, tokenizer, recipe.loss_on, tools=chat.tools or None, learned=chat.learned)
+    except (MixfuseError, RecursionError) as error:
+        text = f"{chat.where}: {'a value is nested too deep' if isinstance(error, RecursionError) else error}"
+        if recipe.on_bad_row == "skip":
+            return Example(Encoded([], []), 0, BAD, text)
+        raise MixfuseError(text) from None
+    whole = len(encoded.input_ids)
+    if not encoded.learns:
+        return Example(encoded, whole, NOTHING_LEARNED)
+    if whole <= recipe.max_length:
+        return Example(encoded, whole)
     if recipe.truncation == "error":
         raise MixfuseError(
-            f"{where}: the chat has {len(encoded.input_ids)} tokens, more than max_length "
+            f"{chat.where}: the chat has {whole} tokens, more than max_length "
             f"{recipe.max_length}; raise it, or set truncation to drop, left or right"
         )
-    return truncate(encoded, recipe.max_length, recipe.truncation)
+    if recipe.truncation == "drop":
+        return Example(encoded, whole, f"longer than {recipe.max_length} tokens")
+    cut = truncate(encoded, recipe.max_length, recipe.truncation)
+    left_out = "" if cut.learns else f"with no token to learn from within {recipe.max_length} tokens"
+    return Example(cut, whole, left_out)
 
 
-def _generate(
-    dataset: "type[Dataset]", read: Callable[[], Iterator[dict[str, Any]]], shape: Any, work: Path
-) -> "Dataset":
-    """`Dataset.from_generator`, with our error in place of the one that it raises around ours."""
-    from datasets.exceptions import DatasetGenerationError
+def _check_names(chat: Chat, tokenizer: Any) -> None:
+    """Checks that the template shows who a turn is from, where the row says it; a tool result's name is its call's.
 
-    try:
-        return dataset.from_generator(read, features=shape, cache_dir=str(work))
-    except DatasetGenerationError as error:
-        if isinstance(error.__cause__, MixfuseError):
-            raise error.__cause__ from None
-        raise
+    Raises:
+        MixfuseError: It does not, so that the model would learn without it.
+    """
+    if not any("name" in message and message["role"] != "tool" for message in chat.messages):
+        return
+    keys: dict[str, Any] = {"tools": chat.tools} if chat.tools else {}
+    plain = [{k: v for k, v in m.items() if k != "name" or m["role"] == "tool"} for m in chat.messages]
+    texts = [render(adapted(messages, tokenizer), tokenizer, **keys) for messages in (chat.messages, plain)]
+    if texts[0] == texts[1]:
+        raise MixfuseError("the base's chat template leaves out 'name'; write it into the content, or remove it")
 
 
 def truncate(encoded: Encoded, length: int, side: str) -> Encoded:
@@ -222,13 +171,21 @@ def is_held_out(key: str, share: float) -> bool:
     return int(hashlib.sha256(f"evaluation:{key}".encode()).hexdigest()[:8], 16) < share * 16**8
 
 
-def _load(recipe: SftRecipe, folder: Path) -> ChatData:
-    from datasets import Dataset, concatenate_datasets, load_from_disk
+CHATS: Kind[Chat, SftRecipe] = Kind(
+    plural="chats",
+    columns={"id": "string", "input_ids": "tokens", "labels": "tokens", "length": "int32"},
+    keys=_keys,
+    read=read_chats,
+    encode=_encode,
+    nothing_left=nothing_left,
+)
+"""How chats are prepared."""
 
-    def side(name: str) -> list[Dataset]:
-        return [load_from_disk(path) for path in sorted(folder.glob(f"{name}-*"))]
 
-    parts = side("train")
+def _load(recipe: SftRecipe, prepared: Prepared) -> ChatData:
+    from datasets import concatenate_datasets
+
+    parts = prepared.training(recipe)
     everything = concatenate_datasets(parts)
     order = mixed([len(part) for part in parts], [source.weight for source in recipe.data], recipe.order_seed)
     if recipe.packing:
@@ -241,8 +198,7 @@ def _load(recipe: SftRecipe, folder: Path) -> ChatData:
             print(f"packed {len(order)} chats into {len(bins)} rows of {recipe.max_length} tokens, {full:.0%} full")
     else:
         train = documents(everything, order, range(len(order) + 1))
-    held_out = side("evaluation")
-    evaluation = concatenate_datasets(held_out) if held_out else None
-    if evaluation is not None and recipe.evaluation:
-        evaluation = evaluation.select(range(min(len(evaluation), recipe.evaluation.limit or len(evaluation))))
+    evaluation = None
+    if recipe.evaluation:
+        evaluation = prepared.held_out(recipe)
     return ChatData(train, evaluation, len(order), everything.select(order))

@@ -19,8 +19,8 @@ FILE = "data/rounds.json"
 def schedule(
     recipe: JudgeRecipe,
     lengths: Sequence[int],
+    steps: int,
     *,
-    steps: int | None = None,
     only: Collection[int] | None = None,
     first_pass: int = 0,
 ) -> list[int]:
@@ -33,7 +33,7 @@ def schedule(
     Args:
         recipe: The run's recipe; its `optimizer.batch_size`, `orders` and seed count.
         lengths: Tokens of each row's prompt.
-        steps: Number of steps; by default the recipe's `optimizer.steps`.
+        steps: Number of steps.
         only: Numbers of the pairs to take; by default all.
         first_pass: Number of passes before.
     """
@@ -42,7 +42,7 @@ def schedule(
     if only is not None:
         pairs = [pair for number, pair in enumerate(pairs) if number in only]
     batch = recipe.optimizer.batch_size
-    count = (recipe.optimizer.steps if steps is None else steps) * batch
+    count = steps * batch
     stream: list[tuple[int, ...]] = []
     for number in itertools.count(first_pass):
         if len(stream) * side_by_side >= count:
@@ -68,12 +68,13 @@ class Rounds(TrainerCallback):
         recipe: The run's recipe.
         rows: The tokenised comparisons, the two orders of a pair side by side.
         lengths: Tokens of each row's prompt.
+        steps: The run's optimiser steps.
     """
 
-    def __init__(self, trainer: Any, recipe: JudgeRecipe, rows: Any, lengths: Sequence[int]) -> None:
+    def __init__(self, trainer: Any, recipe: JudgeRecipe, rows: Any, lengths: Sequence[int], steps: int) -> None:
         self._trainer, self._recipe, self._rows, self._lengths = trainer, recipe, rows, lengths
-        self._order = schedule(recipe, lengths)
-        self._steps = -(-recipe.optimizer.steps // recipe.rounds)
+        self._order = schedule(recipe, lengths, steps)
+        self._all_steps, self._steps = steps, -(-steps // recipe.rounds)
 
     def __len__(self) -> int:
         return len(self._order)
@@ -119,7 +120,7 @@ class Rounds(TrainerCallback):
         order = schedule(
             self._recipe,
             self._lengths,
-            steps=optimizer.steps - step,
+            self._all_steps - step,
             only=set(pairs) if pairs else None,
             first_pass=step // self._steps,
         )

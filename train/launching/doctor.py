@@ -19,11 +19,13 @@ from contextlib import contextmanager
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
 from mixfuse.contracts.errors import MixfuseError
-from mixfuse.contracts.files import sha256_file
+from mixfuse.contracts.files import read_json, sha256_file
 from mixfuse.contracts.strict_yaml import load
+from mixfuse.train.data.data_files import files_of
 from mixfuse.train.processes import worker
 from mixfuse.train.processes.checkpoint import KEEP
 from mixfuse.train.recipe import TrainRecipe, kind_of, lora_parameters
@@ -33,6 +35,7 @@ GIB = 1 << 30
 JOIN_SECONDS = 120  # how long to wait for the other processes
 SHARED_MEMORY = "/dev/shm"  # noqa: S108 - NCCL uses this path
 PROBE_BYTES = 64 << 20  # size of the all-reduce
+MASKED_TOKENS = 8192  # from here on, a mask over all pairs of a row's tokens has more than 64 MiB at one byte each
 # Bytes of a trainable parameter in a checkpoint beside the optimizer's state: the float32 master, the adapter itself.
 CHECKPOINT_BYTES = 8
 
@@ -95,9 +98,11 @@ def examine_machines(recipe_path: Path | None, overrides: Sequence[str], *, node
         MixfuseError: The recipe is bad, or the other processes cannot be reached.
     """
     recipe = load(recipe_path, kind_of(recipe_path, list(overrides)), overrides) if recipe_path else None
+    worker.bind_device()
     with _joined() as (rank, world):
         machines = _gather(inspect_machine(rank))
-        checks = _gather(local_checks(recipe))
+        # The first process of a machine looks at all of its GPUs. If each did, their own contexts would fill the GPUs.
+        checks = _gather(local_checks(recipe) if worker.local_rank() == 0 else [])
         shared = [*_compared(machines, nodes), *_same_files(recipe, rank, world), *_network(rank, world)]
     if rank:
         return 0
@@ -127,6 +132,7 @@ def _joined() -> Iterator[tuple[int, int]]:
         return
     from torch import distributed
 
+    worker.choose_store_port()
     try:
         # gloo even with GPUs, because the compared values are in main memory. `_network` tests NCCL.
         distributed.init_process_group("gloo", timeout=timedelta(seconds=JOIN_SECONDS))
@@ -208,9 +214,9 @@ def _available_memory() -> int:
 
 def local_checks(recipe: TrainRecipe | None) -> list[Check]:
     """The checks that need no other process; the same on every process of a machine."""
-    checks = [_stack(), *_gpus(), _memory(recipe), _files()]
+    checks = [_stack(), *_gpus(), *_attention(recipe), _memory(recipe), _files()]
     if recipe is not None:
-        checks += [_base(recipe), _disk(recipe)]
+        checks += [_base(recipe), _data(recipe), _deepspeed(recipe), _disk(recipe)]
     return checks
 
 
@@ -279,11 +285,39 @@ def _gpus() -> list[Check]:
     return checks
 
 
+def _attention(recipe: TrainRecipe | None) -> list[Check]:
+    """Which attention implementation a run would take; without a recipe, a packed one in bfloat16 on a GPU."""
+    import torch
+
+    try:
+        from mixfuse.train.model import attention
+    except ImportError:
+        return []  # the check of the stack says why
+    if recipe is None:
+        choice = attention.fastest(torch.bfloat16, packing=True)
+        return [Check("attention", "ok", f"auto takes {choice.name} for packed chats: {choice.why}")] if _cuda() else []
+    try:
+        config = read_json(recipe.base / "config.json")
+    except MixfuseError:
+        return []  # the check of the base says why
+    packing = getattr(recipe, "packing", False)
+    try:
+        choice = attention.choose(
+            recipe.attention, SimpleNamespace(**config), getattr(torch, recipe.dtype), packing=packing
+        )
+    except MixfuseError as error:
+        return [Check("attention", "FAIL", str(error), "correct `attention` in the recipe")]
+    if choice.name == "sdpa" and packing and recipe.max_length > MASKED_TOKENS:
+        found = f"sdpa makes a mask of {recipe.max_length}² tokens in each layer"
+        return [Check("attention", "note", found, "attention: auto takes a kernel without one where there is one")]
+    return [Check("attention", "ok", f"{choice.name}: {choice.why}")]
+
+
 def _memory(recipe: TrainRecipe | None) -> Check:
     import psutil
 
     total, available = psutil.virtual_memory().total, _available_memory()
-    found = f"{available / GIB:.1f} of {total / GIB:.1f} GiB available, {os.cpu_count()} cores"
+    found = f"{available / GIB:.1f} of {total / GIB:.1f} GiB available, {worker.cores()} cores"
     if recipe is not None and not _cuda():
         # On a CPU the base is in main memory, divided among the machines; with one machine, all of it.
         need = sum(file.stat().st_size for file in recipe.base.glob("*.safetensors"))
@@ -312,10 +346,48 @@ def _base(recipe: TrainRecipe) -> Check:
             f"{recipe.base} is not a model folder on this machine",
             "copy it here, or mount the shared path",
         )
+    try:
+        lora_parameters(read_json(recipe.base / "config.json"), recipe.lora)
+    except MixfuseError as error:
+        return Check("base", "FAIL", f"{recipe.base}: {error}", "name another base, or correct the recipe")
     size = sum(file.stat().st_size for file in recipe.base.glob("*.safetensors"))
     if not size:
         return Check("base", "FAIL", f"{recipe.base} holds no .safetensors", "download the weights as safetensors")
     return Check("base", "ok", f"{recipe.base}, {size / GIB:.2f} GiB of weights")
+
+
+def _data(recipe: TrainRecipe) -> Check:
+    """Whether each file of the recipe's data is there, can be opened and holds something; none is read whole."""
+    held_out = recipe.evaluation.data or () if recipe.evaluation is not None else ()
+    files: list[Path] = []
+    problems, size = [], 0
+    for source in (*recipe.data, *held_out):
+        try:
+            files += files_of(source.path) if source.path is not None else []
+        except MixfuseError as error:
+            problems.append(str(error))
+    for file in dict.fromkeys(files):
+        try:
+            with file.open("rb") as stream:
+                size += os.fstat(stream.fileno()).st_size
+                if not stream.read(1):
+                    problems.append(f"{file} is empty")
+        except OSError as error:
+            problems.append(f"{file}: {(error.strerror or str(error)).lower()}")
+    if problems:
+        return Check("data", "FAIL", "; ".join(problems), "make the file, or correct its path in the recipe")
+    hub = sum(source.path is None for source in (*recipe.data, *held_out))
+    found = [f"{len(dict.fromkeys(files))} files, {size / (1 << 20):.1f} MiB"] if files else []
+    found += [f"{hub} data sets on the Hub, which are not checked"] if hub else []
+    return Check("data", "ok", "; ".join(found))
+
+
+def _deepspeed(recipe: TrainRecipe) -> Check:
+    try:
+        read_json(recipe.deepspeed)
+    except MixfuseError as error:
+        return Check("deepspeed", "FAIL", str(error), "correct the path of `deepspeed` in the recipe, or the file")
+    return Check("deepspeed", "ok", str(recipe.deepspeed))
 
 
 def _disk(recipe: TrainRecipe) -> Check:
@@ -333,12 +405,12 @@ def _disk(recipe: TrainRecipe) -> Check:
 
 
 def _trainable(recipe: TrainRecipe) -> int:
-    """The number of trainable parameters; 0 if the base is not on this machine."""
+    """The number of trainable parameters; 0 if the base is not on this machine, or does not fit the recipe."""
     try:
-        config = json.loads((recipe.base / "config.json").read_text(encoding="utf-8"))
-    except OSError:
-        return 0
-    return sum(layer.attention + layer.experts for layer in lora_parameters(config, recipe.lora))
+        parameters = lora_parameters(read_json(recipe.base / "config.json"), recipe.lora)
+    except MixfuseError:
+        return 0  # the check of the base says why
+    return sum(layer.attention + layer.experts for layer in parameters)
 
 
 def _by_hostname(machines: list[Machine]) -> list[Machine]:
@@ -442,9 +514,7 @@ def _network(rank: int, world: int) -> list[Check]:
     import torch
     from torch import distributed
 
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if _cuda() else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    device = worker.device()
     name = "NCCL all-reduce" if device.type == "cuda" else "gloo all-reduce"
     fix = "see NCCL_DEBUG=INFO; choose the interface: NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME"
     seconds = []

@@ -18,6 +18,7 @@ def launch(
     *,
     launcher: str,
     processes: int | None = None,
+    ports: int | None = None,
     dry_run: bool = False,
 ) -> int:
     """Runs `mixfuse launch`.
@@ -27,6 +28,7 @@ def launch(
         machines: Where it runs.
         launcher: A key of `LAUNCHERS`.
         processes: Processes on each machine; by default the recipe's.
+        ports: The first of the two ports that the run opens on rank 0's machine; by default any.
         dry_run: Print what would run, and run nothing.
 
     Returns:
@@ -35,7 +37,7 @@ def launch(
     Raises:
         MixfuseError: Something the launcher needs is missing or wrong.
     """
-    job = read_job(arguments, processes)
+    job = read_job(arguments, processes, ports)
     prepared = LAUNCHERS[launcher](job, machines)
     if dry_run:
         for text in (*prepared.files.values(), prepared.note):

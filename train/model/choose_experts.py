@@ -22,6 +22,7 @@ from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.families import shape_of
 from mixfuse.contracts.files import read_json, write_json
 from mixfuse.train.model.family_classes import block_classes, router_classes
+from mixfuse.train.processes import worker
 from mixfuse.train.recipe import TrainRecipe, lora_parameters
 
 RECORD = "experts.json"
@@ -98,11 +99,7 @@ def sample(rows: Sequence[Any], tokenizer: Any, recipe: TrainRecipe) -> list[lis
     drawn = []
     for number in sorted(numbers):
         row = rows[number]
-        if "input_ids" in row:
-            ids = row["input_ids"]
-        else:
-            messages = [*row["prompt"], *(row["completion"] if "completion" in row else row["chosen"])]
-            ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+        ids = row["input_ids"] if "input_ids" in row else [*row["prompt_ids"], *row["chosen_ids"]]
         drawn.append(list(ids)[: recipe.max_length])
     return drawn
 
@@ -121,7 +118,7 @@ def measure(model: Any, rows: Sequence[Sequence[int]], *, micro_batch: int) -> L
     ordered = sorted(rows, key=len)  # rows of similar length need little padding
     passes = -(-len(ordered) // (world * micro_batch))
     routers = [module for module in model.modules() if isinstance(module, router_classes())]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = worker.device()
     experts = shape_of(model.config.to_dict()).E
     gates_LE = torch.zeros(len(routers), experts, dtype=torch.float64, device=device)
     counts_LE = torch.zeros_like(gates_LE)
@@ -163,7 +160,7 @@ def measure(model: Any, rows: Sequence[Sequence[int]], *, micro_batch: int) -> L
     )
 
 
-def _padded(rows: Sequence[Sequence[int]], device: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the rows padded with zeros to equal length, and the attention mask."""
     ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long, device=device)
     mask = torch.zeros_like(ids)

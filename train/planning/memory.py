@@ -13,12 +13,15 @@ from typing import NamedTuple
 
 from mixfuse.contracts.family import Shape
 from mixfuse.train.planning.zero3_gathers import Gathered, Module, Parameter, Visit
+from mixfuse.train.quantization import LOOKED_UP_BYTES, WEIGHTS_AT_ONCE, Experts
 from mixfuse.train.recipe import Lora
 
+PLAIN = Experts()
 FP32 = 4
 INT64 = 8
 # TRL 1.16, `trl/trainer/utils.py` and `trl/kernels/chunked_logprob.py`: the output layer is computed tile by tile.
 HEAD_TOKENS, HEAD_COLUMNS = 4096, 32768
+HEAD_ROWS = 4096  # of the output layer's weight, in float32 at a time: `train/stages/one_pass_dpo.py`
 RNG_STATE = 5056  # bytes of torch.get_rng_state(), which a checkpointed layer saves
 
 
@@ -45,6 +48,8 @@ class MicroStep(NamedTuple):
         checkpointing: Whether a layer saves only its input for backward.
         cuda: Whether CUDA's kernels run, or torch's on a CPU.
         aux_loss: Whether the router's load-balancing loss is computed.
+        one_pass: Whether the output layer runs on the prompts' last positions alone (`train/stages/one_pass_dpo.py`).
+        experts: How the frozen experts are held.
     """
 
     shape: Shape
@@ -54,32 +59,45 @@ class MicroStep(NamedTuple):
     checkpointing: bool
     cuda: bool
     aux_loss: bool
+    one_pass: bool = False
+    experts: Experts = PLAIN
 
 
 # ---------------------------------------------------------------------------------------------------- parameters
 
 
-def moe_block_parameters(shape: Shape) -> int:
-    """3·E·H·I + E·H. ZeRO-3 gathers them at once, because a MoE block is one leaf."""
-    return 3 * shape.E * shape.H * shape.I + shape.E * shape.H
+def moe_block_parameters(shape: Shape, experts: Experts = PLAIN) -> int:
+    """3·E·H·I + E·H. ZeRO-3 gathers them at once, because a MoE block is one leaf.
+
+    Of quantised experts, what is counted is the elements that hold their codes and scales (`train/quantization.py`).
+    """
+    return sum(experts.elements(3 * shape.E * shape.H * shape.I).values()) + shape.E * shape.H
 
 
-def modules(shape: Shape, lora: Lora) -> list[list[Module]]:
+def layer_parameters(shape: Shape, lora: Lora, experts: Experts = PLAIN) -> int:
+    """Parameters of the layer that has most, with its LoRA."""
+    _, _, *layers, _ = modules(shape, lora, experts)
+    return max(sum(parameter.numel for module in group for parameter in module.own) for group in layers)
+
+
+def modules(shape: Shape, lora: Lora, experts: Experts = PLAIN, *, one_pass: bool = False) -> list[list[Module]]:
     """Lists the hooked modules that own parameters, in the order of a forward pass.
 
     TRL's fused head uses the output layer's weight in the whole model's forward pass, not in the module that owns it.
-    DeepSpeed therefore registers the weight as external to the whole model.
+    DeepSpeed therefore registers the weight as external to the whole model. A judge's pass runs the output layer as a
+    module of its own, behind the last norm (`one_pass`).
 
     Returns:
-        One group each for the whole model and the embedding, one for each layer, one for the last norm.
+        One group each for the whole model and the embedding, one for each layer, one for the last norm and what is
+        behind it.
     """
     L, H, I, E, _, A, G, D, V, *_ = shape  # noqa: N806, E741
     chosen = lora.chosen(L, E)
     widths = {"q_proj": (H, A * D), "k_proj": (H, G * D), "v_proj": (H, G * D), "o_proj": (A * D, H)}
     embedding = Parameter("embed_tokens", V * H, external=shape.tied)
-    head = embedding if shape.tied else Parameter("lm_head", V * H, external=True)
+    head = embedding if shape.tied else Parameter("lm_head", V * H, external=not one_pass)
     groups = [
-        [Module("causal_lm", (head,), beneath=(head,))],
+        [Module("causal_lm", () if one_pass else (head,), beneath=(head,))],
         [Module("embed_tokens", (embedding,), beneath=(embedding,))],
     ]
     for layer in range(L):
@@ -94,17 +112,16 @@ def modules(shape: Shape, lora: Lora) -> list[list[Module]]:
         if shape.qk_norm:
             group += [_module(f"{name}.self_attn.{norm}", D) for norm in ("q_norm", "k_norm")]
         group.append(_module(f"{name}.post_attention_layernorm", H))
-        inside = [
-            Parameter(f"{name}.mlp.gate", E * H),
-            Parameter(f"{name}.mlp.gate_up", E * 2 * I * H),
-            Parameter(f"{name}.mlp.down", E * H * I),
-        ]
+        inside = [Parameter(f"{name}.mlp.gate", E * H)]
+        for key, weights in {"gate_up": E * 2 * I * H, "down": E * H * I}.items():
+            held = experts.elements(weights).items()
+            inside += [Parameter(f"{name}.mlp.{key}{suffix}", elements) for suffix, elements in held]
         if ranks := lora.r * len(chosen[layer]):
             factors = {"gate_up.A": H, "gate_up.B": 2 * I, "down.A": I, "down.B": H}
             inside += [Parameter(f"{name}.mlp.{key}", ranks * width, True) for key, width in factors.items()]
         group.append(Module(f"{name}.mlp", tuple(inside), leaf=True, beneath=tuple(inside)))
         groups.append(group)
-    groups.append([_module("norm", H)])
+    groups.append([_module("norm", H), *([Module("lm_head", (head,), beneath=(head,))] if one_pass else [])])
     return groups
 
 
@@ -128,9 +145,9 @@ def visits(groups: Sequence[Sequence[Module]], *, checkpointing: bool) -> list[V
         groups: The result of `modules`.
         checkpointing: Whether a layer's forward pass is repeated in the backward pass.
     """
-    (causal,), embed, *layers, norm = groups
-    inner = _beneath(module for group in groups[1:] for module in group)
-    everything = tuple(dict.fromkeys((*inner, *causal.own)))
+    (causal,), embed, *layers, (norm, *head) = groups
+    inner = _beneath(module for group in (embed, *layers, [norm]) for module in group)
+    everything = tuple(dict.fromkeys((*inner, *causal.beneath)))
     causal = replace(causal, beneath=everything)
     body = Module("model", beneath=inner)
     top = [Module("peft", beneath=everything), Module("lora", beneath=everything), causal, body]
@@ -138,9 +155,9 @@ def visits(groups: Sequence[Sequence[Module]], *, checkpointing: bool) -> list[V
     order = [Visit(module, "forward") for module in (*top, *embed, Module("rotary_emb"))]
     for number, group in enumerate(layers):
         order += _layer_forward(number, group, "forward")
-    order.append(Visit(norm[0], "forward"))
-    down = [*(module for module in top[:3] for _ in range(2)), *[body] * 4]
-    order += [Visit(module, "backward") for module in (*down, *norm)]
+    order += [Visit(module, "forward") for module in (norm, *head)]
+    down = [*(module for module in top[:3] for _ in range(2)), *head, *[body] * 4]
+    order += [Visit(module, "backward") for module in (*down, norm)]
     for number in reversed(range(len(layers))):
         order += _layer_backward(number, layers[number], checkpointing=checkpointing)
     if checkpointing:
@@ -214,7 +231,7 @@ def attention_saved(shape: Shape, batch: Batch, w: int, lora: Lora, *, cuda: boo
 def moe_saved(shape: Shape, batch: Batch, w: int, lora: Lora) -> int:
     """Bytes that a MoE block and the norm before it save: x, the experts' first products, LoRA's products, the routing.
 
-    w·(T·H + T·K·(2I + 2r)) + 4·T·H + routing, with gate weights in float32. `train/model/expert_lora.py` saves the
+    w·(T·H + T·K·(2I + 2r)) + 4·T·H + routing, with gate weights in float32. `train/model/expert_products.py` saves the
     input of the activation function, not its output.
     """
     _, H, I, E, K, *_ = shape  # noqa: N806, E741
@@ -251,6 +268,20 @@ def moe_backward_workspace(shape: Shape, batch: Batch, w: int, lora: Lora, *, cu
     return w * (rows * each + 2 * batch.T * H + factors)
 
 
+def unpacked(step: MicroStep) -> int:
+    """Bytes of a projection's unpacked weights, w·2·E·I·H, on a CPU of one expert; and what unpacking takes besides.
+
+    Unpacking goes by 2²⁴ weights. Looking NF4 up takes an int32 for each two of them, and their values once more; int8
+    is converted on the way on a GPU, and to a copy on a CPU.
+    """
+    shape, w = step.shape, step.w
+    if step.experts.quantization is None:
+        return 0
+    weights = (shape.E if step.cuda else 1) * 2 * shape.I * shape.H
+    beside = LOOKED_UP_BYTES + w if step.experts.quantization == "nf4" else 0 if step.cuda else w
+    return w * weights + beside * min(weights, WEIGHTS_AT_ONCE)
+
+
 def layer_saved(shape: Shape, batch: Batch, w: int, lora: Lora, *, cuda: bool) -> int:
     """Bytes that a layer saves for backward: attention's and the MoE block's."""
     return attention_saved(shape, batch, w, lora, cuda=cuda) + moe_saved(shape, batch, w, lora)
@@ -284,6 +315,15 @@ def head_workspace(shape: Shape, batch: Batch, w: int, *, cuda: bool) -> int:
     if not cuda:
         tile += int(7.25 * FP32 * rows * min(shape.V, HEAD_COLUMNS))
     return tile + (FP32 + w) * batch.T * shape.H
+
+
+def verdict_workspace(shape: Shape, batch: Batch, w: int) -> int:
+    """The output layer on the last positions alone: logits in float32, a part of its weight, the gradient of its input.
+
+    4·(2·B²·V + 5·B·V) + 4·min(V, 4096)·H + w·T·H: the layer runs on each distinct last position for each of B prompts.
+    """
+    logits = FP32 * batch.B * shape.V * (2 * batch.B + 5)
+    return logits + FP32 * min(shape.V, HEAD_ROWS) * shape.H + w * batch.T * shape.H
 
 
 def router_loss(shape: Shape, batch: Batch) -> int:
@@ -322,7 +362,7 @@ def moments(step: MicroStep, gathers: Sequence[Gathered]) -> Iterator[Moment]:
         step: What is computed.
         gathers: What ZeRO-3 holds gathered around each visit (`zero3_gathers.replay`).
     """
-    shape, batch, w, lora, checkpointing, cuda, aux_loss = step
+    shape, batch, w, lora, checkpointing, cuda, aux_loss, one_pass, _ = step
     attention = attention_saved(shape, batch, w, lora, cuda=cuda)
     layer = layer_saved(shape, batch, w, lora, cuda=cuda)
     per_layer = checkpoint_saved(shape, batch, w) if checkpointing else layer
@@ -342,12 +382,32 @@ def moments(step: MicroStep, gathers: Sequence[Gathered]) -> Iterator[Moment]:
         else:
             inside = 0 if phase == "forward" and checkpointing else attention
             yield Moment(f"{name}: {phase}", max(fetching, running) * w, saved + inside, attention_workspace)
+    end = final_body(shape, batch, w) if one_pass else final_saved(shape, batch, w)
     yield Moment(
         "output layer and loss",
         before_head,
-        shape.L * per_layer + final_saved(shape, batch, w) + (router_loss(shape, batch) if aux_loss else 0),
-        head_workspace(shape, batch, w, cuda=cuda),
+        shape.L * per_layer + end + (router_loss(shape, batch) if aux_loss else 0),
+        verdict_workspace(shape, batch, w) if one_pass else head_workspace(shape, batch, w, cuda=cuda),
     )
+
+
+def without_gradients(name: str, step: MicroStep, gathers: Sequence[Gathered]) -> Moment:
+    """The moment of a forward pass without gradients that needs most: a MoE block runs, and nothing is kept but x.
+
+    w·(n·(4I + H) + 3·T·H) + 4·T·H + B·S²: beyond `moe_forward_workspace` the experts' first products, the residual, the
+    norm's output and its float32 copy, and the mask.
+
+    Args:
+        name: What the pass is for.
+        step: What is computed; `checkpointing` does not matter.
+        gathers: What ZeRO-3 holds gathered around each visit of a step.
+    """
+    shape, batch, w, cuda = step.shape, step.batch, step.w, step.cuda
+    first_products = w * _rows(shape, batch, cuda=cuda) * 2 * shape.I
+    others = (2 * w + FP32) * batch.T * shape.H + batch.B * batch.S**2
+    workspace = moe_forward_workspace(shape, batch, w, cuda=cuda) + first_products + others + unpacked(step)
+    running = max((g.running for g in gathers if g.visit.phase == "forward"), default=0)
+    return Moment(name, running * w, 0, workspace)
 
 
 def _moe_moments(step: MicroStep, name: str, phase: str, gathered: tuple[int, int], saved: int) -> Iterator[Moment]:
@@ -360,7 +420,9 @@ def _moe_moments(step: MicroStep, name: str, phase: str, gathered: tuple[int, in
         gathered: Bytes while the block is fetched, and while it runs.
         saved: Bytes of activations from before this layer.
     """
-    shape, batch, w, lora, checkpointing, cuda, _ = step
+    shape, batch, w, lora = step.shape, step.batch, step.w, step.lora
+    checkpointing, cuda = step.checkpointing, step.cuda
+    weights = unpacked(step)
     fetching, running = gathered
     layer = layer_saved(shape, batch, w, lora, cuda=cuda)
     gradient = batch.T * shape.H * w
@@ -368,11 +430,12 @@ def _moe_moments(step: MicroStep, name: str, phase: str, gathered: tuple[int, in
     if phase == "forward":
         attention = attention_saved(shape, batch, w, lora, cuda=cuda)
         yield Moment(f"{name}: gather, forward", fetching, saved + (0 if checkpointing else attention), gradient)
-        yield Moment(f"{name}: forward", running, saved + (0 if checkpointing else layer), forward_workspace)
+        kept = 0 if checkpointing else layer
+        yield Moment(f"{name}: forward", running, saved + kept, forward_workspace + weights)
     elif phase == "backward":
         yield Moment(f"{name}: gather, backward", fetching, saved + (0 if checkpointing else layer), gradient)
     if phase == ("recompute" if checkpointing else "backward"):
         # In float32 the checkpoint is the same tensor that the layer's first norm saves.
         recomputed = layer - (gradient if checkpointing and w == FP32 else 0)
         workspace = max(moe_backward_workspace(shape, batch, w, lora, cuda=cuda), forward_workspace)
-        yield Moment(f"{name}: backward", running, saved + recomputed, workspace)
+        yield Moment(f"{name}: backward", running, saved + recomputed, workspace + weights)

@@ -20,9 +20,21 @@ from mixfuse.contracts.files import read_json
 from mixfuse.train.planning import memory
 from mixfuse.train.planning.memory import FP32, Batch, MicroStep, Moment
 from mixfuse.train.planning.zero3_gathers import Gathered, Parameter, Thresholds, replay
-from mixfuse.train.recipe import JudgeRecipe, TrainRecipe, lora_parameters
+from mixfuse.train.quantization import Experts
+from mixfuse.train.recipe import JudgeRecipe, Lora, TrainRecipe, lora_parameters
 
-PAIR = 2  # DPO runs chosen and rejected in one batch
+_HOPELESS = 16
+PAIR = 2  # DPO on rationales runs chosen and rejected in one batch
+RESERVE = 4 << 30
+"""Bytes of each GPU that stay free for what no formula covers, unless `mixfuse plan --reserve` says otherwise."""
+GATHERING = ("stage3_prefetch_bucket_size", "stage3_max_live_parameters", "stage3_max_reuse_distance")
+"""Keys of DeepSpeed's JSON that the plan fills where they are `auto`."""
+AHEAD = (
+    "the next layer, while a MoE block computes",
+    "the next MoE block, while attention computes",
+    "nothing",
+)
+"""How far ZeRO-3 gathers ahead, the most first; each takes less memory than the one before."""
 MODEL_FOLDER = "model"  # beside a recipe: holds the config.json to plan with if the base is not on this disk
 
 
@@ -57,7 +69,7 @@ class Zero3:
     """The settings in DeepSpeed's JSON that affect memory.
 
     Attributes:
-        thresholds: In elements; transformers' values for `auto` (`trainer_config_finalize`).
+        thresholds: In elements; for `auto`, what `gathering` says, or transformers (`trainer_config_finalize`).
         reduce_bucket: `reduce_bucket_size`, in elements.
         contiguous: `contiguous_gradients`: whether the bucket is allocated.
         offload_parameters: Where the partitions of the parameters are: "none", "cpu" or "nvme".
@@ -79,14 +91,15 @@ class Zero3:
     @classmethod
     def of(cls, config: Mapping[str, Any], hidden: int) -> "Zero3":
         """Reads DeepSpeed's JSON; missing keys have the defaults of DeepSpeed 0.19.8 (`runtime/zero/config.py`)."""
-        zero = config.get("zero_optimization", {})
+        zero = _group(config, "zero_optimization")
 
         def value(key: str, automatic: int, default: int) -> int:
             setting = zero.get(key, default)
-            return automatic if setting == "auto" else int(setting)
+            return automatic if setting == "auto" else _count(key, setting)
 
-        parameters = zero.get("offload_param") or {}
-        optimizer = zero.get("offload_optimizer") or {}
+        parameters, optimizer = _group(zero, "offload_param"), _group(zero, "offload_optimizer")
+        buffer_count = _count("buffer_count", parameters.get("buffer_count", 5))
+        buffer_size = _count("buffer_size", parameters.get("buffer_size", 100_000_000))
         return cls(
             thresholds=Thresholds(
                 prefetch=value("stage3_prefetch_bucket_size", int(0.9 * hidden * hidden), 50_000_000),
@@ -98,10 +111,57 @@ class Zero3:
             contiguous=bool(zero.get("contiguous_gradients", True)),
             offload_parameters=str(parameters.get("device") or "none"),
             offload_optimizer=str(optimizer.get("device") or "none"),
-            nvme_buffers=int(parameters.get("buffer_count", 5)) * int(parameters.get("buffer_size", 100_000_000)),
-            nvme_buffer=int(parameters.get("buffer_size", 100_000_000)),
-            secondary=int(zero.get("zero_hpz_partition_size", 1)),
+            nvme_buffers=buffer_count * buffer_size,
+            nvme_buffer=buffer_size,
+            secondary=max(1, _count("zero_hpz_partition_size", zero.get("zero_hpz_partition_size", 1))),
         )
+
+
+def gathering(shape: Shape, lora: Lora, ahead: int, experts: Experts = memory.PLAIN) -> dict[str, int]:
+    """DeepSpeed's settings for gathering so far ahead, in elements; see `AHEAD`.
+
+    By default DeepSpeed stops gathering ahead at 1e9 live parameters. A MoE block of 8x22B alone has 2.42e9, so none
+    would be on its way while another computes.
+
+    - prefetch: a layer, so that one bucket holds all of the next one;
+    - live: two layers, so that the next one sets out when a MoE block begins to compute; or one layer and the output
+      layer, which TRL's fused head keeps gathered: then it sets out once that block is released;
+    - reuse: a layer's attention, which recomputation and backward pass use in turn; more would keep whole blocks.
+
+    Args:
+        shape: Sizes of the base.
+        lora: What is trained.
+        ahead: An index of `AHEAD`.
+        experts: How the frozen experts are held.
+    """
+    if ahead == len(AHEAD) - 1:
+        return dict.fromkeys(GATHERING, 0)
+    layer = memory.layer_parameters(shape, lora, experts)
+    attention = layer - memory.moe_block_parameters(shape, experts)
+    live = 2 * layer if ahead == 0 else layer + shape.V * shape.H
+    return dict(zip(GATHERING, (layer, live, attention), strict=True))
+
+
+def filled(zero3: Mapping[str, Any], values: Mapping[str, int]) -> dict[str, Any]:
+    """DeepSpeed's JSON with these values where it says `auto`."""
+    zero = _group(zero3, "zero_optimization")
+    automatic = {key: value for key, value in values.items() if zero.get(key) == "auto"}
+    return {**zero3, "zero_optimization": {**zero, **automatic}} if automatic else dict(zero3)
+
+
+def _group(config: Any, key: str) -> Mapping[str, Any]:
+    """Returns a group of DeepSpeed's keys; an empty one if it is not there."""
+    group = config.get(key) if isinstance(config, Mapping) else config
+    if group is not None and not isinstance(group, Mapping):
+        raise MixfuseError(f"deepspeed: {key} must be a group of keys")
+    return group or {}
+
+
+def _count(key: str, setting: Any) -> int:
+    """Reads a count from DeepSpeed's JSON, where people also write 5e8."""
+    if not isinstance(setting, int | float) or isinstance(setting, bool) or not 0 <= setting <= 1 << 62:
+        raise MixfuseError(f'deepspeed: {key} must be a number from 0 on, or "auto", not {str(setting)[:40]}')
+    return int(setting)
 
 
 @dataclass(frozen=True)
@@ -111,12 +171,15 @@ class Plan:
     Attributes:
         recipe: The recipe's path.
         stage: "sft" or "judge".
+        two_models: Whether each step also runs the reference, as DPO on rationales does.
         shape: Sizes of the base.
         hardware: The machines.
         base_parameters: Parameters of the base.
         active_parameters: Parameters of the base that one token uses.
         trainable_parameters: Parameters of the LoRA.
         w: Bytes per element.
+        experts: How the frozen experts are held.
+        base_bytes: Of the whole base, as it is held.
         held: Per GPU, by part: memory that is used during the whole run.
         peak: Per GPU: the moment of a step that needs most.
         loading: Per GPU: while the base is loaded, before training begins.
@@ -127,17 +190,22 @@ class Plan:
         batch: One forward pass.
         checkpointing: Whether activations are checkpointed.
         saved: Activations with and without checkpointing.
+        ahead: How far ZeRO-3 gathers ahead (`AHEAD`), or None if DeepSpeed's JSON says so itself.
+        zero3: DeepSpeed's JSON, with `GATHERING` filled in.
         problems: One sentence for each thing that does not fit.
     """
 
     recipe: str
     stage: str
+    two_models: bool
     shape: Shape
     hardware: Hardware
     base_parameters: int
     active_parameters: int
     trainable_parameters: int
     w: int
+    experts: Experts
+    base_bytes: int
     held: dict[str, int]
     peak: Moment
     loading: int
@@ -148,6 +216,8 @@ class Plan:
     batch: Batch
     checkpointing: bool
     saved: dict[str, int]
+    ahead: str | None
+    zero3: Mapping[str, Any]
     problems: tuple[str, ...]
 
     @property
@@ -186,7 +256,7 @@ def plan(
     source: str = "",
     batch: Batch | None = None,
 ) -> Plan:
-    """Plans one recipe.
+    """Plans one recipe. Where DeepSpeed's JSON leaves it open (`auto`), ZeRO-3 gathers as far ahead as fits a GPU.
 
     Args:
         recipe: The recipe.
@@ -197,14 +267,46 @@ def plan(
         batch: One forward pass; the default is the recipe's micro batch with sequences of `max_length` tokens.
 
     Raises:
-        MixfuseError: The base's family is unknown.
+        MixfuseError: The base's family is unknown, or DeepSpeed's JSON is malformed.
     """
+    shape, zero = shape_of(config), _group(zero3, "zero_optimization")
+    # From NVMe, a parameter that is gathered ahead takes one of few staging buffers; DeepSpeed's defaults suit those.
+    from_disk = _group(zero, "offload_param").get("device") == "nvme"
+    if from_disk or "auto" not in (zero.get(key) for key in GATHERING):
+        return _plan(recipe, config, zero3, hardware, source=source, batch=batch)
+    room = hardware.gpu_bytes - hardware.reserve_bytes
+    for number, name in enumerate(AHEAD):
+        settings = filled(zero3, gathering(shape, recipe.lora, number, experts_of(recipe)))
+        planned = replace(_plan(recipe, config, settings, hardware, source=source, batch=batch), ahead=name)
+        if planned.gpu_total <= room:
+            break
+    return planned
+
+
+def experts_of(recipe: TrainRecipe) -> Experts:
+    """How a recipe holds the frozen experts."""
+    return Experts(recipe.quantization, 2 if recipe.dtype == "bfloat16" else 4)
+
+
+def _plan(
+    recipe: TrainRecipe,
+    config: Mapping[str, Any],
+    zero3: Mapping[str, Any],
+    hardware: Hardware,
+    *,
+    source: str,
+    batch: Batch | None,
+) -> Plan:
     shape, lora = shape_of(config), recipe.lora
     judge = isinstance(recipe, JudgeRecipe)
-    w = 2 if recipe.dtype == "bfloat16" else 4
+    # A verdict is read from one pass over the prompt; the reference's were computed before training.
+    one_pass = isinstance(recipe, JudgeRecipe) and recipe.completion == "verdict"
+    two_models = judge and not one_pass
+    experts = experts_of(recipe)
+    w = experts.w
     world = hardware.world
     zero = Zero3.of(zero3, shape.H)
-    sequences = recipe.optimizer.micro_batch * (PAIR if judge else 1)
+    sequences = recipe.optimizer.micro_batch * (PAIR if two_models else 1)
     step = MicroStep(
         shape=shape,
         batch=batch or Batch(sequences, recipe.max_length),
@@ -213,8 +315,10 @@ def plan(
         checkpointing=recipe.gradient_checkpointing,
         cuda=hardware.cuda,
         aux_loss=getattr(recipe, "router_aux_loss_coef", 0) > 0,
+        one_pass=one_pass,
+        experts=experts,
     )
-    groups = memory.modules(shape, lora)
+    groups = memory.modules(shape, lora, experts, one_pass=one_pass)
     parameters = memory.all_parameters(groups)
     frozen = sum(p.per_rank(world) for p in parameters if not p.trainable)
     trained = sum(p.per_rank(world) for p in parameters if p.trainable)
@@ -224,7 +328,12 @@ def plan(
         "gradients": trained * w,
     }
     visits = memory.visits(groups, checkpointing=recipe.gradient_checkpointing)
-    gathers = replay(visits, zero.thresholds, world, recorded=not judge)
+    thresholds = zero.thresholds
+    if thresholds.max_live >= (layer := memory.layer_parameters(shape, lora, experts)):
+        # DeepSpeed sets its count to zero where a step ends, and subtracts a layer that is still gathered afterwards.
+        # So it counts a layer too few, and gathers as much more (`benchmarks/plan.py`, model `ahead`).
+        thresholds = replace(thresholds, max_live=thresholds.max_live + layer)
+    gathers = replay(visits, thresholds, world, recorded=not two_models)
     # `train/model/load.py` reads one tensor and gathers one module at a time.
     largest_tensor = max(shape.I, shape.V) * shape.H * w
     partition = (frozen + trained) * w
@@ -232,23 +341,28 @@ def plan(
     result = Plan(
         recipe=source,
         stage="judge" if judge else "sft",
+        two_models=two_models,
         shape=shape,
         hardware=hardware,
         base_parameters=base_parameters(shape),
         active_parameters=active_parameters(shape),
         trainable_parameters=sum(sum(layer) for layer in lora_parameters(config, lora)),
         w=w,
+        experts=experts,
+        base_bytes=sum(p.numel for p in parameters if not p.trainable) * w,
         held=_held_on_gpu(zero, parameters, world, w, states),
-        peak=_peak(step, gathers, trained),
+        peak=_peak(step, gathers, trained, _passes_without_gradients(recipe, step.batch.S)),
         loading=frozen * w + max(3 * shape.E * shape.I, shape.V) * shape.H * w,
         largest_gather=max((gathered.fetching for gathered in gathers), default=0) * w,
         host=host,
         disk=disk,
-        # DPO's reference model adds one forward pass, which gathers every parameter anew.
-        gathered_numel=gathered_numel(gathers) + (sum(p.numel for p in parameters) if judge and world > 1 else 0),
+        # On rationales DPO's reference adds one forward pass to each step, which gathers every parameter anew.
+        gathered_numel=gathered_numel(gathers) + (sum(p.numel for p in parameters) if two_models and world > 1 else 0),
         batch=step.batch,
         checkpointing=recipe.gradient_checkpointing,
         saved=_saved(step),
+        ahead=None,
+        zero3=zero3,
         problems=(),
     )
     return replace(result, problems=tuple(_problems(result, recipe, zero, parameters)))
@@ -273,10 +387,25 @@ def _held_on_gpu(
     return held
 
 
-def _peak(step: MicroStep, gathers: Sequence[Gathered], trained: int) -> Moment:
-    """Returns the moment that needs most: one of the micro step, or the optimizer's step on `trained` elements."""
+def _passes_without_gradients(recipe: TrainRecipe, length: int) -> dict[str, Batch]:
+    """The forward passes of a run outside its steps, by what they are for; sequences have `length` tokens."""
+    passes = {}
+    if recipe.evaluation:
+        size = recipe.evaluation.micro_batch or recipe.optimizer.micro_batch
+        passes["evaluation"] = Batch(size, length)
+    if isinstance(recipe, JudgeRecipe) and recipe.completion == "verdict":
+        passes["reference"] = Batch(recipe.reference_batch, length)
+    return passes
+
+
+def _peak(step: MicroStep, gathers: Sequence[Gathered], trained: int, passes: Mapping[str, Batch]) -> Moment:
+    """Returns the moment that needs most.
+
+    It is one of the micro step, the optimizer's step on `trained` elements, or one of a pass without gradients.
+    """
     update = Moment("optimizer step", 0, 0, 2 * trained * FP32)
-    return max((*memory.moments(step, gathers), update), key=lambda moment: moment.total)
+    forward = [memory.without_gradients(name, step._replace(batch=batch), gathers) for name, batch in passes.items()]
+    return max((*memory.moments(step, gathers), *forward, update), key=lambda moment: moment.total)
 
 
 def _saved(step: MicroStep) -> dict[str, int]:
@@ -373,24 +502,42 @@ class Speed(NamedTuple):
     tokens_per_second: float
 
 
-def speed(planned: Plan, *, tflops: float, utilisation: float, bandwidth: float) -> Speed:
+def forward_flops(shape: Shape, sequence: float) -> float:
+    """FLOPs of a token's forward pass: 2·(active parameters - embedding) + 2·S·A·D·L.
+
+    Causal attention sees half of S on average (Kaplan et al., arXiv 2001.08361).
+
+    Args:
+        shape: The base's.
+        sequence: S, tokens of a sequence.
+    """
+    matrices = 2 * (active_parameters(shape) - (0 if shape.tied else shape.V * shape.H))
+    return matrices + 2 * sequence * shape.A * shape.D * shape.L
+
+
+def speed(
+    planned: Plan, *, tflops: float, utilisation: float, bandwidth: float, memory_bandwidth: float = math.inf
+) -> Speed:
     """Estimates throughput from the FLOPs and from the bytes that ZeRO-3 moves.
 
-    A token's forward pass takes 2·(active parameters - embedding) + 2·S·A·D·L FLOPs, because causal attention sees half
-    of S on average. The backward pass through frozen weights computes only the gradient of the inputs and takes the
-    same. Checkpointing adds a forward pass, and so does DPO's reference.
+    The backward pass through frozen weights computes only the gradient of the inputs and takes as much as the forward
+    pass (`forward_flops`). Checkpointing adds a forward pass. On rationales, DPO's
+    reference adds another.
 
     Args:
         planned: The plan.
         tflops: A GPU's peak, in TFLOP/s.
         utilisation: The share of the peak that is assumed while computing.
         bandwidth: Bytes per second that one GPU receives.
+        memory_bandwidth: Bytes per second that one GPU reads and writes of its own memory, to unpack quantised experts.
     """
     shape, world = planned.shape, planned.hardware.world
-    matrices = 2 * (planned.active_parameters - (0 if shape.tied else shape.V * shape.H))
-    forward = matrices + 2 * planned.batch.S * shape.A * shape.D * shape.L
-    passes = 2 + planned.checkpointing + (planned.stage == "judge")
-    compute = world * utilisation * tflops * 1e12 / (passes * forward)
+    forward = forward_flops(shape, planned.batch.S)
+    passes = 2 + planned.checkpointing + planned.two_models
+    seconds = passes * planned.batch.T * forward / (utilisation * tflops * 1e12)
+    # Every weight of every expert, in each pass: the grouped product takes them all.
+    seconds += passes * planned.experts.unpacking_bytes() * 3 * shape.L * shape.E * shape.H * shape.I / memory_bandwidth
+    compute = world * planned.batch.T / seconds
     moved = planned.gathered_numel * planned.w * (world - 1) / world
     gather = world * planned.batch.T * bandwidth / moved if moved else math.inf
     return Speed(passes * forward, compute, gather, 1 / (1 / compute + 1 / gather))
@@ -426,10 +573,13 @@ def advise(
 ) -> list[Change]:
     """Finds up to three changes that make the recipe fit: single changes first, then pairs, then all that help.
 
-    Each change is planned in full. If nothing fits, the result is the one attempt that needs the least GPU memory.
+    Each change is planned in full. If nothing fits, the result is the one attempt that needs the least GPU memory. A
+    base that is many times larger than all GPUs together gets no advice, since each attempt would take minutes.
     """
     start = _Setting(recipe, zero3, hardware)
     now = plan(recipe, config, zero3, hardware)
+    if now.base_bytes > _HOPELESS * hardware.world * hardware.gpu_bytes:
+        return []
     singles = list(_variants(start))
     tried: list[Change] = []
 
@@ -486,8 +636,8 @@ def _variants(start: _Setting) -> Iterator[tuple[str, _Setting]]:
         micro //= 2
         changed = optimizer.model_copy(update={"micro_batch": micro})
         yield f"optimizer.micro_batch={micro}", with_recipe(optimizer=changed)
-    if zero.get("stage3_max_live_parameters", 1) != 0:
-        keys = {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
+    if zero.get("stage3_max_live_parameters", 1) not in (0, "auto"):  # `auto` tries it by itself
+        keys = dict.fromkeys(GATHERING, 0)
         yield "in deepspeed: " + ", ".join(f"{key} 0" for key in keys), with_zero(**keys)
     if not zero.get("offload_optimizer"):
         yield "in deepspeed: offload_optimizer to cpu", with_zero(offload_optimizer={"device": "cpu"})
@@ -534,7 +684,8 @@ def count_on_meta(config: Mapping[str, Any]) -> int:
     """Builds the base on the meta device and counts its parameters.
 
     Raises:
-        MixfuseError: The count differs from the formula's, so the formulas do not fit this model.
+        MixfuseError: The count differs from the formula's, so the formulas do not fit this model; or a value in the
+            config makes no model.
     """
     import torch
 
@@ -542,8 +693,12 @@ def count_on_meta(config: Mapping[str, Any]) -> int:
 
     expected = base_parameters(shape_of(config))
     classes = classes_of(config["model_type"])
-    with torch.device("meta"):
-        model = classes.causal_lm(classes.config.from_dict(dict(config)))
+    try:
+        with torch.device("meta"):
+            model = classes.causal_lm(classes.config.from_dict(dict(config)))
+    except Exception as error:  # whatever an odd value makes transformers raise
+        reason = " ".join(str(error).split())[:200]
+        raise MixfuseError(f"transformers builds no model from this config.json: {reason}") from None
     counted = sum(parameter.numel() for parameter in model.parameters())
     if counted != expected:
         raise MixfuseError(
@@ -573,14 +728,17 @@ def to_json(
         "base_parameters": planned.base_parameters,
         "active_parameters": planned.active_parameters,
         "trainable_parameters": planned.trainable_parameters,
-        "base_bytes": planned.base_parameters * planned.w,
+        "base_bytes": planned.base_bytes,
+        "quantization": planned.experts.quantization,
         "adapter_bytes": planned.trainable_parameters * planned.w,
         "batch": {"sequences": planned.batch.B, "length": planned.batch.S, "tokens": planned.batch.T},
         "per_gpu_bytes": planned.per_gpu(),
         "peak_at": planned.peak.name,
         "loading_bytes": planned.loading,
         "largest_gather_bytes": planned.largest_gather,
-        "moe_block_bytes": memory.moe_block_parameters(planned.shape) * planned.w,
+        "gathers_ahead": planned.ahead,
+        "gathering": {key: planned.zero3.get("zero_optimization", {}).get(key) for key in GATHERING},
+        "moe_block_bytes": memory.moe_block_parameters(planned.shape, planned.experts) * planned.w,
         "activation_bytes": {key: planned.saved[key] for key in ("with_checkpointing", "without_checkpointing")},
         "per_host_bytes": {**planned.host, "total": planned.host_total},
         "nvme_bytes_per_host": planned.disk,
@@ -611,16 +769,18 @@ def to_text(planned: Plan, advice: Sequence[Change], estimate: Speed | None, ass
     host = "\n".join(
         f"  {name:14} {gib(size):>10}" for name, size in {**planned.host, "total": planned.host_total}.items()
     )
+    held = f", experts in {planned.experts.quantization}" if planned.experts.quantization else ""
     lines = [
         f"{planned.recipe}: {planned.stage} on {hardware.nodes} x {hardware.gpus}"
         + (f" GPUs of {gib(hardware.gpu_bytes)}" if hardware.cuda else " processes without a GPU"),
-        f"base {planned.base_parameters / 1e9:.2f} B parameters ({planned.base_parameters * planned.w / 1e9:.1f} GB), "
+        f"base {planned.base_parameters / 1e9:.2f} B parameters ({planned.base_bytes / 1e9:.1f} GB{held}), "
         f"{planned.active_parameters / 1e9:.2f} B active; trained {planned.trainable_parameters / 1e6:.1f} M "
         f"({planned.trainable_parameters * planned.w / 1e9:.2f} GB)",
         f"one pass: {planned.batch.B} x {planned.batch.S} tokens; activations with checkpointing "
         f"{gib(planned.saved['with_checkpointing'])}, without {gib(planned.saved['without_checkpointing'])}",
-        f"one MoE block: {memory.moe_block_parameters(shape) * planned.w / 1e9:.2f} GB; "
+        f"one MoE block: {memory.moe_block_parameters(shape, planned.experts) * planned.w / 1e9:.2f} GB; "
         f"the most that is gathered at once: {planned.largest_gather / 1e9:.2f} GB",
+        *([f"gathered ahead: {planned.ahead}"] if planned.ahead else []),
         "",
         f"per {unit}, at its peak ({planned.peak.name}):",
         parts,

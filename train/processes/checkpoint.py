@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.files import read_json, write_json
-from mixfuse.train.processes import worker
+from mixfuse.train.processes import whole_state, worker
 from mixfuse.train.recipe import TrainRecipe
 
 if TYPE_CHECKING:
@@ -26,7 +26,8 @@ WHOLE = "whole.json"  # the mark of a whole checkpoint
 KEEP = 2  # whole checkpoints on disk: the newest, and one more in case the disk damages it
 # Keys that a resumed run may change, because none of them alters a weight.
 FREE_ON_RESUME = (
-    "threads", "data_processes", "save_every", "log_every", "wandb", "wandb_project", "wandb_entity", "resume"
+    "threads", "timeout_minutes", "reference_batch", "data_processes", "data_cache", "save_every", "log_every",
+    "wandb", "wandb_project", "wandb_entity", "trackers", "profile", "resume",
 )  # fmt: skip
 
 
@@ -43,8 +44,8 @@ def recipe_record(recipe: TrainRecipe) -> dict[str, Any]:
 def check_resume(out: Path, record: dict[str, Any], *, resume: str) -> None:
     """Checks that the recipe of a run to resume has not changed.
 
-    A ZeRO-3 checkpoint holds one file for each process, partitioned by the world size, so the number of processes is
-    fixed. A run whose second half used other data or another rank would match no recipe.
+    A run whose second half used other data or another rank would match no recipe. The number of processes may change,
+    and with it the examples of a forward pass: see `whole_state`.
 
     Args:
         out: The run's folder.
@@ -52,8 +53,8 @@ def check_resume(out: Path, record: dict[str, Any], *, resume: str) -> None:
         resume: The recipe's key: "auto" resumes from a checkpoint, "never" refuses to.
 
     Raises:
-        MixfuseError: There is a checkpoint, and `resume` is "never", or a key of the recipe or the number of processes
-            has changed since.
+        MixfuseError: There is a checkpoint, and `resume` is "never", or a key of the recipe has changed since; or the
+            number of processes has, and the checkpoint holds only their parts.
     """
     last = last_checkpoint(out)
     if last is None:
@@ -65,17 +66,27 @@ def check_resume(out: Path, record: dict[str, Any], *, resume: str) -> None:
         )
     before = read_json(out / "recipe.json")
     record = json.loads(json.dumps(record))  # as it was written: JSON's keys are text
-    changed = next((key for key in record if before.get(key) != record[key] and key not in FREE_ON_RESUME), None)
-    if changed == "processes":
+    if before.get("processes") != record["processes"] and not (last / whole_state.FILE).is_file():
         raise MixfuseError(
-            f"{out} holds a run to resume whose 'processes' is {before[changed]}, not {record[changed]}: its "
-            f"checkpoints hold one ZeRO-3 part for each process; start {before[changed]}, or choose another `out`"
+            f"{out} holds a run to resume whose 'processes' is {before.get('processes')}, not {record['processes']}: "
+            f"{last.name} holds one ZeRO-3 part for each process and no {whole_state.FILE} (the optimizer is on NVMe, "
+            f"or an earlier version wrote it); start {before.get('processes')}, or choose another `out`"
         )
+    if isinstance(before.get("optimizer"), dict):
+        before["optimizer"]["micro_batch"] = record["optimizer"]["micro_batch"]
+    changed = next(
+        (key for key in record if before.get(key) != record[key] and key not in (*FREE_ON_RESUME, "processes")), None
+    )
     if changed:
         raise MixfuseError(
             f"{out} holds a run to resume whose {changed!r} is {before.get(changed)!r}, not {record[changed]!r}; "
             "set it back, choose another `out`, or remove the folder to start over"
         )
+
+
+def processes_of(checkpoint: Path) -> int:
+    """The number of processes that wrote a whole checkpoint."""
+    return int(read_json(checkpoint / WHOLE)["processes"])
 
 
 def step(checkpoint: Path) -> int:
@@ -102,9 +113,10 @@ def checkpoints() -> "TrainerCallback":
                         shutil.rmtree(path)
             torch.distributed.barrier()
 
-        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
             folder = Path(args.output_dir)
             checkpoint = folder / f"checkpoint-{state.global_step}"
+            whole_state.write(model, checkpoint, leads=state.is_world_process_zero)
             torch.distributed.barrier()
             if args.local_process_index == 0:  # each machine flushes what it wrote
                 _flush(checkpoint)

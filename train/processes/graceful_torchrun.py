@@ -8,7 +8,7 @@ starts the processes of this machine exactly as `torchrun` does. Three things di
   and waits, because saving a checkpoint may take longer. A second SIGTERM ends the workers as torchrun would.
 - torchrun exits with 1 after any failure. This one exits with 75 when the run was stopped and can resume, 2 when it
   failed, 130 after Ctrl-C.
-- The workers get the allocator's settings below, which a process cannot set for itself.
+- The workers get settings of the C library's allocator, which a process cannot set for itself, and of CUDA's.
 """
 
 import os
@@ -18,8 +18,10 @@ from types import FrameType
 from typing import Any
 
 from mixfuse.contracts.errors import PREEMPTED, MixfuseError, Preempted, exit_code
-from mixfuse.train.processes.worker import threads
+from mixfuse.train.processes.worker import allocate_in_segments, threads
 
+ON_THIS_MACHINE = ("--standalone", "--local-addr=127.0.0.1")
+"""Options for processes of one machine. By itself torchrun publishes the machine's full name, which may not resolve."""
 # ZeRO-3 gathers big tensors that live for a moment. By default glibc returns each to the kernel and faults the next one
 # in again. These settings keep the memory in the process: DPO on the tiny base took 10 s with them, 23 s without.
 QUIET_ALLOCATOR = {
@@ -50,6 +52,7 @@ def torchrun(arguments: list[str]) -> None:
     from torch.distributed.run import main as torch_torchrun
 
     os.environ.update(QUIET_ALLOCATOR)
+    allocate_in_segments()
     count = next((int(text.partition("=")[2]) for text in arguments if text.startswith("--nproc-per-node=")), 1)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads(None, count)))  # torchrun would say 1, and warn
     try:

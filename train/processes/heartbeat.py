@@ -1,10 +1,10 @@
 """Dead ranks: the run ends when a process no longer responds, instead of waiting for it.
 
 A launcher notices when a process of its own machine dies, and gloo notices a closed connection. But an NCCL collective
-whose peer on another machine is gone waits for its time-out, which is half an hour here because loading a large model
-may take that long. So each process writes an increasing count into a separate store (`torch.distributed.TCPStore`, not
-the one that collectives use), and rank 0 reads the counts. When one has not changed for too long, or when the store is
-gone with rank 0's machine, every process ends.
+whose peer on another machine is gone waits for its time-out, which is half an hour unless the recipe says otherwise,
+because loading a large model may take that long. So each process writes an increasing count into a separate store
+(`torch.distributed.TCPStore`, not the one that collectives use), and rank 0 reads the counts. When one has not changed
+for too long, or when the store is gone with rank 0's machine, every process ends.
 """
 
 import os
@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
+
+from mixfuse.train.processes import worker
 
 BEAT = 5.0  # seconds between beats
 SILENCE = 40.0  # seconds without a beat; with the delays of beating and reading, a dead rank ends the job in a minute
@@ -31,6 +33,9 @@ def heartbeat(*, beat: float = BEAT, silence: float = SILENCE) -> Iterator[None]
     Args:
         beat: Seconds between a rank's beats.
         silence: Seconds without a beat after which a rank counts as dead.
+
+    Raises:
+        MixfuseError: The chosen port is taken.
     """
     import torch
     from torch import distributed
@@ -43,10 +48,11 @@ def heartbeat(*, beat: float = BEAT, silence: float = SILENCE) -> Iterator[None]
     wait = timedelta(seconds=silence / 2)
     leader = None
     if rank == 0:
-        leader = distributed.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=wait)
-    port = torch.tensor([leader.port if leader else 0])
-    if distributed.get_backend() == "nccl":
-        port = port.to("cuda")
+        chosen = worker.ports()
+        own = chosen[1] if chosen else 0
+        with worker.opening(own):
+            leader = distributed.TCPStore(host, own, is_master=True, wait_for_workers=False, timeout=wait)
+    port = torch.tensor([leader.port if leader else 0], device=worker.device())
     distributed.broadcast(port, 0)
     store = distributed.TCPStore(host, int(port.item()), is_master=False, wait_for_workers=False, timeout=wait)
     store.set(f"host{rank}", socket.gethostname())

@@ -2,37 +2,52 @@
 
 import shutil
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from mixfuse.contracts import judge_protocol
+from mixfuse.contracts.adapter import Probes
 from mixfuse.contracts.errors import MixfuseError
-from mixfuse.contracts.files import atomic_directory, disk_errors, write_json
+from mixfuse.contracts.files import atomic_directory, disk_errors, read_json, write_json
 from mixfuse.train.adapters.saving import check_weights, gather_adapter, library_versions, save_peft
 from mixfuse.train.data.sources import describe_source
-from mixfuse.train.processes import guard, worker
-from mixfuse.train.processes.checkpoint import checkpoints, last_checkpoint, recipe_record
+from mixfuse.train.planning import training_plan
+from mixfuse.train.processes import guard, whole_state, worker
+from mixfuse.train.processes.checkpoint import checkpoints, last_checkpoint, processes_of, recipe_record, step
 from mixfuse.train.recipe import TrainRecipe
+from mixfuse.train.stages.profiling import profiler
+from mixfuse.train.stages.trackers import place_trackers
 from mixfuse.train.stages.training_metrics import add_metrics_log, draw, end_wandb, read_rows, start_wandb
 
 
-def trainer_arguments(recipe: TrainRecipe) -> dict[str, Any]:
+def trainer_arguments(recipe: TrainRecipe, steps: int) -> dict[str, Any]:
     """The arguments that SFTConfig and DPOConfig share.
 
     Constructing either config activates transformers' ZeRO-3 integration, which loading the base relies on.
+
+    Args:
+        recipe: The run's recipe.
+        steps: The run's optimiser steps (`Optimizer.steps_over`).
     """
     import torch
 
     world = worker.world_size(recipe.processes)
     optimizer, evaluation = recipe.optimizer, recipe.evaluation
+    place_trackers(recipe)
+    warmup = optimizer.warmup(steps)
+    if warmup >= steps:
+        worker.say_once(
+            f"the warm-up of {warmup} steps takes all of the run's {steps}: the rate does not reach its peak"
+        )
     cosine_end = {"min_lr": optimizer.min_learning_rate} if optimizer.min_learning_rate else None
     return {
         "output_dir": str(recipe.out / "checkpoints"),
-        "max_steps": optimizer.steps,
+        "max_steps": steps,
         "per_device_train_batch_size": optimizer.micro_batch,
         "gradient_accumulation_steps": optimizer.batch_size // (optimizer.micro_batch * world),
         "learning_rate": optimizer.learning_rate,
-        "warmup_steps": optimizer.warmup,
+        "warmup_steps": warmup,
         "lr_scheduler_type": "cosine_with_min_lr" if cosine_end else optimizer.schedule,
         "lr_scheduler_kwargs": cosine_end or {},
         "optim": optimizer.entry.transformers_name,
@@ -47,9 +62,9 @@ def trainer_arguments(recipe: TrainRecipe) -> dict[str, Any]:
         "data_seed": recipe.order_seed,
         "bf16": recipe.dtype == "bfloat16",
         "use_cpu": not torch.cuda.is_available(),
-        "deepspeed": str(recipe.deepspeed),
+        "deepspeed": deepspeed_config(recipe),
         "gradient_checkpointing": recipe.gradient_checkpointing,
-        "logging_steps": min(recipe.log_every, optimizer.steps),  # every run logs a loss
+        "logging_steps": min(recipe.log_every, steps),  # every run logs a loss
         "save_strategy": "steps" if recipe.save_every else "no",
         "save_steps": recipe.save_every or 500,
         "logging_nan_inf_filter": False,  # the filter would log other steps' average in place of a NaN loss
@@ -57,12 +72,42 @@ def trainer_arguments(recipe: TrainRecipe) -> dict[str, Any]:
         "eval_steps": evaluation.every if evaluation else None,
         "per_device_eval_batch_size": (evaluation and evaluation.micro_batch) or optimizer.micro_batch,
         "remove_unused_columns": False,  # a batch carries the ids of its examples
-        "report_to": [] if recipe.wandb == "disabled" else ["wandb"],
+        "report_to": [*([] if recipe.wandb == "disabled" else ["wandb"]), *recipe.trackers],
         "run_name": recipe.out.name,
         "disable_tqdm": False,
         "dataloader_pin_memory": torch.cuda.is_available(),
-        "ddp_timeout": 1800,
+        "ddp_timeout": 60 * recipe.timeout_minutes,
     }
+
+
+def deepspeed_config(recipe: TrainRecipe) -> dict[str, Any]:
+    """DeepSpeed's JSON, with ZeRO-3's settings for gathering as the plan for these machines has them.
+
+    The plan is `mixfuse plan`'s; what it leaves `auto`, transformers fills.
+    """
+    planned = training_plan.plan(
+        recipe, read_json(recipe.base / "config.json"), read_json(recipe.deepspeed), _hardware()
+    )
+    if planned.ahead:
+        worker.say_once(f"ZeRO-3 gathers ahead: {planned.ahead}")
+    return dict(planned.zero3)
+
+
+def _hardware() -> training_plan.Hardware:
+    """The machines of this run, as every process sees them alike."""
+    import psutil
+    import torch
+
+    device, here = worker.device(), worker.local_world_size()
+    cuda = device.type == "cuda"
+    memory = torch.cuda.get_device_properties(device).total_memory if cuda else psutil.virtual_memory().total // here
+    return training_plan.Hardware(
+        nodes=max(1, worker.world_size(1) // here),
+        gpus=here,
+        gpu_bytes=worker.agree(int(memory)),
+        reserve_bytes=training_plan.RESERVE if cuda else 0,
+        cuda=cuda,
+    )
 
 
 def train_and_save(trainer: Any, recipe: TrainRecipe, *, stage: str, examples: int | None = None) -> None:
@@ -81,6 +126,7 @@ def train_and_save(trainer: Any, recipe: TrainRecipe, *, stage: str, examples: i
             is not finite.
     """
     from mixfuse.train.model.expert_lora import assert_in_force
+    from mixfuse.train.stages.run_probes import run_probes
 
     _check_only_lora_trains(trainer.model)
     assert_in_force(trainer.model)
@@ -89,8 +135,9 @@ def train_and_save(trainer: Any, recipe: TrainRecipe, *, stage: str, examples: i
     _train(trainer, recipe)
     # Under ZeRO-3 every rank takes part in gathering the adapter; rank 0 writes it.
     weights = gather_adapter(trainer)
+    probes = run_probes(trainer, recipe)
     if trainer.is_world_process_zero():
-        best = _save_adapter(trainer, recipe.out, weights)
+        best = _save_adapter(trainer, recipe.out, weights, probes)
         draw(recipe.out)
         losses = [row["loss"] for row in read_rows(recipe.out / "metrics.jsonl") if "loss" in row]
         tail = losses[-10:]
@@ -117,17 +164,24 @@ def _train(trainer: Any, recipe: TrainRecipe) -> None:
     last = worker.agree(last_checkpoint(out))
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
+        if last is not None:
+            worker.say_once(f"resuming from {last}: step {step(last) + 1} of {trainer.args.max_steps} is next")
         if leads and last is None:
             write_json(out / "recipe.json", recipe_record(recipe))
         start_wandb(recipe, resumed=last is not None)
-        add_metrics_log(trainer, out, resumed=last is not None)
+        add_metrics_log(trainer, recipe, resumed=last is not None)
+        if recipe.profile:
+            trainer.add_callback(profiler(recipe.profile, out))
         trainer.add_callback(checkpoints())
         if recipe.evaluation:
-            trainer.add_callback(KeepBest(trainer, recipe.evaluation, out))
+            trainer.add_callback(KeepBest(trainer, recipe, recipe.evaluation))
             trainer.args.eval_on_start = last is None
         trainer.add_callback(guard.guard(trainer, out))  # after the callbacks that save: it may end the run
         try:
-            trainer.train(resume_from_checkpoint=str(last) if last else None)
+            # A checkpoint of as many processes holds the state of their random numbers, too: it is the exact one.
+            other = last is not None and processes_of(last) != trainer.args.world_size
+            with whole_state.loading() if other else nullcontext():
+                trainer.train(resume_from_checkpoint=str(last) if last else None)
         except BaseException:
             if leads:
                 draw(out)  # the plots may show why
@@ -136,7 +190,7 @@ def _train(trainer: Any, recipe: TrainRecipe) -> None:
         end_wandb()
 
 
-def _save_adapter(trainer: Any, out: Path, weights: dict[str, Any]) -> dict[str, Any] | None:
+def _save_adapter(trainer: Any, out: Path, weights: dict[str, Any], probes: Probes) -> dict[str, Any] | None:
     """Writes `OUT/adapter`: the best evaluation's adapter if one was kept, else the last.
 
     Returns:
@@ -145,6 +199,7 @@ def _save_adapter(trainer: Any, out: Path, weights: dict[str, Any]) -> dict[str,
     from safetensors.torch import load_file
 
     from mixfuse.train.stages.evaluation import BEST, FACTS, best_evaluation
+    from mixfuse.train.stages.run_probes import write_probes
 
     best = best_evaluation(out)
     check_weights(load_file(out / BEST / "adapter_model.safetensors") if best else weights, out)
@@ -153,6 +208,7 @@ def _save_adapter(trainer: Any, out: Path, weights: dict[str, Any]) -> dict[str,
             shutil.copytree(out / BEST, temporary, dirs_exist_ok=True, ignore=shutil.ignore_patterns(FACTS))
         else:
             save_peft(trainer.accelerator.unwrap_model(trainer.model), weights, temporary)
+            write_probes(probes, temporary)
     return best
 
 

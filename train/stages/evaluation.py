@@ -9,7 +9,8 @@ from transformers import TrainerCallback
 
 from mixfuse.contracts.files import atomic_directory, read_json, write_json
 from mixfuse.train.adapters.saving import gather_adapter, save_peft
-from mixfuse.train.recipe import Evaluation
+from mixfuse.train.recipe import Evaluation, TrainRecipe
+from mixfuse.train.stages.run_probes import run_probes, write_probes
 
 BEST = "best"
 FACTS = "best.json"
@@ -24,12 +25,12 @@ class KeepBest(TrainerCallback):
 
     Args:
         trainer: The trainer of the adapter.
+        recipe: The run's recipe.
         evaluation: The recipe's `evaluation`.
-        out: The run's folder.
     """
 
-    def __init__(self, trainer: Any, evaluation: Evaluation, out: Path) -> None:
-        self._trainer, self._evaluation, self._out = trainer, evaluation, out
+    def __init__(self, trainer: Any, recipe: TrainRecipe, evaluation: Evaluation) -> None:
+        self._trainer, self._recipe, self._evaluation, self._out = trainer, recipe, evaluation, recipe.out
         self._best, self._best_step, self._worse = float("inf"), 0, 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -69,9 +70,11 @@ class KeepBest(TrainerCallback):
 
     def _save_best(self, state: Any) -> None:
         weights = gather_adapter(self._trainer)
+        probes = run_probes(self._trainer, self._recipe)
         if state.is_world_process_zero:
             with atomic_directory(self._out / BEST, replace=True) as temporary:
                 save_peft(self._trainer.accelerator.unwrap_model(self._trainer.model), weights, temporary)
+                write_probes(probes, temporary)
                 write_json(temporary / FACTS, {"step": self._best_step, "eval_loss": self._best})
 
 

@@ -14,7 +14,8 @@ from mixfuse.contracts.strict_yaml import load as load_recipe
 from mixfuse.train.data.chat_data import chat_data
 from mixfuse.train.data.pair_data import pairs_datasets
 from mixfuse.train.model.choose_experts import RECORD, Chosen, Load, choose, describe, measure, sample, summary
-from mixfuse.train.model.load import load_base, load_tokenizer
+from mixfuse.train.model.load import load_base
+from mixfuse.train.model.tokenizer import load_tokenizer
 from mixfuse.train.processes import worker
 from mixfuse.train.recipe import JudgeRecipe, SftRecipe, TrainRecipe, kind_of
 from mixfuse.train.stages.checks import check_recipe
@@ -42,17 +43,17 @@ def profile_experts(recipe_path: Path, overrides: list[str], out: Path | None) -
     check_recipe(recipe)
     partitioned = worker.launched()
     if partitioned:
-        worker.prepare(recipe.threads, wandb=recipe.wandb)
+        worker.prepare(recipe.threads, wandb=recipe.wandb, timeout_minutes=recipe.timeout_minutes)
         from trl import SFTConfig
 
         # transformers partitions a model while it loads as long as such a config lives.
-        zero3_config = SFTConfig(**trainer_arguments(recipe))  # noqa: F841
-    tokenizer = load_tokenizer(recipe.base)
+        zero3_config = SFTConfig(**trainer_arguments(recipe, 1))  # noqa: F841
+    tokenizer = load_tokenizer(recipe.base, recipe.chat_template)
     out = out or recipe.out.with_name(recipe.out.name + "-experts")
     rows = _rows(recipe, tokenizer, out)
-    model: Any = load_base(recipe.base, getattr(torch, recipe.dtype))
-    if not partitioned and torch.cuda.is_available():
-        model = model.to("cuda")
+    model: Any = load_base(recipe.base, getattr(torch, recipe.dtype), quantization=recipe.quantization)
+    if not partitioned:
+        model = model.to(worker.bind_device())
     load = measure(model, sample(rows, tokenizer, recipe), micro_batch=recipe.optimizer.micro_batch)
     chosen = choose(load, recipe.lora.expert_share)
     record = describe(recipe, load, chosen, model.config)
@@ -92,7 +93,7 @@ def _print_table(load: Load, chosen: Chosen, share: float) -> None:
             for expert, (gate, token) in enumerate(zip(gates, tokens, strict=True))
         ]
         table.add_row(str(layer), *cells)
-    console = Console()
+    console = Console(markup=False, emoji=False)
     # In a file or a pipe, the table is as wide as it needs to be.
     console.print(table, width=None if console.is_terminal else 12 + 16 * len(load.gate_share[0]))
 

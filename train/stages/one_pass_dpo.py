@@ -13,7 +13,8 @@ Dimensions in names: B comparisons, L tokens of the longest prompt, V vocabulary
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,7 +68,9 @@ class OnePass:
 
 
 def next_logits(model: Any, input_ids: Tensor, attention_mask: Tensor, last_B: Tensor) -> Tensor:
-    """The logits (B, V) after each prompt, in float32; the output layer runs on those positions alone.
+    """The logits (B, V) after each prompt; the output layer runs on those positions alone, in float32.
+
+    In bfloat16 a logit of 16 to 32 is a multiple of 0.125 nats, so the log-odds of many near-even pairs would be 0.
 
     Args:
         model: A causal language model of transformers', wrapped or not.
@@ -76,10 +79,55 @@ def next_logits(model: Any, input_ids: Tensor, attention_mask: Tensor, last_B: T
         last_B: (B,) the position of each prompt's last token.
     """
     positions = last_B.unique()
-    out = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=positions)
+    with float32_head(model.get_output_embeddings()):
+        out = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=positions)
     rows = torch.arange(len(input_ids), device=input_ids.device)
     logits: Tensor = out.logits[rows, torch.searchsorted(positions, last_B)]
-    return logits.float()
+    return logits
+
+
+@contextmanager
+def float32_head(head: Any) -> Iterator[None]:
+    """Lets an output layer compute in float32 from weights of any dtype while the block runs.
+
+    Its own hooks still run, which gather its weight under ZeRO-3.
+    """
+
+    def forward(x: Tensor) -> Tensor:
+        logits: Tensor = _Float32Linear.apply(x, head.weight)
+        return logits
+
+    head.forward = forward
+    try:
+        yield
+    finally:
+        del head.forward
+
+
+HEAD_ROWS = 4096
+"""Rows of the head's weight that are in float32 at a time: of 8x22B's, 100 MB."""
+
+
+class _Float32Linear(torch.autograd.Function):
+    """x·Wᵀ in float32 for a frozen W of any dtype, a part of W at a time; the gradient of x alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        # The parameter itself: a view of it would keep the gathered weight alive under ZeRO-3.
+        ctx.save_for_backward(weight)
+        ctx.dtype = x.dtype
+        with torch.autocast(x.device.type, enabled=False):
+            return torch.cat([x.float() @ part.float().T for part in weight.split(HEAD_ROWS)], dim=-1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (weight,), (gradient,) = ctx.saved_tensors, gradients
+        with torch.autocast(gradient.device.type, enabled=False):
+            parts = zip(gradient.split(HEAD_ROWS, dim=-1), weight.split(HEAD_ROWS), strict=True)
+            total = sum(
+                ((piece @ part.float()) for piece, part in parts), start=torch.zeros((), device=gradient.device)
+            )
+        return total.to(ctx.dtype), None
 
 
 def position_bias(log_odds_B: Tensor) -> Tensor:
@@ -113,7 +161,7 @@ class VerdictRow(NamedTuple):
 
 
 def logprobs(
-    forward: Callable[..., Any], rows: Sequence[VerdictRow], *, micro_batch: int, pad: int, device: Any = "cpu"
+    forward: Any, rows: Sequence[VerdictRow], *, micro_batch: int, pad: int, device: Any = "cpu"
 ) -> list[Logprobs]:
     """The log-probabilities of both verdicts of each row, without gradients.
 

@@ -9,29 +9,36 @@ from trl import SFTConfig
 from mixfuse.contracts.families import family_of
 from mixfuse.train.data.chat_data import chat_data
 from mixfuse.train.data.packing import Collator
+from mixfuse.train.data.prepared import Prepared
 from mixfuse.train.model import attention, choose_experts
-from mixfuse.train.model.load import load_base, load_tokenizer, lora_config
+from mixfuse.train.model.load import load_base, lora_config
+from mixfuse.train.model.tokenizer import load_tokenizer
 from mixfuse.train.processes.checkpoint import last_checkpoint
 from mixfuse.train.recipe import SftRecipe, TrainRecipe
 from mixfuse.train.stages.core import train_and_save, trainer_arguments
 from mixfuse.train.stages.trainers import SftTrainer
 
 
-def train(recipe: TrainRecipe) -> None:
-    """Trains the recipe's adapter and leaves its run folder (see `train/stages/core.py: train_and_save`)."""
+def train(recipe: TrainRecipe, prepared: Prepared | None = None) -> None:
+    """Trains the recipe's adapter and leaves its run folder (see `train/stages/core.py: train_and_save`).
+
+    Args:
+        recipe: The run's recipe.
+        prepared: Its data, by default prepared here.
+    """
     recipe = cast(SftRecipe, recipe)
     dtype = getattr(torch, recipe.dtype)
-    tokenizer = load_tokenizer(recipe.base)
+    tokenizer = load_tokenizer(recipe.base, recipe.chat_template)
     implementation = attention.choose_implementation(recipe.attention, recipe.base, dtype, packing=recipe.packing)
     resuming = last_checkpoint(recipe.out) is not None
-    data = chat_data(recipe, tokenizer, resuming=resuming)
+    data = chat_data(recipe, tokenizer, prepared)
     arguments = SFTConfig(
-        **trainer_arguments(recipe),
+        **trainer_arguments(recipe, recipe.optimizer.steps_over(len(data.train))),
         dataset_kwargs={"skip_prepare_dataset": True},  # `chat_data` has prepared it
         completion_only_loss=False,  # the labels mark where the loss is
         router_aux_loss_coef=recipe.router_aux_loss_coef,
     )
-    model = load_base(recipe.base, dtype, attention=implementation)
+    model = load_base(recipe.base, dtype, attention=implementation, quantization=recipe.quantization)
     chosen = choose_experts.choose_for_run(recipe, model, data.table, tokenizer, resuming=resuming)
     set_seed(recipe.seed)  # the adapter's initial values depend on the seed alone, not on what loading drew
     trainer = SftTrainer(

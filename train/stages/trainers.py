@@ -54,36 +54,59 @@ class SftTrainer(NamedExamples, SFTTrainer):
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
         """Computes the held-out loss, in nats a token, and the share of tokens that are the most likely ones.
 
+        With several data sets, `eval_loss/SET` is the loss of each: what the training data teaches may be what the
+        others forget. A batch holds rows of one set.
+
         Every process takes every world-size-th batch. Under ZeRO-3 each forward pass is a collective, so a process with
         no batch left computes one whose labels are all ignored.
         """
         data = eval_dataset or self.eval_dataset
         size, world, rank = self.args.eval_batch_size, self.args.world_size, self.args.process_index
-        batches = [list(range(begin, min(begin + size, len(data)))) for begin in range(0, len(data), size)]
+        sets = _sets(data)
+        batches = [
+            (list(range(begin, min(begin + size, rows.stop))), number)
+            for number, rows in enumerate(sets.values())
+            for begin in range(rows.start, rows.stop, size)
+        ]
         rounds = math.ceil(len(batches) / world)
-        mine = [(batches[number], True) if number < len(batches) else (batches[0], False)
+        mine = [(*batches[number], True) if number < len(batches) else (*batches[0], False)
                 for number in range(rank, rounds * world, world)]  # fmt: skip
-        loader = DataLoader(data, batch_sampler=[rows for rows, _ in mine], collate_fn=self.data_collator)
+        loader = DataLoader(data, batch_sampler=[rows for rows, *_ in mine], collate_fn=self.data_collator)
         model = self.model_wrapped
         was_training = model.training
         model.eval()
-        sums = torch.zeros(3, dtype=torch.float64, device=self.args.device)  # loss, tokens right, tokens
-        for batch, (_, counts) in zip(loader, mine, strict=True):
+        # For each set: loss, tokens right, tokens.
+        sums = torch.zeros(len(sets), 3, dtype=torch.float64, device=self.args.device)
+        for batch, (_, number, counts) in zip(loader, mine, strict=True):
             batch.pop("ids")
             inputs = self._prepare_inputs(batch)
             if not counts:
                 inputs["labels"] = torch.full_like(inputs["labels"], -100)
             out = model(**inputs, use_cache=False, fused_lm_head=True)
-            sums += torch.stack([-out.log_probs.double().sum(), out.is_top1.double().sum(), out.label_mask.sum()])
+            sums[number] += torch.stack(
+                [-out.log_probs.double().sum(), out.is_top1.double().sum(), out.label_mask.sum()]
+            )
         if world > 1:
             torch.distributed.all_reduce(sums)
-        loss, right, tokens = sums.tolist()
+        loss, right, tokens = sums.sum(0).tolist()
         metrics = {"loss": loss / tokens, "token_accuracy": right / tokens, "tokens": tokens}
+        if len(sets) > 1:
+            by_set = zip(sets, sums.tolist(), strict=True)
+            metrics |= {f"loss/{name}": loss / tokens for name, (loss, _, tokens) in by_set if tokens}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(dict(metrics))
         model.train(was_training)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+
+def _sets(data: Any) -> dict[str, range]:
+    """The rows of each data set, by its name; the rows of a set are neighbours (`data/chat_data.py`)."""
+    names = data["set"][:] if "set" in data.column_names else [""] * len(data)
+    rows: dict[str, range] = {}
+    for number, name in enumerate(names):
+        rows[name] = range(rows[name].start if name in rows else number, number + 1)
+    return rows
 
 
 class JudgeTrainer(NamedExamples, DPOTrainer):
@@ -98,6 +121,13 @@ class JudgeTrainer(NamedExamples, DPOTrainer):
     loss_types: list[str]
     loss_weights: list[float]
     _verdicts: "Verdicts | None" = None
+
+    def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
+        """The data set as it is: `data/pair_data.py` has tokenised it.
+
+        TRL would tokenise on process 0 while the others wait in a collective, until its time-out.
+        """
+        return dataset
 
     def read_verdicts(self, verdicts: "Verdicts") -> None:
         """Switches to verdict pairs: one pass for chosen and rejected, stored reference log-probabilities.
@@ -123,7 +153,7 @@ class JudgeTrainer(NamedExamples, DPOTrainer):
         reference = self._verdicts.reference
         if missing := reference.missing(rows):
             self.print_once(f"reference: {len(missing)} of {len(rows)} comparisons to compute")
-            computed = self._logprobs(model or self.model_wrapped, missing, self.args.per_device_eval_batch_size)
+            computed = self._logprobs(model or self.model_wrapped, missing, self._verdicts.reference_batch)
             reference.add(missing, computed, write=self.is_world_process_zero())
         return [reference[row.key] for row in rows]
 
@@ -188,11 +218,13 @@ class JudgeTrainer(NamedExamples, DPOTrainer):
         """Judges the held-out pairs in both orders; TRL's own evaluation if the completions are more than a verdict.
 
         The loss is the negative log-likelihood of the order-averaged probability at the temperature that fits these
-        pairs best. It measures the same before and after a warm start, and for every beta.
+        pairs best. It measures the same before and after a warm start, and for every beta. With several data sets,
+        `eval_loss/SET` is that of each, at the temperature that fits all.
         """
         if self._verdicts is None:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        log_odds = self.log_odds(eval_dataset or self.eval_dataset)
+        data = eval_dataset or self.eval_dataset
+        log_odds = self.log_odds(data)
         pairs = list(zip(log_odds[::2], log_odds[1::2], strict=True))
         fitted = calibration.fit(pairs)
         scores = [calibration.combined(pair, fitted) for pair in pairs]
@@ -206,6 +238,9 @@ class JudgeTrainer(NamedExamples, DPOTrainer):
             "calibration_error_before": calibration.expected_error(pairs),
             "calibration_error": calibration.expected_error(pairs, fitted),
         }
+        if len(sets := _sets(data)) > 1:
+            for name, rows in sets.items():
+                metrics[f"loss/{name}"] = calibration.nll(pairs[rows.start // 2 : rows.stop // 2], fitted.temperature)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -223,6 +258,7 @@ class Verdicts:
             them is DPO's reference.
         offsets: By a row's key: added to the reference's log-probability of the chosen verdict.
         consistency: Weight of the penalty on preferring a position.
+        reference_batch: Comparisons a pass, on each process, when the reference's log-probabilities are computed.
     """
 
     rows: Sequence[VerdictRow]
@@ -230,6 +266,7 @@ class Verdicts:
     warm_start: int = 0
     offsets: Mapping[str, float] = field(default_factory=dict)
     consistency: float = 0.0
+    reference_batch: int = 16
 
 
 def verdict_rows(dataset: Any) -> list[VerdictRow]:

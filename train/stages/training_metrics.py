@@ -5,12 +5,16 @@ import os
 import secrets
 import time
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mixfuse.contracts import plots
 from mixfuse.contracts.errors import MixfuseError
-from mixfuse.contracts.files import write_text
+from mixfuse.contracts.families import family_of
+from mixfuse.contracts.family import Shape
+from mixfuse.contracts.files import read_json, write_text
+from mixfuse.train.planning.training_plan import forward_flops
 from mixfuse.train.recipe import TrainRecipe
 
 if TYPE_CHECKING:
@@ -22,6 +26,7 @@ PLOTS = (
     ("learning rate", ("learning_rate",)),
     ("gradient norm", ("grad_norm",)),
     ("tokens/s", ("tokens_per_second",)),
+    ("model FLOPs utilisation", ("mfu",)),
     ("router: auxiliary loss", ("aux_loss",)),
     ("router: load of an expert, 1 = even", ("expert_load_max", "expert_load_min")),
     ("token accuracy", ("mean_token_accuracy", "eval_token_accuracy")),
@@ -35,13 +40,28 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
 
-def metrics_log(path: Path, *, resumed: bool) -> "TrainerCallback":
+# Dense bfloat16 TFLOP/s by a part of the device's name, from NVIDIA's data sheets; the first that fits counts.
+_PEAK_TFLOPS = {
+    "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "GH200": 989, "H200": 989, "H800": 989, "B200": 2250, "B300": 2250,
+    "A100": 312, "A800": 312, "L40S": 362, "L40": 181, "L4": 121, "A40": 150, "A10": 125,
+}  # fmt: skip
+
+
+def peak_tflops(device: str) -> float | None:
+    """The peak of a GPU in dense bfloat16 by its name as CUDA gives it; None if it is not known."""
+    return next((float(peak) for name, peak in _PEAK_TFLOPS.items() if name in device), None)
+
+
+def metrics_log(path: Path, recipe: TrainRecipe, *, resumed: bool) -> "TrainerCallback":
     """A callback that appends every logged dict to a JSONL file, on rank 0, with measurements of its own.
 
     It adds these to the logged dict in place, so it must come before other callbacks (see `add_metrics_log`):
 
     - `tokens_per_second`: tokens of all processes, without padding, over the time since the last row, without
-      evaluations and checkpoints.
+      evaluations and checkpoints; `tokens_per_second_per_device`: the same over the number of processes.
+    - `mfu`: the share of the GPUs' peak that the model's FLOPs take (PaLM, arXiv 2204.02311, appendix B). A token of
+      LoRA training has a forward pass and the backward pass through frozen weights, which takes as much;
+      recomputation does not count. Only in bfloat16 on GPUs whose peak is known.
     - `expert_load_max`, `expert_load_min`: the share of token-expert pairs of the busiest and the idlest expert of a
       layer, times the number of experts, averaged over layers; padding counts.
     """
@@ -53,10 +73,12 @@ def metrics_log(path: Path, *, resumed: bool) -> "TrainerCallback":
             self._tokens = 0.0
             self._row_at = self._trained_at = time.monotonic()
             self._paused = 0.0  # seconds of evaluations and checkpoints since the last row
+            self._step = 0  # of the last row
 
         def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
             self._load.watch(model)
             self._row_at = self._trained_at = time.monotonic()
+            self._step = state.global_step
             if not state.is_world_process_zero:
                 return
             # A killed run may have logged steps beyond its last checkpoint; they will be repeated.
@@ -78,6 +100,10 @@ def metrics_log(path: Path, *, resumed: bool) -> "TrainerCallback":
                 now = time.monotonic()
                 tokens = logs.get("num_tokens", 0.0)
                 logs["tokens_per_second"] = round((tokens - self._tokens) / (now - self._row_at - self._paused), 1)
+                each = logs["tokens_per_second_per_device"] = round(logs["tokens_per_second"] / args.world_size, 1)
+                examples = recipe.optimizer.batch_size * max(1, state.global_step - self._step)
+                logs |= _mfu(recipe, each, (tokens - self._tokens) / examples)
+                self._step = state.global_step
                 self._tokens, self._row_at, self._trained_at, self._paused = tokens, now, now, 0.0
                 logs |= self._load.take()
             if state.is_world_process_zero:
@@ -95,6 +121,31 @@ def metrics_log(path: Path, *, resumed: bool) -> "TrainerCallback":
             self._trained_at = now
 
     return MetricsLog()
+
+
+@cache
+def _shape(base: Path) -> Shape:
+    """The base's sizes, read once a run and not at each row of the log."""
+    return family_of(base).shape(read_json(base / "config.json"))
+
+
+def _mfu(recipe: TrainRecipe, tokens_per_second: float, sequence: float) -> dict[str, float]:
+    """`{"mfu": share}` of one device, or nothing where its peak is not known.
+
+    Args:
+        recipe: The run's recipe.
+        tokens_per_second: Of this device.
+        sequence: Tokens of an example, on average.
+    """
+    import torch
+
+    if recipe.dtype != "bfloat16" or not torch.cuda.is_available():
+        return {}
+    peak = peak_tflops(torch.cuda.get_device_name())
+    if peak is None:
+        return {}
+    flops = 2 * forward_flops(_shape(recipe.base), sequence)
+    return {"mfu": round(tokens_per_second * flops / (peak * 1e12), 4)}
 
 
 class _ExpertLoad:
@@ -145,9 +196,10 @@ class _ExpertLoad:
         self._hooks.clear()
 
 
-def add_metrics_log(trainer: Any, out: Path, *, resumed: bool) -> None:
+def add_metrics_log(trainer: Any, recipe: TrainRecipe, *, resumed: bool) -> None:
     """Puts the metrics callback before the trainer's others, so that they log its measurements too."""
-    trainer.callback_handler.callbacks.insert(0, metrics_log(out / "metrics.jsonl", resumed=resumed))
+    log = metrics_log(recipe.out / "metrics.jsonl", recipe, resumed=resumed)
+    trainer.callback_handler.callbacks.insert(0, log)
 
 
 def draw(out: Path) -> None:

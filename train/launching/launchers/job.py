@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.strict_yaml import load
+from mixfuse.train.processes.worker import PORTS
 from mixfuse.train.recipe import RECIPES
 
 Command = list[str]
@@ -25,17 +26,25 @@ class Job:
         name: A short name.
         out: The run's folder. A launcher puts its files beside it. A command without a run has a name in the current
             folder.
+        threads: CPU threads of each process; None: as many as there are cores for it.
+        ports: The first of the two ports that the run opens on rank 0's machine (`train/processes/worker.py`), or None.
     """
 
     arguments: list[str]
     processes: int
     name: str
     out: Path
+    threads: int | None = None
+    ports: int | None = None
 
     @property
     def command(self) -> Command:
-        """The command line of each process. It names this Python, so that no PATH can choose another."""
-        return [sys.executable, "-m", "mixfuse", *self.arguments]
+        """The command line of each process. It names this Python, so that no PATH can choose another.
+
+        The ports are in it, because not every launcher hands this process's environment on to other machines.
+        """
+        ports = ["env", f"{PORTS}={self.ports}"] if self.ports else []
+        return [*ports, sys.executable, "-m", "mixfuse", *self.arguments]
 
 
 @dataclass(frozen=True)
@@ -46,15 +55,18 @@ class Machines:
         nodes: Number of machines.
         hosts: Names of the machines, for torchrun; they meet at the first.
         rendezvous: HOST or HOST:PORT where the machines meet, instead of the first host.
+        local_addr: The name or address by which the other machines reach this one, for torchrun. By itself torch
+            publishes the host's full name, which often is none that other machines know (torch #150532).
         hostfile: DeepSpeed's host file.
         gpus: GPUs to request on each Slurm node; by default one a process.
         grace: Seconds between Slurm's SIGTERM and the end of the job.
-        sbatch: Further options of sbatch: `key=value` or `key`, e.g. partition=gpu or exclusive.
+        sbatch: Further options of sbatch: `key=value` or `key`, e.g. partition=gpu; `no-key` leaves out one of ours.
     """
 
     nodes: int | None = None
     hosts: Sequence[str] = ()
     rendezvous: str | None = None
+    local_addr: str | None = None
     hostfile: Path | None = None
     gpus: int | None = None
     grace: int = 300
@@ -90,12 +102,13 @@ class Launch:
     start: Callable[[Command], int] = execute
 
 
-def read_job(arguments: Sequence[str], processes: int | None) -> Job:
+def read_job(arguments: Sequence[str], processes: int | None, ports: int | None = None) -> Job:
     """Reads the command to launch; the recipe of `train` is checked before anything starts.
 
     Args:
         arguments: A mixfuse command.
         processes: Processes on each machine; by default the recipe's `processes`, or 1.
+        ports: The first of the two ports that the run opens on rank 0's machine.
 
     Raises:
         MixfuseError: The command cannot be launched, or the recipe of `train` is bad.
@@ -103,11 +116,12 @@ def read_job(arguments: Sequence[str], processes: int | None) -> Job:
     match list(arguments):
         case ["train", stage, recipe_path, *overrides] if stage in RECIPES:
             recipe = load(Path(recipe_path), RECIPES[stage], overrides)
-            return Job(list(arguments), processes or recipe.processes, f"mixfuse-{stage}", recipe.out)
+            count = processes or recipe.processes
+            return Job(list(arguments), count, f"mixfuse-{stage}", recipe.out, recipe.threads, ports)
         case ["experts", "profile", *_]:
-            return Job(list(arguments), processes or 1, "mixfuse-experts", Path("mixfuse-experts"))
+            return Job(list(arguments), processes or 1, "mixfuse-experts", Path("mixfuse-experts"), None, ports)
         case ["doctor", *_]:
-            return Job(list(arguments), processes or 1, "mixfuse-doctor", Path("mixfuse-doctor"))
+            return Job(list(arguments), processes or 1, "mixfuse-doctor", Path("mixfuse-doctor"), None, ports)
     raise MixfuseError(
         "launch runs `train sft RECIPE …`, `train judge RECIPE …`, `experts profile RECIPE …` or `doctor …` in several "
         f"processes, not {shlex.join(arguments)!r}"
