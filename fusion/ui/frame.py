@@ -7,6 +7,7 @@ import math
 import os
 import pkgutil
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
@@ -57,6 +58,7 @@ _HEADERS = {
 }
 _MOST_FIELDS = 10_000
 _ANSWER_S = 10.0
+_WRITTEN_S = 1.0
 # The facts of so many older traces are written at a time, with a rest between: the gateway writes traces meanwhile.
 _BACKFILL = 100
 _REST_S = 0.05
@@ -128,11 +130,16 @@ class Visit:
         return found
 
     async def read(self, work: Callable[[Connection], Result]) -> Result:
-        """Runs a query that only reads, beside the writer of traces.
+        """Runs a query that only reads: it finds the traces of all requests that have been answered.
+
+        Where the database takes no traces now, those that it has are shown.
 
         Raises:
             MixfuseError: The database cannot be read, or not in time (`trace_db`).
         """
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_WRITTEN_S):
+                await self.inside.traces.written()
         try:
             async with asyncio.timeout(_ANSWER_S):
                 return await self.inside.database.read(work)
