@@ -17,12 +17,12 @@ from mixfuse.fusion.ui.votes import (
     feedback_of,
     following,
     judged,
+    person,
     standing,
     verdict_on,
     votes_of,
 )
 
-_LONGEST_NAME = 80
 _CHOICES = ("left", "right", "tie", "bad")
 
 
@@ -31,7 +31,7 @@ async def show(visit: Visit) -> Response:
     owner, given = visit.owner(), visit.request.query_params
     if not given.get("name", "").strip():
         return await visit.page("arena.html.jinja", name="", asked=None, further=None)
-    name, after = _name(given["name"]), _place(given.get("after"))
+    name, after = person(given["name"]), _place(given.get("after"))
     found = await visit.read(lambda connection: following(connection, owner, name, after))
     where = {"name": name, **({"after": _written(found.after)} if found.after is not None else {})}
     if found.asked is None:
@@ -101,14 +101,6 @@ def _in_words(trace: Trace, pair: tuple[int, int], said: str | None) -> str:
     if said in places:
         return f"{trace.candidates[places[said]]} is better"
     return {"tie": "neither is better", "bad": "both are bad"}.get(said or "", "it was not asked about this pair")
-
-
-def _name(value: str) -> str:
-    name = " ".join(value.split())
-    if not name.isprintable() or not 0 < len(name) <= _LONGEST_NAME:
-        message = f"'name' must be a name of at most {_LONGEST_NAME} characters that can be printed"
-        raise RequestError(message, code="invalid_value", param="name")
-    return name
 
 
 def _ticket(visit: Visit, sealed: str) -> tuple[str, int, int, str, str | None]:
