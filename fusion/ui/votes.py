@@ -5,7 +5,7 @@ are `wrong` if both are bad, and a tie marks nothing. `metadata.arena` says whic
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, NamedTuple
@@ -76,8 +76,10 @@ class Vote:
     vote: str
 
 
-def following(connection: Connection, owner: str | None, user: str, after: Place | None) -> Next:
-    """Returns the next pair that the person has not voted on.
+def following(
+    connection: Connection, owner: str | None, user: str, after: Place | None, skipped: Container[str] = ()
+) -> Next:
+    """Returns the next pair that the person has neither voted on nor skipped.
 
     First come traces in which the judge's two orders disagreed, then those with low confidence, then the newest. Of a
     few that follow each other, the one is taken in which the judge was least sure.
@@ -87,11 +89,12 @@ def following(connection: Connection, owner: str | None, user: str, after: Place
         owner: The API key whose traces count; None for all.
         user: Who votes.
         after: Where to begin; None for the beginning.
+        skipped: The traces that the person skipped.
     """
     for _ in range(_CHUNKS):
         places = _places(connection, owner, after)
         found = []
-        for trace in traces_of(connection, [place.id for place in places]):
+        for trace in traces_of(connection, [place.id for place in places if place.id not in skipped]):
             pair = hardest(trace)
             if pair is not None and not any(vote.user == user for vote in votes_of(trace.id, trace.feedback)):
                 found.append((_sureness(trace, pair), Asked(trace, pair)))
