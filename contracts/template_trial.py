@@ -18,7 +18,7 @@ from typing import Any
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-SECONDS = 0.5
+PROCESSOR_S = 0.5
 """Processor time for all chats. A template in use takes some milliseconds."""
 MEMORY_BYTES = 48 << 20
 """Address space beyond what the interpreter has when it begins."""
@@ -39,7 +39,7 @@ def environment() -> ImmutableSandboxedEnvironment:
 
 
 def _limit() -> None:
-    signal.setitimer(signal.ITIMER_PROF, SECONDS)  # SIGPROF kills, also amid work in C
+    signal.setitimer(signal.ITIMER_PROF, PROCESSOR_S)  # SIGPROF kills, also amid work in C
     status = Path("/proc/self/statm")
     if status.is_file():
         pages = int(status.read_text().split()[0])
