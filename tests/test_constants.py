@@ -70,6 +70,7 @@ BOUNDS = {
     "traces._COLLECT_S": Bounds(0.001, 1, "a trace is in the database soon"),
     "traces._RETRY_S": Bounds(0.1, 10, "a database that is back is used again within seconds"),
     "frame._ANSWER_S": Bounds(5, 10, "docs/failures.md: who needs the database is answered within ten seconds"),
+    "frame._WRITTEN_S": Bounds(0.1, 5, "a page without the last trace is better than no page, or a late one"),
     "frame._REST_S": Bounds(0.01, 1, "a hundred thousand older traces are in the lists within minutes"),
     "trace_facts._SEARCH_S": Bounds(0.05, 0.25, "a list is there within 300 ms; a long search goes on page by page"),
     "traces._PURGE_S": Bounds(60, 86_400, "the retention is given in days"),

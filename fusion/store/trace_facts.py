@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, bindparam, text
 
 from mixfuse.contracts.judge_protocol import text_of
 from mixfuse.contracts.trace import Trace
@@ -24,6 +24,8 @@ _SHOWN, _SEARCHED = 200, 1000  # characters
 # A search for words reads so many rows at a time, and ends after so long even if it has not found enough.
 _ROWS = 4000
 _SEARCH_S = 0.15
+_MOST_BYTES = 32 << 20
+_RECORDS = text("SELECT id, record FROM traces WHERE id IN :ids").bindparams(bindparam("ids", expanding=True))
 
 _NAMES = (
     "id", "created_at", "mode", "key_id", "reason", "outcome", "members", "failed", "disagreement", "flipped", "unsure",
@@ -72,10 +74,12 @@ def marked_right(trace: Trace) -> int | None:
 
     A score is for that answer. Marks of candidates count where it is one of them; later feedback overrides earlier.
     """
-    index = 0 if trace.winner is None and len(trace.candidates) == 1 else trace.winner
-    known = {} if index is None else by_feedback(trace)
-    if index in known:
-        return int(known[index])
+    known = by_feedback(trace)
+    if trace.winner is not None:
+        mark = known.get(trace.winner)
+        return None if mark is None else int(mark)
+    if len(trace.candidates) == 1 and 0 in known:
+        return int(known[0])
     scores = [score for said in trace.feedback if isinstance(score := said.get("score"), int | float) and score]
     return int(scores[-1] > 0) if scores else None
 
@@ -109,6 +113,7 @@ class Filters:
         flipped: The judge's two orders disagreed in a pair.
         unsure: The answer's confidence was below the target, or it is marked `low_confidence`.
         feedback: Somebody has given feedback.
+        no_feedback: Nobody has.
         min_cost: Dollars.
         min_ms: Milliseconds.
         since: Seconds since 1970; and until, exclusive.
@@ -126,6 +131,7 @@ class Filters:
     flipped: bool = False
     unsure: bool = False
     feedback: bool = False
+    no_feedback: bool = False
     min_cost: float | None = None
     min_ms: float | None = None
     since: float | None = None
@@ -142,6 +148,7 @@ class Filters:
                 bound[name] = _storable(value)
         found += [f"{name} = 1" for name in ("failed", "disagreement", "flipped", "unsure") if getattr(self, name)]
         found += ["feedback > 0"] if self.feedback else []
+        found += ["feedback = 0"] if self.no_feedback else []
         for name, column, sign in (
             ("min_cost", "cost", ">="), ("min_ms", "duration_ms", ">="),
             ("since", "created_at", ">="), ("until", "created_at", "<"),
@@ -216,6 +223,23 @@ def values_of(connection: Connection, key_id: str | None) -> dict[str, list[str]
         name: sorted({value for value in column if value})
         for name, column in zip(("mode", "reason", "outcome"), columns, strict=True)
     }
+
+
+def traces_of(connection: Connection, ids: Sequence[str]) -> list[Trace]:
+    """Returns those traces, in that order; those that cannot be read, and what exceeds 32 MB in all, are left out."""
+    if not ids:
+        return []
+    found: dict[str, Trace] = {}
+    size = 0
+    for trace_id, record in connection.execute(_RECORDS, {"ids": list(ids)}):
+        size += len(record)
+        if size > _MOST_BYTES and found:
+            break
+        try:
+            found[trace_id] = Trace.model_validate_json(record)
+        except ValueError:  # `TraceStore` names traces that cannot be read
+            continue
+    return [found[trace_id] for trace_id in ids if trace_id in found]
 
 
 def backfill(connection: Connection, before: Place | None, count: int) -> Place | None:

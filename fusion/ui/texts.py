@@ -47,6 +47,13 @@ def shortened(value: str, most: int = _MOST_CHARS) -> str:
     return value if len(value) <= most else f"{value[:most]}… [{len(value) - most} more characters]"
 
 
+def preview(value: str, head: int = 60, tail: int = 60) -> str:
+    """The beginning and the end of a text in one line: an answer often ends with what matters."""
+    if len(value) <= head + tail + 3:
+        return " ".join(value.split())
+    return f"{' '.join(value[:head].split())} … {' '.join(value[-tail:].split())}"
+
+
 def as_json(value: Any) -> str:
     """A value as indented JSON."""
     return json.dumps(value, indent=2, ensure_ascii=False)
@@ -59,6 +66,7 @@ FILTERS: dict[str, Callable[..., Any]] = {
     "percent": percent,
     "count": count,
     "shortened": shortened,
+    "preview": preview,
     "as_json": as_json,
 }
 

@@ -101,6 +101,7 @@ def test_a_kept_answer_saves_nothing_of_autos() -> None:
         ({"winner": 1, "feedback": [{"correct": [0]}]}, None),
         ({"winner": 1, "feedback": [{"best": 0}]}, 0),
         ({"winner": 1, "feedback": [{"correct": [1]}, {"score": -1.0}]}, 0),
+        ({"winner": 1, "feedback": [{"score": 1.0}, {"unmarked": [1]}]}, None),
         ({"feedback": [{"score": 1.0}]}, 1),  # a merged text is no candidate
         ({"feedback": [{"correct": [0, 1, 2]}]}, None),
         ({"candidates": ["a"], "feedback": [{"wrong": [0]}]}, 0),

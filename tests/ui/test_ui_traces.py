@@ -57,7 +57,7 @@ def test_a_trace_is_found_opened_and_read(gateway: Served, tab: Callable[..., Wa
     page.goto(f"{gateway.url}/ui/traces")
     page.keyboard.press("/")
     page.keyboard.type("walk THROUGH")
-    expect(page).to_have_url(re.compile(r"words=walk\+THROUGH"))
+    page.wait_for_url("**words=walk+THROUGH*")
     expect(page.locator("tbody tr")).to_have_count(1)
     page.keyboard.press("Escape")
     page.keyboard.press("j")
