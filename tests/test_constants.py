@@ -37,6 +37,11 @@ class Bounds(NamedTuple):
 
 
 BOUNDS = {
+    # Chat templates, tried in a process of their own.
+    "template_trial.PROCESSOR_S": Bounds(
+        0.2, 1, "a template in use takes some milliseconds; its refusal is not waited for"
+    ),
+    "chat_template._TRIAL_WALL_S": Bounds(20, 120, "an interpreter starts within it on a machine that is overloaded"),
     # The gateway and its upstreams.
     "upstream._KEEP_ALIVE_S": Bounds(
         1, UVICORN_KEEP_ALIVE_S - 2, "closed before the other end closes it, also where this process stalls"

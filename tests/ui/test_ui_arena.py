@@ -162,6 +162,7 @@ def test_several_people_and_the_judge_are_compared(gateway: Served, tab: Callabl
             other = "Left is better" if one.startswith("Right") else "Right is better"
             vote(page, {"a": one, "b": other, "t": "Tie"}[choice])
             page.locator("#next").click()
+            page.wait_for_url("**/arena?*")
         expect(page.get_by_text("There is no pair left for you")).to_be_visible()
     page.goto(f"{gateway.url}/ui/arena/agreement")
     rows = page.locator("#agreement tbody tr").all_inner_texts()
