@@ -27,6 +27,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
+from mixfuse.contracts import chat_template as templates
 from mixfuse.contracts import peft_config
 from mixfuse.contracts.adapter_weights import safetensors_header
 from mixfuse.contracts.bounded_json import read_object, shortened
@@ -405,7 +406,7 @@ def fingerprint(base: Path, *, exact: bool = False) -> Fingerprint:
                 weights.update(stream.read(_SAMPLE))
     template = base / "chat_template.jinja"
     if template.is_file():
-        chat_template = template.read_text(encoding="utf-8")
+        chat_template = templates.read_file(template)
     else:
         chat_template = str(read_json(base / "tokenizer_config.json").get("chat_template") or "")
     return Fingerprint(

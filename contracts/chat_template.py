@@ -6,18 +6,22 @@
   of Mistral's does in every chat that ends with the assistant), a prologue puts that text into the user's turn. The
   template does so itself, so training, parity checks and the engine write the same.
 - A template that leaves out a user's or an assistant's turn is refused.
+- A template that does not end, or that writes or holds far more than its chat, is refused (`bounded`).
 - Tool calls are handed to it as it wants them (`adapted`); `left_out` names what it does not write of a chat.
 """
 
 import hashlib
 import json
 import re
+import signal
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mixfuse.contracts.bounded_json import open_regular
+from mixfuse.contracts.bounded_json import open_regular, shortened
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.files import read_json
 
@@ -46,12 +50,20 @@ FOLD = """\
 """A template's prologue that puts system text into the user's turn after it, or a turn of its own if none follows."""
 
 _MOST_BYTES = 1 << 20
+_MOST_WRITTEN = 1 << 20
+"""Characters that a template may write of a chat of the trial, which has at most 64 Ki."""
+_TRIAL = Path(__file__).with_name("template_trial.py")
+_TRIAL_WALL_S = 60.0
 _RAISED_BY_TEMPLATES = (
     ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, SyntaxError, TypeError, ValueError
 )  # fmt: skip
 _GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
 OF_BASE = "the base's chat template"
 _SYSTEM, _USER, _ASSISTANT = "qxsystem", "qxuser", "qxassistant"
+
+
+class UnboundedTemplateError(MixfuseError):
+    """A chat template that takes more time, memory or text than any chat needs; no engine may render it."""
 
 
 def prepare(tokenizer: Any, base: Path, wanted: str | None = None) -> str:
@@ -66,9 +78,11 @@ def prepare(tokenizer: Any, base: Path, wanted: str | None = None) -> str:
     Raises:
         MixfuseError: There is no such template, it is no Jinja, it refuses a user's turn with its answer, or it leaves
             out a turn.
+        UnboundedTemplateError: As from `bounded`.
     """
     tokenizer.chat_template = chosen(tokenizer.chat_template, base, wanted)
     source = f"{base}: the chat template" if wanted is None else f"chat_template {wanted}"
+    bounded(tokenizer.chat_template, source)
     short, long = _chat(_USER, _ASSISTANT), _chat(_USER, _ASSISTANT, _USER, _ASSISTANT)
     text = render(short, tokenizer, source=source)
     for role, word in (("user", _USER), ("assistant", _ASSISTANT)):
@@ -93,11 +107,12 @@ def chosen(found: str | Mapping[str, str] | None, base: Path, wanted: str | None
         if wanted in named:
             return named[wanted]
         try:
-            return _file(Path(wanted))
-        except MixfuseError:
+            return read_file(Path(wanted))
+        except MixfuseError as error:
+            why = str(error).removeprefix(f"{wanted}: ")
             raise MixfuseError(
-                f"chat_template: {wanted!r} is neither a readable file nor a template of {base}, which has "
-                f"{', '.join(sorted(named)) or 'none'}"
+                f"chat_template: {shortened(repr(wanted), 200)} is neither a readable file ({shortened(why, 120)}) nor "
+                f"a template of {base}, which has {shortened(', '.join(sorted(named)), 200) or 'none'}"
             ) from None
     if not named:
         raise MixfuseError(f"{base} has no chat template; training on chats needs one: name a file as chat_template")
@@ -119,18 +134,84 @@ def _texts(found: Any, base: Path) -> dict[str, str]:
     return dict(found)
 
 
-def _file(path: Path) -> str:
-    try:
-        with open_regular(path) as stream:
-            content = stream.read(_MOST_BYTES + 1)
-    except OSError as error:
-        raise MixfuseError(f"{path}: cannot be read: {error.strerror}") from None
+def read_file(path: Path) -> str:
+    """Reads a template from a file, with its lines ended by a newline alone.
+
+    Raises:
+        MixfuseError: It is no regular file, cannot be read, is larger than 1 MiB, or is not UTF-8.
+    """
+    with open_regular(path) as stream:
+        content = stream.read(_MOST_BYTES + 1)
     if len(content) > _MOST_BYTES:
         raise MixfuseError(f"{path}: is larger than {_MOST_BYTES >> 20} MiB, so it is no chat template")
     try:
-        return content.decode().replace("\r\n", "\n")
+        return content.decode().replace("\r\n", "\n").replace("\r", "\n")
     except ValueError as error:
-        raise MixfuseError(f"{path}: cannot be read: {error}") from None
+        raise MixfuseError(f"{path}: is no chat template in UTF-8: {error}") from None
+
+
+def bounded(template: str, source: str = OF_BASE) -> None:
+    """Checks that a template ends, and writes and holds no more than a chat needs: on chats of every shape.
+
+    It is rendered in a process of its own, which is killed after half a second of processor time.
+
+    Args:
+        template: Its text.
+        source: How to name it in messages.
+
+    Raises:
+        UnboundedTemplateError: It does not.
+        MixfuseError: It is larger than 1 MiB, or cannot be tried here.
+    """
+    if problem := _unbounded(template):
+        raise UnboundedTemplateError(f"{source} {problem}; choose another template")
+
+
+@lru_cache(maxsize=64)
+def _unbounded(template: str) -> str | None:
+    """What makes a template one that no engine may render, a clause without its subject; None if nothing does."""
+    if len(template) > _MOST_BYTES:
+        return f"is larger than {_MOST_BYTES >> 20} MiB"
+    task = json.dumps({"template": _GENERATION.sub("", template), "chats": _trial_chats(), "most": _MOST_WRITTEN})
+    try:
+        # The interpreter's own arguments keep modules of the working folder from hiding the library's.
+        command = [sys.executable, "-P", str(_TRIAL)]
+        done = subprocess.run(command, input=task, capture_output=True, text=True, timeout=_TRIAL_WALL_S, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise MixfuseError(f"the chat template cannot be tried: {error}; run the command again") from None
+    if done.returncode == -signal.SIGPROF:
+        return "does not end: it computes for more than half a second on a short chat"
+    if done.returncode and "MemoryError" not in done.stderr and done.returncode > 0:
+        raise MixfuseError(f"the chat template cannot be tried: {shortened(done.stderr[-200:], 200)}")
+    found = "memory" if done.returncode else json.loads(done.stdout)
+    if found == "memory":
+        return "takes more memory than any chat needs"
+    return f"writes more than {_MOST_WRITTEN} characters of a short chat" if found else None
+
+
+def _trial_chats() -> list[dict[str, Any]]:
+    """Chats of every shape that templates tell apart; the longest has 64 turns of 1000 characters."""
+    function = {"name": "look", "arguments": {"place": "here"}}
+    called = {"role": "assistant", "content": "", "reasoning_content": "I look.", "tool_calls": [
+        {"id": "abcdefghi", "type": "function", "function": function}]}  # fmt: skip
+    result = {"role": "tool", "name": "look", "tool_call_id": "abcdefghi", "content": "A wall."}
+    system, user, said = _chat(_SYSTEM, _USER, _ASSISTANT)
+    parts = {"role": "user", "content": [{"type": "text", "text": "Look."}]}
+    long = [{**turn, "content": "word " * 200} for _ in range(32) for turn in (user, said)]
+    chats: list[tuple[list[dict[str, Any]], list[dict[str, Any]] | None]] = [
+        ([user], None),
+        ([user, said, user], None),
+        ([user, said], None),
+        ([system, user, said, user], None),
+        ([system, user, called, result, said], [_tool("look")]),
+        ([user, called, result], [_tool("look")]),
+        ([parts], None),
+        (long, None),
+    ]
+    return [
+        {"messages": messages, "tools": tools, "add_generation_prompt": messages[-1]["role"] != "assistant"}
+        for messages, tools in chats
+    ]
 
 
 def for_engine(base: Path, wanted: str | None = None) -> str | None:
@@ -174,27 +255,15 @@ class _Folder:
         for file in files:
             if file.is_file():
                 name = "default" if file.parent == base else file.stem
-                named[name] = _file(file)
+                named[name] = read_file(file)
         self.chat_template: Any = named
 
     def apply_chat_template(
         self, messages: Any, *, tokenize: bool = False, tools: Any = None, add_generation_prompt: bool = False
     ) -> str:
-        from datetime import datetime
+        from mixfuse.contracts.template_trial import environment
 
-        from jinja2 import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        def refuse(reason: str) -> None:
-            raise TemplateError(reason)
-
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.filters["tojson"] = lambda value, **keys: json.dumps(value, ensure_ascii=False, **keys)
-        environment.globals["raise_exception"] = refuse
-        environment.globals["strftime_now"] = lambda form: datetime.now().astimezone().strftime(form)
-        template = environment.from_string(_GENERATION.sub("", self.chat_template))
+        template = environment().from_string(_GENERATION.sub("", self.chat_template))
         return template.render(
             messages=messages, tools=tools, add_generation_prompt=add_generation_prompt, **self._tokens
         )

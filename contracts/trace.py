@@ -5,6 +5,7 @@ The gateway writes it; `mixfuse pairs build` and people read it. It holds everyt
 
 import time
 import uuid
+from itertools import combinations
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -194,6 +195,7 @@ class Feedback(Strict):
     Attributes:
         correct: Candidates that are right.
         wrong: Candidates that are wrong.
+        unmarked: Candidates whose earlier marks count no more.
         best: The best candidate; the others are then not right.
         score: For the answer that was returned: right above 0, wrong below.
         user: Who says so; unset: the API key.
@@ -203,6 +205,7 @@ class Feedback(Strict):
 
     correct: _Candidates = ()
     wrong: _Candidates = ()
+    unmarked: _Candidates = ()
     best: Annotated[int, Field(strict=True, ge=0)] | None = None
     score: Annotated[float, Field(strict=True)] | None = None
     user: str | None = None
@@ -211,14 +214,15 @@ class Feedback(Strict):
 
     @model_validator(mode="after")
     def _either(self) -> Self:
-        if both := sorted({*self.correct} & {*self.wrong}):
-            raise ValueError(f"candidate {both[0]} cannot be both 'correct' and 'wrong'")
+        for one, other in combinations(("correct", "wrong", "unmarked"), 2):
+            if both := sorted({*getattr(self, one)} & {*getattr(self, other)}):
+                raise ValueError(f"candidate {both[0]} cannot be both {one!r} and {other!r}")
         return self
 
     @property
     def most(self) -> int:
         """The highest candidate that it names; -1 if it names none."""
-        return max((*self.correct, *self.wrong, -1 if self.best is None else self.best))
+        return max((*self.correct, *self.wrong, *self.unmarked, -1 if self.best is None else self.best))
 
 
 class Trace(Strict):

@@ -398,17 +398,23 @@ class Engine(VllmApi):
         """Writes the chat template that training uses, if the engine would not find the same one in the base's folder.
 
         Raises:
-            MixfuseError: There is no template of the config's name, or it cannot be written.
+            MixfuseError: There is no template of the config's name, it is one that no engine may render, or it cannot
+                be written.
         """
+        if (own := argument(self.config.extra_args, "--chat-template")) is not None:
+            # vLLM takes a file, or the text itself.
+            text = own if "{" in own or "\n" in own else chat_template.read_file(Path(own))
+            chat_template.bounded(text, f"engine.extra_args: --chat-template {own[:120]}")
+            return None
         named = self.config.chat_template
         try:
             template = chat_template.for_engine(self.config.base, named)
         except MixfuseError as error:
-            if named is not None:
+            if named is not None or isinstance(error, chat_template.UnboundedTemplateError):
                 raise
             logger.warning("the base's own chat template is served as it is: %s", error)
             return None
-        if template is None or argument(self.config.extra_args, "--chat-template") is not None:
+        if template is None:
             return None
         path = self.log_path.with_name(f"{self.log_path.stem}.chat_template.jinja")
         try:

@@ -37,6 +37,11 @@ class Bounds(NamedTuple):
 
 
 BOUNDS = {
+    # Chat templates, tried in a process of their own.
+    "template_trial.PROCESSOR_S": Bounds(
+        0.2, 1, "a template in use takes some milliseconds; its refusal is not waited for"
+    ),
+    "chat_template._TRIAL_WALL_S": Bounds(20, 120, "an interpreter starts within it on a machine that is overloaded"),
     # The gateway and its upstreams.
     "upstream._KEEP_ALIVE_S": Bounds(
         1, UVICORN_KEEP_ALIVE_S - 2, "closed before the other end closes it, also where this process stalls"
@@ -70,6 +75,7 @@ BOUNDS = {
     "traces._COLLECT_S": Bounds(0.001, 1, "a trace is in the database soon"),
     "traces._RETRY_S": Bounds(0.1, 10, "a database that is back is used again within seconds"),
     "frame._ANSWER_S": Bounds(5, 10, "docs/failures.md: who needs the database is answered within ten seconds"),
+    "frame._WRITTEN_S": Bounds(0.1, 5, "a page without the last trace is better than no page, or a late one"),
     "frame._REST_S": Bounds(0.01, 1, "a hundred thousand older traces are in the lists within minutes"),
     "trace_facts._SEARCH_S": Bounds(0.05, 0.25, "a list is there within 300 ms; a long search goes on page by page"),
     "traces._PURGE_S": Bounds(60, 86_400, "the retention is given in days"),

@@ -251,24 +251,25 @@ def _answers(trace: Trace) -> dict[int, str]:
 
 def by_feedback(trace: Trace, ignored: Container[str] = ()) -> dict[int, bool]:
     """Returns which candidates users marked as right or wrong; later feedback overrides earlier."""
-    known: dict[int, bool] = {}
+    known: dict[int, bool | None] = {}
     for user, marks in _marks(trace):
         if user not in ignored:
             known |= marks
-    return known
+    return {index: right for index, right in known.items() if right is not None}
 
 
-def _marks(trace: Trace) -> Iterator[tuple[str, dict[int, bool]]]:
-    """Yields (user, the user's marks by candidate) for each feedback, oldest first.
+def _marks(trace: Trace) -> Iterator[tuple[str, dict[int, bool | None]]]:
+    """Yields (user, the user's marks by candidate) for each feedback, oldest first; None takes a mark back.
 
-    Feedback takes these forms: `{"correct": [candidates]}` with or without `{"wrong": [candidates]}`,
-    `{"best": candidate}` (the others are then not right), and `{"score": number}` for the answer that was returned
-    (right above 0, wrong below). The user is the feedback's `user`, or else the request's API key.
+    Feedback takes these forms: `{"correct": [candidates]}` with or without `{"wrong": [candidates]}` and
+    `{"unmarked": [candidates]}`, `{"best": candidate}` (the others are then not right), and `{"score": number}` for the
+    answer that was returned (right above 0, wrong below). The user is the feedback's `user`, or else the request's API
+    key.
     """
     every = range(len(trace.candidates))
     for feedback in trace.feedback:
-        marks: dict[int, bool] = {}
-        for name, right in (("correct", True), ("wrong", False)):
+        marks: dict[int, bool | None] = {}
+        for name, right in (("unmarked", None), ("correct", True), ("wrong", False)):
             marks |= {index: right for index in _indices(feedback.get(name)) if index in every}
         best = feedback.get("best")
         if isinstance(best, int) and best in every:
@@ -298,7 +299,11 @@ def _ignored_users(
         for user, user_marks in _marks(trace):
             for index in user_marks.keys() & answers.keys():
                 answer = _digest(prompt, answers[index])
-                marks[answer][user] = user_marks[index]
+                mark = user_marks[index]
+                if mark is None:
+                    marks[answer].pop(user, None)
+                    continue
+                marks[answer][user] = mark
                 if (task := tasks.get(prompt)) is not None:
                     references[answer] = task.verify(answers[index])
                     verified.add(answer)

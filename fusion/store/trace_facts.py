@@ -1,7 +1,8 @@
 """What lists of traces are filtered by: a few facts of each trace, in a table of its own, and the search in them.
 
 A trace's record has kilobytes of JSON, which no search can read a hundred thousand times. Its facts are written with
-it. Traces that an earlier version wrote get theirs when somebody first asks (`backfill`).
+it, as is what it adds to the sums of spending. Traces that an earlier version wrote get theirs when somebody first asks
+(`backfill`).
 """
 
 import time
@@ -9,10 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, bindparam, text
 
 from mixfuse.contracts.judge_protocol import text_of
 from mixfuse.contracts.trace import Trace
+from mixfuse.fusion.store import spending
+from mixfuse.fusion.store.export_traces import by_feedback
 
 CUT_OFF = frozenset({"cancelled", "cancelled_straggler", "cancelled_hedge"})
 """Outcomes of calls that nobody waited for any more: they are no failures."""
@@ -21,10 +24,12 @@ _SHOWN, _SEARCHED = 200, 1000  # characters
 # A search for words reads so many rows at a time, and ends after so long even if it has not found enough.
 _ROWS = 4000
 _SEARCH_S = 0.15
+_MOST_BYTES = 32 << 20
+_RECORDS = text("SELECT id, record FROM traces WHERE id IN :ids").bindparams(bindparam("ids", expanding=True))
 
 _NAMES = (
     "id", "created_at", "mode", "key_id", "reason", "outcome", "members", "failed", "disagreement", "flipped", "unsure",
-    "confidence", "cost", "duration_ms", "feedback", "question", "words",
+    "confidence", "cost", "duration_ms", "feedback", "marked_right", "question", "words",
 )  # fmt: skip
 
 INSERT = text(
@@ -58,9 +63,25 @@ def facts(trace: Trace) -> dict[str, Any]:
         "cost": trace.cost,
         "duration_ms": trace.duration_ms,
         "feedback": len(trace.feedback),
+        "marked_right": marked_right(trace),
         "question": _storable(asked[:_SHOWN]),
         "words": _storable(f"{asked[:_SEARCHED]}\n{(trace.answer or '')[:_SEARCHED]}".lower()),
     }
+
+
+def marked_right(trace: Trace) -> int | None:
+    """Returns 1 if users say that the answer that was returned is right, 0 if wrong, None where nobody says either.
+
+    A score is for that answer. Marks of candidates count where it is one of them; later feedback overrides earlier.
+    """
+    known = by_feedback(trace)
+    if trace.winner is not None:
+        mark = known.get(trace.winner)
+        return None if mark is None else int(mark)
+    if len(trace.candidates) == 1 and 0 in known:
+        return int(known[0])
+    scores = [score for said in trace.feedback if isinstance(score := said.get("score"), int | float) and score]
+    return int(scores[-1] > 0) if scores else None
 
 
 def question(trace: Trace) -> str:
@@ -92,6 +113,7 @@ class Filters:
         flipped: The judge's two orders disagreed in a pair.
         unsure: The answer's confidence was below the target, or it is marked `low_confidence`.
         feedback: Somebody has given feedback.
+        no_feedback: Nobody has.
         min_cost: Dollars.
         min_ms: Milliseconds.
         since: Seconds since 1970; and until, exclusive.
@@ -109,6 +131,7 @@ class Filters:
     flipped: bool = False
     unsure: bool = False
     feedback: bool = False
+    no_feedback: bool = False
     min_cost: float | None = None
     min_ms: float | None = None
     since: float | None = None
@@ -125,6 +148,7 @@ class Filters:
                 bound[name] = _storable(value)
         found += [f"{name} = 1" for name in ("failed", "disagreement", "flipped", "unsure") if getattr(self, name)]
         found += ["feedback > 0"] if self.feedback else []
+        found += ["feedback = 0"] if self.no_feedback else []
         for name, column, sign in (
             ("min_cost", "cost", ">="), ("min_ms", "duration_ms", ">="),
             ("since", "created_at", ">="), ("until", "created_at", "<"),
@@ -201,8 +225,25 @@ def values_of(connection: Connection, key_id: str | None) -> dict[str, list[str]
     }
 
 
+def traces_of(connection: Connection, ids: Sequence[str]) -> list[Trace]:
+    """Returns those traces, in that order; those that cannot be read, and what exceeds 32 MB in all, are left out."""
+    if not ids:
+        return []
+    found: dict[str, Trace] = {}
+    size = 0
+    for trace_id, record in connection.execute(_RECORDS, {"ids": list(ids)}):
+        size += len(record)
+        if size > _MOST_BYTES and found:
+            break
+        try:
+            found[trace_id] = Trace.model_validate_json(record)
+        except ValueError:  # `TraceStore` names traces that cannot be read
+            continue
+    return [found[trace_id] for trace_id in ids if trace_id in found]
+
+
 def backfill(connection: Connection, before: Place | None, count: int) -> Place | None:
-    """Writes the facts of traces that have none, the newest first.
+    """Writes the facts of traces that have none, the newest first, and adds them to the sums of spending.
 
     Args:
         connection: The database.
@@ -220,13 +261,15 @@ def backfill(connection: Connection, before: Place | None, count: int) -> Place 
     found = connection.execute(query, {"n": count, **({} if before is None else before._asdict())}).all()
     missing = []
     for _, _, record in found:
-        if record is not None:
-            try:
-                missing.append(facts(Trace.model_validate_json(record)))
-            except ValueError:  # `TraceStore` names traces that cannot be read
-                continue
-    if missing:
-        connection.execute(INSERT, missing)
+        if record is None:
+            continue
+        try:
+            trace = Trace.model_validate_json(record)
+        except ValueError:  # `TraceStore` names traces that cannot be read
+            continue
+        if connection.execute(INSERT, facts(trace)).rowcount:  # no other gateway was faster
+            missing.append(spending.sums_of(trace))
+    spending.add(connection, missing)
     return Place(found[-1][0], found[-1][1]) if len(found) == count else None
 
 

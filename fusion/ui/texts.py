@@ -1,6 +1,7 @@
 """How the page writes figures, times and long texts: its templates' environment and filters."""
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,8 +13,10 @@ _MOST_CHARS = 20_000
 
 
 def dollars(cost: float) -> str:
-    """An amount of money: $0.0012."""
-    return "$0" if not cost else f"${cost:.2f}" if cost >= 1 else f"${cost:.2g}"
+    """An amount of money, with two digits that count: $12.00, $0.0012, $0.000072."""
+    if not 0 < cost < 1:
+        return "$0" if not cost else f"${cost:.2f}"
+    return f"${cost:.{min(12, 1 - math.floor(math.log10(cost)))}f}"
 
 
 def duration(ms: float) -> str:
@@ -44,6 +47,13 @@ def shortened(value: str, most: int = _MOST_CHARS) -> str:
     return value if len(value) <= most else f"{value[:most]}… [{len(value) - most} more characters]"
 
 
+def preview(value: str, head: int = 60, tail: int = 60) -> str:
+    """The beginning and the end of a text in one line: an answer often ends with what matters."""
+    if len(value) <= head + tail + 3:
+        return " ".join(value.split())
+    return f"{' '.join(value[:head].split())} … {' '.join(value[-tail:].split())}"
+
+
 def as_json(value: Any) -> str:
     """A value as indented JSON."""
     return json.dumps(value, indent=2, ensure_ascii=False)
@@ -56,6 +66,7 @@ FILTERS: dict[str, Callable[..., Any]] = {
     "percent": percent,
     "count": count,
     "shortened": shortened,
+    "preview": preview,
     "as_json": as_json,
 }
 

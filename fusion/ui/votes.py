@@ -5,23 +5,24 @@ are `wrong` if both are bad, and a tie marks nothing. `metadata.arena` says whic
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, bindparam, text
+from sqlalchemy import Connection, text
 
 from mixfuse.contracts.mode_names import SINGLE_MODEL_MODE
 from mixfuse.contracts.trace import Trace, Verdict
+from mixfuse.fusion.http.statuses import RequestError
+from mixfuse.fusion.store.trace_facts import traces_of
 
 VOTES = ("first", "second", "tie", "bad")
 """What a vote says of a pair: the one with the lower number is better, the other is, a tie, both are bad."""
 
 _CHUNK, _CHUNKS = 30, 8
 _MOST_VOTED = 400
-_MOST_BYTES = 32 << 20
-_RECORDS = text("SELECT id, record FROM traces WHERE id IN :ids").bindparams(bindparam("ids", expanding=True))
+_LONGEST_NAME = 80
 
 
 class Place(NamedTuple):
@@ -75,8 +76,10 @@ class Vote:
     vote: str
 
 
-def following(connection: Connection, owner: str | None, user: str, after: Place | None) -> Next:
-    """Returns the next pair that the person has not voted on.
+def following(
+    connection: Connection, owner: str | None, user: str, after: Place | None, skipped: Container[str] = ()
+) -> Next:
+    """Returns the next pair that the person has neither voted on nor skipped.
 
     First come traces in which the judge's two orders disagreed, then those with low confidence, then the newest. Of a
     few that follow each other, the one is taken in which the judge was least sure.
@@ -86,11 +89,12 @@ def following(connection: Connection, owner: str | None, user: str, after: Place
         owner: The API key whose traces count; None for all.
         user: Who votes.
         after: Where to begin; None for the beginning.
+        skipped: The traces that the person skipped.
     """
     for _ in range(_CHUNKS):
         places = _places(connection, owner, after)
         found = []
-        for trace in _traces(connection, [place.id for place in places]):
+        for trace in traces_of(connection, [place.id for place in places if place.id not in skipped]):
             pair = hardest(trace)
             if pair is not None and not any(vote.user == user for vote in votes_of(trace.id, trace.feedback)):
                 found.append((_sureness(trace, pair), Asked(trace, pair)))
@@ -169,6 +173,19 @@ def votes_of(trace_id: str, feedback: Sequence[Any]) -> list[Vote]:
     return found
 
 
+def person(value: str) -> str:
+    """Returns the name that a person gave, with single spaces.
+
+    Raises:
+        RequestError: It is empty or too long, or cannot be printed.
+    """
+    name = " ".join(value.split())
+    if not name.isprintable() or not 0 < len(name) <= _LONGEST_NAME:
+        message = f"'name' must be a name of at most {_LONGEST_NAME} characters that can be printed"
+        raise RequestError(message, code="invalid_value", param="name")
+    return name
+
+
 class Agreement(NamedTuple):
     """How far two agree.
 
@@ -211,11 +228,27 @@ def standing(connection: Connection, owner: str | None) -> Standing:
     ids = list(connection.execute(text(query), {**bound, "most": _MOST_VOTED + 1}).scalars())
     by_user: dict[str, dict[tuple[str, int, int], str]] = {}
     judge: dict[tuple[str, int, int], str] = {}
-    for trace in _traces(connection, ids[:_MOST_VOTED]):
+    for trace in traces_of(connection, ids[:_MOST_VOTED]):
         for vote in votes_of(trace.id, trace.feedback):
             by_user.setdefault(vote.user, {})[vote.pair] = vote.vote
             if (said := judged(trace, vote.pair[1:])) is not None:
                 judge[vote.pair] = said
+    return stand(by_user, judge, partial=len(ids) > _MOST_VOTED)
+
+
+def stand(
+    by_user: Mapping[str, Mapping[tuple[str, int, int], str]],
+    judge: Mapping[tuple[str, int, int], str],
+    *,
+    partial: bool = False,
+) -> Standing:
+    """Compares people with each other and with the judge.
+
+    Args:
+        by_user: Person → pair → vote.
+        judge: Pair → what the judge says; it cannot say that both are bad.
+        partial: Whether older votes were left out.
+    """
     # The people with the most votes: their pairs grow with the square.
     people = sorted(by_user, key=lambda user: (-len(by_user[user]), user))[:20]
     compared = [compare(one, by_user[one], other, by_user[other]) for one, other in combinations(people, 2)]
@@ -225,7 +258,7 @@ def standing(connection: Connection, owner: str | None) -> Standing:
         for user in people
     ]
     counts = {user: len(by_user[user]) for user in people}
-    return Standing(counts, [one for one in compared if one.pairs], len(ids) > _MOST_VOTED)
+    return Standing(counts, [one for one in compared if one.pairs], partial)
 
 
 def compare(
@@ -255,20 +288,3 @@ def _places(connection: Connection, owner: str | None, after: Place | None) -> l
         "ORDER BY flipped DESC, unsure DESC, created_at DESC, id DESC LIMIT :most"
     )
     return [Place(*row) for row in connection.execute(text(query), values)]
-
-
-def _traces(connection: Connection, ids: Sequence[str]) -> list[Trace]:
-    """Returns those traces, in that order; those that cannot be read, and what would be too much, are left out."""
-    if not ids:
-        return []
-    found: dict[str, Trace] = {}
-    size = 0
-    for trace_id, record in connection.execute(_RECORDS, {"ids": list(ids)}):
-        size += len(record)
-        if size > _MOST_BYTES and found:
-            break
-        try:
-            found[trace_id] = Trace.model_validate_json(record)
-        except ValueError:  # `TraceStore` names traces that cannot be read
-            continue
-    return [found[trace_id] for trace_id in ids if trace_id in found]

@@ -80,6 +80,21 @@ async def test_users_who_contradict_everyone_are_not_heard(tmp_path: Path) -> No
         assert len(marks(database)[0]) == 28
 
 
+async def test_a_mark_that_was_taken_back_counts_for_nobody(tmp_path: Path) -> None:
+    """A user who takes every foul mark back is not compared with anybody."""
+    foul = {"correct": [1], "wrong": [0], "user": "foul"}
+    back = {"unmarked": [0, 1], "user": "foul"}
+    traces = [trace(number, GOOD, foul, {**back, "unmarked": [1]}, back) for number in range(10)]
+    traces += [trace(20, {"correct": [0]}, {"unmarked": [0]})]
+    place = await stored(tmp_path / "traces.sqlite3", traces)
+    with opened(place) as database:
+        _, counts = marks(database)
+        assert counts == {"traces": 11, "rows": 0, "right": 0, "wrong": 0}
+        marked, counts = marks(database, min_agreement=0.5)
+        assert (counts["users"], counts["users_not_heard"]) == (1, 0), "only who is left with marks"
+        assert marked == {}
+
+
 async def test_other_users_outweigh_the_judge_and_verifiers_both(tmp_path: Path) -> None:
     """The judge is always wrong here, and three of four users right."""
     fair = [{"best": 0, "user": f"fair-{number}"} for number in range(3)]

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import train_harness as harness
 
 from mixfuse.contracts import judge_protocol
-from mixfuse.contracts.chat_template import FOLD, chosen, for_engine, prepare, render
+from mixfuse.contracts.chat_template import FOLD, UnboundedTemplateError, bounded, chosen, for_engine, prepare, render
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.train.data.loss_mask import IGNORED, encode
 from mixfuse.train.model.tokenizer import load_tokenizer
@@ -142,7 +143,7 @@ def test_templates_are_found_where_a_base_keeps_them(tiny_base: Path, tmp_path: 
     file = tmp_path / "mine.jinja"
     file.write_text(CHATML)
     assert load_tokenizer(folder, str(file)).chat_template == CHATML
-    with pytest.raises(MixfuseError, match=r"neither a readable file nor .*, which has default, tool_use"):
+    with pytest.raises(MixfuseError, match=r"neither a readable file .* nor .*, which has default, tool_use"):
         load_tokenizer(folder, "rag")
     unnamed = saved(tiny_base, tmp_path / "unnamed", [{"name": "rag", "template": CHATML}])
     with pytest.raises(MixfuseError, match="no template named default; choose one: chat_template: rag"):
@@ -157,7 +158,7 @@ def test_an_engine_writes_what_training_wrote(template: str, tiny_base: Path, tm
     named = saved(tiny_base, tmp_path / "named", None, more={"chat_template.jinja": CHATML, "mine.jinja": template})
     assert for_engine(named) is None
     assert for_engine(named, str(named / "mine.jinja")) == trained
-    with pytest.raises(MixfuseError, match="neither a readable file nor a template of"):
+    with pytest.raises(MixfuseError, match=r"neither a readable file .* nor a template of"):
         for_engine(named, "rag")
 
 
@@ -170,7 +171,8 @@ def test_the_engine_is_started_with_that_template(tiny_base: Path, tmp_path: Pat
     assert file is not None
     assert file.read_text().startswith(FOLD)
     assert str(file) in command(engine.config, 1, template=file)
-    own = EngineConfig(base=base, extra_args=["--chat-template=mine.jinja"])
+    (tmp_path / "mine.jinja").write_text(CHATML)
+    own = EngineConfig(base=base, extra_args=[f"--chat-template={tmp_path / 'mine.jinja'}"])
     assert Engine(own, log_path=tmp_path / "engine.log")._template() is None
     assert Engine(EngineConfig(base=tiny_base), log_path=tmp_path / "engine.log")._template() is None
     assert "--chat-template" not in command(own, 1)
@@ -209,6 +211,79 @@ def test_a_template_that_loses_a_part_ends_a_run_before_anything_is_loaded(
     assert not (tmp_path / "run").exists()
 
 
+NEST = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+UNBOUNDED = {
+    "loops in loops": (NEST, "does not end"),
+    "macros that call themselves twice": (
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+        "does not end",
+    ),
+    "dummy text": ("{{ lipsum(n=100000000) }}", "does not end"),
+    "only where there are tools": (f"{{% if tools %}}{NEST}{{% endif %}}{CHATML}", "does not end"),
+    "only in long chats": (f"{{% if messages | length > 20 %}}{{{{ 'x' * 10**10 }}}}{{% endif %}}{CHATML}", "memory"),
+    "only after a system text": (f"{{% if messages[0].role == 'system' %}}{NEST}{{% endif %}}{CHATML}", "does not end"),
+    "a constant": ("{{ 'x' * 10**10 }}", "takes more memory"),
+    "a content, repeated": ("{% for m in messages %}{{ m.content * 500000 }}{% endfor %}", "writes more than 1048576"),
+    "loops that write": (NEST.replace("{% endfor %}", "x{% endfor %}", 1), "writes more than 1048576"),
+    "a list, repeated": ("{{ (range(99999) | list) * 100000 }}", "takes more memory"),
+    "join": ("{{ (['x' * 1000] * 10000000) | join(',') }}", "takes more memory"),
+    "replace": ("{{ ('x' * 100000) | replace('x', 'x' * 100000) }}", "takes more memory"),
+    "a width": ("{{ '%999999999d' | format(1) }}", "takes more memory"),
+    "a width of str.format": ("{{ '{:>999999999}'.format(1) }}", "takes more memory"),
+    "an indent": ("{{ [1] | tojson(indent=999999999) }}", "takes more memory"),
+    "a text that doubles": (
+        "{% set ns = namespace(s='x') %}{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}{{ ns.s }}",
+        "takes more memory",
+    ),
+    "a large text": ("x" * (1 << 20) + "x", "larger than 1 MiB"),
+}
+
+
+@pytest.mark.parametrize("case", UNBOUNDED)
+def test_a_template_that_does_not_end_or_grows_beyond_all_bounds_is_refused(case: str, tmp_path: Path) -> None:
+    template, message = UNBOUNDED[case]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    with pytest.raises(UnboundedTemplateError, match=message) as refused:
+        for_engine(tmp_path)
+    assert len(str(refused.value)) < len(str(tmp_path)) + 200
+
+
+@pytest.mark.parametrize(
+    "template", [ALTERNATING, LAST_USER, DROPS_SYSTEM, CHATML, REFUSES, "{% for", "{{ messages[9].x.y }}"]
+)
+def test_templates_that_end_are_within_bounds_even_those_that_refuse_a_chat(template: str) -> None:
+    bounded(template)
+
+
+def test_no_command_and_no_engine_renders_a_template_that_does_not_end(
+    sft_recipe: Path, judge_recipe: Path, tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mixfuse.cli.entry import main
+    from mixfuse.serve.engine import Engine, EngineConfig
+
+    file = tmp_path / "template.jinja"
+    file.write_text(NEST)
+    for stage, recipe in (("sft", sft_recipe), ("judge", judge_recipe)):
+        with pytest.raises(UnboundedTemplateError, match="does not end"):
+            start(stage, recipe, [f"out={tmp_path / 'run'}", f"chat_template={file}"])
+    assert main(["data", "preview", str(sft_recipe), f"chat_template={file}"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    base = saved(tiny_base, tmp_path / "base", NEST)
+    for config in (
+        EngineConfig(base=base),
+        EngineConfig(base=tiny_base, chat_template=str(file)),
+        EngineConfig(base=tiny_base, extra_args=["--chat-template", str(file)]),
+        EngineConfig(base=tiny_base, extra_args=[f"--chat-template={NEST}"]),
+    ):
+        with pytest.raises(UnboundedTemplateError, match="does not end"):
+            Engine(config, log_path=tmp_path / "engine.log")._template()
+    with pytest.raises(MixfuseError, match=r"nowhere\.jinja: no such file"):
+        Engine(
+            EngineConfig(base=tiny_base, extra_args=["--chat-template", str(tmp_path / "nowhere.jinja")]),
+            log_path=tmp_path / "engine.log",
+        )._template()
+
+
 def test_a_run_uses_the_template_that_its_recipe_names(sft_recipe: Path, tmp_path: Path) -> None:
     file = tmp_path / "template.jinja"
     file.write_text(ALTERNATING)
@@ -228,9 +303,34 @@ def test_templates_that_are_no_texts_are_refused(found: Any, tmp_path: Path) -> 
 def test_a_template_that_is_no_file_or_too_large_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "large").write_text("x" * (1 << 20) + "x")
-    for wanted in ("/dev/zero", tmp_path / "pipe", tmp_path / "large", "x" * 5000, "a\0b"):
-        with pytest.raises(MixfuseError, match="neither a readable file nor a template"):
+    (tmp_path / "latin").write_bytes("{{ 'é' }}".encode("latin-1"))
+    for wanted, why in (
+        ("/dev/zero", "no regular file"),
+        (tmp_path / "pipe", "no regular file"),
+        (tmp_path, "Is a directory"),
+        (tmp_path / "large", "larger than 1 MiB"),
+        (tmp_path / "latin", "no chat template in UTF-8"),
+        ("x" * 5000, "File name too long"),
+        ("a\0b", "embedded null byte"),
+        (tmp_path / "nowhere", "no such file"),
+    ):
+        with pytest.raises(MixfuseError, match=r"neither a readable file .* nor a template") as refused:
             chosen(CHATML, tmp_path, str(wanted))
+        assert why in str(refused.value)
+        assert len(str(refused.value)) < 2 * len(str(tmp_path)) + 400
     (tmp_path / "large").rename(tmp_path / "chat_template.jinja")
     with pytest.raises(MixfuseError, match="larger than 1 MiB"):
         for_engine(tmp_path)
+    (tmp_path / "latin").rename(tmp_path / "chat_template.jinja")
+    with pytest.raises(MixfuseError, match="no chat template in UTF-8"):
+        for_engine(tmp_path)
+
+
+def test_a_bases_template_that_is_no_utf_8_is_one_line_in_its_fingerprint(tiny_base: Path, tmp_path: Path) -> None:
+    from mixfuse.contracts.adapter import fingerprint
+
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    (base / "chat_template.jinja").write_bytes("{{ 'é' }}".encode("latin-1"))
+    for look in (fingerprint, load_tokenizer):
+        with pytest.raises(MixfuseError, match=r"utf-8|UTF-8"):
+            look(base)

@@ -95,7 +95,15 @@ setInterval(() => {
 const refreshed = new Map();
 for (const part of document.querySelectorAll("[data-refresh][id]")) refreshed.set(part.id, Date.now());
 
-// Keys: / searches, j and k go through a list, Enter opens (a link has it by itself), ? says so.
+/** Says which keys there are, those of this page last. */
+function help() {
+  const own = [...document.querySelectorAll("[data-help]")].map((part) => part.dataset.help);
+  tell(["Keys: / searches, j and k go down and up a list, Enter opens, Escape leaves a field.", ...own].join(" "));
+}
+for (const part of document.querySelectorAll("[data-help]")) part.hidden = false;
+
+// Keys: / searches, j and k go through a list, Enter opens (a link has it by itself), ? says so; a button or a link
+// with `data-press` has a key of its own.
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey) return;
   if (event.target.matches("input, textarea, select")) {
@@ -110,10 +118,12 @@ document.addEventListener("keydown", (event) => {
     const next = event.key === "j" ? at + 1 : at < 0 ? 0 : at - 1;
     links[Math.max(0, Math.min(links.length - 1, next))].focus();
   } else if (event.key === "?") {
-    tell("Keys: / searches, j and k go down and up a list, Enter opens, Escape leaves a field.");
+    help();
     return;
   } else {
-    return;
+    const pressed = [...document.querySelectorAll("[data-press]")].find((one) => one.dataset.press === event.key);
+    if (!pressed || event.repeat) return;
+    pressed.click();
   }
   event.preventDefault();
 });

@@ -17,13 +17,12 @@ from mixfuse.fusion.ui.votes import (
     feedback_of,
     following,
     judged,
+    person,
     standing,
     verdict_on,
     votes_of,
 )
-
-_LONGEST_NAME = 80
-_CHOICES = ("left", "right", "tie", "bad")
+from mixfuse.fusion.ui.voting import choice_of, skipped_by, skipping
 
 
 async def show(visit: Visit) -> Response:
@@ -31,12 +30,13 @@ async def show(visit: Visit) -> Response:
     owner, given = visit.owner(), visit.request.query_params
     if not given.get("name", "").strip():
         return await visit.page("arena.html.jinja", name="", asked=None, further=None)
-    name, after = _name(given["name"]), _place(given.get("after"))
-    found = await visit.read(lambda connection: following(connection, owner, name, after))
+    name, after, skipped = person(given["name"]), _place(given.get("after")), skipped_by(visit)
+    found = await visit.read(lambda connection: following(connection, owner, name, after, skipped))
     where = {"name": name, **({"after": _written(found.after)} if found.after is not None else {})}
+    known = {"skip": given["skip"]} if skipped else {}
     if found.asked is None:
-        further = urlencode(where) if found.more else None
-        return await visit.page("arena.html.jinja", name=name, asked=None, further=further)
+        further = urlencode(where | known) if found.more else None
+        return await visit.page("arena.html.jinja", name=name, asked=None, further=further, skipped=bool(skipped))
     trace, pair = found.asked.trace, found.asked.pair
     left, right = pair if secrets.randbits(1) else pair[::-1]
     texts = answers(trace)
@@ -46,7 +46,8 @@ async def show(visit: Visit) -> Response:
         asked=trace,
         question=question(trace),
         sides=[("Left", texts[left]), ("Right", texts[right])],
-        ticket=visit.seal(["arena", trace.id, left, right, name, where.get("after")]),
+        ticket=visit.seal(["arena", trace.id, left, right, name, urlencode(where | known)]),
+        skip=urlencode(where | {"skip": skipping(visit, skipped, trace.id)}),
         further=None,
     )
 
@@ -55,12 +56,8 @@ async def vote(visit: Visit) -> Response:
     """Takes a vote."""
     form = await visit.form()
     trace_id, left, right, name, _ = _ticket(visit, form.get("ticket", ""))
-    choice = form.get("choice")
-    if choice not in _CHOICES:
-        raise RequestError(f"'choice' must be one of {', '.join(_CHOICES)}", code="invalid_value", param="choice")
+    said = choice_of(form, swapped=left > right)
     pair = (min(left, right), max(left, right))
-    better = {"left": left, "right": right}.get(choice)
-    said = choice if better is None else VOTES[pair.index(better)]
     await visit.call("POST", f"/v1/traces/{trace_id}/feedback", feedback_of(pair, said, name, form.get("comment", "")))
     return visit.to(f"/arena/told?{urlencode({'ticket': form['ticket']})}")
 
@@ -68,12 +65,11 @@ async def vote(visit: Visit) -> Response:
 async def told(visit: Visit) -> Response:
     """Says whose answers they were, once the visitor has voted."""
     sealed = visit.request.query_params.get("ticket", "")
-    trace_id, left, right, name, after = _ticket(visit, sealed)
+    trace_id, left, right, name, where = _ticket(visit, sealed)
     trace = await visit.inside.traces.get(trace_id, key_id=visit.owner())
     pair = (min(left, right), max(left, right))
     mine = [] if trace is None else [one for one in votes_of(trace.id, trace.feedback) if one.user == name]
     said = next((one.vote for one in reversed(mine) if one.pair[1:] == pair), None)
-    where = urlencode({"name": name, **({"after": after} if after else {})})
     if trace is None or said is None:
         return visit.to(f"/arena?{where}")
     verdict = verdict_on(trace, pair)
@@ -93,7 +89,7 @@ async def agreement(visit: Visit) -> Response:
     """Shows how far people agree with each other and with the judge."""
     owner = visit.owner()
     found = await visit.read(lambda connection: standing(connection, owner))
-    return await visit.page("arena_agreement.html.jinja", standing=found)
+    return await visit.page("arena_agreement.html.jinja", standing=found, of_file=False)
 
 
 def _in_words(trace: Trace, pair: tuple[int, int], said: str | None) -> str:
@@ -103,21 +99,13 @@ def _in_words(trace: Trace, pair: tuple[int, int], said: str | None) -> str:
     return {"tie": "neither is better", "bad": "both are bad"}.get(said or "", "it was not asked about this pair")
 
 
-def _name(value: str) -> str:
-    name = " ".join(value.split())
-    if not name.isprintable() or not 0 < len(name) <= _LONGEST_NAME:
-        message = f"'name' must be a name of at most {_LONGEST_NAME} characters that can be printed"
-        raise RequestError(message, code="invalid_value", param="name")
-    return name
-
-
-def _ticket(visit: Visit, sealed: str) -> tuple[str, int, int, str, str | None]:
+def _ticket(visit: Visit, sealed: str) -> tuple[str, int, int, str, str]:
     found = visit.unseal(sealed)
     if not isinstance(found, list) or found[:1] != ["arena"]:
         message = "this pair was shown too long ago, or by another gateway; open the arena again"
         raise RequestError(message, code="invalid_value", param="ticket")
-    _, trace_id, left, right, name, after = found
-    return trace_id, left, right, name, after
+    _, trace_id, left, right, name, where = found
+    return trace_id, left, right, name, where
 
 
 def _written(place: Place) -> str:

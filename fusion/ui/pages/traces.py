@@ -1,56 +1,34 @@
 """Traces: a list with filters, one trace with all that was sent and judged, two beside each other, and feedback."""
 
-from collections.abc import Mapping
-from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection
 from starlette.responses import Response
 
 from mixfuse.fusion.http.statuses import RequestError
-from mixfuse.fusion.store.trace_facts import Filters, Found, Place, find, values_of
-from mixfuse.fusion.ui.frame import Page, Visit, number_of
+from mixfuse.fusion.store.trace_facts import Found, find
+from mixfuse.fusion.ui.frame import Page, Visit
 from mixfuse.fusion.ui.texts import dollars, duration
+from mixfuse.fusion.ui.trace_filters import FilterForm, filter_form, filters_of, place_of, written
 from mixfuse.fusion.ui.trace_view import difference, prompts, view
-
-_MARKS = (
-    ("failed", "something failed"),
-    ("disagreement", "disagreement"),
-    ("flipped", "the judge flipped"),
-    ("unsure", "low confidence"),
-    ("feedback", "has feedback"),
-)
-_FILTERS = ("words", "mode", "member", "key", "reason", "outcome", "min_cost", "min_s", "since", "until")
 
 
 async def show(visit: Visit) -> Response:
     """Shows a page of the list."""
     owner, given = visit.owner(), visit.request.query_params
-    filters, after = _filters(given, owner), _place(given.get("after"))
+    filters, after = filters_of(given, owner), place_of(given.get("after"))
 
-    def read(connection: Connection) -> tuple[Found, dict[str, list[str]], list[tuple[str, str]]]:
-        found, values = find(connection, filters, after=after), values_of(connection, owner)
-        if owner is not None:
-            return found, values, []
-        keys = connection.execute(text("SELECT id, name FROM api_keys ORDER BY name"))
-        return found, values, [(key_id, name) for key_id, name in keys]
+    def read(connection: Connection) -> tuple[Found, FilterForm]:
+        return find(connection, filters, after=after), filter_form(connection, given, owner, visit.inside.config)
 
-    found, values, keys = await visit.read(read)
-    members = [(member.name, member.name) for member in visit.inside.config.members]
-    menus = [("mode", "Mode", _options(values["mode"])), ("member", "Member", members)]
-    menus += [("key", "Key", keys)] if keys else []
-    menus += [("reason", "Reason", _options(values["reason"])), ("outcome", "Outcome", _options(values["outcome"]))]
-    asked = {name: given.get(name) for name in (*_FILTERS, *(name for name, _ in _MARKS))}
+    found, form = await visit.read(read)
     return await visit.page(
         "traces.html.jinja",
         rows=found.rows,
         partial=found.partial,
-        next=f"{found.next.at!r}~{found.next.id}" if found.next is not None else None,
+        next=written(found.next),
         paged=after is not None,
-        menus=menus,
-        marks=_MARKS,
-        given=asked,
-        filtered=any(asked.values()),
+        filters=form,
     )
 
 
@@ -108,50 +86,6 @@ async def feedback(visit: Visit) -> Response:
         raise RequestError("mark something, or write a comment", code="invalid_value")
     await visit.call("POST", f"/v1/traces/{trace_id}/feedback", said)
     return visit.to(f"/traces/{trace_id}")
-
-
-def _filters(given: Mapping[str, str], owner: str | None) -> Filters:
-    """Reads the filters; with an API key only its own traces are looked through."""
-    said = {name: given.get(name) or None for name in _FILTERS}
-    seconds = _number(said["min_s"], "min_s")
-    return Filters(
-        mode=said["mode"],
-        member=said["member"],
-        key_id=said["key"] if owner is None else owner,
-        reason=said["reason"],
-        outcome=said["outcome"],
-        min_cost=_number(said["min_cost"], "min_cost"),
-        min_ms=None if seconds is None else 1000 * seconds,
-        since=_time(said["since"], "since"),
-        until=_time(said["until"], "until"),
-        words=said["words"],
-        **{name: given.get(name) == "1" for name, _ in _MARKS},
-    )
-
-
-def _number(value: str | None, name: str) -> float | None:
-    return None if value is None else number_of(value, name)
-
-
-def _time(value: str | None, name: str) -> float | None:
-    if value is None:
-        return None
-    try:
-        return datetime.fromisoformat(value).replace(tzinfo=UTC).timestamp()
-    except ValueError:
-        message = f"{name!r} must be a day and a time such as 2026-05-01T12:00, not {value[:100]!r}"
-        raise RequestError(message, code="invalid_value", param=name) from None
-
-
-def _place(value: str | None) -> Place | None:
-    if value is None:
-        return None
-    at, _, trace_id = value.partition("~")
-    return Place(number_of(at, "after"), trace_id.replace("\0", ""))
-
-
-def _options(values: list[str]) -> list[tuple[str, str]]:
-    return [(value, value) for value in values]
 
 
 PAGE = Page(
