@@ -178,6 +178,16 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             PRIMARY KEY (day, key_id, mode, member, stage)
         )""",
     ),
+    (
+        """CREATE TABLE role_proposals (
+            role TEXT PRIMARY KEY,
+            id TEXT NOT NULL,
+            owner TEXT NOT NULL,
+            revision TEXT NOT NULL,
+            directory TEXT NOT NULL
+        )""",
+        "ALTER TABLE gateways ADD COLUMN prepared TEXT NOT NULL DEFAULT '{}'",
+    ),
 )
 
 # At the end of a process its last calls get this long.
