@@ -29,8 +29,7 @@ from harness import MEMBERS, BenchmarkError, gateway, mock_upstream, note, rss_m
 
 from mixfuse.contracts.database import opened
 from mixfuse.contracts.trace import Trace
-from mixfuse.fusion.store import trace_facts
-from mixfuse.fusion.store.traces import _columns, _insert
+from mixfuse.fusion.store.traces import insert, row_of
 
 WORDS = ("what", "why", "how", "many", "rivers", "lead", "from", "the", "north", "of", "country", "to", "border", "and")
 REASONS = ("judged", "judged", "judged", "agreement", "lone_survivor", "judge_failed", "weighed", "synthesis")
@@ -102,8 +101,7 @@ def fill(path: Path, count: int) -> None:
         for trace in made(count):
             batch.append(trace)
             if len(batch) == 1000 or int(trace.id[-8:]) == count - 1:
-                rows = [_columns(one, one.model_dump_json()) for one in batch]
-                database.run_now(partial(_insert, rows=rows, facts=[trace_facts.facts(one) for one in batch]))
+                database.run_now(partial(insert, rows=[row_of(one, one.model_dump_json()) for one in batch]))
                 batch = []
 
 
@@ -139,6 +137,7 @@ def lists(client: httpx.Client, rounds: int) -> dict[str, float]:
     with suppress(IndexError):
         addresses["second page"] = page.split('id="older" rel="next" href="')[1].split('"')[0].replace("&amp;", "&")
         addresses["second page"] = f"/ui/traces{addresses['second page']}"
+    addresses["spending"] = "/ui/spend?since=2026-01-01"
     addresses["one trace"] = "/ui/traces/trace-00000007"
     times: dict[str, list[float]] = {name: [] for name in addresses}
     for _ in range(rounds):

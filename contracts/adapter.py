@@ -141,6 +141,26 @@ class Share(Strict):
         return f"{self.value:.2f} ± {self.error:.2f} of {self.part}'s effect"
 
 
+class Rest(Strict):
+    """What an engine shows of an adapter's effect that is systematically no multiple of the known effect.
+
+    Attributes:
+        square: Its mean square as a share of that of the known effect; about 0, or just below, if there is nothing.
+        error: The standard error of that, from texts.
+        drift: What the base is systematically off by, in nats (root mean square).
+    """
+
+    square: float
+    error: float
+    drift: float
+
+    def __str__(self) -> str:
+        return (
+            f"{math.sqrt(max(0.0, self.square)):.0%} (square {self.square:.3f} ± {self.error:.3f}; the base is "
+            f"systematically off by {self.drift:.2g} nats)"
+        )
+
+
 class Effect(Strict):
     """The size of an adapter's effect on fixed token ids, by which a swap knows an adapter that has no probes.
 
@@ -170,6 +190,7 @@ class Parity(Strict):
         deviation: The differences as quantiles.
         base_deviation: Those of the base without the adapter, which the engine's number format makes.
         shares: How much of the adapter's effect the engine shows, by part.
+        rest: What it shows that is no part of it; None if the number format needs no such test.
     """
 
     max_abs_logprob_difference: float
@@ -184,6 +205,7 @@ class Parity(Strict):
     deviation: Deviation | None = None
     base_deviation: Deviation | None = None
     shares: list[Share] = []
+    rest: Rest | None = None
 
 
 class LogprobProbe(Strict):

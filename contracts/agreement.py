@@ -4,6 +4,11 @@ The largest difference over all tokens grows with their number, and an unlikely 
 So differences are summed up as quantiles, and they may be as large as what the base model itself moves by in the same
 engine. A format that is coarse enough hides a wrong adapter in that; the *share* shows it: how much of the adapter's
 known effect the engine shows, token by token. An adapter that is ignored has 0, one that is applied twice 2.
+
+Another revision of the same adapter has a share near 1 as well, and its difference drowns in the rounding of single
+tokens. Rounding differs where a text has another beginning; the difference of two adapters hardly does. So some texts
+are asked behind several beginnings. The mean over them shows the *rest*, which is systematically not the known effect,
+and their spread shows what rounding alone makes of such a mean.
 """
 
 import math
@@ -13,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy
 from numpy.typing import NDArray
 
-from mixfuse.contracts.adapter import Deviation, Effect, LogprobProbe, Share
+from mixfuse.contracts.adapter import Deviation, Effect, LogprobProbe, Rest, Share
 from mixfuse.contracts.errors import MixfuseError
 
 Rows = Sequence[Sequence[float]]
@@ -24,6 +29,8 @@ FIXED_PROMPTS = [[3 + (7 * i * i + 31 * i + 11 * k) % 250 for i in range(24)] fo
 """Token ids for adapters without probes of their own; they are below 253, so every tokenizer has them."""
 LENGTHS = (16, 512, 4096)
 """Tokens of the probes that are there for their length: kernels have failed only beyond some hundred tokens."""
+REPEATED = 24
+"""Tokens of the texts that are asked behind several beginnings."""
 LOW_TOLERANCE = 0.02
 """Nats: what is always allowed below float32, where the base's own drift comes on top."""
 UNKNOWN_TOLERANCE = 0.5
@@ -33,6 +40,11 @@ _QUANTILES = (0.5, 0.9, 0.99)
 _TIMES_BASE = 2.0
 # The share of the effect, and of its size, that an engine shows of an adapter that it applies as it is.
 _LEAST_SHARE, _MOST_SHARE = 0.7, 1.4
+# The rest that a right adapter may show: where the base is not off, and for each nat that it is systematically off by.
+# A format rounds the weights, and an adapter on other weights has another effect.
+_LEAST_REST, _REST_PER_NAT = 0.1, 1.0
+_FEWEST = 4  # beginnings of a text, or texts, whose spread says anything
+_PRIOR = 4  # beginnings that the usual spread counts for, beside that of a token
 _BLOCKS = 12  # of tokens, whose shares show how sure the share is
 _ROUNDS = 30
 _NOTHING = 1e-4  # nats
@@ -136,35 +148,113 @@ def _fitted(parts: Array, shown: Array) -> Array:
     return factors
 
 
-def fault(off: Deviation, drift: Deviation | None, shown: Sequence[Share], *, tolerance: float) -> str | None:
+def repeats(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The numbers of the prompts that end in the same text behind several beginnings, for each such text."""
+    found: dict[tuple[int, ...], list[int]] = {}
+    for number, prompt in enumerate(prompts):
+        if len(prompt) > REPEATED:
+            found.setdefault((len(prompt), *prompt[-REPEATED:]), []).append(number)
+    return [numbers for numbers in found.values() if len(numbers) >= _FEWEST]
+
+
+def rest(expected: Answers, measured: Answers, prompts: Sequence[Sequence[int]]) -> Rest | None:
+    """What an engine shows of an adapter's effect that is no multiple of the known one.
+
+    Returns:
+        None if too few texts have several beginnings, or what the base says is not known.
+    """
+    texts = repeats(prompts) if expected.base and measured.base else []
+    if len(texts) < _FEWEST:
+        return None
+    fewest = min(map(len, texts))
+
+    def tails(rows: Rows) -> Array:  # (texts, beginnings, tokens)
+        return numpy.array([[rows[number][-REPEATED:] for number in numbers[:fewest]] for numbers in texts])
+
+    base, known = tails(expected.base), tails(expected.adapted) - tails(expected.base)
+    drift, shown = tails(measured.base) - base, tails(measured.adapted) - tails(measured.base)
+    middle = known.mean(1)
+    factor = (shown.mean(1) * middle).sum() / max((middle * middle).sum(), _NOTHING**2)
+    other = shown - factor * known
+    spread = other.var(1, ddof=1)
+    steadied = (_PRIOR * spread.mean() + (fewest - 1) * spread) / (_PRIOR + fewest - 1)
+    weights = 1 / (steadied + _NOTHING**2)  # a token that rounding moves much says little
+    by_text = [(weights * _systematic(values)).sum(1) for values in (other, known, drift)]
+    square, effect, moved = (float(sums.sum()) for sums in by_text)
+    if effect <= 0:
+        return None
+    # The share of the rest, with one text after the other left out.
+    without = (square - by_text[0]) / numpy.maximum(effect - by_text[1], _NOTHING**2)
+    error = float(without.std()) * math.sqrt(len(texts) - 1)
+    return Rest(square=square / effect, error=error, drift=math.sqrt(max(0.0, moved) / float(weights.sum())))
+
+
+def _systematic(values: Array) -> Array:
+    """The square of each token's mean over the beginnings, less what their spread makes of it: (texts, tokens)."""
+    squares: Array = values.mean(1) ** 2 - values.var(1, ddof=1) / values.shape[1]
+    return squares
+
+
+def most_rest(found: Rest) -> float:
+    """The largest rest of a right adapter, as a share of the effect."""
+    return _LEAST_REST + _REST_PER_NAT * found.drift
+
+
+class Comparison(NamedTuple):
+    """How an engine's answers compare with the expected ones.
+
+    Attributes:
+        off: How far those under the adapter are apart.
+        drift: How far those of the base are; None if they are not known.
+        shares: How much of the adapter's effect the engine shows, by part.
+        rest: What it shows beside that; None if the probes cannot tell.
+    """
+
+    off: Deviation
+    drift: Deviation | None = None
+    shares: Sequence[Share] = ()
+    rest: Rest | None = None
+
+
+def fault(found: Comparison, *, tolerance: float) -> str | None:
     """What is wrong with an engine's answers under an adapter; None if nothing is.
 
     Args:
-        off: How far they are from those of a right engine.
-        drift: As for `limits`.
-        shown: As from `shares`.
+        found: How they compare with those of a right engine.
         tolerance: The deviation that is always allowed, in nats.
     """
+    off, drift = found.off, found.drift
     names = ("median", "90 % quantile", "99 % quantile")
     for name, value, most in zip(names, off.quantiles, limits(tolerance, drift), strict=True):
         if value > most:
             base = f"; the base itself is off by {drift}" if drift is not None else ""
             return f"its log-probabilities are off by {off}; {most:.2g} is allowed for the {name}{base}"
-    if found := next((share for share in shown if wrong(share)), None):
-        return f"it shows {found}, where 1 is right (0: it ignores it, 2: it applies it twice)"
+    if share := next((share for share in found.shares if wrong(share)), None):
+        return f"it shows {share}, where 1 is right (0: it ignores it, 2: it applies it twice)"
+    if found.rest is not None and found.rest.square - 3 * found.rest.error > most_rest(found.rest) ** 2:
+        return (
+            f"its effect is another than the adapter's by {found.rest}; {most_rest(found.rest):.0%} are allowed; is it "
+            "another revision?"
+        )
     return None
 
 
-def compare(expected: Answers, measured: Answers) -> tuple[Deviation, Deviation | None, list[Share]]:
-    """The three things that `fault` judges by; without the base's expected answers only the first.
+def compare(expected: Answers, measured: Answers, prompts: Sequence[Sequence[int]] = ()) -> Comparison:
+    """Compares an engine's answers with the expected ones; without the base's, only those under the adapter.
+
+    Args:
+        expected: What a right engine says.
+        measured: What the engine says.
+        prompts: The prompts' token ids; those that `repeats` finds show the rest.
 
     Raises:
         MixfuseError: As for `deviation`.
     """
     off = deviation(expected.adapted, measured.adapted)
     if not expected.base:
-        return off, None, []
-    return off, deviation(expected.base, measured.base), shares(expected, measured)
+        return Comparison(off)
+    drift = deviation(expected.base, measured.base)
+    return Comparison(off, drift, shares(expected, measured), rest(expected, measured, prompts))
 
 
 def tolerance_in(precision: str, stored: float, *, base_known: bool) -> float:

@@ -149,6 +149,45 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             expires_at DOUBLE PRECISION NOT NULL
         )""",
     ),
+    (
+        # A trace has its facts exactly if it is in the sums; both are written again for what there is.
+        "DELETE FROM trace_facts",
+        "ALTER TABLE trace_facts ADD COLUMN marked_right INTEGER",
+        """CREATE INDEX trace_facts_by_mark ON trace_facts (created_at, mode, key_id, marked_right, cost)
+            WHERE marked_right IS NOT NULL""",
+        """CREATE TABLE spent_on_requests (
+            day TEXT NOT NULL,
+            key_id TEXT NOT NULL,
+            mode TEXT NOT NULL,
+            requests BIGINT NOT NULL,
+            cost DOUBLE PRECISION NOT NULL,
+            PRIMARY KEY (day, key_id, mode)
+        )""",
+        """CREATE TABLE spent_on_calls (
+            day TEXT NOT NULL,
+            key_id TEXT NOT NULL,
+            mode TEXT NOT NULL,
+            member TEXT NOT NULL,
+            stage TEXT NOT NULL,
+            calls BIGINT NOT NULL,
+            asked BIGINT NOT NULL,
+            spared BIGINT NOT NULL,
+            prompt_tokens BIGINT NOT NULL,
+            completion_tokens BIGINT NOT NULL,
+            cost DOUBLE PRECISION NOT NULL,
+            PRIMARY KEY (day, key_id, mode, member, stage)
+        )""",
+    ),
+    (
+        """CREATE TABLE role_proposals (
+            role TEXT PRIMARY KEY,
+            id TEXT NOT NULL,
+            owner TEXT NOT NULL,
+            revision TEXT NOT NULL,
+            directory TEXT NOT NULL
+        )""",
+        "ALTER TABLE gateways ADD COLUMN prepared TEXT NOT NULL DEFAULT '{}'",
+    ),
 )
 
 # At the end of a process its last calls get this long.

@@ -245,6 +245,13 @@ def is_comparison(row: _Row) -> bool:
     return _shape_of(row) is not None
 
 
+def with_label(row: _Row) -> _Row:
+    """A row of two answers that nobody has judged yet, as a tie; any other row as it is."""
+    named = [name for name in _WINNERS if name in row]
+    judged = _has_verdict(row) and not (named and all(row[name] is None for name in named))
+    return row if judged or _sides(row) or not (_has_answers(row) and _has_prompt(row)) else {**row, "winner": "tie"}
+
+
 def what_it_is(row: _Row) -> str:
     """Names the shape of a row that holds no comparison, and what to do with it."""
     if "protocol" in row and "chosen" in row:

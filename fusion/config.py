@@ -543,6 +543,7 @@ class FusionConfig(Strict):
         otel: Where OpenTelemetry spans are sent; unset: nowhere.
         ui: Whether there is a page for people at `/ui`; unset: only where the gateway listens on loopback.
         ui_runs: The folder whose training runs and reports that page shows to the admin; null shows none.
+        ui_pairs: A file of pairs of answers for people to vote on, on that page; the votes go into a file beside it.
     """
 
     members: tuple[Member, ...] = Field(min_length=1)
@@ -563,6 +564,7 @@ class FusionConfig(Strict):
     otel: OtelConfig | None = None
     ui: bool | None = None
     ui_runs: FilePath | None = Path("runs")
+    ui_pairs: FilePath | None = None
 
     @property
     def priced(self) -> bool:

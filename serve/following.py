@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from mixfuse.contracts.errors import MixfuseError
-from mixfuse.serve.role_record import RoleEntry
+from mixfuse.serve.role_record import Proposal, RoleEntry
 from mixfuse.serve.roles import BASE, RoleState
 from mixfuse.serve.swap import Swapper
 
@@ -27,6 +27,7 @@ class RecordFollower:
     def __init__(self, swapper: Swapper, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._swapper, self._table, self._clock = swapper, swapper.table, clock
         self._failed: dict[str, tuple[int, float]] = {}  # role → the version that failed, and when
+        self._answered: dict[str, tuple[str, str | None]] = {}  # role → the last proposal, and why it was refused
 
     async def start(self, seeds: Mapping[str, Path | None], *, from_config: bool = False) -> dict[str, str]:
         """Serves every role as the record says, or as the config says if the record does not know the role.
@@ -65,8 +66,12 @@ class RecordFollower:
         served = {state.name: state.version for state in self._table.states() if state.version}
         return {role: max(version, self._failed.get(role, (0, 0.0))[0]) for role, version in served.items()}
 
+    def answers(self) -> dict[str, tuple[str, str | None]]:
+        """What this table says of the last proposal for each role: its id, and why it is refused; None: it is ready."""
+        return dict(self._answered)
+
     async def follow(self) -> None:
-        """Brings each role to where the record has it, if another gateway has changed it.
+        """Brings each role to where the record has it, and has ready what other gateways propose.
 
         A role that cannot follow keeps its revision, and says why in `RoleState.problem`.
 
@@ -77,6 +82,7 @@ class RecordFollower:
         if record is None:
             return
         names = set(table.names()) - {BASE}
+        proposals = await record.proposals()  # before the roles: a proposal ends with the change that it announced
         for role, entry in (await record.read()).items():
             if role not in names:
                 continue
@@ -95,6 +101,26 @@ class RecordFollower:
                 self._failed[role] = (entry.version, now)
                 state.problem = f"{entry.gateway} swapped to {entry.revision or BASE}, which cannot serve here: {error}"
                 logger.warning("role %s: %s", role, state.problem)
+
+        for state in table.states():
+            if not state.lock.locked():
+                await self._prepare(state, proposals.get(state.name))
+
+    async def _prepare(self, state: RoleState, proposal: Proposal | None) -> None:
+        """Has ready what another gateway is about to swap in, or gives it up once it is not."""
+        if state.prepared is not None and (proposal is None or proposal.id != state.prepared):
+            async with state.lock:
+                await self._swapper.drop_withdrawn(state)
+        if proposal is None or self._answered.get(state.name, ("", None))[0] == proposal.id:
+            return
+        refusal = None
+        try:
+            async with state.lock:
+                await self._swapper.prepare(state, proposal)
+        except MixfuseError as error:
+            refusal = str(error)
+            logger.warning("role %s: revision %s is refused: %s", state.name, proposal.revision, refusal)
+        self._answered[state.name] = (proposal.id, refusal)
 
     async def _seed(self, state: RoleState, directory: Path | None) -> None:
         """Serves a role as the config says, and records that."""

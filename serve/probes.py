@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from mixfuse.contracts import agreement
 from mixfuse.contracts.adapter import Deviation, Effect, Probes, VerdictProbe, read_manifest, read_probes
-from mixfuse.contracts.agreement import FIXED_PROMPTS, Answers, Rows
+from mixfuse.contracts.agreement import FIXED_PROMPTS, Answers, Rows, repeats
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.judge_protocol import read_verdict
 from mixfuse.serve.slots import AdapterEngine, ProbedEngine
@@ -97,6 +97,8 @@ class _Plan:
         longest = max(2, length - _DECODED - 1)
         if not stored.logprobs:
             return cls(agreement.fixed_prompts(longest), None, effect, 0.0, terms.precision)
+        if terms.precision == "float32":  # rounds too little to need them
+            stored = _without_repeats(stored)
         prompts = [probe.tokens[:longest] for probe in stored.logprobs]
         measured = stored.measured.get(terms.precision)
         if measured is not None:
@@ -132,6 +134,13 @@ class _Plan:
         if self.expected is not None and self.expected.base:
             drift = agreement.deviation(self.expected.base, self.known(said).base)
         return agreement.limits(self.tolerance, drift)[2] / 2
+
+
+def _without_repeats(stored: Probes) -> Probes:
+    """The probes without the texts that are asked behind several beginnings."""
+    repeated = {number for numbers in repeats([probe.tokens for probe in stored.logprobs]) for number in numbers}
+    kept = [probe for number, probe in enumerate(stored.logprobs) if number not in repeated]
+    return stored.model_copy(update={"logprobs": kept, "measured": {}})
 
 
 def _cut(rows: Rows, prompts: list[list[int]]) -> list[list[float]]:
@@ -218,7 +227,8 @@ class _Probed:
         expected = self._plan.expected
         if expected is None:
             return
-        wrong = agreement.fault(*agreement.compare(expected, self._plan.known(said)), tolerance=self._plan.tolerance)
+        found = agreement.compare(expected, self._plan.known(said), self._plan.prompts)
+        wrong = agreement.fault(found, tolerance=self._plan.tolerance)
         if wrong:
             raise self._refused(
                 f"in this engine ({self._plan.precision}) {wrong}; check it with `mixfuse adapter verify DIR --config "

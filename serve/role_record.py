@@ -6,6 +6,7 @@ the record before it flips, and only if no other gateway has written meanwhile; 
 """
 
 from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -46,6 +47,23 @@ class RoleEntry:
     pinned: bool
     since: float
     gateway: str
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A revision that another gateway is about to swap in, for the others to have ready before it does.
+
+    Attributes:
+        id: Unlike that of any other proposal.
+        role: The role.
+        revision: The adapter revision.
+        directory: Its adapter directory.
+    """
+
+    id: str
+    role: str
+    revision: str
+    directory: str
 
 
 class RoleRecord(Protocol):
@@ -96,6 +114,18 @@ class RoleRecord(Protocol):
 
     async def has_served(self, role: str, revision: str) -> bool:
         """Whether a revision has ever served the role."""
+        ...
+
+    def agreed(self, role: str, revision: str, directory: Path) -> AbstractAsyncContextManager[None]:
+        """Runs the block, which makes the change, once every gateway that shares this one's engines has it ready.
+
+        The block is not run if one of them refuses (kind "adapter"), or proposes another revision of the role itself
+        (kind "conflict"). After the block, or without it, the others give up what was not swapped in.
+        """
+        ...
+
+    async def proposals(self) -> Mapping[str, Proposal]:
+        """Returns what the living gateways that share this one's engines propose, by role."""
         ...
 
     async def followed(self, role: str, version: int) -> None:

@@ -32,6 +32,7 @@ class RoleState:
         version: The version of the shared record that this table has followed.
         since: When the serving revision began to serve, in seconds since 1970; None for the base from the start.
         problem: Why this table could not follow the shared record; None if it could.
+        prepared: The proposal of another gateway that `staged` was loaded for; None if it is this gateway's own.
         staged_for: Why `staged` was staged, for the history.
         expected_version: The record's version when `staged` was staged; a commit compares it.
         lock: Held while the role is changed.
@@ -45,6 +46,7 @@ class RoleState:
     version: int = 0
     since: float | None = None
     problem: str | None = None
+    prepared: str | None = None
     staged_for: Reason = "swap"
     expected_version: int = 0
     lock: asyncio.Lock = field(default_factory=asyncio.Lock, repr=False)
@@ -55,7 +57,7 @@ class RoleState:
 
     def unstage(self) -> None:
         """Forgets the staged revision; it gets no more leases."""
-        self.staged, self.canary_share = None, 0.0
+        self.staged, self.prepared, self.canary_share = None, None, 0.0
 
 
 class RoleTable:

@@ -1,8 +1,9 @@
 """The swap: how one adapter revision takes another's place while requests run, and how long the old one drains.
 
-A swap verifies the adapter, loads it as `ROLE@REVISION`, probes it, records the change, flips the role, drains the old
-revision and unloads it, and waits until the gateways that share the engines serve the same. If anything fails before
-the flip, the old revision serves on and nothing of the new one is left in the engine.
+A swap has two phases where gateways share engines. In the first, this gateway verifies the adapter, loads it as
+`ROLE@REVISION` and probes it, and then each of the others does. Only if all have it ready, the change is recorded and
+the roles flip. The old revision drains and is unloaded, and the swap waits until the others serve the same. If anything
+fails before the change, the old revision serves on at all of them, and nothing of the new one is left in the engines.
 
 The drain has no time limit of its own. The old revision stays loaded until the last request that leases it has ended,
 and each request ends by its own deadline (a member's `timeout_s`, the modes' `deadline_ms`). `swap` and `commit` return
@@ -13,13 +14,14 @@ import asyncio
 import logging
 from collections.abc import Coroutine
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.serve import probes
 from mixfuse.serve.admission import JUDGE
-from mixfuse.serve.role_record import Reason, RoleEntry
+from mixfuse.serve.role_record import Proposal, Reason, RoleEntry
 from mixfuse.serve.roles import BASE, RoleState, RoleTable, check_staged
 from mixfuse.serve.slots import Revision
 
@@ -106,8 +108,8 @@ class Swapper:
 
         Raises:
             MixfuseError: The revision is not staged for the role, another gateway has changed the role since it was
-                staged (kind "conflict"), or the change could not be recorded. The revision is discarded in the last
-                two cases.
+                staged (kind "conflict"), one that shares the engines cannot serve it, or the change could not be
+                recorded. The revision is discarded in all but the first case.
         """
         state = self.table.swappable(role)
         async with state.lock:
@@ -149,6 +151,7 @@ class Swapper:
         if record is None:
             raise MixfuseError("this server keeps no record of its roles: there is nothing to go back to")
         async with state.lock:
+            await self.drop_withdrawn(state)
             _check_unstaged(state)
             target = await record.rollback_target(role)
             if target.revision is None or target.directory is None:
@@ -170,6 +173,12 @@ class Swapper:
         Raises:
             MixfuseError: The adapter cannot be served here.
         """
+        if state.prepared is not None and state.staged is not None:
+            if state.staged.revision == entry.revision:
+                state.follow(entry)
+                self._flip(state, state.staged)
+                return
+            self._discard(state, state.staged)
         if entry.revision == state.serving.revision:
             state.follow(entry)
             return
@@ -183,6 +192,29 @@ class Swapper:
             revision = await self._load(state, revision)
         state.follow(entry)
         self._flip(state, revision)
+
+    async def prepare(self, state: RoleState, proposal: Proposal) -> None:
+        """Loads and probes what another gateway is about to swap in. The caller holds the role's lock.
+
+        Raises:
+            MixfuseError: It cannot be served here; nothing is left in the engine.
+        """
+        _check_unstaged(state)
+        await self._admit_and_load(state, Path(proposal.directory), proposal.revision)
+        if state.staged is not None:  # otherwise it serves already
+            state.prepared = proposal.id
+
+    async def drop_withdrawn(self, state: RoleState) -> None:
+        """Gives up what was prepared for another gateway that did not swap it in. The caller holds the role's lock."""
+        record = self.table.record
+        if state.prepared is None or state.staged is None or record is None:
+            return
+        proposed = (await record.proposals()).get(state.name)
+        entry = (await record.read()).get(state.name)
+        if entry is not None and entry.version != state.version:
+            await self.adopt(state, entry)
+        elif proposed is None or proposed.id != state.prepared:
+            self._discard(state, state.staged)
 
     async def close(self) -> None:
         """Ends what is in progress: no load or unload is cut in half. Drains that still wait are given up."""
@@ -201,26 +233,32 @@ class Swapper:
         Returns:
             The staged revision; None if it serves the role already.
         """
+        await self.drop_withdrawn(state)
         _check_unstaged(state)
         name = target.revision if target is not None else None
         try:
             version = target.version if target is not None else await self._record_version(state)
-            revision = await self.table.admission.admit(state.name, directory, expected_revision=name)
-            name = revision.revision
-            if revision.revision == state.serving.revision:
-                self.table.admission.forget(revision)
-                return None
-            state.staged = revision
-            try:
-                revision = await self._load(state, revision)
-            except BaseException:
-                state.staged = None
-                raise
+            revision = await self._admit_and_load(state, directory, name)
         except MixfuseError as error:
             await self._note_refusal(state, Revision(state.name, name, directory), why, str(error))
             raise
-        state.staged, state.staged_for, state.expected_version = revision, why, version
+        if revision is not None:
+            state.staged_for, state.expected_version = why, version
         return revision
+
+    async def _admit_and_load(self, state: RoleState, directory: Path, name: str | None) -> Revision | None:
+        """Stages the adapter in `directory`, which must hold revision `name` if one is passed; None if it serves."""
+        revision = await self.table.admission.admit(state.name, directory, expected_revision=name)
+        if revision.revision == state.serving.revision:
+            self.table.admission.forget(revision)
+            return None
+        state.staged = revision
+        try:
+            state.staged = await self._load(state, revision)
+        except BaseException:
+            state.staged = None
+            raise
+        return state.staged
 
     async def _load(self, state: RoleState, revision: Revision) -> Revision:
         """Loads and probes a revision. If that fails or is cancelled, nothing is left in the engine.
@@ -261,9 +299,12 @@ class Swapper:
         check_staged(state, revision)
         if self.table.record is not None:
             try:
-                entry = await self.table.record.change(
-                    state.name, state.expected_version, revision.revision, revision.directory, state.staged_for
-                )
+                entry = await self._change(state, revision)
+            except MixfuseError as error:
+                await self._discard(state, revision)
+                if error.kind == "adapter":
+                    await self._note_refusal(state, revision, state.staged_for, str(error))
+                raise
             except BaseException:
                 await self._discard(state, revision)
                 raise
@@ -271,6 +312,16 @@ class Swapper:
         old = state.serving
         swap = Swap(state.name, old.revision, revision.revision, old.in_flight if old.revision else 0)
         return swap, self._flip(state, revision)
+
+    async def _change(self, state: RoleState, revision: Revision) -> RoleEntry:
+        """Records the change, once the gateways that share the engines have an adapter ready."""
+        record = self.table.record
+        assert record is not None  # noqa: S101 - the caller has one
+        change = partial(record.change, state.name, state.expected_version, revision.revision, revision.directory)
+        if revision.revision is None or revision.directory is None:
+            return await change(state.staged_for)
+        async with record.agreed(state.name, revision.revision, revision.directory):
+            return await change(state.staged_for)
 
     def _flip(self, state: RoleState, new: Revision) -> "asyncio.Task[None]":
         """Gives all new leases to `new`. Returns the drain of the old revision."""

@@ -241,6 +241,16 @@ def test_a_config_of_the_wrong_kind_is_called_by_its_kind(
     assert f"a {wanted} is wanted here" in told
 
 
+@pytest.mark.parametrize(
+    ("stage", "recipe", "other"), [("sft", "judge_dpo.yaml", "judge"), ("judge", "domain_sft.yaml", "sft")]
+)
+def test_the_recipe_of_the_other_stage_is_called_by_its_command(
+    stage: str, recipe: str, other: str, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["train", stage, str(CONFIGS / recipe)]) == 2
+    assert f"`mixfuse train {other}` reads this recipe (it has '" in capsys.readouterr().err
+
+
 def test_a_typo_in_a_config_of_the_right_kind_is_a_typo(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     path = tmp_path / "fusion.yaml"
     path.write_text("members: [{name: a, base_url: 'http://127.0.0.1:9/v1', model: a}]\nengine: {}\n")

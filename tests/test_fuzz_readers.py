@@ -211,6 +211,110 @@ def test_no_manifest_ends_in_a_traceback(tmp_path: Path):
     tried()
 
 
+def test_no_combiner_ends_in_a_traceback(tmp_path: Path):
+    from combiner_pools import pool
+
+    from mixfuse.fusion.combiner.artefact import load, save, weigh
+    from mixfuse.fusion.combiner.asking import next_member, policy_for
+    from mixfuse.fusion.measure.combiner_fit import fit_combiner
+
+    questions = pool(200, {"a": 0.7, "b": 0.7, "c": 0.6})
+    file = tmp_path / "combiner.json"
+    save(fit_combiner(questions, "choice"), file)
+    good = json.loads(file.read_text())
+
+    @settings(max_examples=TRIES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(changed([good]) | VALUES)
+    def tried(value: Any) -> None:
+        file.write_text(json.dumps(value))
+        try:
+            combiner = load(file)
+        except MixfuseError as error:
+            assert "\n" not in str(error)
+            return
+        # What is read must weigh every answer, and say whom to ask.
+        weighing = weigh(combiner, questions[0].answers, comparisons=questions[0].comparisons, domain="law")
+        assert 0 <= weighing.confidence <= 1
+        policy = policy_for(combiner, 0.9)
+        asked: list[str] = []
+        while policy is not None and (member := next_member(combiner, policy, asked, 0.3, "law")) is not None:
+            assert member not in asked
+            asked.append(member)
+
+    tried()
+
+
+TRACE: dict[str, Any] = {
+    "id": "trace-1", "created_at": 1.0, "model": "fusion/auto", "mode": "auto", "key": "k",
+    "messages": [{"role": "user", "content": "a"}], "candidates": ["m", "n"],
+    "calls": [
+        {"stage": "answer", "member": "m", "model": "m", "candidate": 0, "text": "b", "cost": 0.1},
+        {"stage": "answer", "member": "n", "model": "n", "candidate": 1, "text": "c", "outcome": "timeout"},
+        {"stage": "verdict", "member": "judge", "model": "j", "text": "A"},
+    ],
+    "verdicts": [{"first": 0, "second": 1, "winner": "first", "score": 0.9, "consistent": True, "orders": [0.9, 0.8]}],
+    "debate": {"rounds": [[{"candidate": 0, "text": "b"}]], "stopped": "agreement"},
+    "analysis": {"consensus": ["x"], "contradictions": [], "partial_coverage": [], "unique_insights": [],
+                 "blind_spots": []},
+    "citations": [{"paragraph": 0, "candidates": [1]}],
+    "weighing": {"confidence": 0.5, "stopped": "target", "asked": ["m"], "propensities": {"n": 0.5},
+                 "classes": [{"candidates": [0], "score": 1.0, "probability": 0.5}]},
+    "winner": 0, "reason": "weighed", "answer": "b", "duration_ms": 5.0,
+    "feedback": [{"correct": [0], "wrong": [1], "score": 1, "user": "u", "metadata": {"arena": {
+        "first": 0, "second": 1, "vote": "first"}}}],
+}  # fmt: skip
+
+
+def test_no_trace_ends_in_a_traceback(tmp_path: Path):
+    """What a trace's record may hold by its schema, the lists, the page, the sums and the export take."""
+    from mixfuse.contracts.database import opened
+    from mixfuse.contracts.trace import Trace
+    from mixfuse.fusion.config import FusionConfig
+    from mixfuse.fusion.store import export_traces
+    from mixfuse.fusion.store.traces import insert, row_of
+    from mixfuse.fusion.ui import texts
+    from mixfuse.fusion.ui.marking import row_of as sheet_row
+    from mixfuse.fusion.ui.trace_view import prompts, view
+    from mixfuse.fusion.ui.votes import answers, hardest, judged, votes_of
+
+    config = FusionConfig.model_validate({"members": [{"name": "m", "base_url": "http://127.0.0.1:9", "model": "m"}]})
+    folder = Path(str(texts.__file__)).parent / "pages"
+    template = texts.environment([folder]).get_template("trace.html.jinja")
+    frame: dict[str, Any] = {
+        "root": "", "assets": "", "pages": {}, "here": "", "token": "", "csrf": str, "named": False, "keyed": False,
+        "is_admin": False, "query": str, "reads": True,
+    }  # fmt: skip
+
+    with opened(tmp_path / "traces.sqlite3") as database:
+
+        @settings(max_examples=TRIES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+        @given(changed([TRACE]))
+        def tried(value: Any) -> None:
+            try:
+                trace = Trace.model_validate_json(json.dumps(value))
+            except ValueError:
+                return
+            assert template.render(**frame, trace=trace, view=view(trace, config), prompts=prompts(trace, config))
+            assert sheet_row(trace, config)
+            for pair in [hardest(trace)]:
+                assert answers(trace) is not None
+                assert pair is None or judged(trace, pair) in (None, "first", "second", "tie")
+            assert votes_of(trace.id, trace.feedback) is not None
+
+            def write(connection: Any) -> None:
+                for table in ("traces", "trace_facts"):
+                    connection.exec_driver_sql(f"DELETE FROM {table}")
+                insert(connection, [row_of(trace, trace.model_dump_json())])
+
+            database.run_now(write)
+            try:
+                export_traces.export(database, tmp_path / "out.jsonl")
+            except MixfuseError as error:
+                assert "\n" not in str(error)
+
+        tried()
+
+
 @pytest.mark.parametrize("key", ["messages", "responses"])
 @pytest.mark.parametrize("value", [True, 3, "x", {"a": 1}, [1], [None]])
 def test_a_pool_row_whose_lists_are_none_is_refused_or_passed_over(key: str, value: object, tmp_path: Path):

@@ -1,7 +1,7 @@
 """The training recipes: one YAML file a run. Every key is here, with its type and default."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
@@ -18,7 +18,7 @@ from pydantic import (
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.families import shape_of
 from mixfuse.contracts.paths import FilePath
-from mixfuse.contracts.strict_yaml import Strict, read_mapping
+from mixfuse.contracts.strict_yaml import Strict, load, read_mapping
 from mixfuse.train.optimizers import OPTIMIZERS, OptimizerEntry, OptimizerName
 from mixfuse.train.quantization import Quantization
 
@@ -494,6 +494,21 @@ class JudgeRecipe(TrainRecipe):
 
 RECIPES: dict[str, type[TrainRecipe]] = {"sft": SftRecipe, "judge": JudgeRecipe}
 """The recipe of each stage of `mixfuse train`."""
+
+
+def load_recipe(path: Path, stage: str, overrides: Iterable[str] = ()) -> TrainRecipe:
+    """Loads the recipe of a stage; see `strict_yaml.load`.
+
+    Raises:
+        MixfuseError: Also where the file is the other stage's recipe, as its keys show.
+    """
+    own = RECIPES[stage]
+    data = read_mapping(path)
+    for other, recipe in RECIPES.items():
+        only_there = data.keys() & (recipe.model_fields.keys() - own.model_fields.keys())
+        if only_there and not data.keys() & (own.model_fields.keys() - recipe.model_fields.keys()):
+            raise MixfuseError(f"{path}: `mixfuse train {other}` reads this recipe (it has {sorted(only_there)[0]!r})")
+    return load(path, own, overrides)
 
 
 def kind_of(recipe_path: Path, overrides: list[str]) -> type[TrainRecipe]:

@@ -10,11 +10,10 @@ import sys
 from pathlib import Path
 
 from mixfuse.contracts.errors import MixfuseError
-from mixfuse.contracts.strict_yaml import load
 from mixfuse.train.processes import graceful_torchrun, guard, worker
 from mixfuse.train.processes.checkpoint import check_resume, last_checkpoint, recipe_record
 from mixfuse.train.processes.heartbeat import heartbeat
-from mixfuse.train.recipe import RECIPES
+from mixfuse.train.recipe import load_recipe
 from mixfuse.train.stages.checks import check_recipe, check_template
 from mixfuse.train.stages.prepare_data import prepare_data
 
@@ -31,7 +30,7 @@ def start(stage: str, recipe_path: Path, overrides: list[str]) -> None:
         MixfuseError: The recipe or data is bad (reported before any process is started), or a process failed.
         Preempted: SIGTERM arrived; the run is saved.
     """
-    recipe = load(recipe_path, RECIPES[stage], overrides)
+    recipe = load_recipe(recipe_path, stage, overrides)
     check_recipe(recipe)
     if not worker.launched():
         check_template(recipe)

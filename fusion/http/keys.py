@@ -122,7 +122,7 @@ class KeyRing:
         self._rates: dict[str, RateLimit] = {}
         self._refreshing: asyncio.Task[None] | None = None
         before = self._seen()
-        keys, usage = database.run_now(_read)
+        keys, usage = database.run_now(read)
         self._take(keys)
         self._rebase(usage, before)
 
@@ -226,7 +226,7 @@ class KeyRing:
             try:
                 for _ in range(_TRIES):
                     before = self._seen()
-                    keys, usage = await self._database.run(_read)
+                    keys, usage = await self._database.run(read)
                     self._take(keys)
                     if self._rebase(usage, before):
                         break
@@ -311,7 +311,7 @@ def create(
     )
 
     def insert(connection: Connection) -> None:
-        if any(known.name == name and known.valid for known in _read(connection)[0]):
+        if any(known.name == name and known.valid for known in read(connection)[0]):
             raise MixfuseError(f"there is a key called {name!r} already; revoke it first, or choose another name")
         names = [column.name for column in fields(ApiKey)]
         columns, values = ", ".join(names), ", ".join(f":{name}" for name in names)
@@ -324,7 +324,7 @@ def create(
 def has_keys(where: str) -> bool:
     """Whether a key was ever added to the database at this path or URL."""
     with opened(where) as database:
-        return bool(database.run_now(_read)[0])
+        return bool(database.run_now(read)[0])
 
 
 def revoke(database: Database, name: str) -> ApiKey:
@@ -335,7 +335,7 @@ def revoke(database: Database, name: str) -> ApiKey:
     """
 
     def end(connection: Connection) -> ApiKey:
-        keys, _ = _read(connection)
+        keys, _ = read(connection)
         key = next((key for key in keys if name in (key.name, key.id) and key.valid), None)
         if key is None:
             raise MixfuseError(f"there is no valid key {name!r}; `mixfuse keys list` shows them")
@@ -349,7 +349,7 @@ def revoke(database: Database, name: str) -> ApiKey:
 
 def show(database: Database) -> None:
     """Prints the keys, their limits and their usage in the current period."""
-    keys, usage = database.run_now(_read)
+    keys, usage = database.run_now(read)
     table = Table("name", "id", "made", "budget", "used", "a minute", "")
     for key in keys:
         used = usage.get(key.id, {}).get(key.period, NOTHING)
@@ -375,7 +375,7 @@ def _state(key: ApiKey) -> str:
     return f"{'until' if key.valid else 'expired'} {datetime.fromtimestamp(key.expires_at, UTC).date()}"
 
 
-def _read(connection: Connection) -> tuple[list[ApiKey], dict[str, dict[Period, Spend]]]:
+def read(connection: Connection) -> tuple[list[ApiKey], dict[str, dict[Period, Spend]]]:
     """Returns all keys, oldest first, and each one's usage by period."""
     names = [column.name for column in fields(ApiKey)]
     rows = connection.execute(text(f"SELECT {', '.join(names)} FROM api_keys ORDER BY created_at"))  # noqa: S608

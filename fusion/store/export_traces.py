@@ -196,7 +196,7 @@ def _verdicts(trace: Trace, places: Sequence[int]) -> list[dict[str, Any]]:
 
 def _messages(trace: Trace) -> dict[str, Any]:
     """Returns the messages of a conversation; a lone question is its prompt."""
-    lone = len(trace.messages) == 1 and trace.messages[0]["role"] == "user"
+    lone = len(trace.messages) == 1 and trace.messages[0].get("role") == "user"
     return {} if lone else {"messages": trace.messages}
 
 

@@ -1,7 +1,8 @@
 """What lists of traces are filtered by: a few facts of each trace, in a table of its own, and the search in them.
 
 A trace's record has kilobytes of JSON, which no search can read a hundred thousand times. Its facts are written with
-it. Traces that an earlier version wrote get theirs when somebody first asks (`backfill`).
+it, as is what it adds to the sums of spending. Traces that an earlier version wrote get theirs when somebody first asks
+(`backfill`).
 """
 
 import time
@@ -13,6 +14,8 @@ from sqlalchemy import Connection, bindparam, text
 
 from mixfuse.contracts.judge_protocol import text_of
 from mixfuse.contracts.trace import Trace
+from mixfuse.fusion.store import spending
+from mixfuse.fusion.store.export_traces import by_feedback
 
 CUT_OFF = frozenset({"cancelled", "cancelled_straggler", "cancelled_hedge"})
 """Outcomes of calls that nobody waited for any more: they are no failures."""
@@ -26,7 +29,7 @@ _RECORDS = text("SELECT id, record FROM traces WHERE id IN :ids").bindparams(bin
 
 _NAMES = (
     "id", "created_at", "mode", "key_id", "reason", "outcome", "members", "failed", "disagreement", "flipped", "unsure",
-    "confidence", "cost", "duration_ms", "feedback", "question", "words",
+    "confidence", "cost", "duration_ms", "feedback", "marked_right", "question", "words",
 )  # fmt: skip
 
 INSERT = text(
@@ -60,9 +63,25 @@ def facts(trace: Trace) -> dict[str, Any]:
         "cost": trace.cost,
         "duration_ms": trace.duration_ms,
         "feedback": len(trace.feedback),
+        "marked_right": marked_right(trace),
         "question": _storable(asked[:_SHOWN]),
         "words": _storable(f"{asked[:_SEARCHED]}\n{(trace.answer or '')[:_SEARCHED]}".lower()),
     }
+
+
+def marked_right(trace: Trace) -> int | None:
+    """Returns 1 if users say that the answer that was returned is right, 0 if wrong, None where nobody says either.
+
+    A score is for that answer. Marks of candidates count where it is one of them; later feedback overrides earlier.
+    """
+    known = by_feedback(trace)
+    if trace.winner is not None:
+        mark = known.get(trace.winner)
+        return None if mark is None else int(mark)
+    if len(trace.candidates) == 1 and 0 in known:
+        return int(known[0])
+    scores = [score for said in trace.feedback if isinstance(score := said.get("score"), int | float) and score]
+    return int(scores[-1] > 0) if scores else None
 
 
 def question(trace: Trace) -> str:
@@ -224,7 +243,7 @@ def traces_of(connection: Connection, ids: Sequence[str]) -> list[Trace]:
 
 
 def backfill(connection: Connection, before: Place | None, count: int) -> Place | None:
-    """Writes the facts of traces that have none, the newest first.
+    """Writes the facts of traces that have none, the newest first, and adds them to the sums of spending.
 
     Args:
         connection: The database.
@@ -242,13 +261,15 @@ def backfill(connection: Connection, before: Place | None, count: int) -> Place 
     found = connection.execute(query, {"n": count, **({} if before is None else before._asdict())}).all()
     missing = []
     for _, _, record in found:
-        if record is not None:
-            try:
-                missing.append(facts(Trace.model_validate_json(record)))
-            except ValueError:  # `TraceStore` names traces that cannot be read
-                continue
-    if missing:
-        connection.execute(INSERT, missing)
+        if record is None:
+            continue
+        try:
+            trace = Trace.model_validate_json(record)
+        except ValueError:  # `TraceStore` names traces that cannot be read
+            continue
+        if connection.execute(INSERT, facts(trace)).rowcount:  # no other gateway was faster
+            missing.append(spending.sums_of(trace))
+    spending.add(connection, missing)
     return Place(found[-1][0], found[-1][1]) if len(found) == count else None
 
 

@@ -30,7 +30,7 @@ from mixfuse.contracts.trace import Trace
 from mixfuse.fusion.calls.board import Board
 from mixfuse.fusion.calls.ledger import Spend
 from mixfuse.fusion.config import TraceConfig
-from mixfuse.fusion.store import trace_facts
+from mixfuse.fusion.store import spending, trace_facts
 from mixfuse.fusion.store.spool import SET_ASIDE, Segment, Spool
 
 logger = logging.getLogger(__name__)
@@ -79,10 +79,11 @@ _COUNT_USAGE = text(
 
 
 class _Row(NamedTuple):
-    """A trace to write: its columns, its facts, and the spool file that holds it until then."""
+    """A trace to write: its columns, its facts, what it adds to the sums; the spool file that holds it until then."""
 
     columns: dict[str, Any]
     facts: dict[str, Any]
+    sums: spending.Sums
     segment: Segment | None
 
 
@@ -212,7 +213,7 @@ class TraceStore:
             rows = []
             for line in lines:
                 try:
-                    rows.append(_row_of(line, segment))
+                    rows.append(_row_of_line(line, segment))
                 except ValueError as error:
                     self._put_aside(line, segment, f"a line of {segment.path}", error)
             logger.warning("writing %d traces of a gateway that was killed", len(rows))
@@ -247,7 +248,7 @@ class TraceStore:
         if len(self._waiting) >= _MOST_WAITING and segment is not None:
             self._left_behind += 1  # the next start writes it; the database may be unreachable for hours
             return
-        self._waiting.append(_Row(_columns(trace, record), trace_facts.facts(trace), segment))
+        self._waiting.append(row_of(trace, record, segment))
         self._added += 1
         self._tell_others()
         self._write_soon()
@@ -303,8 +304,8 @@ class TraceStore:
                 {"record": trace.model_dump_json(), "id": trace_id},
             )
             connection.execute(
-                text("UPDATE trace_facts SET feedback = :feedback WHERE id = :id"),
-                {"feedback": len(trace.feedback), "id": trace_id},
+                text("UPDATE trace_facts SET feedback = :feedback, marked_right = :right WHERE id = :id"),
+                {"feedback": len(trace.feedback), "right": trace_facts.marked_right(trace), "id": trace_id},
             )
             return trace
 
@@ -468,7 +469,7 @@ class TraceStore:
     async def _insert(self, batch: Sequence[_Row]) -> None:
         """Writes these traces to the database and notes that they are there."""
         spent = [] if self._spending is None else [found for row in batch if (found := _spent(row))]
-        work = partial(_insert, rows=[row.columns for row in batch], facts=[row.facts for row in batch])
+        work = partial(insert, rows=batch)
         if self._spending is None or not spent:
             await self._database.run(work)
         else:
@@ -593,14 +594,19 @@ def _columns(trace: Trace, record: str) -> dict[str, Any]:
     }
 
 
-def _row_of(line: bytes, segment: Segment) -> _Row:
+def row_of(trace: Trace, record: str, segment: Segment | None = None) -> _Row:
+    """Returns what `insert` writes of a trace; `record` is the trace as JSON."""
+    return _Row(_columns(trace, record), trace_facts.facts(trace), spending.sums_of(trace), segment)
+
+
+def _row_of_line(line: bytes, segment: Segment) -> _Row:
     """Returns the row of a line of the spool.
 
     Raises:
         ValueError: It is not a trace.
     """
     trace = Trace.model_validate_json(line)
-    return _Row(_columns(trace, line.decode()), trace_facts.facts(trace), segment)
+    return row_of(trace, line.decode(), segment)
 
 
 def _spent(row: _Row) -> Spent | None:
@@ -614,26 +620,21 @@ def _day(columns: Mapping[str, Any]) -> str:
     return datetime.fromtimestamp(columns["created_at"], UTC).date().isoformat()
 
 
-def _insert(connection: Connection, rows: Sequence[dict[str, Any]], facts: Sequence[dict[str, Any]]) -> None:
-    """Writes traces and adds to their keys' usage; a trace that is already there changes nothing."""
-    keyed = [row for row in rows if row["key_id"] is not None]
-    if keyed:
-        ids = [row["id"] for row in keyed]
-        known = set(connection.execute(_KNOWN, {"ids": ids}).scalars())
-        used = [
-            {
-                "key_id": row["key_id"],
-                "day": _day(row),
-                "tokens": row["total_tokens"],
-                "cost": row["cost"],
-            }
-            for row in keyed
-            if row["id"] not in known
-        ]
-        if used:
-            connection.execute(_COUNT_USAGE, used)
-    connection.execute(_INSERT, list(rows))
-    connection.execute(trace_facts.INSERT, list(facts))
+def insert(connection: Connection, rows: Sequence[_Row]) -> None:
+    """Writes traces and adds to the sums and their keys' usage; a trace that is already there changes nothing."""
+    known = set(connection.execute(_KNOWN, {"ids": [row.columns["id"] for row in rows]}).scalars())
+    new = list({row.columns["id"]: row for row in reversed(rows) if row.columns["id"] not in known}.values())[::-1]
+    used = [
+        {"key_id": spent.key_id, "day": spent.day, "tokens": spent.spend.tokens, "cost": spent.spend.cost}
+        for row in new
+        if (spent := _spent(row)) is not None
+    ]
+    if used:  # in one order, so that two gateways wait for each other's rows only one way
+        connection.execute(_COUNT_USAGE, sorted(used, key=lambda one: (one["key_id"], one["day"])))
+    if new:
+        connection.execute(_INSERT, [row.columns for row in new])
+        connection.execute(trace_facts.INSERT, [row.facts for row in new])
+        spending.add(connection, (row.sums for row in new))
 
 
 def _insert_and_remove(connection: Connection, size: int) -> None:

@@ -281,6 +281,7 @@ class Page:
         posts: Path below the page → what does it; the CSRF token has been checked.
         shown: Whether a gateway has the page.
         alone: Whether `mixfuse ui` has it, too: what it shows is in the database or in files; its `posts` are left out.
+        writes_files: What its `posts` change is a file of its own, so `mixfuse ui` has them, too.
     """
 
     title: str
@@ -289,6 +290,7 @@ class Page:
     posts: Mapping[str, Handler] = field(default_factory=dict)
     shown: Callable[[Inside], bool] = lambda _inside: True
     alone: bool = False
+    writes_files: bool = False
 
 
 async def make(inside: Inside, packages: Sequence[str]) -> "Ui":
@@ -348,7 +350,7 @@ class Ui:
             routes += [
                 Route(f"/{name}{path}", partial(self._answer, change), methods=["POST"])
                 for path, change in page.posts.items()
-                if not inside.reads
+                if page.writes_files or not inside.reads
             ]
         self._router: ASGIApp = Router(routes)
 
@@ -381,18 +383,20 @@ class Ui:
         """Returns a page from its template; the visitor's session is kept by a cookie."""
         token = self.sessions.token(visit.session)
         path = visit.request.url.path.removeprefix(ROOT).strip("/")
+        here = path.partition("/")[0]
+        writes = here in self._pages and self._pages[here].writes_files
         frame = {
             "root": ROOT,
             "assets": f"{ROOT}/assets/{self._version}",
             "pages": self._pages,
-            "here": path.partition("/")[0],
+            "here": here,
             "token": token,
             "csrf": lambda: Markup('<input type="hidden" name="csrf" value="{}">').format(token),
             "named": bool(visit.session.key),
             "keyed": self.inside.keys.needed or bool(os.environ.get(ADMIN_KEY)),
             "is_admin": visit.by_admin_key,
             "query": _query(visit.request),
-            "reads": self.inside.reads,
+            "reads": self.inside.reads and not writes,
         }
         made = self._environment.get_template(template)
         # In a thread: a trace may have megabytes of text.

@@ -1,6 +1,7 @@
 """How the page writes figures, times and long texts: its templates' environment and filters."""
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,8 +13,10 @@ _MOST_CHARS = 20_000
 
 
 def dollars(cost: float) -> str:
-    """An amount of money: $0.0012."""
-    return "$0" if not cost else f"${cost:.2f}" if cost >= 1 else f"${cost:.2g}"
+    """An amount of money, with two digits that count: $12.00, $0.0012, $0.000072."""
+    if not 0 < cost < 1:
+        return "$0" if not cost else f"${cost:.2f}"
+    return f"${cost:.{min(12, 1 - math.floor(math.log10(cost)))}f}"
 
 
 def duration(ms: float) -> str:

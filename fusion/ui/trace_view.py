@@ -190,7 +190,10 @@ def prompts(trace: Trace, config: FusionConfig) -> list[tuple[str, Any]]:
         for a, b in ((verdict.first, verdict.second), (verdict.second, verdict.first)):
             if a in texts and b in texts:
                 title = f"Sent to the judge: {_named(a, trace.candidates)} as A, {_named(b, trace.candidates)} as B"
-                found.append((title, _comparison(trace, texts[a], texts[b], config)))
+                try:
+                    found.append((title, _comparison(trace, texts[a], texts[b], config)))
+                except (KeyError, TypeError, AttributeError):  # another version's conversation
+                    found.append((title, "the conversation has a form that this version does not show"))
     return found
 
 
@@ -212,8 +215,12 @@ def difference(one: str, other: str) -> list[tuple[str, str]]:
     return [(kinds[line[:2]], line[2:]) for line in lines if line[:2] in kinds]
 
 
+def _member(index: int, members: Sequence[str]) -> str:
+    return members[index] if 0 <= index < len(members) else "?"
+
+
 def _named(index: int, members: Sequence[str]) -> str:
-    name = members[index] if index < len(members) else "?"
+    name = _member(index, members)
     return f"{name} (candidate {index})" if list(members).count(name) > 1 else name
 
 
@@ -224,6 +231,7 @@ def view(trace: Trace, config: FusionConfig) -> dict[str, Any]:
     judged = sorted({index for verdict in trace.verdicts for index in (verdict.first, verdict.second)})
     return {
         "trace": trace,
+        "member": lambda index: _member(index, trace.candidates),
         "shown": shown,
         "groups": len({one.group for one in shown if one.group >= 0}),
         "matrix": matrix(trace),

@@ -233,6 +233,22 @@ def standing(connection: Connection, owner: str | None) -> Standing:
             by_user.setdefault(vote.user, {})[vote.pair] = vote.vote
             if (said := judged(trace, vote.pair[1:])) is not None:
                 judge[vote.pair] = said
+    return stand(by_user, judge, partial=len(ids) > _MOST_VOTED)
+
+
+def stand(
+    by_user: Mapping[str, Mapping[tuple[str, int, int], str]],
+    judge: Mapping[tuple[str, int, int], str],
+    *,
+    partial: bool = False,
+) -> Standing:
+    """Compares people with each other and with the judge.
+
+    Args:
+        by_user: Person → pair → vote.
+        judge: Pair → what the judge says; it cannot say that both are bad.
+        partial: Whether older votes were left out.
+    """
     # The people with the most votes: their pairs grow with the square.
     people = sorted(by_user, key=lambda user: (-len(by_user[user]), user))[:20]
     compared = [compare(one, by_user[one], other, by_user[other]) for one, other in combinations(people, 2)]
@@ -242,7 +258,7 @@ def standing(connection: Connection, owner: str | None) -> Standing:
         for user in people
     ]
     counts = {user: len(by_user[user]) for user in people}
-    return Standing(counts, [one for one in compared if one.pairs], len(ids) > _MOST_VOTED)
+    return Standing(counts, [one for one in compared if one.pairs], partial)
 
 
 def compare(

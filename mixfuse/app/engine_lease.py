@@ -3,7 +3,8 @@
 Each gateway has an owner's token, new at every start, and loads adapters under names that end with it
 (`ROLE@REVISION~OWNER`). So no gateway touches another's adapters, even if the two know nothing of each other. A row in
 the trace database says until when the gateway is alive; the database's clock counts, since those of the gateways
-differ. It also says which version of each role the gateway serves, so that a swap ends once all serve it.
+differ. It also says which version of each role the gateway serves, so that a swap ends once all serve it, and what it
+has ready of the swaps that others propose, so that a swap begins only where all can follow.
 
 A gateway that has not renewed its row stops answering by itself, before the others count it as gone. They then fence
 the row, which can never be renewed after that, and unload what is left of that owner. The token is the fence: a
@@ -24,6 +25,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from mixfuse.contracts.database import Database
 from mixfuse.contracts.errors import MixfuseError
+from mixfuse.serve.role_record import Proposal
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +54,7 @@ class EngineLease:
         self._database, self._gateway, self._engines = database, gateway, engines
         self.owner = uuid.uuid4().hex[:16] if engines else ""
         self._valid_until = float("-inf")
-        self._said: dict[str, int] = {}
+        self._said: tuple[dict[str, int], dict[str, tuple[str, str | None]]] = ({}, {})
         self._renewing: asyncio.Task[MixfuseError] | None = None
         self._now = _NOW_SQLITE if database.is_sqlite else _NOW_POSTGRES
 
@@ -81,17 +83,80 @@ class EngineLease:
         assert self._renewing is not None  # noqa: S101 - it was taken
         return await asyncio.shield(self._renewing)
 
-    async def say(self, serves: Mapping[str, int]) -> None:
-        """Tells the others which version of each role this gateway serves, or cannot follow.
+    async def say(
+        self, serves: Mapping[str, int], prepared: Mapping[str, tuple[str, str | None]] | None = None
+    ) -> None:
+        """Tells the others what this gateway serves, and what it has ready.
+
+        Args:
+            serves: Role → the version that it serves, or cannot follow.
+            prepared: Role → the last proposal's id, and why it is refused; None: it is ready.
 
         Raises:
             MixfuseError: The database cannot be reached.
         """
-        if self._engines and serves != self._said:
-            statement = text("UPDATE gateways SET serves = :serves WHERE owner = :owner")
-            values = {"serves": json.dumps(dict(serves)), "owner": self.owner}
+        said = (dict(serves), dict(prepared or {}))
+        if self._engines and said != self._said:
+            statement = text("UPDATE gateways SET serves = :serves, prepared = :prepared WHERE owner = :owner")
+            values = {"serves": json.dumps(said[0]), "prepared": json.dumps(said[1]), "owner": self.owner}
             await self._run(lambda connection: connection.execute(statement, values))
-            self._said = dict(serves)
+            self._said = said
+
+    async def propose(self, proposal: Proposal) -> None:
+        """Returns once every gateway that serves the role has the proposed revision ready, or is gone.
+
+        Raises:
+            MixfuseError: One refuses it (kind "adapter"), another proposal is under way (kind "conflict"), or the
+                database cannot be reached. Call `withdraw` in any case.
+        """
+        if not self._engines:
+            return
+        values = {**vars(proposal), "owner": self.owner}
+
+        def write(connection: Connection) -> bool:
+            connection.execute(text(f"DELETE FROM role_proposals WHERE owner NOT IN ({self._living})"))  # noqa: S608
+            return connection.execute(_PROPOSE, values).rowcount == 1
+
+        if not await self._run(write):
+            raise MixfuseError(
+                f"another gateway is about to swap role {proposal.role!r}; look at it, and try again", kind="conflict"
+            )
+        query = text(
+            f"SELECT name, serves, prepared FROM gateways WHERE owner <> :owner AND owner IN ({self._living})"  # noqa: S608
+        )
+        while True:
+            waiting = False
+            for name, serves, prepared in await self._run(lambda connection: connection.execute(query, values).all()):
+                if proposal.role not in json.loads(serves):
+                    continue
+                answered, refusal = json.loads(prepared).get(proposal.role, ("", None))
+                if answered == proposal.id and refusal:
+                    raise MixfuseError(f"the gateway {name} cannot serve it: {refusal}", kind="adapter")
+                waiting = waiting or answered != proposal.id
+            if not waiting:
+                return
+            await asyncio.sleep(_LOOK_S)
+
+    async def withdraw(self, proposal: Proposal) -> None:
+        """Ends a proposal, if it did not end with the change."""
+        if self._engines:
+            statement = text("DELETE FROM role_proposals WHERE id = :id")
+            await self._run(lambda connection: connection.execute(statement, {"id": proposal.id}))
+
+    async def proposals(self) -> dict[str, Proposal]:
+        """What other living gateways propose, by role."""
+        if not self._engines:
+            return {}
+        query = text(
+            "SELECT id, role, revision, directory FROM role_proposals "  # noqa: S608 - our own expression
+            f"WHERE owner <> :owner AND owner IN ({self._living})"
+        )
+        rows = await self._run(lambda connection: connection.execute(query, {"owner": self.owner}).all())
+        return {row.role: Proposal(*row) for row in rows}
+
+    @property
+    def _living(self) -> str:
+        return f"SELECT owner FROM gateways WHERE expires_at >= {self._now}"  # noqa: S608 - our own expression
 
     async def followed(self, role: str, version: int) -> None:
         """Returns once every gateway that serves the role serves this version of it, is gone, or cannot follow.
@@ -187,5 +252,9 @@ def _forget(connection: Connection, owner: str) -> None:
     connection.execute(_FORGET, {"owner": owner})
 
 
+_PROPOSE = text(
+    "INSERT INTO role_proposals (role, id, owner, revision, directory) "
+    "VALUES (:role, :id, :owner, :revision, :directory) ON CONFLICT (role) DO NOTHING"
+)
 _FORGET = text("DELETE FROM gateways WHERE owner = :owner")
 _AS_FENCED = {"fenced": _FENCED}

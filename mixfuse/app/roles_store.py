@@ -9,7 +9,8 @@ database, reads its revisions from here.
 import asyncio
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from mixfuse.app.engine_lease import EngineLease
 from mixfuse.contracts.database import Database
 from mixfuse.contracts.errors import MixfuseError
-from mixfuse.serve.role_record import Reason, RoleEntry
+from mixfuse.serve.role_record import Proposal, Reason, RoleEntry
 
 Result = TypeVar("Result")
 
@@ -108,6 +109,24 @@ class StoredRoles:
         return await self._run(
             lambda connection: connection.execute(query, {"role": role, "new": revision}).first() is not None
         )
+
+    @asynccontextmanager
+    async def agreed(self, role: str, revision: str, directory: Path) -> AsyncIterator[None]:
+        """Runs the block once every gateway that shares this one's engines has the revision ready."""
+        if self._lease is None:
+            yield
+            return
+        proposal = Proposal(uuid.uuid4().hex, role, revision, str(directory.resolve()))
+        try:
+            await self._lease.propose(proposal)
+            yield
+        finally:
+            with suppress(MixfuseError):  # it ends with the change, or with this gateway's row
+                await self._lease.withdraw(proposal)
+
+    async def proposals(self) -> Mapping[str, Proposal]:
+        """Returns what the living gateways that share this one's engines propose, by role."""
+        return {} if self._lease is None else await self._lease.proposals()
 
     async def followed(self, role: str, version: int) -> None:
         """Returns once every gateway that shares this one's engines serves this version of a role, or cannot."""
@@ -205,6 +224,7 @@ def change(connection: Connection, *, new: RoleEntry, why: Reason) -> RoleEntry:
             f"role {new.role!r} was changed by another gateway meanwhile: {change_made}; look at it, and try again",
             kind="conflict",
         )
+    connection.execute(text("DELETE FROM role_proposals WHERE role = :role"), {"role": new.role})
     _append(
         connection,
         Event(

@@ -302,7 +302,7 @@ async def _serve(config: ServeConfig, fusion: FusionConfig) -> None:
                 await engine.start()
                 await lease.bury(engine.unload_of)
                 sources = await follower.start(config.roles, from_config=config.roles_from == "config")
-                await lease.say(follower.versions())
+                await lease.say(follower.versions(), follower.answers())
                 await follower.follow()  # what was swapped before the others knew of this gateway
             app = create_app(
                 fusion,
@@ -319,7 +319,7 @@ async def _serve(config: ServeConfig, fusion: FusionConfig) -> None:
             if lease.owner:
                 background += [
                     asyncio.create_task(_repeat(partial(lease.bury, engine.unload_of), _BURY_S)),
-                    asyncio.create_task(_repeat(lambda: lease.say(follower.versions()), _SAY_S)),
+                    asyncio.create_task(_repeat(lambda: lease.say(follower.versions(), follower.answers()), _SAY_S)),
                 ]
             _print_ready(console, listener, _serving(table, sources), page=_ui(fusion, config.gateway) is not None)
             await _run_gateway(server, listener, engine, lease)

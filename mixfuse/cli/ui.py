@@ -16,6 +16,12 @@ def register(commands: options.Commands) -> None:
     )
     ui.add_argument("--runs", type=Path, metavar="FOLDER", help="a folder of training runs and reports")
     ui.add_argument(
+        "--pairs",
+        type=Path,
+        metavar="FILE",
+        help="pairs of answers to vote on, as JSON lines; the votes go into NAME.votes.jsonl beside the file",
+    )
+    ui.add_argument(
         "--port",
         type=options.whole(0, 65535),
         default=8081,
@@ -26,4 +32,4 @@ def register(commands: options.Commands) -> None:
 def _ui(arguments: argparse.Namespace) -> None:
     from mixfuse.app.viewer import run_viewer
 
-    run_viewer(arguments.traces, arguments.runs, arguments.port)
+    run_viewer(arguments.traces, arguments.runs, arguments.pairs, arguments.port)

@@ -40,14 +40,21 @@ def summed(trace: dict[str, Any]) -> dict[str, Any]:
 
 
 def config_keys(upstream: FakeUpstream, folder: Path, members: list[Any] | None = None, **keys: Any) -> dict[str, Any]:
-    """The keys of a config over the fake upstream, with its traces in the folder; keywords replace or add keys."""
+    """The keys of a config over the fake upstream, with its traces in the folder; keywords replace or add keys.
+
+    A member is a name, or keys: with a `price`, say, but no place, it is at the fake upstream, too.
+    """
 
     def at(model: str) -> dict[str, Any]:
         return {"base_url": upstream.base_url, "model": model}
 
+    def member(one: Any) -> dict[str, Any]:
+        keys = {"name": one} if isinstance(one, str) else one
+        return keys if {"role", "base_url"} & keys.keys() else {**at(keys["name"]), **keys}
+
     chosen = ["alpha", "beta", "gamma"] if members is None else members
     return {
-        "members": [{"name": one, **at(one)} if isinstance(one, str) else one for one in chosen],
+        "members": [member(one) for one in chosen],
         "judge": at("judge"),
         "synthesizer": at("synth"),
         "trace_db": str(folder / "traces.sqlite3"),

@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
@@ -36,6 +37,7 @@ from mixfuse.serve.copies import AdapterCopies
 from mixfuse.serve.engine import EngineConfig, Restart
 from mixfuse.serve.engine_group import EngineGroup
 from mixfuse.serve.following import RecordFollower
+from mixfuse.serve.role_record import Proposal
 from mixfuse.serve.roles import RoleTable
 from mixfuse.serve.swap import Swapper
 
@@ -170,7 +172,7 @@ class Gateway:
         while True:
             await asyncio.sleep(0.05)
             await self.follower.follow()
-            await self.lease.say(self.follower.versions())
+            await self.lease.say(self.follower.versions(), self.follower.answers())
             await self.lease.bury(self.group.unload_of)
 
     async def ask(self) -> str:
@@ -243,6 +245,132 @@ async def test_what_a_killed_gateway_left_is_unloaded_by_another(gateway, engine
             await asyncio.sleep(0.02)
     assert all(set(engine.adapters) == {f"domain@{revision(made(1))}~{two.lease.owner}"} for engine in engines)
     await two.stop()
+
+
+async def eventually(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(60):
+        while not holds():  # noqa: ASYNC110 - other tasks' work
+            await asyncio.sleep(0.02)
+
+
+def names_of(number: int, made, *gateways: Gateway) -> set[str]:
+    return {f"domain@{revision(made(number))}~{each.lease.owner}" for each in gateways}
+
+
+async def test_what_one_gateway_cannot_load_is_swapped_in_at_none(gateway, engines: list[StandIn], made, database):
+    """One engine refuses it to the other gateway: both serve the old revision on, and the engines have only that."""
+    one, two = [await gateway(name).start(made(1)) for name in ("one", "two")]
+    (wanted,) = names_of(2, made, two)
+    engines[1].refused.add(wanted)
+    with pytest.raises(MixfuseError, match=f"the gateway two cannot serve it: .*{wanted} is not welcome") as refused:
+        await one.swapper.swap("domain", made(2))
+    assert refused.value.kind == "adapter"
+    await eventually(lambda: all(set(engine.adapters) == names_of(1, made, one, two) for engine in engines))
+    assert [await each.ask() for each in (one, two)] == [revision(made(1))] * 2
+    newest = (await one.swapper.table.record.history("domain"))[0]
+    assert (newest.outcome, newest.new) == ("refused", revision(made(2)))
+    # Once the engine takes it, the same swap goes through, from either gateway.
+    engines[1].refused.clear()
+    await two.swapper.swap("domain", made(2))
+    assert [await each.ask() for each in (one, two)] == [revision(made(2))] * 2
+    assert all(set(engine.adapters) == names_of(2, made, one, two) for engine in engines)
+    for each in (one, two):
+        await each.stop()
+
+
+class BetweenPhases:
+    """A gateway's record, which does something once all have the adapter ready, before it records the change."""
+
+    def __init__(self, of: Gateway, do: Callable[[], Any]) -> None:
+        self._record, self._do = of.swapper.table.record, do
+        of.swapper.table.record = self
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._record, name)
+
+    async def change(self, *arguments: Any) -> Any:
+        await self._do()
+        return await self._record.change(*arguments)
+
+
+async def test_nobody_answers_with_it_before_all_have_it_and_a_dead_engine_gets_it_later(
+    gateway, engines: list[StandIn], made, database
+):
+    """An engine ends between the two phases: the other one answers for both gateways, with the new revision."""
+    one, two = [await gateway(name).start(made(1)) for name in ("one", "two")]
+
+    async def end_an_engine() -> None:
+        assert all(
+            set(engine.adapters) == names_of(1, made, one, two) | names_of(2, made, one, two) for engine in engines
+        )
+        assert [await each.ask() for each in (one, two)] == [revision(made(1))] * 2
+        engines[1].stop()
+        engines[1].adapters.clear()
+
+    BetweenPhases(one, end_an_engine)
+    await one.swapper.swap("domain", made(2))
+    await eventually(lambda: not any(each.group.replicas[1].ready for each in (one, two)))
+    assert [await each.ask() for each in (one, two)] == [revision(made(2))] * 2
+    engines[1].start()
+    await eventually(lambda: all(each.group.replicas[1].ready for each in (one, two)))
+    assert set(engines[1].adapters) == names_of(2, made, one, two)
+    for each in (one, two):
+        await each.stop()
+
+
+async def test_a_gateway_that_ends_between_the_phases_leaves_the_others_on_the_old_revision(
+    gateway, engines: list[StandIn], made, database
+):
+    one, two = [await gateway(name).start(made(1)) for name in ("one", "two")]
+    stopped = asyncio.Event()
+
+    async def stand_still() -> None:
+        stopped.set()
+        await asyncio.Event().wait()
+
+    BetweenPhases(one, stand_still)
+    swapping = asyncio.create_task(one.swapper.swap("domain", made(2)))
+    await asyncio.wait_for(stopped.wait(), 60)
+    await one.kill()
+    swapping.cancel()
+    await asyncio.wait({swapping})
+    expire(database, one.lease.owner)
+    await eventually(lambda: rows(database) == {two.lease.owner})
+    await eventually(lambda: all(set(engine.adapters) == names_of(1, made, two) for engine in engines))
+    assert await two.ask() == revision(made(1))
+    await two.swapper.swap("domain", made(3))
+    assert await two.ask() == revision(made(3))
+    await two.stop()
+
+
+async def test_of_two_proposals_for_a_role_the_second_is_refused(database: Database):
+    one, two = (EngineLease(database, name, ENGINES) for name in ("one", "two"))
+    for lease in (one, two):
+        await lease.take()
+        await lease.say({"domain": 1})
+    first, second = (Proposal(name, "domain", name, f"/{name}") for name in ("first", "second"))
+    waiting = asyncio.create_task(one.propose(first))
+    async with asyncio.timeout(20):
+        while not await two.proposals():  # noqa: ASYNC110 - another task's work
+            await asyncio.sleep(0.02)
+    assert await two.proposals() == {"domain": first}
+    assert await one.proposals() == {}
+    with pytest.raises(MixfuseError, match="another gateway is about to swap role 'domain'") as refused:
+        await two.propose(second)
+    assert refused.value.kind == "conflict"
+    await two.say({"domain": 1}, {"domain": ("first", None)})
+    await asyncio.wait_for(waiting, 20)
+    await one.withdraw(first)
+    await two.say({"domain": 1}, {"domain": ("first", "it has no room")})
+    proposing = asyncio.create_task(two.propose(second))
+    await one.say({"domain": 1}, {"domain": ("second", "it has no room")})
+    with pytest.raises(MixfuseError, match="the gateway one cannot serve it: it has no room"):
+        await asyncio.wait_for(proposing, 20)
+    expire(database, two.owner)  # what a gateway proposed ends with it
+    third = Proposal("third", "domain", "third", "/third")
+    await asyncio.wait_for(one.propose(third), 20)
+    for lease in (one, two):
+        await lease.release(nothing_left)
 
 
 @pytest.mark.parametrize("seed", range(3))

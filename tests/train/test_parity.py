@@ -134,7 +134,7 @@ def test_what_peft_said_is_stored_for_a_swap_to_ask_again(
     after = contract.verify(directory, base=contract.fingerprint(tiny_base))
     assert after.revision == before.revision
     assert contract.PROBES in after.files
-    assert (directory / contract.PROBES).stat().st_size < 40_000
+    assert (directory / contract.PROBES).stat().st_size < 250_000
     probes = contract.read_probes(directory)
     assert probes is not None
     assert probes.tolerance == PARITY_TOLERANCE

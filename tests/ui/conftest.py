@@ -5,7 +5,10 @@ from typing import Any
 
 import pytest
 from browsing import Watched, chromium
-from playwright.sync_api import Browser
+from playwright.sync_api import Browser, expect
+
+# A page that refreshes itself every five seconds, on a busy machine.
+expect.set_options(timeout=30_000)
 
 
 @pytest.fixture(scope="module")

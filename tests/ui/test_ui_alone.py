@@ -56,7 +56,7 @@ def test_it_shows_traces_and_runs_and_changes_nothing(left: Path, tab: Callable[
     with viewing("--traces", str(database), "--runs", str(left / "runs")) as url:
         page = tab().page
         page.goto(url)
-        assert page.locator("nav").inner_text().split() == ["Traces", "Roles", "Runs"]
+        assert page.locator("nav").inner_text().split() == ["Traces", "Roles", "Runs", "Spend"]
         page.get_by_text("an old question").first.wait_for()
         page.locator("a.open").first.click()
         page.get_by_text("<b>an old answer</b>").first.wait_for()

@@ -128,6 +128,7 @@ def test_votes_by_keys_and_what_is_skipped(gateway: Served, tab: Callable[..., W
     page.keyboard.press("Escape")
     page.keyboard.press("s")
     expect(page.get_by_text("question 1", exact=True)).to_be_visible()
+    page.wait_for_load_state()  # its script has run
     assert third not in page.url
     left = side_of(page, "one question")
     page.keyboard.press("ArrowLeft")
@@ -135,11 +136,13 @@ def test_votes_by_keys_and_what_is_skipped(gateway: Served, tab: Callable[..., W
     expect(page.locator("main")).to_contain_text(f"{'alpha' if left.startswith('Left') else 'beta'} is better")
     page.keyboard.press("n")
     expect(page.get_by_text("question 0", exact=True)).to_be_visible()
+    page.wait_for_load_state()
     page.keyboard.press("b")
     page.wait_for_url("**/arena/told?*")
     page.keyboard.press("n")
     page.get_by_role("link", name="Show what you skipped").click()
     expect(page.get_by_text("question 2", exact=True)).to_be_visible()
+    page.wait_for_load_state()
     page.keyboard.press("t")
     page.wait_for_url("**/arena/told?*")
     page.keyboard.press("n")
@@ -159,6 +162,7 @@ def test_several_people_and_the_judge_are_compared(gateway: Served, tab: Callabl
             other = "Left is better" if one.startswith("Right") else "Right is better"
             vote(page, {"a": one, "b": other, "t": "Tie"}[choice])
             page.locator("#next").click()
+            page.wait_for_url("**/arena?*")
         expect(page.get_by_text("There is no pair left for you")).to_be_visible()
     page.goto(f"{gateway.url}/ui/arena/agreement")
     rows = page.locator("#agreement tbody tr").all_inner_texts()

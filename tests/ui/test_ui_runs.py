@@ -107,7 +107,7 @@ def test_a_run_is_opened_and_compared_with_a_baseline(gateway: Served, tab: Call
     assert "1.25" in row.inner_text()
     page.get_by_role("link", name="sft", exact=True).click()
     loss = page.get_by_role("img", name="Loss over steps 1 to 3. training")
-    loss.wait_for()
+    page.wait_for_url("**/ui/runs/run?*")
     assert "training: from 4 to 1.25, least 1.25 at step 3" in str(loss.get_attribute("aria-label"))
     assert page.locator("svg[role=img] polyline.curve").first.get_attribute("points")
     assert page.get_by_role("img", name="Tokens a second").is_visible()
@@ -134,7 +134,7 @@ def test_a_judge_that_was_cut_off_says_so_and_shows_its_experts(gateway: Served,
     assert "the same in both orders: from 0 to 0.75" in str(orders.get_attribute("aria-label"))
     assert page.get_by_role("img", name="Judge: calibration error").is_visible()
     heat = page.locator("svg.heat")
-    assert heat.locator("path.h9").get_attribute("d") == "M56,22h12v12h-12z", "layer 1, expert 0"
+    assert heat.locator("path.h9").get_attribute("d") == "M76,22h12v12h-12z", "layer 1, expert 0"
     assert heat.locator("rect.frame").count() == 2
     page.get_by_text("The heat map as a table").click()
     assert "1 (75.0 %)" in text(page)
@@ -157,6 +157,7 @@ def test_a_report_opens_with_its_pictures(gateway: Served, tab: Callable[..., Wa
     page.goto(f"{gateway.url}/ui/runs")
     page.get_by_role("link", name="combiner-report").click()
     expect(page.get_by_role("heading", name="Is this pool worth fusing?")).to_be_visible()
+    page.wait_for_load_state("load")
     assert ATTACK in text(page)
     assert "right | wrong" in text(page)
     picture = page.get_by_role("img", name="Accuracy over cost")

@@ -104,6 +104,7 @@ def test_answers_are_marked_by_keys_and_become_evidence(gateway: Served, tab: Ca
     menu(page, 1, 2).focus()
     page.keyboard.press("s")
     expect(page.get_by_text("4 marks are kept.").first).to_be_visible()
+    expect(menu(page, 1, 0)).to_be_focused()
     expect(page.get_by_label("Your name")).to_have_value("Ann")
     expect(menu(page, 1, 2)).to_have_value("right")
     assert feedback(gateway, newer) == [{"correct": [0, 1], "wrong": [2], "user": "Ann"}]
@@ -113,6 +114,7 @@ def test_answers_are_marked_by_keys_and_become_evidence(gateway: Served, tab: Ca
     page.keyboard.press("Space")
     page.keyboard.press("s")
     expect(page.get_by_text("1 mark is kept.").first).to_be_visible()
+    expect(menu(page, 1, 0)).to_be_focused()
     expect(menu(page, 1, 2)).to_have_value("")
     assert feedback(gateway, older)[1:] == [{"unmarked": [2], "user": "Ann"}]
     out = gateway.folder / "pool.jsonl"
@@ -141,6 +143,7 @@ def test_only_what_has_no_feedback_and_pages(
     expect(questions).to_have_text(["question 0"])
     page.get_by_role("link", name="Only what has no feedback yet").click()
     expect(questions).to_have_text(["question 3", "question 2"])
+    page.wait_for_load_state()  # its script has run
     menu(page, 0, 0).focus()
     page.keyboard.press("w")
     page.keyboard.press("s")

@@ -71,7 +71,7 @@ def test_a_trace_is_found_opened_and_read(gateway: Served, tab: Callable[..., Wa
     cell = page.locator("table.matrix td .tag").first.inner_text()
     assert re.fullmatch(r"\d+ %", cell)
     page.get_by_text("Every verdict in words").click()
-    assert page.get_by_text("The judge prefers").first.is_visible()
+    expect(page.get_by_text("The judge prefers").first).to_be_visible()
     page.get_by_text("Sent to the judge: alpha as A").first.click()
     assert "capital of the walk through" in page.locator("details[open] pre").first.inner_text()
 

@@ -84,11 +84,11 @@ def streams(directory: Path, base: Path, prompts: Sequence[Sequence[int]], *, al
         found["no_experts"] = hidden
     for number in range(model.layers):
         layer = model.layer(number)
-        found["base"] = [model.through(layer, rows) for rows in found["base"]]
+        found["base"] = model.through(layer, found["base"])
         wrapped = adapter.on(layer, number)
         if wrapped is None:
             for name in found.keys() - {"base"}:
-                found[name] = [model.through(layer, rows) for rows in found[name]]
+                found[name] = model.through(layer, found[name])
             continue
         inner = wrapped.get_base_model()
         for name in ("adapted", "no_experts"):
@@ -99,7 +99,7 @@ def streams(directory: Path, base: Path, prompts: Sequence[Sequence[int]], *, al
                     if ".mlp.experts." in key and ".lora_B." in key:
                         parameter.zero_()
             wrapped.merge_adapter()  # once, not for each prompt
-            found[name] = [model.through(inner, rows) for rows in found[name]]
+            found[name] = model.through(inner, found[name])
             wrapped.unmerge_adapter()
         del wrapped, inner, layer
     adapter.check_all_used()
@@ -146,10 +146,16 @@ class _Base:
         return config
 
     @staticmethod
-    def through(layer: Any, rows: torch.Tensor) -> torch.Tensor:
-        """A prompt's hidden states after a layer: (tokens, H)."""
-        out: torch.Tensor = layer.model(inputs_embeds=rows[None], use_cache=False).last_hidden_state[0]
-        return out
+    def through(layer: Any, prompts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Each prompt's hidden states after a layer, (tokens, H); prompts of one length pass together."""
+        found: dict[int, torch.Tensor] = {}
+        by_length: dict[int, list[int]] = {}
+        for number, rows in enumerate(prompts):
+            by_length.setdefault(len(rows), []).append(number)
+        for numbers in by_length.values():
+            batch = torch.stack([prompts[number] for number in numbers])
+            found.update(zip(numbers, layer.model(inputs_embeds=batch, use_cache=False).last_hidden_state, strict=True))
+        return [found[number] for number in range(len(prompts))]
 
     def head(self) -> Callable[[torch.Tensor], torch.Tensor]:
         """The last norm and the output layer."""

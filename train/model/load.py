@@ -41,7 +41,10 @@ def load_base(
         MixfuseError: The folder holds no model of a known family, or a weight was not loaded from the checkpoint.
     """
     if not (base / "config.json").is_file():
-        raise MixfuseError(f"{base} is not a model folder (no config.json); build one with: mixfuse base build {base}")
+        raise MixfuseError(
+            f"{base} is not a model folder (no config.json); put a model's files there, or build the demo's small "
+            f"base with: mixfuse base build {base}"
+        )
     family = family_of(base)
     family.shape(read_json(base / "config.json"))  # refuses variants that are not supported
     expert_lora.register()

@@ -37,8 +37,8 @@ def check_recipe(recipe: TrainRecipe) -> None:
     check_output(cache_folder(recipe), folder=True)
     if not (recipe.base / "config.json").is_file():
         raise MixfuseError(
-            f"base: {recipe.base} is not a model folder (no config.json); build one with: "
-            f"mixfuse base build {recipe.base}"
+            f"base: {recipe.base} is not a model folder (no config.json); put a model's files there, or "
+            f"build the demo's small base with: mixfuse base build {recipe.base}"
         )
     model = read_json(recipe.base / "config.json")
     shape = family_of(recipe.base).shape(model)

@@ -22,10 +22,7 @@ from mixfuse.fusion.ui.votes import (
     verdict_on,
     votes_of,
 )
-
-# In the address of the page; what was skipped before comes again at the end.
-_MOST_SKIPPED = 60
-_CHOICES = ("left", "right", "tie", "bad")
+from mixfuse.fusion.ui.voting import choice_of, skipped_by, skipping
 
 
 async def show(visit: Visit) -> Response:
@@ -33,7 +30,7 @@ async def show(visit: Visit) -> Response:
     owner, given = visit.owner(), visit.request.query_params
     if not given.get("name", "").strip():
         return await visit.page("arena.html.jinja", name="", asked=None, further=None)
-    name, after, skipped = person(given["name"]), _place(given.get("after")), _skipped(visit)
+    name, after, skipped = person(given["name"]), _place(given.get("after")), skipped_by(visit)
     found = await visit.read(lambda connection: following(connection, owner, name, after, skipped))
     where = {"name": name, **({"after": _written(found.after)} if found.after is not None else {})}
     known = {"skip": given["skip"]} if skipped else {}
@@ -50,7 +47,7 @@ async def show(visit: Visit) -> Response:
         question=question(trace),
         sides=[("Left", texts[left]), ("Right", texts[right])],
         ticket=visit.seal(["arena", trace.id, left, right, name, urlencode(where | known)]),
-        skip=urlencode(where | {"skip": visit.seal(["skipped", *[*skipped, trace.id][-_MOST_SKIPPED:]])}),
+        skip=urlencode(where | {"skip": skipping(visit, skipped, trace.id)}),
         further=None,
     )
 
@@ -59,12 +56,8 @@ async def vote(visit: Visit) -> Response:
     """Takes a vote."""
     form = await visit.form()
     trace_id, left, right, name, _ = _ticket(visit, form.get("ticket", ""))
-    choice = form.get("choice")
-    if choice not in _CHOICES:
-        raise RequestError(f"'choice' must be one of {', '.join(_CHOICES)}", code="invalid_value", param="choice")
+    said = choice_of(form, swapped=left > right)
     pair = (min(left, right), max(left, right))
-    better = {"left": left, "right": right}.get(choice)
-    said = choice if better is None else VOTES[pair.index(better)]
     await visit.call("POST", f"/v1/traces/{trace_id}/feedback", feedback_of(pair, said, name, form.get("comment", "")))
     return visit.to(f"/arena/told?{urlencode({'ticket': form['ticket']})}")
 
@@ -96,7 +89,7 @@ async def agreement(visit: Visit) -> Response:
     """Shows how far people agree with each other and with the judge."""
     owner = visit.owner()
     found = await visit.read(lambda connection: standing(connection, owner))
-    return await visit.page("arena_agreement.html.jinja", standing=found)
+    return await visit.page("arena_agreement.html.jinja", standing=found, of_file=False)
 
 
 def _in_words(trace: Trace, pair: tuple[int, int], said: str | None) -> str:
@@ -113,12 +106,6 @@ def _ticket(visit: Visit, sealed: str) -> tuple[str, int, int, str, str]:
         raise RequestError(message, code="invalid_value", param="ticket")
     _, trace_id, left, right, name, where = found
     return trace_id, left, right, name, where
-
-
-def _skipped(visit: Visit) -> list[str]:
-    """Returns the traces that the visitor skipped; none where that was too long ago."""
-    found = visit.unseal(visit.request.query_params.get("skip", ""))
-    return found[1:] if isinstance(found, list) and found[:1] == ["skipped"] else []
 
 
 def _written(place: Place) -> str:

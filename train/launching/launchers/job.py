@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mixfuse.contracts.errors import MixfuseError
-from mixfuse.contracts.strict_yaml import load
 from mixfuse.train.processes.worker import PORTS
-from mixfuse.train.recipe import RECIPES
+from mixfuse.train.recipe import RECIPES, load_recipe
 
 Command = list[str]
 PORT = 29500  # the rendezvous port unless another is named; torch's and DeepSpeed's own default
@@ -115,7 +114,7 @@ def read_job(arguments: Sequence[str], processes: int | None, ports: int | None 
     """
     match list(arguments):
         case ["train", stage, recipe_path, *overrides] if stage in RECIPES:
-            recipe = load(Path(recipe_path), RECIPES[stage], overrides)
+            recipe = load_recipe(Path(recipe_path), stage, overrides)
             count = processes or recipe.processes
             return Job(list(arguments), count, f"mixfuse-{stage}", recipe.out, recipe.threads, ports)
         case ["experts", "profile", *_]:
