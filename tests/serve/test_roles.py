@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -45,6 +46,13 @@ from mixfuse.serve.copies import AdapterCopies, copy_name
 from mixfuse.serve.following import RecordFollower
 from mixfuse.serve.swap import Swapper
 from mixfuse.serve.watch import Folder, Watcher
+
+
+async def come_true(condition: Callable[[], bool]) -> None:
+    """Lets the other tasks run until the condition holds."""
+    async with asyncio.timeout(60):
+        while not condition():  # noqa: ASYNC110 - other tasks' work
+            await asyncio.sleep(0.001)
 
 
 async def test_a_staged_revision_serves_nobody_until_it_is_committed(made):
@@ -524,12 +532,14 @@ async def test_a_busy_adapter_is_not_unloaded_and_cannot_keep_the_others_out(mad
     async with asyncio.TaskGroup() as group:
         for role in "bc":
             group.create_task(use(role, until=end))
-        await asyncio.sleep(0.01)
+        await come_true(lambda: sorted(order) == ["b", "c"])
         group.create_task(use("a"))
-        await asyncio.sleep(0.01)
+        busy = [swapper.table.state(role).serving for role in "bc"]
+        await come_true(lambda: not all(revision_.loaded for revision_ in busy))  # one of them has to go
         for role in "bbcc":  # new ones of the busy: those of the one that has to go come after
             group.create_task(use(role))
-        await asyncio.sleep(0.01)
+        # The other two are served beside a busy one; these wait, as "a" does, until that one is out.
+        await come_true(lambda: len(order) == 4 and max(revision_.in_flight for revision_ in busy) == 3)
         assert "a" not in order
         end.set()
     assert order.index("a") < len(order) - 1
@@ -889,8 +899,7 @@ async def test_a_commit_whose_caller_is_cancelled_completes(made, stores):
         swapping.cancel()
         with pytest.raises(asyncio.CancelledError):
             await swapping
-    await asyncio.sleep(0.01)
-    assert engine.loaded == {f"domain@{revision(made(2))}"}, "the old one was unloaded once it was drained"
+    await come_true(lambda: engine.loaded == {f"domain@{revision(made(2))}"})  # the old one drains and is unloaded
 
 
 async def test_refusals_and_pins_are_in_the_history_and_pins_last(made, stores):
