@@ -654,6 +654,22 @@ def _check_shapes(directory: Path, manifest: Manifest) -> None:
         raise _bad(directory, f"{WEIGHTS} holds {experts} expert tensors, the manifest says otherwise")
 
 
+def check_targets(directory: Path) -> None:
+    """Checks that PEFT applies every factor of a verified adapter directory; vLLM does not ask the config.
+
+    Raises:
+        MixfuseError: The config's targets leave one out (`kind` "adapter").
+    """
+    config = read_object(directory / CONFIG, most=peft_config.MOST_CONFIG_BYTES, follow=False)
+    try:
+        targets = peft_config.Targets(config)
+    except ValueError as error:
+        raise _bad(directory, f"its {error} cannot be matched in linear time; export it again") from None
+    for name in safetensors_header(_existing(directory / WEIGHTS)):
+        if not targets.module(name.partition(".lora_")[0].removeprefix("base_model.model.")):
+            raise _bad(directory, f"its targets leave out {name}, so PEFT would not apply it; export it again")
+
+
 def _existing(path: Path) -> Path:
     if not path.is_file():
         raise MixfuseError(f"{path}: no such file")

@@ -24,6 +24,10 @@ MAX_DELTA = 4.0
 """Largest norm of alpha/r·B·A, in norms of the base's weight; trained adapters change 0.001 to 0.3 of it."""
 MAX_RMS = 1000.0
 """The same without a base to compare with: the root mean square of alpha/r·B·A. A base's weight has 0.01 to 0.1."""
+MIN_DELTA = 2.0**-24
+"""Smallest norm of alpha/r·B·A, in norms of the base's weight, that float32 can show; bfloat16 needs 2**-9."""
+MIN_RMS = 1e-10
+"""The same without a base to compare with, as a root mean square."""
 _MOST_HEADER_BYTES = 32 << 20
 _MOST_TENSORS = 200_000
 _SAMPLE = 1 << 14
@@ -195,9 +199,9 @@ def check_pairs(
                     f"{module}.lora_{side}.weight overflows {dtype or 'float32'} (it holds {top:.3g}, scale {scale:g})",
                 )
         norm = scale * delta_norm(a, b)
-        does_something |= norm > 0
         elements = math.sqrt(b.shape[0] * a.shape[1])
         own = norms.rms(module.removeprefix("base_model.model.")) if norms else None
+        does_something |= norm > (MIN_DELTA * own if own else MIN_RMS) * elements
         if own and norm > MAX_DELTA * own * elements:
             raise _bad(
                 folder,
@@ -211,7 +215,10 @@ def check_pairs(
                 "training does",
             )
     if not does_something:
-        raise _bad(folder, "every product of B and A is zero, so the adapter does nothing; train it first")
+        raise _bad(
+            folder,
+            "every product of B and A is zero, or too small for float32, so the adapter does nothing; train it first",
+        )
 
 
 def delta_norm(a: Array, b: Array) -> float:

@@ -7,6 +7,7 @@ once must be readable for ever, also where a trace puts some levels around it.
 import json
 import os
 import stat
+from collections import Counter
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -112,12 +113,12 @@ def parse_object(content: bytes, source: str) -> dict[str, Any]:
     """Parses a JSON object as `json` does (NaN and infinity included), within limits of depth and count.
 
     Raises:
-        MixfuseError: It is not JSON, no object, or beyond a limit (`kind` "adapter").
+        MixfuseError: It is not JSON, no object, has a key twice, or is beyond a limit (`kind` "adapter").
     """
     try:
         if content.count(b"{") + content.count(b"[") > _MOST_CONTAINERS:
             raise ValueError(f"it holds more than {_MOST_CONTAINERS} objects and arrays")
-        value = json.loads(content.decode("utf-8-sig"))
+        value = json.loads(content.decode("utf-8-sig"), object_pairs_hook=_once)
         if too_deep(value):
             raise TooDeepError
     except RecursionError:
@@ -127,6 +128,15 @@ def parse_object(content: bytes, source: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise MixfuseError(f"{source}: holds no JSON object, but {_KINDS.get(type(value), 'a number')}", kind="adapter")
     return value
+
+
+def _once(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys differ: of a key that stands twice, one value would be dropped in silence."""
+    made = dict(items)
+    if len(made) < len(items):
+        twice, _ = Counter(key for key, _ in items).most_common(1)[0]
+        raise ValueError(f"the key {shortened(repr(twice), 80)} stands twice")
+    return made
 
 
 _KINDS = {list: "a list", str: "a text", type(None): "null", bool: "true or false"}

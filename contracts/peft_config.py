@@ -1,4 +1,4 @@
-"""PEFT's `adapter_config.json`: which adapters nobody can serve as they are, and why.
+"""PEFT's `adapter_config.json`: which adapters nobody can serve as they are, and why; which modules it names.
 
 Every key that vLLM 0.32 refuses (`vllm/lora/peft_helper.py`) is refused here first, and so are the keys of peft 0.21
 that change what an adapter computes while vLLM takes no notice of them. The server checks adapters with this module, so
@@ -6,10 +6,11 @@ it imports neither.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeGuard
 
 from mixfuse.contracts.bounded_json import shortened
+from mixfuse.contracts.linear_patterns import Pattern
 
 MOST_CONFIG_BYTES = 4 << 20
 MAX_SCALE = 1024.0
@@ -33,6 +34,22 @@ _CHANGING = {
     "velora_config": "VeLoRA (velora_config)",
     "monteclora_config": "MonteCLoRA (monteclora_config)",
 }
+START_KEYS = ("eva_config", "corda_config", "loftq_config", "lora_ga_config")
+"""Keys that only set the start of A and B. With a plain start, what is saved does not depend on them."""
+KNOWN_KEYS = frozenset({
+    "alora_invocation_tokens", "alpha_pattern", "arrow_config", "auto_mapping",
+    "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying", "eva_config",
+    "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "kasa_config",
+    "layer_replication", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha",
+    "lora_bias", "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core",
+    "modules_to_save", "monteclora_config", "peft_type", "peft_version", "qalora_group_size", "r",
+    "rank_pattern", "revision", "runtime_config", "target_modules", "target_parameters",
+    "task_type", "trainable_token_indices", "use_bdlora", "use_dora", "use_qalora", "use_rslora",
+    "velora_config",
+})  # fmt: skip
+"""The keys that peft 0.21 writes for a LoRA."""
+OTHER_TOOLS_KEYS = frozenset({"lora_B_layout", "lora_dtype", "lorap_lr_ratio", "lorap_emb_lr", "swift_version"})
+"""Keys of unsloth and ms-swift: of the training only, or heeded by whoever reads the adapter."""
 
 
 class Refusal(NamedTuple):
@@ -52,9 +69,9 @@ class Refusal(NamedTuple):
 def refusals(config: Mapping[str, Any]) -> Iterator[Refusal]:
     """Yields each reason for which an adapter with this config cannot be served."""
     kind = config.get("peft_type")
-    if str(kind) != "LORA":
-        method = shortened(_text(kind), 80)
-        yield Refusal(f"it is a {method} adapter; only LoRA can be served", vllm=False, peft=kind is not None)
+    if not isinstance(kind, str) or kind != "LORA":
+        method = "it has no peft_type" if kind is None else f"it is a {shortened(_text(kind), 80)} adapter"
+        yield Refusal(f"{method}; only LoRA can be served (peft_type: LORA)", vllm=False, peft=kind is not None)
         return
     rank = config.get("r")
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
@@ -63,6 +80,7 @@ def refusals(config: Mapping[str, Any]) -> Iterator[Refusal]:
         return
     if rank > MOST_RANK:
         yield Refusal(f"its rank is {_shown(rank)}; vLLM serves ranks up to {MOST_RANK}", vllm=False, peft=True)
+    yield from _types(config)
     yield from _scale(config, rank)
     start = config.get("init_lora_weights", True)
     if start not in PLAIN_STARTS and str(start).lower() not in PLAIN_STARTS:
@@ -83,15 +101,115 @@ def refusals(config: Mapping[str, Any]) -> Iterator[Refusal]:
         yield Refusal(
             f"modules_to_save: {_shown(saved)} cannot be served by vLLM; train LoRA alone", vllm=False, peft=True
         )
-    targets = config.get("target_modules")
-    if not isinstance(targets, list | str | None) or (targets is None and not config.get("target_parameters")):
+    task = config.get("task_type")
+    if task not in (None, "CAUSAL_LM"):
+        yield Refusal(
+            f"its task_type is {_shown(task)}; only adapters that write text (CAUSAL_LM) can be served",
+            vllm=False,
+            peft=True,
+        )
+    if config.get("target_modules") is None and not config.get("target_parameters"):
         yield Refusal("its adapter_config.json has no target_modules", vllm=False, peft=False)
-    for key in ("target_modules", "target_parameters"):
-        names = config.get(key)
-        if isinstance(names, list) and not all(isinstance(name, str) for name in names):
-            yield Refusal(f"its {key} are not all names", vllm=False, peft=False)
-    if not isinstance(config.get("target_parameters"), list | None):
-        yield Refusal("its target_parameters are no list", vllm=False, peft=False)
+
+
+def _types(config: Mapping[str, Any]) -> Iterator[Refusal]:
+    """Refuses values of a type that PEFT or vLLM would misread, such as "false", which is true."""
+    for keys, words, fits in _TYPES:
+        for key in keys:
+            value = config.get(key)
+            if value is not None and not fits(value):
+                yield Refusal(f"its {key} is {_shown(value)}; it must be {words}", vllm=False, peft=False)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _is_index(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+_TYPES: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
+    (
+        ("use_dora", "use_rslora", "use_qalora", "lora_bias", "fan_in_fan_out", "inference_mode"),
+        "true or false",
+        lambda value: isinstance(value, bool),
+    ),
+    (("target_modules", "exclude_modules", "layers_pattern"), "a pattern or a list of names",
+     lambda value: _is_text(value) or _are_texts(value)),
+    (("target_parameters",), "a list of names", _are_texts),
+    (("modules_to_save",), "a list of names", lambda value: _is_text(value) or _are_texts(value)),
+    (("layers_to_transform",), "a layer's number or a list of them",
+     lambda value: _is_index(value) or (isinstance(value, list) and all(map(_is_index, value)))),
+    (("rank_pattern", "alpha_pattern", "auto_mapping", "megatron_config", *START_KEYS), "an object",
+     lambda value: isinstance(value, dict)),
+    (("base_model_name_or_path", "peft_version", "revision", "task_type", "bias"), "a text", _is_text),
+)  # fmt: skip
+
+
+class Targets:
+    """Which modules and parameters PEFT would adapt with a config (peft 0.21, `check_target_module_exists`).
+
+    Args:
+        config: The config, without a refusal.
+
+    Raises:
+        ValueError: A pattern of it does not match in linear time, or is none; the message names its key.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self._modules = _matcher(config, "target_modules", every=EVERY_LINEAR)
+        self._excluded = _matcher(config, "exclude_modules")
+        self._parameters = _matcher(config, "target_parameters")
+        layers = config.get("layers_to_transform")
+        self._layers = {layers} if isinstance(layers, int) else set(layers or ())
+        if isinstance(config.get("target_modules"), str):
+            self._layers = set()  # PEFT refuses both together
+        pattern = config.get("layers_pattern") or []
+        names = [pattern] if isinstance(pattern, str) else pattern
+        if not all(re.fullmatch(r"\w+(\.\w+)*", name) for name in names):
+            raise ValueError("layers_pattern")
+        self._layer = re.compile(rf"(?:^|.*?\.)(?:{'|'.join(map(re.escape, names)) or '[^.]*'})\.(?P<layer>\d+)\.")
+
+    def module(self, name: str) -> bool:
+        """Whether PEFT adapts a module, named as in the model (`model.layers.0.self_attn.q_proj`)."""
+        if self._excluded(name) or not self._modules(name):
+            return False
+        if not self._layers:
+            return True
+        match = self._layer.match(name)
+        return match is not None and int(match["layer"]) in self._layers
+
+    def parameter(self, name: str) -> bool:
+        """Whether PEFT adapts a parameter, named as in the model."""
+        return self._parameters(name)
+
+
+EVERY_LINEAR = "all-linear"
+
+
+def _matcher(config: Mapping[str, Any], key: str, *, every: str | None = None) -> Callable[[str], bool]:
+    """Whether a module has one of the names of a key, whole or from a dot on, or matches its pattern whole."""
+    names = config.get(key) or []
+    if isinstance(names, str):
+        if names == every:
+            return lambda name: True
+        try:
+            return Pattern(rf"^(?:{names})$").found_in
+        except ValueError:
+            raise ValueError(key) from None
+    whole = frozenset(names)
+    return lambda name: any(end in whole for end in endings(name))
+
+
+def endings(name: str) -> Iterable[str]:
+    """A dotted name, whole and from each of its dots on."""
+    parts = name.split(".")
+    return (".".join(parts[start:]) for start in range(len(parts)))
 
 
 def _scale(config: Mapping[str, Any], rank: int) -> Iterator[Refusal]:
@@ -99,14 +217,14 @@ def _scale(config: Mapping[str, Any], rank: int) -> Iterator[Refusal]:
     root = bool(config.get("use_rslora"))
     alpha = config.get("lora_alpha")
     if not _is_number(alpha):
-        yield Refusal("its adapter_config.json has no 'lora_alpha'", vllm=False, peft=False)
+        what = "has no 'lora_alpha'" if alpha is None else f"has {_shown(alpha)} for 'lora_alpha'"
+        yield Refusal(f"its adapter_config.json {what}; it must be a number above 0", vllm=False, peft=False)
         return
     yield from _alpha(alpha, "lora_alpha", rank, root=root)
     for key in ("rank_pattern", "alpha_pattern"):
         pattern = config.get(key) or {}
         if not isinstance(pattern, dict):
-            yield Refusal(f"its {key} is no object", vllm=False, peft=False)
-            continue
+            continue  # `_types` refuses it
         if len(pattern) > _MOST_PATTERNS:
             yield Refusal(f"its {key} names more than {_MOST_PATTERNS} modules", vllm=True, peft=True)
             continue

@@ -1,8 +1,8 @@
 """The page at `/ui`: what people see of a gateway in a browser.
 
 **How to add a page.** Write a file `NAME.py` and a template `NAME.html.jinja` beside it, in `fusion/ui/pages/` or, if
-the page shows roles, runs or files, in `mixfuse/app/pages/`. The page is then at `/ui/NAME` and in the navigation; nothing
-lists it.
+the page shows roles, runs or files, in `mixfuse/app/pages/`. The page is then at `/ui/NAME` and in the navigation;
+nothing lists it.
 
     async def show(visit: Visit) -> Response:
         return await visit.page("NAME.html.jinja", things=[…])

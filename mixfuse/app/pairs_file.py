@@ -169,6 +169,8 @@ def pairs_at(path: Path) -> PairsFile:
     """
     with reading(path):
         found = path.stat()
+    if not path.is_file():
+        raise MixfuseError(f"{path}: no regular file; name a file of pairs, one JSON object a line")
     return _kept(path, found.st_mtime_ns, found.st_size)
 
 

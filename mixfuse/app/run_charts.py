@@ -10,7 +10,7 @@ from typing import Any
 
 from mixfuse.app.runs import Experts, Run, differences
 
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 480, 210, 56, 26, 10, 10
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 480, 210, 76, 26, 10, 10
 """The size of a chart of curves and its margins."""
 CELL = 12
 """The size of a cell of the heat map."""

@@ -1,5 +1,6 @@
 """What an adapter file may be: bounded, regular, of known shapes, and of weights that an engine can bear."""
 
+import dataclasses
 import json
 import os
 import re
@@ -13,9 +14,11 @@ import numpy
 import pytest
 from safetensors.numpy import save_file
 
+from mixfuse.cli.entry import main
 from mixfuse.contracts import adapter, peft_config
 from mixfuse.contracts.adapter import CONFIG, MANIFEST, WEIGHTS, Manifest
 from mixfuse.contracts.adapter_weights import check_directory, safetensors_header
+from mixfuse.contracts.bounded_json import read_object
 from mixfuse.contracts.errors import MixfuseError
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -163,6 +166,7 @@ BAD_HEADERS: dict[str, tuple[bytes, str]] = {
         "overlap or leave gaps",
     ),
     "nested": (header(f'{{"a": {NEST}}}'), "nested"),
+    "a tensor twice": (header(f'{{"a": {FLAT}, "a": {FLAT}}}'), "the key 'a' stands twice"),
     "many tensors": (header("{" + ",".join(f'"{i}":{FLAT}' for i in range(200_001)) + "}"), "more than 200000 tensors"),
 }
 
@@ -178,11 +182,11 @@ def test_a_damaged_header_is_one_line(case: str, tmp_path: Path) -> None:
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "another method": ({"peft_type": "VERA"}, "a VERA adapter; only LoRA can be served"),
-    "no method": ({"peft_type": None}, "only LoRA can be served"),
+    "no method": ({"peft_type": None}, "it has no peft_type; only LoRA can be served"),
     "rank 0": ({"r": 0}, "0 for the rank 'r'"),
     "a rank that is text": ({"r": "2"}, "'2' for the rank 'r'"),
     "no alpha": ({"lora_alpha": None}, "has no 'lora_alpha'"),
-    "alpha true": ({"lora_alpha": True}, "has no 'lora_alpha'"),
+    "alpha true": ({"lora_alpha": True}, "has True for 'lora_alpha'"),
     "alpha 0": ({"lora_alpha": 0}, "lora_alpha is 0, so the adapter does nothing"),
     "alpha inf": ({"lora_alpha": float("inf")}, "lora_alpha is inf; it must be a finite number"),
     "alpha nan": ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
@@ -206,11 +210,34 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "trained tokens": ({"trainable_token_indices": [1]}, "trainable_token_indices"),
     "a pattern of ranks": ({"rank_pattern": {"q_proj": 2}}, "rank_pattern, which no export writes"),
     "a bad pattern": ({"alpha_pattern": {"q_proj": 0}}, "alpha_pattern 'q_proj' is 0"),
-    "a pattern that is a list": ({"alpha_pattern": [1]}, "alpha_pattern is no object"),
+    "a pattern that is a list": ({"alpha_pattern": [1]}, "its alpha_pattern is [1]; it must be an object"),
     "a pattern that is none": ({"rank_pattern": {"(": 2}}, "rank_pattern '(' is no pattern"),
-    "targets that are no names": ({"target_modules": [1]}, "target_modules are not all names"),
-    "a parameter that is text": ({"target_parameters": "experts"}, "target_parameters are no list"),
+    "targets that are no names": (
+        {"target_modules": [1]},
+        "its target_modules is [1]; it must be a pattern or",
+    ),
+    "a parameter that is text": (
+        {"target_parameters": "experts"},
+        "its target_parameters is 'experts'; it must be a",
+    ),
     "a rank above vLLM's": ({"r": 1024}, "its rank is 1024; vLLM serves ranks up to 512"),
+    "alpha that is text": ({"lora_alpha": "4"}, "has '4' for 'lora_alpha'; it must be a number above 0"),
+    "a rank that is true": ({"r": True}, "True for the rank 'r'"),
+    "a rank below 0": ({"r": -2}, "-2 for the rank 'r'"),
+    "a rank with a point": ({"r": 2.0}, "2.0 for the rank 'r'"),
+    "a flag that is text": ({"use_rslora": "false"}, "its use_rslora is 'false'; it must be true or false"),
+    "a flag that is a number": ({"fan_in_fan_out": 1}, "its fan_in_fan_out is 1; it must be true or false"),
+    "targets that are a number": ({"target_modules": 5}, "its target_modules is 5"),
+    "exclusions that are a number": ({"exclude_modules": 5}, "its exclude_modules is 5"),
+    "layers that are text": ({"layers_to_transform": ["0"]}, "its layers_to_transform is ['0']; it must be a layer's"),
+    "a layer below 0": ({"layers_to_transform": -1}, "its layers_to_transform is -1"),
+    "saved modules that are a number": ({"modules_to_save": 5}, "its modules_to_save is 5"),
+    "a start's config that is text": ({"eva_config": "x"}, "its eva_config is 'x'; it must be an object"),
+    "a mapping that is a list": ({"auto_mapping": [1]}, "its auto_mapping is [1]"),
+    "Megatron's config as text": ({"megatron_config": "x"}, "its megatron_config is 'x'"),
+    "a base that is a number": ({"base_model_name_or_path": 5}, "its base_model_name_or_path is 5; it must be a text"),
+    "a bias that is true": ({"bias": True}, "its bias is True; it must be a text"),
+    "another task": ({"task_type": "SEQ_CLS"}, "its task_type is 'SEQ_CLS'; only adapters that write text"),
     "no targets": ({"target_modules": None}, "no target_modules"),
 }
 
@@ -278,6 +305,91 @@ def test_weights_are_held_to_the_engines_own_number_format(base: Path, tmp_path:
     weights[f"{Q}.lora_B.weight"][0, 0] = 4e4  # times the scale of 2
     with pytest.raises(MixfuseError, match="overflows float16"):
         check_directory(write(tmp_path / "scaled", weights), base=base, dtype="float16")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": "all-linear"},
+        {"target_modules": r".*\.(q|k)_proj"},
+        {"target_modules": ["self_attn.q_proj"]},
+        {"exclude_modules": ["lm_head"], "layers_to_transform": [0, 3]},
+        {"layers_to_transform": 0, "layers_pattern": "layers"},
+        {"use_rslora": None, "modules_to_save": [], "bias": None, "task_type": None, "eva_config": {}},
+    ],
+)
+def test_a_config_that_names_what_the_file_holds_passes(config: dict[str, Any], tmp_path: Path) -> None:
+    folder = write(tmp_path / "adapter", tensors(), **config)
+    adapter.verify(folder)
+    adapter.check_targets(folder)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"target_modules": ["k_proj"]}, "its targets leave out"),
+        ({"target_modules": "q_proj"}, "its targets leave out"),
+        ({"exclude_modules": ["q_proj"]}, "its targets leave out"),
+        ({"layers_to_transform": [1]}, "its targets leave out"),
+        ({"target_modules": r"(?=(\w+\.?)+!)q"}, "its target_modules cannot be matched in linear time"),
+        ({"layers_pattern": "(a+)+b", "layers_to_transform": 0}, "its layers_pattern cannot be matched"),
+    ],
+)
+def test_targets_that_leave_out_what_the_file_holds_are_refused(
+    config: dict[str, Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write(tmp_path / "adapter", tensors(), **config)
+    adapter.verify(folder)
+    with pytest.raises(MixfuseError, match=message):
+        adapter.check_targets(folder)
+    assert main(["adapter", "verify", str(folder)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_modules_are_targeted_as_peft_targets_them() -> None:
+    peft = pytest.importorskip("peft")
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    modules = [
+        f"model.layers.{n}.{m}" for n in (0, 1, 11) for m in ("self_attn.q_proj", "self_attn.v_proj", "mlp.gate")
+    ]
+    for keys in (
+        {"target_modules": ["q_proj"]},
+        {"target_modules": ["self_attn.v_proj", "gate"], "exclude_modules": ["layers.1.mlp.gate"]},
+        {"target_modules": r"model\.layers\.1.*"},
+        {"target_modules": ["q_proj", "gate"], "exclude_modules": r".*\.1?1\..*"},
+        {"target_modules": ["q_proj"], "layers_to_transform": 1},
+        {"target_modules": ["q_proj"], "layers_to_transform": [0, 11], "layers_pattern": ["layers"]},
+        {"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": "blocks"},
+        {"target_modules": ["q_proj"], "layers_to_transform": []},
+    ):
+        theirs = peft.LoraConfig(**keys)
+        for module in modules:
+            found = check_target_module_exists(theirs, module)
+            expected = bool(found) and type(found).__name__ != "_ExcludedModule"
+            assert peft_config.Targets(keys).module(module) == expected, (keys, module)
+
+
+def test_every_key_of_pefts_config_is_known() -> None:
+    peft = pytest.importorskip("peft")
+    assert {field.name for field in dataclasses.fields(peft.LoraConfig)} == peft_config.KNOWN_KEYS
+
+
+@pytest.mark.parametrize("content", ['{"r": 2, "r": 4}', '{"a": {"b": 1, "b": 2}}'])
+def test_a_key_that_stands_twice_is_refused(content: str, tmp_path: Path) -> None:
+    (tmp_path / CONFIG).write_text(content)
+    with pytest.raises(MixfuseError, match="stands twice"):
+        read_object(tmp_path / CONFIG, most=100)
+
+
+@pytest.mark.parametrize("factor", [1e-30, 1e-12])
+def test_a_change_too_small_for_any_number_format_is_none(factor: float, base: Path, tmp_path: Path) -> None:
+    weights = tensors()
+    weights[f"{Q}.lora_B.weight"] *= factor
+    folder = write(tmp_path / "adapter", weights)
+    for known in (base, None):
+        with pytest.raises(MixfuseError, match="too small for float32, so the adapter does nothing"):
+            check_directory(folder, base=known)
 
 
 @pytest.mark.parametrize("side", "AB")

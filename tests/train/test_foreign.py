@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from train_harness import Run
 
 from mixfuse.cli.entry import main
+from mixfuse.contracts import peft_config
 from mixfuse.contracts.adapter import CONFIG, MANIFEST, WEIGHTS
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.train.adapters import layouts, pairing
@@ -86,6 +87,25 @@ def sharded(folder: Path, *, index: bool = True) -> None:
         (folder / f"{WEIGHTS}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
 
 
+SHARDS = tuple(f"adapter_model-0000{number}-of-00002.safetensors" for number in (1, 2))
+
+
+def resharded(spoil: Callable[[dict[str, Tensors], dict[str, str]], Any]) -> Callable[[Path], None]:
+    """Shards with an index, changed by `spoil(the tensors of each shard, the index)`."""
+
+    def write(folder: Path) -> None:
+        sharded(folder)
+        index = folder / f"{WEIGHTS}.index.json"
+        where = json.loads(index.read_text())["weight_map"]
+        parts = {name: load_file(folder / name) for name in SHARDS}
+        spoil(parts, where)
+        for name, tensors in parts.items():
+            save_file(tensors, folder / name)
+        index.write_text(json.dumps({"weight_map": where}))
+
+    return write
+
+
 def stacked(tensors: Tensors) -> Tensors:
     """Experts as 3-D factors named after their parameters."""
     result: Tensors = {}
@@ -146,7 +166,88 @@ MENDED: dict[str, tuple[Callable[[Path], Any], str]] = {
         "its lora_B_layout says so",
     ),
     "EVA": (lambda folder: configure(folder, init_lora_weights="eva"), "its start is 'eva'"),
+    "EVA in capitals": (lambda folder: configure(folder, init_lora_weights="EVA"), "its start is 'EVA'"),
+    "a start's config": (
+        lambda folder: configure(folder, corda_config={"corda_method": "kpm"}, loftq_config={"loftq_bits": 4}),
+        "its corda_config, loftq_config set the start of a training",
+    ),
+    "an unknown key": (
+        lambda folder: configure(folder, use_zeta={"a": 1}, beta=2, off=False),
+        "keys that neither PEFT 0.21 nor vLLM knows: beta, use_zeta; nobody applies them",
+    ),
+    "a name without factors": (
+        lambda folder: configure(folder, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj"]),
+        "its target_modules names 'gate_proj', of which it holds no factors",
+    ),
+    "all linear": (
+        lambda folder: configure(folder, target_modules="all-linear"),
+        "its target_modules are the text 'all-linear'",
+    ),
+    "a pattern that fits": (
+        lambda folder: configure(folder, target_modules=r".*self_attn\.[qkvo]_proj"),
+        "its target_modules are the text",
+    ),
+    "a pattern that leaves out": (
+        lambda folder: configure(folder, target_modules=r".*\.q_proj"),
+        "its target_modules leave out model.layers.0.self_attn.k_proj, whose factors it holds",
+    ),
+    "a name as a pattern": (
+        lambda folder: configure(folder, target_modules="q_proj"),
+        "its target_modules leave out model.layers.0.self_attn.k_proj",
+    ),
+    "a pattern that is none": (
+        lambda folder: configure(folder, target_modules="("),
+        "its target_modules cannot be read, or compared with its factors in linear time",
+    ),
+    "no modules": (
+        lambda folder: configure(folder, target_modules=None),
+        "its target_modules leave out model.layers.0.self_attn.k_proj",
+    ),
+    "no parameters": (
+        lambda folder: configure(folder, target_parameters=[]),
+        "its target_parameters leave out model.layers.0.mlp.experts.down_proj",
+    ),
+    "parameters of one layer": (
+        lambda folder: configure(
+            folder, target_parameters=[f"layers.0.mlp.experts.{name}_proj" for name in ("gate_up", "down")]
+        ),
+        "its target_parameters leave out model.layers.1.mlp.experts.down_proj",
+    ),
+    "excluded modules": (
+        lambda folder: configure(folder, exclude_modules=["v_proj"]),
+        "its target_modules and exclude_modules leave out model.layers.0.self_attn.v_proj",
+    ),
+    "layers to transform": (
+        lambda folder: configure(folder, layers_to_transform=0),
+        "its target_modules and layers_to_transform leave out model.layers.1.self_attn.k_proj",
+    ),
+    "layers beside a pattern": (
+        lambda folder: configure(folder, layers_to_transform=[0, 1], target_modules=r".*self_attn\.[qkvo]_proj"),
+        "it has layers_to_transform beside a pattern of target_modules",
+    ),
+    "a pattern of layers": (
+        lambda folder: configure(folder, layers_to_transform=[0, 1], layers_pattern="(a+)+b"),
+        "its layers_pattern cannot be read",
+    ),
+    "Megatron's config": (
+        lambda folder: configure(folder, megatron_config={"tensor_model_parallel_size": 2}),
+        "it has a megatron_config",
+    ),
+    "fan_in_fan_out": (lambda folder: configure(folder, fan_in_fan_out=True), "its fan_in_fan_out is true"),
+    "dropout of experts": (
+        lambda folder: configure(folder, lora_dropout=0.05),
+        "its lora_dropout is 0.05, which PEFT refuses for experts",
+    ),
+    "dropout that is text": (lambda folder: configure(folder, lora_dropout="x"), "its lora_dropout is 'x'"),
+    "a base that no folder can be": (
+        lambda folder: configure(folder, base_model_name_or_path="x" * 5000),
+        "its experts are fused",
+    ),
 }
+APPLIED_BY_PEFT = {
+    "PEFT's fused experts", "EVA", "EVA in capitals", "a start's config", "an unknown key", "a name without factors",
+    "all linear", "a pattern that fits", "a base that no folder can be",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", MENDED)
@@ -158,12 +259,20 @@ def test_what_is_mended_is_the_same_adapter_after_the_export(
     seen = inspect(copy, base=tiny_base)
     assert message in str(seen)
     assert (seen.vllm, seen.mixfuse) == (False, "after export")
-    assert seen.peft == (case in ("PEFT's fused experts", "EVA"))
+    assert seen.peft == (case in APPLIED_BY_PEFT)
     export(copy, tmp_path / "out", base=tiny_base)
     exported = load_file(tmp_path / "out" / WEIGHTS)
     assert exported.keys() == reference.keys()
     assert all(torch.equal(exported[name], reference[name]) for name in reference)
-    assert json.loads((tmp_path / "out" / CONFIG).read_text())["init_lora_weights"] is True
+    written = json.loads((tmp_path / "out" / CONFIG).read_text())
+    assert written["init_lora_weights"] is True
+    assert written.keys() <= peft_config.KNOWN_KEYS
+    assert not any(written.get(key) for key in ("layers_to_transform", "exclude_modules", "megatron_config"))
+    fused = json.loads((tmp_path / "out" / "peft" / CONFIG).read_text())
+    assert not fused["lora_dropout"]
+    assert not fused.get("fan_in_fan_out")
+    modules = {name.partition(".lora_")[0].removeprefix("base_model.model.") for name in exported}
+    assert all(map(peft_config.Targets(fused).module, (name for name in modules if ".experts." not in name)))
     done = inspect(tmp_path / "out", base=tiny_base)
     assert (done.vllm, done.peft, done.mixfuse, done.findings) == (True, True, "as it is", [])
 
@@ -299,6 +408,28 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: edit(f, lambda _: stacks(gate_proj=4, up_proj=3, down_proj=4)),
         "its stacked factors are of 3 and of 4 experts",
     ),
+    "experts that were not saved": (
+        lambda f: edit(f, lambda tensors: {n: t for n, t in tensors.items() if "experts" not in n}),
+        "names 'mlp.experts.down_proj', of which it holds no factors; its experts were not saved",
+    ),
+    "half of the experts' parameters": (
+        lambda f: edit(f, lambda tensors: {n: t for n, t in tensors.items() if "experts.base_layer" not in n}),
+        "names 'mlp.experts.gate_up_proj', of which it holds no factors",
+    ),
+    "a rank in the pattern that the factors have not": (
+        lambda f: configure(f, rank_pattern={"q_proj": 4}),
+        "which does not fit rank 4 (r, rank_pattern)",
+    ),
+    "factors that cancel layer by layer": (
+        lambda f: edit(f, lambda tensors: {n: t * (("layers.0" in n) != ("lora_A" in n)) for n, t in tensors.items()}),
+        "so the adapter does nothing",
+    ),
+    "factors too small": (
+        lambda f: edit(f, lambda tensors: {n: t * 1e-15 for n, t in tensors.items()}),
+        "too small for float32, so the adapter does nothing",
+    ),
+    "another task": (lambda f: configure(f, task_type="SEQ_CLS"), "its task_type is 'SEQ_CLS'"),
+    "a flag that is text": (lambda f: configure(f, use_rslora="false"), "its use_rslora is 'false'"),
     "a rank that vLLM refuses": (lambda f: configure(f, r=1024), "rank"),
 }
 
@@ -335,6 +466,41 @@ DAMAGED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a shard is missing": (
         lambda f: (sharded(f), (f / "adapter_model-00002-of-00002.safetensors").unlink()),
         "adapter_model-00002-of-00002.safetensors is missing",
+    ),
+    "a tensor that is not in its shard": (
+        resharded(lambda parts, where: parts[SHARDS[0]].popitem()),
+        "is missing, which adapter_model.safetensors.index.json says lies in adapter_model-00001-of-00002",
+    ),
+    "a tensor that the index does not name": (
+        resharded(lambda parts, where: where.popitem()),
+        "and adapter_model.safetensors.index.json does not name it",
+    ),
+    "a tensor in another shard": (
+        resharded(lambda parts, where: parts[SHARDS[0]].update([parts[SHARDS[1]].popitem()])),
+        "and adapter_model.safetensors.index.json says adapter_model-00002-of-00002.safetensors",
+    ),
+    "a tensor in both shards": (
+        resharded(lambda parts, where: parts[SHARDS[1]].update([list(parts[SHARDS[0]].items())[-1]])),
+        "lies in two files",
+    ),
+    "a shard that the index does not name": (
+        resharded(lambda parts, where: parts.update({"adapter_model-00003-of-00003.safetensors": parts[SHARDS[0]]})),
+        "does not name adapter_model-00003-of-00003.safetensors",
+    ),
+    "a file beside its shards": (
+        lambda f: (shutil.copy(f / WEIGHTS, f / "kept"), sharded(f), (f / "kept").rename(f / WEIGHTS)),
+        "and nothing says which are meant",
+    ),
+    "shards of two saves": (
+        lambda f: (
+            sharded(f, index=False),
+            (f / SHARDS[0]).rename(f / "adapter_model-00001-of-00003.safetensors"),
+        ),
+        "only 2 shards of a save are here, or of several",
+    ),
+    "shards without numbers": (
+        lambda f: (sharded(f, index=False), (f / SHARDS[0]).rename(f / "adapter_model-a-of-b.safetensors")),
+        "only 2 shards of a save are here, or of several",
     ),
     "an index that leads out": (
         lambda f: (
@@ -381,6 +547,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], Any], str]] = {
 )
 def test_damaged_factors_are_seen_without_a_base(spoil: Callable[[Tensors], Tensors], message: str, copy: Path) -> None:
     edit(copy, lambda tensors: spoil({n: t for n, t in tensors.items() if "experts" not in n}))
+    configure(copy, target_parameters=None)
     seen = inspect(copy)
     assert message in str(seen)
     assert seen.mixfuse == "no"
@@ -399,6 +566,31 @@ def test_targets_that_leave_out_factors_are_written_from_them(
     assert all(torch.equal(written[name], reference[name]) for name in reference)
 
 
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (REFUSED["factors that cancel layer by layer"][0], "so the adapter does nothing"),
+        (REFUSED["factors too small"][0], "too small for float32, so the adapter does nothing"),
+        (REFUSED["a rank in the pattern that the factors have not"][0], "not of rank 4"),
+        (lambda f: configure(f, rank_pattern={"gate_up_proj": 3}), "not of rank 3"),
+        (lambda f: configure(f, alpha_pattern={r".*": 1e-30}), "so the adapter does nothing"),
+    ],
+)
+def test_an_adapter_with_experts_that_does_nothing_is_seen_without_a_base(
+    spoil: Callable[[Path], Any], message: str, copy: Path
+) -> None:
+    spoil(copy)
+    seen = inspect(copy)
+    assert message in str(seen)
+    assert seen.mixfuse == "no"
+
+
+def test_experts_that_do_nothing_are_said(copy: Path, tiny_base: Path) -> None:
+    edit(copy, lambda tensors: {n: t * ("experts" not in n or "lora_A" in n) for n, t in tensors.items()})
+    for base in (None, tiny_base):
+        assert "every lora_B of its experts is zero, so its experts do nothing" in str(inspect(copy, base=base))
+
+
 @pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
 def test_patterns_are_matched_in_linear_time_and_as_peft_does(key: str, copy: Path, tiny_base: Path) -> None:
     configure(copy, **{key: {r"(([a-z_.0-9])+)+!": 3, r"(\w+\.?)+X": 5, "q_proj|.*v_proj": 8, "layers.0.mlp": 9}})
@@ -415,7 +607,7 @@ def test_each_module_has_the_value_that_peft_finds() -> None:
         "v_proj": 5,
         "k|o": 6,
     }
-    values = layouts._ByModule({"r": 8, "rank_pattern": patterns}, "rank_pattern", "r", Path())
+    values = layouts.ByModule({"r": 8, "rank_pattern": patterns}, "rank_pattern", "r", Path())
     for module in (f"model.layers.{layer}.self_attn.{name}_proj" for layer in range(3) for name in "qkvo"):
         expected = patterns.get(get_pattern_key(list(patterns), module), 8)
         assert values.of(f"base_model.model.{module}.lora_A.weight") == expected

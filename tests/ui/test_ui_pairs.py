@@ -178,6 +178,8 @@ def test_bad_files_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[st
     write(tmp_path / "row.jsonl", pair(0), {"prompt": "x", "response_a": "y", "response_b": None})
     write(tmp_path / "pool.jsonl", {"prompt": "x", "responses": []})
     write(tmp_path / "same.jsonl", pair(0, response_a="poor 0"))
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
     (tmp_path / "broken.jsonl").write_text(json.dumps(pair(0)) + "\n{broken\n")
     for name, said in (
         (good.name, "good.votes.jsonl:2: malformed JSON"),
@@ -187,6 +189,8 @@ def test_bad_files_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[st
         ("same.jsonl", "there is no pair to vote on"),
         ("broken.jsonl", "broken.jsonl:2: malformed JSON"),
         ("none.jsonl", "none.jsonl"),
+        ("folder", "folder: no regular file"),
+        ("pipe", "pipe: no regular file"),
     ):
         assert main(["ui", "--port", "0", "--pairs", str(tmp_path / name)]) == 2
         printed = capsys.readouterr().err

@@ -134,7 +134,7 @@ def test_a_judge_that_was_cut_off_says_so_and_shows_its_experts(gateway: Served,
     assert "the same in both orders: from 0 to 0.75" in str(orders.get_attribute("aria-label"))
     assert page.get_by_role("img", name="Judge: calibration error").is_visible()
     heat = page.locator("svg.heat")
-    assert heat.locator("path.h9").get_attribute("d") == "M56,22h12v12h-12z", "layer 1, expert 0"
+    assert heat.locator("path.h9").get_attribute("d") == "M76,22h12v12h-12z", "layer 1, expert 0"
     assert heat.locator("rect.frame").count() == 2
     page.get_by_text("The heat map as a table").click()
     assert "1 (75.0 %)" in text(page)

@@ -15,7 +15,7 @@ from mixfuse.contracts import judge_protocol, model_card
 from mixfuse.contracts.adapter import Fingerprint, Manifest, Probes
 from mixfuse.contracts.adapter_weights import check_directory
 from mixfuse.contracts.agreement import effect_in
-from mixfuse.contracts.bounded_json import read_object
+from mixfuse.contracts.bounded_json import read_object, shortened
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.families import family_of
 from mixfuse.contracts.files import atomic_directory, read_json, write_json, write_text
@@ -56,8 +56,9 @@ def export(
         raise MixfuseError(f"{source}: no such run or adapter folder", kind="adapter")
     adapter, origin = _read_origin(source)
     base = base or Path(origin.get("base") or _named_base(adapter))
-    if not (base / "config.json").is_file():
-        raise MixfuseError(f"{source}: its base model {str(base)!r} is not here; name it with --base", kind="adapter")
+    if not _is_here(base):
+        named = shortened(repr(str(base)), 200)
+        raise MixfuseError(f"{source}: its base model {named} is not here; name it with --base", kind="adapter")
     _check_family(adapter, base)
     found = foreign.read(adapter, base=base, columns=columns)
     found.refuse()
@@ -161,7 +162,7 @@ def _check_family(adapter: Path, base: Path) -> None:
         MixfuseError: It is of another.
     """
     named = Path(_named_base(adapter))
-    if not (named / "config.json").is_file():
+    if not _is_here(named):
         return
     families = family_of(named), family_of(base)
     if families[0] != families[1]:
@@ -169,6 +170,14 @@ def _check_family(adapter: Path, base: Path) -> None:
             f"{adapter}: it was made for {named}, which is {families[0].title}; {base} is {families[1].title}",
             kind="adapter",
         )
+
+
+def _is_here(base: Path) -> bool:
+    """Whether a base's folder is on this machine; a config can name what no file system takes for a name."""
+    try:
+        return (base / "config.json").is_file()
+    except OSError:
+        return False
 
 
 def _named_base(adapter: Path) -> str:

@@ -92,7 +92,11 @@ class Foreign:
     @property
     def fused(self) -> bool:
         """Whether experts are adapted in PEFT's fused layout."""
-        return any(FUSED.match(name) for name in self.weights)
+        return any(map(self.is_fused, self.weights))
+
+    def is_fused(self, name: str) -> bool:
+        """Whether a factor holds a layer's experts in PEFT's fused layout."""
+        return FUSED.match(name) is not None
 
     @property
     def layout(self) -> str:
@@ -126,6 +130,7 @@ def read(folder: Path, *, base: Path | None = None, columns: pairing.Order | Non
         MixfuseError: It cannot be read at all: no config, no safetensors, damaged or linked to elsewhere.
     """
     files, findings = _files(folder), []
+    where = _weight_map(folder) if len(files) > 1 or files[0].name != contract.WEIGHTS else None
     config = read_object(_inside(folder, contract.CONFIG), most=peft_config.MOST_CONFIG_BYTES)
     try:
         json.dumps(config, ensure_ascii=False).encode()
@@ -142,25 +147,13 @@ def read(folder: Path, *, base: Path | None = None, columns: pairing.Order | Non
                 mend="written as one file",
             )
         )
-    stored: dict[str, torch.Tensor] = {}
-    for path in files:
-        for name in safetensors_header(path):
-            if name in stored:
-                raise MixfuseError(f"{folder}: {shortened(name, 120)} lies in two files", kind="adapter")
-        try:
-            stored.update(load_file(path))
-        except SafetensorError as error:
-            what = shortened(str(error), 200)
-            raise MixfuseError(f"{path}: not a whole safetensors file ({what})", kind="adapter") from None
+    stored = _stored(folder, files, where)
     found = Foreign(folder, {}, config, _maker(folder, config, stored), findings)
     findings += (Finding(*refusal, mend=None) for refusal in peft_config.refusals(config))
-    start = config.get("init_lora_weights", True)
-    if isinstance(start, str) and start in peft_config.PLAIN_STARTS:
-        what = f"its start is {start!r} (init_lora_weights); the factors are those of a plain LoRA"
-        findings.append(Finding(what, vllm=True, peft=True, mend="the start is written as a plain one"))
     _named(found, stored, base)
     _typed(found)
     if not any(finding.mend is None for finding in findings):
+        _configured(found)
         _unstacked(found)
         _ordered(found, columns)
         _expert_names(found, base)
@@ -168,29 +161,85 @@ def read(folder: Path, *, base: Path | None = None, columns: pairing.Order | Non
     return found
 
 
+def _stored(folder: Path, files: list[Path], where: dict[str, str] | None) -> dict[str, torch.Tensor]:
+    """The tensors of all files.
+
+    Args:
+        folder: The adapter's folder.
+        files: Its files.
+        where: Tensor → the shard that the index names for it; None if there is no index.
+    """
+    stored: dict[str, torch.Tensor] = {}
+    for path in files:
+        for name in safetensors_header(path):
+            if name in stored:
+                raise MixfuseError(f"{folder}: {shortened(name, 120)} lies in two files", kind="adapter")
+            if where is not None and where.get(name) != path.name:
+                says = "does not name it" if name not in where else f"says {shortened(where[name], 80)}"
+                raise MixfuseError(
+                    f"{folder}: {shortened(name, 120)} lies in {path.name}, and {INDEX} {says}; the shards are not of "
+                    "one save: save the adapter again",
+                    kind="adapter",
+                )
+        try:
+            stored.update(load_file(path))
+        except SafetensorError as error:
+            what = shortened(str(error), 200)
+            raise MixfuseError(f"{path}: not a whole safetensors file ({what})", kind="adapter") from None
+    if where is not None and (missing := next((name for name in where if name not in stored), None)):
+        raise MixfuseError(
+            f"{folder}: {shortened(missing, 120)} is missing, which {INDEX} says lies in "
+            f"{shortened(where[missing], 80)}; save the adapter again",
+            kind="adapter",
+        )
+    return stored
+
+
+def _weight_map(folder: Path) -> dict[str, str] | None:
+    """Tensor → shard, as the index says; None if there is no index."""
+    if not (folder / INDEX).exists():
+        return None
+    where = read_object(_inside(folder, INDEX), most=_MOST_INDEX_BYTES).get("weight_map")
+    if not isinstance(where, dict) or not where or not all(isinstance(name, str) for name in where.values()):
+        raise MixfuseError(f"{folder / INDEX}: has no weight_map", kind="adapter")
+    if outside := next((name for name in where.values() if "/" in name or name.startswith(".")), None):
+        raise MixfuseError(f"{folder / INDEX}: {shortened(outside, 80)!r} lies outside the folder", kind="adapter")
+    return where
+
+
 def _files(folder: Path) -> list[Path]:
-    """The safetensors files of an adapter: one, or the shards that an index names."""
+    """The safetensors files of an adapter: one, or the shards that an index names, or all with a shard's name."""
+    shards = {path.name for path in folder.glob("adapter_model-*-of-*.safetensors")}
     if (folder / contract.WEIGHTS).exists() or (folder / contract.WEIGHTS).is_symlink():
+        if beside := sorted(shards):
+            raise MixfuseError(
+                f"{folder}: holds {contract.WEIGHTS} and shards ({beside[0]}), and nothing says which are meant; "
+                "remove the others",
+                kind="adapter",
+            )
         return [_inside(folder, contract.WEIGHTS)]
-    shards = sorted(folder.glob("adapter_model-*-of-*.safetensors"))
-    names = {path.name for path in shards}
-    if (folder / INDEX).exists():
-        index = read_object(_inside(folder, INDEX), most=_MOST_INDEX_BYTES).get("weight_map")
-        if not isinstance(index, dict) or not index or not all(isinstance(name, str) for name in index.values()):
-            raise MixfuseError(f"{folder / INDEX}: has no weight_map", kind="adapter")
-        if outside := next((name for name in index.values() if "/" in name or name.startswith(".")), None):
-            raise MixfuseError(f"{folder / INDEX}: {shortened(outside, 80)!r} lies outside the folder", kind="adapter")
-        names = set(index.values())
-    elif names and len(names) != int(re.findall(r"-of-(\d+)", shards[0].name)[0]):
-        raise MixfuseError(f"{folder}: only {len(names)} of its shards are here ({shards[0].name} …)", kind="adapter")
-    here = {path.name for path in folder.iterdir()}
-    if missing := next((name for name in sorted(names) if name not in here), None):
-        raise MixfuseError(f"{folder}: {shortened(missing, 120)} is missing, which {INDEX} names", kind="adapter")
+    if where := _weight_map(folder):
+        names = set(where.values())
+        here = {path.name for path in folder.iterdir()}
+        if missing := next((name for name in sorted(names) if name not in here), None):
+            raise MixfuseError(f"{folder}: {shortened(missing, 120)} is missing, which {INDEX} names", kind="adapter")
+        if extra := next(iter(sorted(shards - names)), None):
+            raise MixfuseError(f"{folder}: {INDEX} does not name {extra}; remove what is not meant", kind="adapter")
+    else:
+        names = shards
+        numbers = [re.fullmatch(r"adapter_model-(\d{1,9})-of-(\d{1,9})\.safetensors", name) for name in names]
+        counts = {int(number[2]) for number in numbers if number}
+        numbered = {int(number[1]) for number in numbers if number}
+        if names and (None in numbers or counts != {len(names)} or numbered != set(range(1, len(names) + 1))):
+            listed = shortened(", ".join(sorted(names)), 160)
+            raise MixfuseError(
+                f"{folder}: only {len(names)} shards of a save are here, or of several ({listed})", kind="adapter"
+            )
     if not names:
         pickled = next((path.name for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".pth")), None)
         why = f"it has no {contract.WEIGHTS} (pickled .bin files are refused)"
         if pickled:
-            why += f"; {pickled} is one: save the adapter again with safetensors"
+            why += f"; {shortened(pickled, 80)} is one: save the adapter again with safetensors"
         raise MixfuseError(f"{folder} is neither a run nor a PEFT adapter: {why}", kind="adapter")
     return [_inside(folder, name) for name in sorted(names)]
 
@@ -348,6 +397,43 @@ def _typed(found: Foreign) -> None:
             return
 
 
+def _configured(found: Foreign) -> None:
+    """Names the keys of the config that nobody applies to what is saved, or that PEFT does not know; drops them."""
+    findings, config = found.findings, found.config
+    start = config.get("init_lora_weights", True)
+    if isinstance(start, str):
+        what = f"its start is {shortened(start, 40)!r} (init_lora_weights); the factors are those of a plain LoRA"
+        findings.append(Finding(what, vllm=True, peft=True, mend="the start is written as a plain one"))
+    elif idle := [key for key in peft_config.START_KEYS if config.get(key)]:
+        what = f"its {', '.join(idle)} set the start of a training, and its init_lora_weights is a plain one"
+        findings.append(Finding(what, vllm=True, peft=True, mend="left out"))
+    dropped = set(peft_config.START_KEYS)
+    if config.get("megatron_config"):
+        what = "it has a megatron_config, with which PEFT looks for Megatron's own layers"
+        findings.append(Finding(what, vllm=True, peft=False, mend="left out"))
+        dropped |= {"megatron_config"}
+    experts = any(".experts" in name for name in found.weights)
+    if config.get("fan_in_fan_out"):
+        what = "its fan_in_fan_out is true, which is for layers that store their weight transposed"
+        findings.append(Finding(what, vllm=True, peft=not experts, mend="written as false"))
+        config["fan_in_fan_out"] = False
+    dropout = config.get("lora_dropout") or 0.0
+    plain = isinstance(dropout, int | float) and 0 <= dropout < 1
+    if not plain or (dropout and experts):
+        what = f"its lora_dropout is {shortened(repr(dropout), 40)}, which " + (
+            "PEFT refuses for experts" if plain else "is no share below 1"
+        )
+        findings.append(Finding(what, vllm=True, peft=False, mend="written as 0: only training uses it"))
+        config["lora_dropout"] = 0.0
+    known = peft_config.KNOWN_KEYS | peft_config.OTHER_TOOLS_KEYS
+    if unknown := sorted(key for key in config.keys() - known if config[key] not in (None, False, "", [], {})):
+        listed = shortened(", ".join(unknown[:4]), 120) + (f" and {len(unknown) - 4} more" if unknown[4:] else "")
+        what = f"its adapter_config.json has keys that neither PEFT 0.21 nor vLLM knows: {listed}; nobody applies them"
+        findings.append(Finding(what, vllm=True, peft=True, mend="left out"))
+    for key in dropped | (config.keys() - known):
+        config.pop(key, None)
+
+
 def _unstacked(found: Foreign) -> None:
     """Turns stacked factors of experts, (E, r, in) and (E, out, r), into PEFT's fused ones or those of each expert."""
     stacked = {name for name, tensor in found.weights.items() if tensor.ndim == 3}
@@ -450,16 +536,12 @@ def _expert_names(found: Foreign, base: Path | None) -> None:
 def _applied(found: Foreign) -> None:
     """Names what vLLM and PEFT do not apply of an adapter in one of the two known layouts."""
     findings, config = found.findings, found.config
-    targets = config.get("target_modules")
-    plain = {name.partition(".lora_")[0] for name in found.weights if ".experts." not in name and not FUSED.match(name)}
-    if isinstance(targets, list) and (
-        left := sorted(module for module in plain if not f".{module}".endswith(tuple(f".{each}" for each in targets)))
-    ):
-        what = (
-            f"its target_modules leave out {shortened(left[0], 120)}, whose factors it holds; PEFT does not apply them"
-        )
-        findings.append(Finding(what, vllm=True, peft=False, mend="target_modules are written from its factors"))
-        found.config["target_modules"] = sorted({*targets, *(module.rpartition(".")[2] for module in left)})
+    _targeted(found)
+    for side in "BA":
+        every = [factor for name, factor in found.weights.items() if ".experts" in name and f".lora_{side}." in name]
+        if every and not any(factor.any() for factor in every):
+            what = f"every lora_{side} of its experts is zero, so its experts do nothing: were they trained, and saved?"
+            findings.append(Finding(what, vllm=True, peft=True, mend="written as zeros"))
     if found.fused:
         what = "its experts are fused; vLLM loads the file and does not apply them"
         findings.append(Finding(what, vllm=False, peft=True, mend="written per expert"))
@@ -479,6 +561,70 @@ def _applied(found: Foreign) -> None:
     if layers and (config.get("rank_pattern") or config.get("alpha_pattern")):
         what = "its experts have ranks or alphas of their own, which vLLM packs into one"
         findings.append(Finding(what, vllm=False, peft=True, mend="written with one rank and one alpha"))
+
+
+_MEND_TARGETS = "the targets are written from its factors"
+
+
+def _targeted(found: Foreign) -> None:
+    """Compares the modules and parameters that the config names with the factors that are there."""
+    config, findings = found.config, found.findings
+    modules = {name.partition(".lora_")[0].removeprefix("base_model.model.") for name in found.weights}
+    plain = sorted(name for name in modules if not re.search(r"\.experts(\.base_layer)?$", name))
+    experts = sorted(parameter for name in modules - set(plain) if (parameter := _parameter(found, name)))
+    what = None
+    try:
+        targets = peft_config.Targets(config)
+        left: dict[str, tuple[str, ...]] = {name: _TARGET_KEYS for name in plain if not targets.module(name)}
+        left |= {name: ("target_parameters",) for name in experts if not targets.parameter(name)}
+        if name := next(iter(left), None):
+            keys = [key for key in left[name] if config.get(key) not in (None, [], "")] or left[name][:1]
+            what = f"its {' and '.join(keys)} leave out {shortened(name, 120)}, whose factors it holds"
+    except ValueError as error:
+        what = f"its {error} cannot be read, or compared with its factors in linear time"
+    if isinstance(config.get("target_modules"), str) and config.get("layers_to_transform") not in (None, []):
+        what = "it has layers_to_transform beside a pattern of target_modules, which PEFT refuses together"
+    if what:
+        findings.append(Finding(f"{what}; PEFT does not apply it", vllm=True, peft=False, mend=_MEND_TARGETS))
+    elif absent := _absent(config, [*plain, *experts]):
+        what = f"its {absent[0]} names {shortened(absent[1], 80)!r}, of which it holds no factors"
+        lost = absent[0] == "target_parameters"
+        if lost:
+            what += "; its experts were not saved: save the adapter again, or take the name out"
+        findings.append(Finding(what, vllm=not lost, peft=not lost, mend=None if lost else _MEND_TARGETS))
+    elif isinstance(config.get("target_modules"), str):
+        what = f"its target_modules are the text {shortened(config['target_modules'], 80)!r}"
+        findings.append(Finding(what, vllm=True, peft=True, mend=_MEND_TARGETS))
+    else:
+        return
+    config["target_modules"] = sorted({name.rpartition(".")[2] for name in plain})
+    if experts:
+        config["target_parameters"] = sorted({".".join(name.split(".")[-3:]) for name in experts})
+    for key in _TARGET_KEYS[1:]:
+        config.pop(key, None)
+
+
+_TARGET_KEYS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+
+
+def _parameter(found: Foreign, module: str) -> str | None:
+    """The parameter that a fused factor belongs to; None if only one is adapted and the config does not say which."""
+    stem = module.removesuffix(".base_layer")
+    named = {name.rpartition(".")[2] for name in found.config.get("target_parameters") or ()}
+    if stem != module or named == {"gate_up_proj"}:
+        return f"{stem}.gate_up_proj"
+    return f"{stem}.down_proj"
+
+
+def _absent(config: dict[str, Any], names: list[str]) -> tuple[str, str] | None:
+    """The first name of the config's lists that no factor has, with its key; None if there is none."""
+    here = {end for name in names for end in peft_config.endings(name)}
+    for key in ("target_parameters", "target_modules"):
+        listed = config.get(key)
+        for name in listed if isinstance(listed, list) else ():
+            if name not in here:
+                return key, name
+    return None
 
 
 def pairs(found: Foreign) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:

@@ -1,17 +1,21 @@
 """What an adapter is, who made it, who will apply all of it, and what is wrong: `mixfuse adapter inspect`."""
 
+import math
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy
+
 from mixfuse.contracts import adapter as contract
-from mixfuse.contracts import peft_config
-from mixfuse.contracts.adapter_weights import check_pairs
+from mixfuse.contracts.adapter_weights import Array, check_pairs
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.families import family_of
 from mixfuse.train.adapters import foreign
 from mixfuse.train.adapters.foreign import Finding, Foreign
+from mixfuse.train.adapters.layouts import ByModule
 from mixfuse.train.adapters.saving import check_weights
 
 
@@ -118,19 +122,35 @@ def inspect(source: Path, *, base: Path | None = None, name: str | None = None) 
 
 def _alone(found: Foreign) -> list[Finding]:
     """What is wrong with the weights themselves."""
-    config = found.config
-    patterns = bool(config.get("rank_pattern") or config.get("alpha_pattern"))
     try:
         check_weights(found.weights, found.folder)
-        for name, a, b in foreign.pairs(found):
-            if a.shape[0] != b.shape[1] or not (patterns or found.fused or a.shape[0] == config["r"]):
-                raise MixfuseError(f"{name} has factors {list(a.shape)} and {list(b.shape)}, not of rank {config['r']}")
-        if not (patterns or found.fused):
-            every = ((name, a.float().numpy(), b.float().numpy()) for name, a, b in foreign.pairs(found))
-            check_pairs(every, found.folder, peft_config.scale(config))
+        check_pairs(_products(found), found.folder, 1.0)
     except MixfuseError as error:
         return [Finding(str(error).removeprefix(f"{found.folder}: "), vllm=True, peft=True, mend=None)]
     return []
+
+
+def _products(found: Foreign) -> Iterator[tuple[str, Array, Array]]:
+    """Yields A and B of each module, those of each expert apart, the scale multiplied into B.
+
+    Raises:
+        MixfuseError: A factor lacks the other, or is not of the rank that the config says.
+    """
+    ranks = ByModule(found.config, "rank_pattern", "r", found.folder)
+    alphas = ByModule(found.config, "alpha_pattern", "lora_alpha", found.folder)
+    for name, a, b in foreign.pairs(found):
+        factor = f"{name}.lora_A.weight"
+        rank = int(ranks.of(factor))
+        experts = a.shape[0] // rank if found.is_fused(factor) else 1
+        if a.shape[0] != b.shape[1] or a.shape[0] != experts * rank:
+            raise MixfuseError(f"{name} has factors {list(a.shape)} and {list(b.shape)}, not of rank {rank}")
+        scale = alphas.of(factor) / (math.sqrt(rank) if found.config.get("use_rslora") else rank)
+        for expert in range(experts):
+            yield (
+                name,
+                a[expert * rank : (expert + 1) * rank].float().numpy(),
+                b[:, expert::experts].float().numpy() * numpy.float32(scale),
+            )
 
 
 def _columns(found: Foreign) -> str | None:

@@ -68,8 +68,8 @@ def convert(weights: Weights, config: dict[str, Any], base: Path, *, source: Pat
     shape = family.shape(read_json(base / "config.json"))
     _check_supported(config, source)
     config = {**config, "init_lora_weights": True}  # the factors are no start any more
-    ranks = _ByModule(config, "rank_pattern", "r", source)
-    alphas = _ByModule(config, "alpha_pattern", "lora_alpha", source)
+    ranks = ByModule(config, "rank_pattern", "r", source)
+    alphas = ByModule(config, "alpha_pattern", "lora_alpha", source)
     _check_factors(weights, ranks, shape, source)
     is_fused = any(FUSED.match(name) for name in weights)
     plain, plain_config = _with_one_scale(weights, config, ranks, alphas)
@@ -172,7 +172,7 @@ def fuse(family: Family, weights: Weights) -> Weights | None:
 
 
 def _with_one_scale(
-    weights: Weights, config: dict[str, Any], ranks: "_ByModule", alphas: "_ByModule"
+    weights: Weights, config: dict[str, Any], ranks: "ByModule", alphas: "ByModule"
 ) -> tuple[Weights, dict[str, Any]]:
     """Multiplies each module's scale into its B if ranks or alphas differ by module; the config's scale is then 1.
 
@@ -193,7 +193,7 @@ def _with_one_scale(
     return result, {**config, **scaled}
 
 
-class _ByModule:
+class ByModule:
     """The rank or alpha of each module: of the first pattern that matches its name, else the config's.
 
     Patterns match as PEFT's do (peft 0.21, `get_pattern_key`), in linear time whatever they are. Most are plain names,
@@ -294,7 +294,7 @@ def _check_supported(config: dict[str, Any], source: Path) -> None:
         raise MixfuseError(f"{source}: {refusal.what}", kind="adapter")
 
 
-def _check_factors(weights: Weights, ranks: _ByModule, shape: Shape, source: Path) -> None:
+def _check_factors(weights: Weights, ranks: ByModule, shape: Shape, source: Path) -> None:
     """Checks that factors come in pairs and are matrices of the config's rank, times the base's experts if fused.
 
     Split by a wrong number of experts, a fused factor would still give matrices, but those of a different adapter.
@@ -306,10 +306,11 @@ def _check_factors(weights: Weights, ranks: _ByModule, shape: Shape, source: Pat
         rank = ranks.of(name)
         expected = rank * (shape.E if FUSED.match(name) else 1)
         if tensor.ndim != 2 or tensor.shape[_rank_side(name)] != expected:
+            fits = f"rank {rank:g} (r, rank_pattern)"
+            if FUSED.match(name):
+                fits = f"rank {rank:g} and the base model's {shape.E} experts; it belongs to another base model"
             raise MixfuseError(
-                f"{source}: {name} has shape {list(tensor.shape)}, which does not fit rank {rank:g} and the base "
-                f"model's {shape.E} experts; it belongs to another base model",
-                kind="adapter",
+                f"{source}: {name} has shape {list(tensor.shape)}, which does not fit {fits}", kind="adapter"
             )
 
 

@@ -53,7 +53,9 @@ function showCall(call, counts) {
   const tokens = call.usage.prompt_tokens + call.usage.completion_tokens;
   card.append(element("p", `${call.stage} · ${(call.duration_ms / 1000).toFixed(1)} s · ${tokens} tokens · $${call.cost.toPrecision(2)}`, "soft"));
   if (call.outcome !== "ok") card.append(element("p", `${call.outcome}: ${call.error || ""}`, "problem"));
-  card.append(element("div", call.text || "", "text"));
+  const words = element("div", call.text || "", "text");
+  words.tabIndex = 0; // it scrolls
+  card.append(words);
   const there = byId(id);
   if (!there) byId("live-answers").append(card);
   else if (call.outcome === "ok" || there.querySelector(".problem")) there.replaceWith(card);
