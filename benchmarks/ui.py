@@ -5,7 +5,7 @@
 - **Start**: seconds until ready, and resident memory, with the page and without it (`ui: false`), in turns. The page is
   not opened meanwhile.
 - **Lists**: the 95th percentile of the time that each list and each filter takes over HTTP.
-- **First view**: the bytes of the list with its style sheet and script, and of one trace.
+- **First view**: the bytes of the list and of the sheet with style sheet and scripts, and of one trace.
 - **Requests**: the median latency of a `best_of` while ten pages follow the list, as a ratio to the same without them,
   in alternating blocks of one run.
 """
@@ -47,6 +47,7 @@ FILTERS = {
     "low confidence": "unsure=1",
     "low confidence in merge, none": "unsure=1&mode=merge",
     "feedback": "feedback=1",
+    "no feedback": "no_feedback=1",
     "cost": "min_cost=0.0099",
     "latency": "min_s=4.99",
     "since": "since=2026-01-01T00:00",
@@ -137,6 +138,8 @@ def lists(client: httpx.Client, rounds: int) -> dict[str, float]:
     with suppress(IndexError):
         addresses["second page"] = page.split('id="older" rel="next" href="')[1].split('"')[0].replace("&amp;", "&")
         addresses["second page"] = f"/ui/traces{addresses['second page']}"
+    addresses["sheet"] = "/ui/sheet"
+    addresses["sheet, no feedback"] = "/ui/sheet?no_feedback=1&disagreement=1"
     addresses["spending"] = "/ui/spend?since=2026-01-01"
     addresses["one trace"] = "/ui/traces/trace-00000007"
     times: dict[str, list[float]] = {name: [] for name in addresses}
@@ -151,11 +154,18 @@ def lists(client: httpx.Client, rounds: int) -> dict[str, float]:
 
 
 def sizes(client: httpx.Client) -> dict[str, int]:
-    """Bytes over the wire of the first view."""
-    page = client.get("/ui/traces")
-    assets = [part.split('"')[0] for part in page.text.split('"/ui/assets/')[1:]]
-    whole = len(page.content) + sum(len(client.get(f"/ui/assets/{name}").content) for name in assets)
-    return {"list, styles, script": whole, "one trace": len(client.get("/ui/traces/trace-00000007").content)}
+    """Bytes over the wire of the first view, of the list and of the sheet, and of one trace."""
+
+    def whole(address: str) -> int:
+        page = client.get(address)
+        assets = [part.split('"')[0] for part in page.text.split('"/ui/assets/')[1:]]
+        return len(page.content) + sum(len(client.get(f"/ui/assets/{name}").content) for name in assets)
+
+    return {
+        "list, styles, script": whole("/ui/traces"),
+        "sheet, styles, scripts": whole("/ui/sheet"),
+        "one trace": len(client.get("/ui/traces/trace-00000007").content),
+    }
 
 
 async def requests(url: str, blocks: int, each: int) -> dict[str, float]:
@@ -213,7 +223,10 @@ def main(arguments: argparse.Namespace) -> dict[str, Any]:
         "start at most 0.3 s more": report["start"]["s more"] <= 0.3,
         "start at most 30 MB more": report["start"]["MiB more"] <= 30,
         "every list within 300 ms": max(report["p95 ms"].values()) <= 300,
-        "first view at most 100 KB": report["bytes"]["list, styles, script"] <= 100_000,
+        "first view at most 100 KB": max(
+            report["bytes"][name] for name in ("list, styles, script", "sheet, styles, scripts")
+        )
+        <= 100_000,
     }
     return report
 

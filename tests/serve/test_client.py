@@ -102,9 +102,9 @@ def test_the_json_of_the_commands_is_the_servers(
     assert printed() == {"role": "domain", "old": revision(made(1)), "new": revision(made(2)), "drained": 0}
     client.begin_gate("domain", SwapRequest(directory=made(3), shadow=5))
     list_roles(client.url, as_json=True)
-    assert printed() == httpx.get(f"{client.url}/admin/roles").json()["roles"]
+    assert printed() == httpx.get(f"{client.url}/admin/roles", timeout=60).json()["roles"]
     show_history(client.url, "domain", as_json=True)
-    assert printed() == httpx.get(f"{client.url}/admin/roles/domain/history").json()["history"]
+    assert printed() == httpx.get(f"{client.url}/admin/roles/domain/history", timeout=60).json()["history"]
 
 
 def test_a_refusal_is_the_servers_own_line(client: AdminClient, tmp_path: Path):

@@ -442,7 +442,7 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Health).serve_forever()
 async def test_a_crash_is_noticed(server):
     async with server("import os; print(os.getpid(), flush=True)" + HEALTHY) as engine:
         os.kill(int(engine.log_path.read_text().split()[0]), signal.SIGKILL)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(120):
             assert await engine.wait() == 128 + signal.SIGKILL
         assert not engine.running
 
@@ -571,7 +571,7 @@ def test_a_crashed_vllm_comes_back_with_its_adapter_and_dies_with_its_parent(tin
         until(lambda: not any(alive(pid) for pid in second))
 
 
-def until(condition, *, seconds: float = 60):
+def until(condition, *, seconds: float = 300):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it never came true"

@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -45,6 +46,13 @@ from mixfuse.serve.copies import AdapterCopies, copy_name
 from mixfuse.serve.following import RecordFollower
 from mixfuse.serve.swap import Swapper
 from mixfuse.serve.watch import Folder, Watcher
+
+
+async def come_true(condition: Callable[[], bool]) -> None:
+    """Lets the other tasks run until the condition holds."""
+    async with asyncio.timeout(60):
+        while not condition():  # noqa: ASYNC110 - other tasks' work
+            await asyncio.sleep(0.001)
 
 
 async def test_a_staged_revision_serves_nobody_until_it_is_committed(made):
@@ -499,6 +507,54 @@ async def test_an_adapter_loaded_by_an_engine_whose_answer_was_lost_does_not_sta
     await swapper.swap("domain", made(1))
 
 
+class RoundingEngine(FakeEngine):
+    """Rounds as bfloat16 does, otherwise behind each beginning; its adapter is another's in part."""
+
+    def __init__(self, other: float) -> None:
+        super().__init__()
+        self.other = other
+
+    @staticmethod
+    def effect(token: int) -> float:
+        return random.Random(token).gauss(0, 0.1)
+
+    async def prompt_logprobs(self, name: str, prompt: list[int]) -> list[float]:
+        self.asked = [*getattr(self, "asked", []), prompt]
+        rounding = [random.Random(str((name, prompt[: place + 1]))).gauss(0, 0.05) for place in range(1, len(prompt))]
+        if name == "base":
+            return [-2.0 + off for off in rounding]
+        return [
+            -2.0 + off + self.effect(token) + self.other * self.effect(-1 - token)
+            for off, token in zip(rounding, prompt[1:], strict=True)
+        ]
+
+
+@pytest.mark.parametrize(("other", "precision"), [(0.0, "bfloat16"), (0.6, "bfloat16"), (0.0, "float32")])
+async def test_another_revision_is_told_below_float32_by_texts_behind_several_beginnings(made, other, precision):
+    beginnings = [[1000 + number] * 8 for number in range(12)]
+    prompts = [[*beginning, *range(24 * text, 24 * text + 24)] for text in range(12) for beginning in beginnings]
+    plain = list(range(2000, 2040))
+    probes = [
+        LogprobProbe(
+            tokens=prompt,
+            logprobs=[-2.0 + RoundingEngine.effect(token) for token in prompt[1:]],
+            base=[-2.0] * (len(prompt) - 1),
+        )
+        for prompt in [plain, *prompts]
+    ]
+    engine = RoundingEngine(other)
+    swapping = table(engine, precision=precision, probe_tolerance=0.2 if precision == "float32" else None).swap(
+        "domain", made(1, probes=Probes(tolerance=1e-3, logprobs=probes))
+    )
+    if other:
+        with pytest.raises(MixfuseError, match="is it another revision"):
+            await swapping
+    else:
+        await swapping
+    assert (prompts[0] in engine.asked) == (precision != "float32"), "float32 needs none of them"
+    assert plain in engine.asked
+
+
 async def test_requests_that_wait_for_one_adapter_share_one_load(made):
     engine = FakeEngine()
     swapper = await three(engine, made)
@@ -524,12 +580,14 @@ async def test_a_busy_adapter_is_not_unloaded_and_cannot_keep_the_others_out(mad
     async with asyncio.TaskGroup() as group:
         for role in "bc":
             group.create_task(use(role, until=end))
-        await asyncio.sleep(0.01)
+        await come_true(lambda: sorted(order) == ["b", "c"])
         group.create_task(use("a"))
-        await asyncio.sleep(0.01)
+        busy = [swapper.table.state(role).serving for role in "bc"]
+        await come_true(lambda: not all(revision_.loaded for revision_ in busy))  # one of them has to go
         for role in "bbcc":  # new ones of the busy: those of the one that has to go come after
             group.create_task(use(role))
-        await asyncio.sleep(0.01)
+        # The other two are served beside a busy one; these wait, as "a" does, until that one is out.
+        await come_true(lambda: len(order) == 4 and max(revision_.in_flight for revision_ in busy) == 3)
         assert "a" not in order
         end.set()
     assert order.index("a") < len(order) - 1
@@ -889,8 +947,7 @@ async def test_a_commit_whose_caller_is_cancelled_completes(made, stores):
         swapping.cancel()
         with pytest.raises(asyncio.CancelledError):
             await swapping
-    await asyncio.sleep(0.01)
-    assert engine.loaded == {f"domain@{revision(made(2))}"}, "the old one was unloaded once it was drained"
+    await come_true(lambda: engine.loaded == {f"domain@{revision(made(2))}"})  # the old one drains and is unloaded
 
 
 async def test_refusals_and_pins_are_in_the_history_and_pins_last(made, stores):

@@ -43,7 +43,7 @@ from mixfuse.serve.supervisor import OwnEngine, Replica, Wanted
 from mixfuse.serve.vllm_api import VllmApi
 
 PROGRAM = [sys.executable, str(Path(__file__).parent / "stand_in.py")]
-SOON = Restart(first_delay_s=0.01, check_s=0.05, hung_after_s=1, wait_s=20)
+SOON = Restart(first_delay_s=0.01, check_s=0.05, hung_after_s=5, wait_s=120)
 
 
 def adapter(folder: Path, name: str, *, value: float = 0) -> Path:
@@ -88,7 +88,7 @@ def server_pid(group: EngineGroup) -> int:
 
 
 async def eventually(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(120):
         while not condition():  # noqa: ASYNC110 - other processes set no events
             await asyncio.sleep(0.01)
 
@@ -333,7 +333,7 @@ async def test_failures_are_counted_however_far_apart_they_are(monkeypatch: pyte
 
 async def test_the_load_of_a_large_adapter_is_no_hang(group: EngineGroup):
     first, large = server_pid(group), adapter(group.config.base, "large")
-    (large / "seconds").write_text(str(4 * SOON.hung_after_s))
+    (large / "seconds").write_text(str(1.5 * SOON.hung_after_s))
     await group.load_adapter("large", large)
     await group.probe("large")
     assert group.running
@@ -549,9 +549,8 @@ async def test_an_engine_without_an_adapter_that_cannot_be_given_back_serves_the
         adapter(external.base, "a", value=1)
         others[0].adapters.clear()
         await eventually(lambda: "a" in group.replicas[0].lost)
-        await asyncio.sleep(3 * SOON.check_s)
+        await eventually(lambda: set(others[0].adapters) == {"b"})
         assert group.replicas[0].ready
-        assert set(others[0].adapters) == {"b"}
         for _ in range(3):
             async with group.at("a") as address:
                 assert address.url == external.external[1]

@@ -91,10 +91,17 @@ async def test_the_engines_metrics_are_the_gateways(group: EngineGroup, tiny, co
     def value(metric: str, **labels: str) -> float | None:
         return registry.get_sample_value(f"mixfuse_engine_{metric}", {"engine": "0", **labels})
 
-    writing = asyncio.create_task(api._post("completions", asked))
-    while value("adapter_active", role="judge", revision=name) != 1:
-        assert not writing.done(), "vLLM does not say that the adapter is in use"
-        await asyncio.sleep(0.2)
+    seen = asyncio.Event()
+
+    async def write_until_seen() -> None:
+        while not seen.is_set():
+            await api._post("completions", asked)  # it may end between two looks at the metrics
+
+    writing = asyncio.create_task(write_until_seen())
+    async with asyncio.timeout(300):
+        while value("adapter_active", role="judge", revision=name) != 1:  # noqa: ASYNC110 - vLLM sets no events
+            await asyncio.sleep(0.01)
+    seen.set()
     assert value("requests_running", core="0") == 1
     assert 0 < value("kv_cache_usage", core="0") < 1
     assert value("ready") == 1

@@ -149,6 +149,9 @@ def test_only_what_has_no_feedback_and_pages(
     page.keyboard.press("s")
     expect(questions).to_have_text(["question 2", "question 1"])
     assert "words=question" in page.url
+    page.goto(f"{gateway.url}/ui/traces?words=question+4")
+    page.get_by_role("link", name="Mark these in the sheet").click()
+    expect(questions).to_have_text(["question 4"])
     page.goto(f"{gateway.url}/ui/sheet?words=nothing+like+it")
     expect(page.get_by_text("There are no traces with answers like these.")).to_be_visible()
 

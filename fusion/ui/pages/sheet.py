@@ -19,7 +19,7 @@ from mixfuse.fusion.ui.votes import person
 
 _ROWS = 20
 # The first view is to be small: so many characters of answers on a page, shared by its cells.
-_MOST_CHARS, _FEWEST, _MOST_IN_CELL = 40_000, 200, 2000
+_MOST_CHARS, _FEWEST, _MOST_IN_CELL = 20_000, 200, 2000
 _FIELD = re.compile(r"(trace|shown|mark)-(\d{1,3})(?:-(\d{1,4}))?")
 
 
