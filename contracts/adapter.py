@@ -654,20 +654,32 @@ def _check_shapes(directory: Path, manifest: Manifest) -> None:
         raise _bad(directory, f"{WEIGHTS} holds {experts} expert tensors, the manifest says otherwise")
 
 
-def check_targets(directory: Path) -> None:
-    """Checks that PEFT applies every factor of a verified adapter directory; vLLM does not ask the config.
+def check_applied(directory: Path) -> None:
+    """Checks that PEFT and vLLM apply every factor of a verified adapter directory.
+
+    PEFT leaves out what the config's targets do not name. vLLM takes a layer's experts all together or not at all.
 
     Raises:
-        MixfuseError: The config's targets leave one out (`kind` "adapter").
+        MixfuseError: One of them would leave out a factor (`kind` "adapter").
     """
     config = read_object(directory / CONFIG, most=peft_config.MOST_CONFIG_BYTES, follow=False)
     try:
         targets = peft_config.Targets(config)
     except ValueError as error:
         raise _bad(directory, f"its {error} cannot be matched in linear time; export it again") from None
+    family = family_named(read_manifest(directory).model_type)
+    layers: dict[str, set[str]] = {}
     for name in safetensors_header(_existing(directory / WEIGHTS)):
-        if not targets.module(name.partition(".lora_")[0].removeprefix("base_model.model.")):
+        module = name.partition(".lora_")[0]
+        if not targets.module(module.removeprefix("base_model.model.")):
             raise _bad(directory, f"its targets leave out {name}, so PEFT would not apply it; export it again")
+        if match := family.expert_factor.match(name):
+            layers.setdefault(match["layer"], set()).add(module)
+    most = max(map(len, layers.values()), default=0)
+    for layer, modules in layers.items():
+        if len(modules) < most or most % len(family.expert_projections):
+            what = f"{layer} has factors of some experts or projections only, and vLLM takes all or none"
+            raise _bad(directory, f"{what}; export it again")
 
 
 def _existing(path: Path) -> Path:

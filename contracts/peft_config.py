@@ -15,7 +15,11 @@ from mixfuse.contracts.linear_patterns import Pattern
 MOST_CONFIG_BYTES = 4 << 20
 MAX_SCALE = 1024.0
 """Largest alpha/r, or alpha/√r with rsLoRA. Trainings use 0.5 to 64; beyond this, alpha is damaged."""
-_MOST_PATTERNS = 20_000
+_MOST_NAMES = 20_000
+MOST_PATTERNS = 256
+"""Most names of `rank_pattern` and `alpha_pattern` that are regular expressions; each is compiled."""
+_MOST_PATTERN_CHARACTERS = 8192  # unsloth's have 600; of megabytes, RE2 fills the screen with its own complaints
+_PLAIN_NAME = re.compile(r"\w+(\.\w+)*")
 MOST_RANK = 512  # vLLM 0.32, `MaxLoRARanks`
 
 PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica", "lora_ga")
@@ -171,7 +175,7 @@ class Targets:
             self._layers = set()  # PEFT refuses both together
         pattern = config.get("layers_pattern") or []
         names = [pattern] if isinstance(pattern, str) else pattern
-        if not all(re.fullmatch(r"\w+(\.\w+)*", name) for name in names):
+        if len(names) > MOST_PATTERNS or not all(map(is_plain_name, names)):
             raise ValueError("layers_pattern")
         self._layer = re.compile(rf"(?:^|.*?\.)(?:{'|'.join(map(re.escape, names)) or '[^.]*'})\.(?P<layer>\d+)\.")
 
@@ -199,11 +203,18 @@ def _matcher(config: Mapping[str, Any], key: str, *, every: str | None = None) -
         if names == every:
             return lambda name: True
         try:
+            if len(names) > _MOST_PATTERN_CHARACTERS:
+                raise ValueError
             return Pattern(rf"^(?:{names})$").found_in
         except ValueError:
             raise ValueError(key) from None
     whole = frozenset(names)
     return lambda name: any(end in whole for end in endings(name))
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a name of a pattern is a module's own, with no sign of a regular expression but its dots."""
+    return _PLAIN_NAME.fullmatch(name) is not None
 
 
 def endings(name: str) -> Iterable[str]:
@@ -225,14 +236,21 @@ def _scale(config: Mapping[str, Any], rank: int) -> Iterator[Refusal]:
         pattern = config.get(key) or {}
         if not isinstance(pattern, dict):
             continue  # `_types` refuses it
-        if len(pattern) > _MOST_PATTERNS:
-            yield Refusal(f"its {key} names more than {_MOST_PATTERNS} modules", vllm=True, peft=True)
+        if len(pattern) > _MOST_NAMES:
+            yield Refusal(f"its {key} names more than {_MOST_NAMES} modules", vllm=True, peft=True)
+            continue
+        if sum(not is_plain_name(name) for name in pattern) > MOST_PATTERNS:
+            what = f"its {key} holds more than {MOST_PATTERNS} patterns that are no plain names"
+            yield Refusal(what, vllm=True, peft=True)
             continue
         for name, value in pattern.items():
             where = f"{key} {_shown(name)}"
             try:
-                re.compile(name)
-                re.compile(rf"(.*\.)?({name})$")  # as peft 0.21 does in `get_pattern_key`
+                if len(name) > _MOST_PATTERN_CHARACTERS:
+                    raise OverflowError
+                if not is_plain_name(name):
+                    re.compile(name)
+                    re.compile(rf"(.*\.)?({name})$")  # as peft 0.21 does in `get_pattern_key`
             except (re.error, RecursionError, OverflowError):
                 yield Refusal(f"{where} is no pattern", vllm=False, peft=False)
                 break

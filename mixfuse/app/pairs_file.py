@@ -22,6 +22,7 @@ from mixfuse.contracts.files import disk_errors, iter_objects, parse_json, readi
 from mixfuse.contracts.judge_protocol import Message
 
 _MOST_BYTES = 256 << 20
+_MOST_VOTED_BYTES = 1 << 30
 _WINNERS = {"first": "model_a", "second": "model_b", "tie": "tie", "bad": "tie (bothbad)"}
 _VOTES = {winner: vote for vote, winner in _WINNERS.items()}
 
@@ -80,7 +81,10 @@ class PairsFile:
             MixfuseError: A line of the file of votes is malformed.
         """
         with self._lock:
-            if not self.votes_path.exists():
+            size = self.votes_path.stat().st_size if self.votes_path.exists() else 0
+            if size < self._place:  # it was moved away: the votes begin anew
+                self._place, self._lines, self._votes = 0, 0, {}
+            if not size:
                 return self._copy()
             with reading(self.votes_path), self.votes_path.open("rb") as stream:
                 stream.seek(self._place)
@@ -115,6 +119,8 @@ class PairsFile:
     def add(self, pair: Pair, vote: str, user: str, comment: str) -> None:
         """Appends a vote to the file of votes, and waits until it is on the disk.
 
+        The same vote of the same person again, as from a key that was hit twice, adds nothing unless it has a comment.
+
         Args:
             pair: What it is about.
             vote: One of `mixfuse.fusion.ui.votes.VOTES`.
@@ -122,8 +128,10 @@ class PairsFile:
             comment: What they say to it; may be empty.
 
         Raises:
-            MixfuseError: The file cannot be written (`disk`).
+            MixfuseError: The file cannot be written, or has become too large (`disk`).
         """
+        if not comment and self.votes().get(user, {}).get(pair.id) == vote:
+            return
         row: dict[str, Any] = {
             "pair_id": pair.id,
             "prompt": list(pair.messages),
@@ -137,6 +145,9 @@ class PairsFile:
         line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
         with disk_errors(self.votes_path), self.votes_path.open("ab+") as stream:
             fcntl.flock(stream, fcntl.LOCK_EX)
+            if stream.seek(0, os.SEEK_END) + len(line) > _MOST_VOTED_BYTES:
+                message = f"{self.votes_path}: more than {_MOST_VOTED_BYTES >> 30} GiB of votes; move it away"
+                raise MixfuseError(message, kind="disk")
             if stream.seek(0, os.SEEK_END):
                 stream.seek(-1, os.SEEK_END)
                 line = line if stream.read() == b"\n" else b"\n" + line  # after a write that was cut off

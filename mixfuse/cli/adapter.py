@@ -183,7 +183,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> None:
-    from mixfuse.contracts.adapter import check_targets, fingerprint, read_manifest, verify
+    from mixfuse.contracts.adapter import check_applied, fingerprint, read_manifest, verify
     from mixfuse.contracts.adapter_weights import check_directory
 
     manifest = read_manifest(arguments.dir)
@@ -198,7 +198,7 @@ def _verify(arguments: argparse.Namespace) -> None:
     if on_engine or (base / "config.json").is_file():
         known = fingerprint(base, exact=arguments.full_hash)
     manifest = verify(arguments.dir, base=known, trusted=arguments.public_key)
-    check_targets(arguments.dir)
+    check_applied(arguments.dir)
     check_directory(arguments.dir, base=base if known else None)
     if arguments.full_hash and (known is None or manifest.base.tensors is None):
         raise MixfuseError(

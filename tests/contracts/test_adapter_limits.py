@@ -33,16 +33,16 @@ def tensors(fill: float = 0.05) -> dict[str, Any]:
     }
 
 
-def write(folder: Path, weights: dict[str, Any], **config: Any) -> Path:
+def write(folder: Path, weights: dict[str, Any], *, experts_trained: bool = False, **config: Any) -> Path:
     """An adapter directory of rank 2, its hashes right."""
     folder.mkdir()
     save_file(weights, folder / WEIGHTS)
     keys = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
     (folder / CONFIG).write_text(json.dumps(keys | config))
-    return hashed(folder)
+    return hashed(folder, experts_trained=experts_trained)
 
 
-def hashed(folder: Path) -> Path:
+def hashed(folder: Path, *, experts_trained: bool = False) -> Path:
     (folder / MANIFEST).unlink(missing_ok=True)
     files = adapter.file_hashes(folder)
     manifest = Manifest(
@@ -51,7 +51,7 @@ def hashed(folder: Path) -> Path:
         base=adapter.Fingerprint(config="0", tokenizer="0", chat_template="0", weights="0"),
         base_path="base",
         rank=2,
-        experts_trained=False,
+        experts_trained=experts_trained,
         files=files,
     )
     (folder / MANIFEST).write_text(manifest.model_dump_json())
@@ -321,7 +321,7 @@ def test_weights_are_held_to_the_engines_own_number_format(base: Path, tmp_path:
 def test_a_config_that_names_what_the_file_holds_passes(config: dict[str, Any], tmp_path: Path) -> None:
     folder = write(tmp_path / "adapter", tensors(), **config)
     adapter.verify(folder)
-    adapter.check_targets(folder)
+    adapter.check_applied(folder)
 
 
 @pytest.mark.parametrize(
@@ -341,9 +341,55 @@ def test_targets_that_leave_out_what_the_file_holds_are_refused(
     folder = write(tmp_path / "adapter", tensors(), **config)
     adapter.verify(folder)
     with pytest.raises(MixfuseError, match=message):
-        adapter.check_targets(folder)
+        adapter.check_applied(folder)
     assert main(["adapter", "verify", str(folder)]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_layer_with_some_of_its_experts_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    experts = "base_model.model.model.layers.{}.block_sparse_moe.experts.{}.{}.lora_{}.weight"
+    weights = {
+        experts.format(layer, expert, name, side): numpy.full((2, 8) if side == "A" else (8, 2), 0.05, numpy.float32)
+        for layer in (0, 1)
+        for expert in (0, 1)
+        for name in ("w1", "w2", "w3")
+        for side in "AB"
+    }
+    targets = {"target_modules": ["w1", "w2", "w3"]}
+    assert main(["adapter", "verify", str(write(tmp_path / "whole", weights, experts_trained=True, **targets))]) == 0
+    half = {name: value for name, value in weights.items() if "layers.1.block_sparse_moe.experts.1.w2" not in name}
+    folder = write(tmp_path / "half", half, experts_trained=True, **targets)
+    assert main(["adapter", "verify", str(folder)]) == 2
+    assert "layers.1 has factors of some experts or projections only" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ({"a|" * 1_900_000: 2}, "is no pattern"),
+        ({f".*q{number}.?": 2 for number in range(257)}, "holds more than 256 patterns that are no plain names"),
+    ],
+)
+@pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
+def test_patterns_beyond_a_limit_are_never_compiled(key: str, pattern: dict[str, int], message: str) -> None:
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], key: pattern}
+    (found,) = peft_config.refusals(config)
+    assert message in found.what
+    assert len(found.what) < 300
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"target_modules": "a|" * 1_900_000},
+        {"target_modules": ["q_proj"], "exclude_modules": "((x{100}){100}){100}"},
+        {"target_modules": ["q_proj"], "layers_pattern": [f"n{number}" for number in range(1000)]},
+    ],
+)
+def test_targets_beyond_a_limit_are_never_matched(keys: dict[str, Any], capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match=list(keys)[-1]):
+        peft_config.Targets(keys)
+    assert not capfd.readouterr().err
 
 
 def test_modules_are_targeted_as_peft_targets_them() -> None:

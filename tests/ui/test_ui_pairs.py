@@ -141,7 +141,7 @@ def test_it_is_a_plain_form_without_javascript(tmp_path: Path, tab: Callable[...
         expect(page.get_by_text("you have voted on 1 of 1")).to_be_visible()
 
 
-def test_only_who_has_a_key_votes(tmp_path: Path) -> None:
+def test_only_who_has_a_key_votes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write(tmp_path / "pairs.jsonl", pair(0))
     with opened(tmp_path / "traces.sqlite3") as database:
         secret = keys.create(database, "ann")[1]
@@ -163,7 +163,16 @@ def test_only_who_has_a_key_votes(tmp_path: Path) -> None:
             refused = client.post("/ui/pairs/vote", data=sent)
             assert refused.status_code == 400
             assert said in refused.text
+        with monkeypatch.context() as full:
+            full.setattr("mixfuse.app.pairs_file._MOST_VOTED_BYTES", 10)
+            refused = client.post("/ui/pairs/vote", data={**fields, "choice": "tie"})
+            assert refused.status_code == 503
+            assert "of votes; move it away" in refused.text
         assert client.post("/ui/pairs/vote", data={**fields, "choice": "tie"}).status_code == 303
+        (tmp_path / "pairs.votes.jsonl").write_text("{broken\n" * 100)
+        refused = client.get("/ui/pairs?name=Bob")
+        assert refused.status_code == 409
+        assert "malformed JSON" in refused.text
         write(file, {"prompt": "only a question"})
         refused = client.get("/ui/pairs?name=Ann")
         assert refused.status_code == 409
@@ -214,6 +223,21 @@ def test_two_processes_see_each_others_votes(tmp_path: Path) -> None:
     write(path, pair(2))
     (tmp_path / "pairs.votes.jsonl").unlink()
     assert [found.messages[0]["content"] for found in pairs_at(path).pairs.values()] == ["question 2"]
+
+
+def test_a_vote_that_comes_twice_is_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = PairsFile(write(tmp_path / "pairs.jsonl", pair(0)))
+    (one,) = file.pairs.values()
+    for vote_again, comment in (("tie", ""), ("tie", ""), ("tie", "sure"), ("first", "")):
+        file.add(one, vote_again, "Ann", comment)
+    assert len(file.votes_path.read_text().splitlines()) == 3
+    assert file.votes() == {"Ann": {one.id: "first"}}
+    file.votes_path.rename(tmp_path / "moved.jsonl")
+    assert file.votes() == {}
+    assert file.following("Ann", ()) == one
+    monkeypatch.setattr("mixfuse.app.pairs_file._MOST_VOTED_BYTES", 1000)
+    with pytest.raises(MixfuseError, match="of votes; move it away"):
+        file.add(one, "bad", "Ann", "w" * 1000)
 
 
 def test_where_the_votes_go(tmp_path: Path) -> None:

@@ -621,7 +621,7 @@ def _absent(config: dict[str, Any], names: list[str]) -> tuple[str, str] | None:
     here = {end for name in names for end in peft_config.endings(name)}
     for key in ("target_parameters", "target_modules"):
         listed = config.get(key)
-        for name in listed if isinstance(listed, list) else ():
+        for name in sorted(listed) if isinstance(listed, list) else ():
             if name not in here:
                 return key, name
     return None

@@ -20,10 +20,9 @@ from mixfuse.contracts.families import family_of
 from mixfuse.contracts.family import Family, Shape
 from mixfuse.contracts.files import read_json
 from mixfuse.contracts.linear_patterns import Pattern
-from mixfuse.contracts.peft_config import refusals
+from mixfuse.contracts.peft_config import is_plain_name, refusals
 
 Weights = dict[str, torch.Tensor]
-_MOST_PATTERNS = 256
 
 _ATTENTION = re.compile(r"^base_model\.model\.model\.layers\.\d+\.self_attn\.\w+\.lora_[AB]\.weight$")
 # PEFT nests two wrappers: `experts.base_layer` is the inner one (gate_up_proj), `experts` the outer one (down_proj).
@@ -206,7 +205,7 @@ class ByModule:
         source: The adapter's folder, for error messages.
 
     Raises:
-        MixfuseError: There are too many patterns, or one that does not match in linear time.
+        MixfuseError: A pattern does not match in linear time.
     """
 
     def __init__(self, config: dict[str, Any], pattern: str, key: str, source: Path) -> None:
@@ -214,14 +213,9 @@ class ByModule:
         self._names: dict[str, tuple[int, float]] = {}
         self._others: list[tuple[int, float, Pattern]] = []
         for place, (name, value) in enumerate((config.get(pattern) or {}).items()):
-            if re.fullmatch(r"\w+(\.\w+)*", name):
+            if is_plain_name(name):
                 self._names[name] = (place, float(value))
                 continue
-            if len(self._others) == _MOST_PATTERNS:
-                raise MixfuseError(
-                    f"{source}: its {pattern} holds more than {_MOST_PATTERNS} patterns that are no plain names",
-                    kind="adapter",
-                )
             try:
                 self._others.append((place, float(value), Pattern(rf"^(?:.*\.)?(?:{name})$")))
             except ValueError:

@@ -102,6 +102,9 @@ function help() {
 }
 for (const part of document.querySelectorAll("[data-help]")) part.hidden = false;
 
+let leaving = false;
+addEventListener("pageshow", () => { leaving = false; });
+
 // Keys: / searches, j and k go through a list, Enter opens (a link has it by itself), ? says so; a button or a link
 // with `data-press` has a key of its own.
 document.addEventListener("keydown", (event) => {
@@ -122,7 +125,8 @@ document.addEventListener("keydown", (event) => {
     return;
   } else {
     const pressed = [...document.querySelectorAll("[data-press]")].find((one) => one.dataset.press === event.key);
-    if (!pressed || event.repeat) return;
+    if (!pressed || event.repeat || leaving) return;
+    leaving = true; // a second key before the next page comes is one too many
     pressed.click();
   }
   event.preventDefault();

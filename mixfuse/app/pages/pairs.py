@@ -2,7 +2,8 @@
 
 import asyncio
 import secrets
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 from urllib.parse import urlencode
 
 from starlette.responses import Response
@@ -15,6 +16,8 @@ from mixfuse.fusion.ui.frame import Page, Visit
 from mixfuse.fusion.ui.votes import person, stand
 from mixfuse.fusion.ui.voting import choice_of, skipped_by, skipping
 
+Result = TypeVar("Result")
+
 
 async def show(visit: Visit) -> Response:
     """Shows the next pair, or asks who votes."""
@@ -22,8 +25,13 @@ async def show(visit: Visit) -> Response:
     if not given.get("name", "").strip():
         return await visit.page("pairs.html.jinja", file=file, name="", asked=None, done=0)
     name, skipped = person(given["name"]), skipped_by(visit)
-    asked = await asyncio.to_thread(file.following, name, skipped)
-    shown: dict[str, Any] = {"file": file, "name": name, "asked": asked, "done": len(file.votes().get(name, {}))}
+    asked = await _worked(file.following, name, skipped)
+    shown: dict[str, Any] = {
+        "file": file,
+        "name": name,
+        "asked": asked,
+        "done": len((await _worked(file.votes)).get(name, {})),
+    }
     if asked is None:
         return await visit.page("pairs.html.jinja", **shown, skipped=bool(skipped))
     swapped = bool(secrets.randbits(1))
@@ -44,7 +52,7 @@ async def vote(visit: Visit) -> Response:
     file, form = await _file(visit), await visit.form()
     pair, swapped, name, where = _ticket(visit, file, form.get("ticket", ""))
     said, comment = choice_of(form, swapped=swapped), form.get("comment", "").strip()
-    await asyncio.to_thread(file.add, pair, said, name, comment)
+    await _worked(file.add, pair, said, name, comment)
     return visit.to(f"/pairs?{where}")
 
 
@@ -52,7 +60,7 @@ async def agreement(visit: Visit) -> Response:
     """Shows how far people agree with each other and with the file."""
     file = await _file(visit)
     labels = {(pair.id, 0, 1): pair.label for pair in file.pairs.values() if pair.label is not None}
-    by_user = await asyncio.to_thread(file.votes)
+    by_user = await _worked(file.votes)
     votes = {user: {(pair, 0, 1): said for pair, said in known.items()} for user, known in by_user.items()}
     return await visit.page("arena_agreement.html.jinja", standing=stand(votes, labels), of_file=True)
 
@@ -61,14 +69,24 @@ async def _file(visit: Visit) -> PairsFile:
     """Returns the file, for those who may see traces of their own.
 
     Raises:
-        RequestError: The file cannot be read, or holds no pairs: whoever set it must mend it.
+        RequestError: The file cannot be read, or holds no pairs.
     """
     visit.owner()
     assert visit.inside.config.ui_pairs is not None  # noqa: S101 - else there is no page
+    return await _worked(pairs_at, visit.inside.config.ui_pairs)
+
+
+async def _worked(work: Callable[..., Result], *arguments: Any) -> Result:
+    """Runs in a thread what reads or writes the files.
+
+    Raises:
+        RequestError: A file is malformed (409), or the disk refuses it (503): whoever set it must mend it.
+    """
     try:
-        return await asyncio.to_thread(pairs_at, visit.inside.config.ui_pairs)
+        return await asyncio.to_thread(work, *arguments)
     except MixfuseError as error:
-        raise RequestError(f"no pairs can be shown: {error}", code="pairs_file", status=409) from error
+        status = 503 if error.kind == "disk" else 409
+        raise RequestError(f"the file of pairs does not work: {error}", code="pairs_file", status=status) from error
 
 
 def _ticket(visit: Visit, file: PairsFile, sealed: str) -> tuple[Pair, bool, str, str]:
