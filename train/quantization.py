@@ -10,6 +10,8 @@ QUANTIZED_BITS: dict[Quantization, int] = {"int8": 8, "nf4": 4}
 """Bits of a weight, without its share of a scale."""
 QUANTIZATION_BLOCK = 64
 """Weights, side by side in a row, that have one scale."""
+CHANGING_KEYS = ("zero_quantized_weights", "stage3_use_all_reduce_for_fetch_params")
+"""DeepSpeed's keys of `zero_optimization` that make a gather more than a copy of bytes, and so would change codes."""
 
 WEIGHTS_AT_ONCE = 1 << 24
 """Weights that are unpacked in one go, so that what this takes beside the result is small."""

@@ -298,6 +298,47 @@ def test_the_advice_is_planned_and_fits(tmp_path: Path) -> None:
     assert training_plan.plan(changed, LARGE, zero3, hardware).gpu_total == advice[0].gpu_bytes
 
 
+def test_a_quantised_base_is_advised_where_the_recipe_fits_with_it_alone(tmp_path: Path) -> None:
+    recipe = recipe_for(tmp_path, gradient_checkpointing=True, optimizer={"micro_batch": 1})
+    zero3 = json.loads(ZERO3.read_text())
+    hardware = training_plan.Hardware(nodes=1, gpus=4, gpu_bytes=80 * GIB, reserve_bytes=4 * GIB)
+    before = training_plan.plan(recipe, LARGE, zero3, hardware)
+    assert not before.fits
+    advice = training_plan.advise(recipe, LARGE, zero3, hardware)
+    offered = [change for change in advice if change.change.startswith("quantization=")]
+    assert [change.change for change in offered] == ["quantization=int8"]  # nf4 would be fewer bits than it takes
+    after = training_plan.plan(recipe.model_copy(update={"quantization": "int8"}), LARGE, zero3, hardware)
+    assert after.fits
+    assert offered[0].gpu_bytes == after.gpu_total
+    less = training_plan.gib(before.gpu_total - after.gpu_total)
+    report = training_plan.to_text(before, advice, None, {})
+    assert re.search(rf"fits with quantization=int8: .* \({less} less a GPU\)", report)
+
+
+def test_four_bits_are_advised_where_eight_do_not_fit(tmp_path: Path) -> None:
+    recipe = recipe_for(tmp_path, gradient_checkpointing=True, optimizer={"micro_batch": 1}, quantization="int8")
+    zero3 = json.loads(ZERO3.read_text())
+    hardware = training_plan.Hardware(nodes=1, gpus=2, gpu_bytes=80 * GIB, reserve_bytes=4 * GIB)
+    assert not training_plan.plan(recipe, LARGE, zero3, hardware).fits
+    changes = [change.change for change in training_plan.advise(recipe, LARGE, zero3, hardware)]
+    assert "quantization=nf4" in changes
+    assert "quantization=int8" not in changes
+
+
+@pytest.mark.parametrize("odd", ["zero_quantized_weights", "hidden_size"])
+def test_a_quantised_base_is_not_advised_where_training_would_refuse_it(tmp_path: Path, odd: str) -> None:
+    recipe = recipe_for(tmp_path, gradient_checkpointing=True, optimizer={"micro_batch": 1})
+    zero3, config = json.loads(ZERO3.read_text()), dict(LARGE)
+    if odd == "hidden_size":
+        config["hidden_size"] += 48  # no multiple of a scale's 64 weights
+    else:
+        zero3["zero_optimization"][odd] = True
+    hardware = training_plan.Hardware(nodes=1, gpus=4, gpu_bytes=80 * GIB, reserve_bytes=4 * GIB)
+    assert not training_plan.plan(recipe, config, zero3, hardware).fits
+    advice = training_plan.advise(recipe, config, zero3, hardware)
+    assert not any("quantization" in change.change for change in advice)
+
+
 def test_a_batch_that_does_not_divide_is_said(tmp_path: Path) -> None:
     plan = planned(recipe_for(tmp_path, optimizer={"batch_size": 12}))
     assert any("batch_size 12 is no multiple" in problem for problem in plan.problems)

@@ -20,10 +20,11 @@ from mixfuse.contracts.files import read_json
 from mixfuse.train.planning import memory
 from mixfuse.train.planning.memory import FP32, Batch, MicroStep, Moment
 from mixfuse.train.planning.zero3_gathers import Gathered, Parameter, Thresholds, replay
-from mixfuse.train.quantization import Experts
+from mixfuse.train.quantization import CHANGING_KEYS, QUANTIZATION_BLOCK, QUANTIZED_BITS, Experts
 from mixfuse.train.recipe import JudgeRecipe, Lora, TrainRecipe, lora_parameters
 
 _HOPELESS = 16
+_QUANTIZED = "quantization="
 PAIR = 2  # DPO on rationales runs chosen and rejected in one batch
 RESERVE = 4 << 30
 """Bytes of each GPU that stay free for what no formula covers, unless `mixfuse plan --reserve` says otherwise."""
@@ -580,20 +581,26 @@ def advise(
     now = plan(recipe, config, zero3, hardware)
     if now.base_bytes > _HOPELESS * hardware.world * hardware.gpu_bytes:
         return []
-    singles = list(_variants(start))
+    singles = list(_variants(start, shape_of(config)))
     tried: list[Change] = []
 
     def fits(*names: str) -> bool:
         setting = start
         for name in names:
             # An earlier change can make this one unnecessary; it is then not among the variants.
-            setting = next((after for offered, after in _variants(setting) if offered == name), setting)
+            setting = next(
+                (after for offered, after in _variants(setting, shape_of(config)) if offered == name), setting
+            )
         planned = plan(setting.recipe, config, setting.zero3, setting.hardware)
         tried.append(Change(" and ".join(names), planned.gpu_total, planned.host_total, planned.fits))
         return planned.fits
 
     helpful = []
     for name, _ in singles:
+        if name.startswith(_QUANTIZED) and any(
+            change.fits and change.change.startswith(_QUANTIZED) for change in tried
+        ):
+            continue  # fewer bits than are needed
         if not fits(name) and (tried[-1].gpu_bytes < now.gpu_total or tried[-1].host_bytes < now.host_total):
             helpful.append(name)
     # The cheapest pairs first. More than 20 would take longer than the rest of the plan.
@@ -609,8 +616,8 @@ def advise(
     return fitting or sorted(tried, key=lambda change: change.gpu_bytes)[:1]
 
 
-def _variants(start: _Setting) -> Iterator[tuple[str, _Setting]]:
-    """Yields every single change, cheapest first: those that cost time, then hardware, then quality."""
+def _variants(start: _Setting, shape: Shape) -> Iterator[tuple[str, _Setting]]:
+    """Yields every single change, cheapest first: those that cost time, then fewer bits, hardware, and quality."""
     recipe, zero3, hardware = start
     zero = zero3.get("zero_optimization", {})
 
@@ -643,6 +650,11 @@ def _variants(start: _Setting) -> Iterator[tuple[str, _Setting]]:
         yield "in deepspeed: offload_optimizer to cpu", with_zero(offload_optimizer={"device": "cpu"})
     if not zero.get("offload_param"):
         yield "in deepspeed: offload_param to cpu", with_zero(offload_param={"device": "cpu"})
+    # Not where `train/stages/checks.py: check_quantization` would refuse it.
+    if not (shape.H % QUANTIZATION_BLOCK or shape.I % QUANTIZATION_BLOCK or any(map(zero.get, CHANGING_KEYS))):
+        bits = QUANTIZED_BITS[recipe.quantization] if recipe.quantization else 16
+        for name in (name for name, fewer in QUANTIZED_BITS.items() if fewer < bits):
+            yield f"{_QUANTIZED}{name}", with_recipe(quantization=name)
     for factor in (2, 4):
         nodes = hardware.nodes * factor
         yield f"--nodes {nodes}", start._replace(hardware=hardware._replace(nodes=nodes))
@@ -803,7 +815,11 @@ def to_text(planned: Plan, advice: Sequence[Change], estimate: Speed | None, ass
     lines += ["", "fits" if planned.fits else "does NOT fit: " + "; ".join(planned.problems)]
     lines += [
         f"  {'fits' if change.fits else 'still too much'} with {change.change}: {gib(change.gpu_bytes)} a {unit}, "
-        f"{gib(change.host_bytes)} a host"
+        f"{gib(change.host_bytes)} a host" + _less(planned.gpu_total - change.gpu_bytes, unit)
         for change in advice
     ]
     return "\n".join(lines)
+
+
+def _less(saved: int, unit: str) -> str:
+    return f" ({gib(saved)} less a {unit})" if saved > 0 else ""

@@ -12,12 +12,9 @@ from mixfuse.contracts.paths import check_output, keep_apart
 from mixfuse.train.data.prepared import cache_folder
 from mixfuse.train.planning.training_plan import Zero3
 from mixfuse.train.processes import worker
-from mixfuse.train.quantization import QUANTIZATION_BLOCK
+from mixfuse.train.quantization import CHANGING_KEYS, QUANTIZATION_BLOCK
 from mixfuse.train.recipe import TrainRecipe
 from mixfuse.train.stages.trackers import check_trackers
-
-_CHANGING = ("zero_quantized_weights", "stage3_use_all_reduce_for_fetch_params")
-"""DeepSpeed's keys that make a gather more than a copy of bytes."""
 
 
 def check_recipe(recipe: TrainRecipe) -> None:
@@ -65,7 +62,7 @@ def check_quantization(recipe: TrainRecipe, shape: Shape, zero3: Mapping[str, An
             f"quantization: {recipe.quantization} has a scale for each {QUANTIZATION_BLOCK} weights of a row, and the "
             f"base's experts are {shape.H} and {shape.I} wide, no multiples of it; leave quantization out"
         )
-    if key := next((key for key in _CHANGING if zero3["zero_optimization"].get(key)), None):
+    if key := next((key for key in CHANGING_KEYS if zero3["zero_optimization"].get(key)), None):
         raise MixfuseError(
             f"quantization: with {key} in {recipe.deepspeed}, DeepSpeed would change the experts' codes on their way; "
             "set it to false, or leave quantization out; gathers are small with it already"
