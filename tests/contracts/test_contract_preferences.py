@@ -400,7 +400,7 @@ def test_an_arena_battle_of_several_turns_is_judged_where_they_parted() -> None:
         ({"prompt": "p", "response": "x", "helpfulness": 9}, "helpfulness must be from 0 to 4"),
         ({"prompt": "p", "scores": [True], "sampled_conflict_pairs": [[0, 5]]}, "names the answers 0 and 5 of 1"),
         ({"prompt": "p", "answers": [{"answer": "x", "rank": "best"}]}, "rank must be a number"),
-        ({"prompt": "p", "answers": [{"answer": "x"}, {"answer": "y", "rank": 1}]}, "needs 'answer' (a text), and 'rank'"),
+        ({"prompt": "p", "answers": [{"answer": "x"}, {"answer": "y", "rank": 1}]}, "and 'rank' or 'score'"),
         ({"prompt": "p", "chosen": "x", "rejected": ["y", "z"]}, "found a list of texts; write a row for each"),
         ({"prompt": "p", "chosen": "x", "rejected": "y", "weight": 0.3}, "'weight' is not read"),
         ({"prompt": "p", "chosen": "x", "rejected": "y", "label_smoothing": 0.1}, "'label_smoothing' is not read"),
