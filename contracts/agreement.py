@@ -41,8 +41,9 @@ _TIMES_BASE = 2.0
 # The share of the effect, and of its size, that an engine shows of an adapter that it applies as it is.
 _LEAST_SHARE, _MOST_SHARE = 0.7, 1.4
 # The rest that a right adapter may show: where the base is not off, and for each nat that it is systematically off by.
-# A format rounds the weights, and an adapter on other weights has another effect.
-_LEAST_REST, _REST_PER_NAT = 0.1, 1.0
+# A format rounds the weights, and an adapter on other weights has another effect; a router that rounding tips sends a
+# token to another expert, whatever it stands behind.
+_LEAST_REST, _REST_PER_NAT = 0.15, 1.0
 _FEWEST = 4  # beginnings of a text, or texts, whose spread says anything
 _PRIOR = 4  # beginnings that the usual spread counts for, beside that of a token
 _BLOCKS = 12  # of tokens, whose shares show how sure the share is

@@ -12,6 +12,7 @@
 
 import hashlib
 import json
+import os
 import re
 import signal
 import subprocess
@@ -115,6 +116,8 @@ def chosen(found: str | Mapping[str, str] | None, base: Path, wanted: str | None
                 f"a template of {base}, which has {shortened(', '.join(sorted(named)), 200) or 'none'}"
             ) from None
     if not named:
+        if os.path.lexists(file := base / "chat_template.jinja"):
+            read_file(file)  # whoever looked for it took no notice of a folder or a pipe
         raise MixfuseError(f"{base} has no chat template; training on chats needs one: name a file as chat_template")
     if "default" not in named:
         raise MixfuseError(f"{base} has no template named default; choose one: chat_template: {sorted(named)[0]}")
@@ -271,7 +274,7 @@ class _Folder:
             named |= {"default": listed} if isinstance(listed, str) else _texts(listed or {}, base)
         files = [*sorted((base / "additional_chat_templates").glob("*.jinja")), base / "chat_template.jinja"]
         for file in files:
-            if file.is_file():
+            if os.path.lexists(file):
                 name = "default" if file.parent == base else file.stem
                 named[name] = read_file(file)
         self.chat_template: Any = named

@@ -338,6 +338,20 @@ def test_a_template_that_is_no_file_or_too_large_is_refused(tmp_path: Path) -> N
         for_engine(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("make", "message"), [(Path.mkdir, r"chat_template\.jinja: cannot be read"), (os.mkfifo, "is no regular file")]
+)
+def test_a_bases_template_that_is_a_folder_or_a_pipe_is_named(
+    make: Any, message: str, tiny_base: Path, tmp_path: Path
+) -> None:
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    (base / "chat_template.jinja").unlink()
+    make(base / "chat_template.jinja")
+    for look in (load_tokenizer, for_engine):
+        with pytest.raises(MixfuseError, match=message):
+            look(base)
+
+
 def test_a_bases_template_that_is_no_utf_8_is_one_line_in_its_fingerprint(tiny_base: Path, tmp_path: Path) -> None:
     from mixfuse.contracts.adapter import fingerprint
 

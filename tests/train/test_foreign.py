@@ -340,6 +340,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a bias of B": (added("layers.0.self_attn.q_proj.lora_B.bias", 64), "it holds biases"),
     "trained tokens": (added("embed_tokens.trainable_tokens_delta", 2, 64), "it holds trained tokens"),
     "LoRA on embeddings": (added("embed_tokens.lora_embedding_A", 8, 64), "LoRA on embeddings"),
+    "a factor of a factor": (added("layers.0.mlp.gate.lora_.lora_A.weight", 8, 64), "a tensor that is no LoRA factor"),
     "a saved module": (added("layers.0.mlp.gate.modules_to_save.weight", 4, 64), "a module that was trained whole"),
     "a router": (added("layers.0.mlp.gate.weight", 4, 64), "a tensor that is no LoRA factor"),
     "a resized embedding": (added("embed_tokens.weight", 9, 64), "an embedding or output layer"),

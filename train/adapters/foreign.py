@@ -305,7 +305,7 @@ def _named(found: Foreign, stored: dict[str, torch.Tensor], base: Path | None) -
         mended.update({f"{part}." for part in name.split(".") if part in _WRAPPERS})
         plain = ".".join(parts)
         match = _FACTOR.match(plain)
-        if match is None:
+        if match is None or ".lora_" in match["module"]:
             if not _MEGATRON.search(name) and (kind := _other(found, plain, tensor, base)):
                 others.setdefault(kind, []).append(name)
             continue
