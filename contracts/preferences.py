@@ -67,6 +67,8 @@ _SCORES = (
     ("chosen-rating", "rejected-rating"), ("rating_chosen", "rating_rejected"),
 )  # fmt: skip
 _TOOLS = ("tools", "functions")  # what an answer may call, which a judge is not shown
+# What a row would count in training, which is not read; 1 is the same as nothing.
+_WEIGHTS = ("weight", "weights", "sample_weight", "loss_weight", "label_smoothing")
 _NOTHING: tuple[Any, ...] = (None, "", "[]", "null", [], {})  # an empty cell, also one of JSON text
 _PICTURES = ("images", "image", "videos", "video", "audios", "audio")  # columns beside a text that the text is about
 # Columns that say in words or numbers which answer won.
@@ -107,7 +109,7 @@ KEYS = frozenset(
     {
         *(key for keys in (*_ANSWERS, *_SIDES, *_MODELS, *_SCORES) for key in keys),
         *_SCORED, *(score for score, _, _ in _SCORED.values()), *(name for _, name in _ARENA_COLUMNS),
-        *_PROMPTS, *_TOOLS, *_PICTURES, *_WINNERS, *_ANNOTATORS, *_NUMBERED, *_SOURCES, *_IDS,
+        *_PROMPTS, *_TOOLS, *_WEIGHTS, *_PICTURES, *_WINNERS, *_ANNOTATORS, *_NUMBERED, *_SOURCES, *_IDS,
         "answers", "completion", "completions", "margin", "messages", "output", "protocol", "rejected_messages",
         "responses", "sampled_conflict_pairs", "score_1", "scores", "system", "system_prompt", "text", "turn", "votes",
     }
@@ -312,6 +314,8 @@ class _Reader:
         if shape is None:
             raise ValueError(what_it_is(row))
         self.found.shapes[shape] += 1
+        if weight := next((key for key in _WEIGHTS if row.get(key) not in (*_NOTHING, 1, "1")), None):
+            raise ValueError(f"{weight!r} is not read, and would change what is learned; remove it from the rows")
         if any(row.get(key) not in _NOTHING for key in _PICTURES):
             raise _LeftOut("conversations with images or other parts that are no text")
         if any(row.get(key) not in _NOTHING for key in _TOOLS):
@@ -406,15 +410,22 @@ class _Reader:
         return self._of_scores(row, scored)
 
     def ranked(self, row: _Row) -> list[Comparison]:
-        """Several answers in order, the best with the lowest rank, as Nectar has them."""
+        """Several answers in order, the best with the lowest rank or the highest score.
+
+        Nectar has ranks, H4's pairs of Stack Exchange scores.
+        """
         answers = [object_of(entry) for entry in row["answers"]]
         if not answers:
             raise _LeftOut("prompts without answers")
-        ranks = [_number(answer["rank"], "rank") for answer in answers]
-        scale = max(ranks, default=1.0) - min(ranks, default=0.0) or 1.0
+        text = next((key for key in ("answer", "text", "response") if all(key in one for one in answers)), None)
+        key = next((key for key in ("rank", "score", "pm_score") if all(key in one for one in answers)), None)
+        if text is None or key is None:
+            raise ValueError("each entry of 'answers' needs 'answer' (a text), and 'rank' or 'score'")
+        orders = [_number(answer[key], key) * (-1 if key == "rank" else 1) for answer in answers]
+        scale = max(orders) - min(orders) or 1.0
         scored = [
-            _Scored(text_of(answer["answer"]), (max(ranks) - rank) / scale, _name(answer.get("model")))
-            for answer, rank in zip(answers, ranks, strict=True)
+            _Scored(text_of(answer[text]), (order - min(orders)) / scale, _name(answer.get("model")))
+            for answer, order in zip(answers, orders, strict=True)
         ]
         return self._of_scores(row, scored)
 
@@ -756,6 +767,8 @@ def _messages(value: Any) -> list[Message]:
     """
     if not isinstance(value, list):
         raise TypeError(f"expected messages, found {type(value).__name__}")
+    if value and _is_texts(value):
+        raise TypeError("expected one text or messages, found a list of texts; write a row for each")
     messages: list[Message] = []
     for entry in map(object_of, value):
         if "role" not in entry and not ("from" in entry and "value" in entry):

@@ -108,6 +108,7 @@ BETTER = [
     },
     # several answers in order, or with scores
     {"prompt": "Name a sea.", "answers": [{"answer": "North", "rank": 1}, {"answer": "Berlin", "rank": 2}]},
+    {"question": "Name a sea.", "answers": [{"text": "Berlin", "pm_score": 0}, {"text": "North", "pm_score": 3}]},
     {
         "instruction": "Name a sea.",
         "completions": [{"response": "Berlin", "overall_score": 1}, {"response": "North", "overall_score": 10.0}],
@@ -399,6 +400,10 @@ def test_an_arena_battle_of_several_turns_is_judged_where_they_parted() -> None:
         ({"prompt": "p", "response": "x", "helpfulness": 9}, "helpfulness must be from 0 to 4"),
         ({"prompt": "p", "scores": [True], "sampled_conflict_pairs": [[0, 5]]}, "names the answers 0 and 5 of 1"),
         ({"prompt": "p", "answers": [{"answer": "x", "rank": "best"}]}, "rank must be a number"),
+        ({"prompt": "p", "answers": [{"answer": "x"}, {"answer": "y", "rank": 1}]}, "and 'rank' or 'score'"),
+        ({"prompt": "p", "chosen": "x", "rejected": ["y", "z"]}, "found a list of texts; write a row for each"),
+        ({"prompt": "p", "chosen": "x", "rejected": "y", "weight": 0.3}, "'weight' is not read"),
+        ({"prompt": "p", "chosen": "x", "rejected": "y", "label_smoothing": 0.1}, "'label_smoothing' is not read"),
         ({"prompt": "p", "completions": ["x"]}, "expected an object"),
         ({"prompt": "p", "chosen": ["x"], "rejected": ["y"], "subset": "Ties", "id": "9"}, "'ref:' or 'tied:'"),
     ],

@@ -428,6 +428,28 @@ async def test_a_quantised_engine_is_compared_with_what_it_said_when_it_was_veri
             await table(other, precision="bfloat16 awq").swap("domain", directory)
 
 
+async def test_an_adapter_of_another_chat_template_than_the_engines_is_refused_by_name(made, caplog):
+    engine = FakeEngine()
+    swapper = table(engine, chat_template="a" * 64)
+    mine = made(1, chat_template="b" * 64, recipe={"chat_template": "mine.jinja"})
+    with pytest.raises(
+        MixfuseError, match=r"trained with chat_template mine\.jinja, .* name that one as engine\.chat_t"
+    ):
+        await swapper.swap("domain", mine)
+    of_base = made(2, chat_template="c" * 64, recipe={"chat_template": None})
+    with pytest.raises(
+        MixfuseError, match=r"trained with the base's own chat template, .* leave engine\.chat_template out"
+    ):
+        await swapper.swap("domain", of_base)
+    assert not engine.loaded
+    await swapper.swap("domain", made(3, chat_template="a" * 64, recipe={"chat_template": "copy-of-it.jinja"}))
+    await swapper.swap("domain", made(4))  # of an earlier version, or from elsewhere: not known
+    assert "chat_template" not in caplog.text
+    # What an external engine writes is not known here: said, not refused.
+    await table(FakeEngine()).swap("domain", mine)
+    assert "trained with chat_template mine.jinja; whether the engine writes chats with it is not known" in caplog.text
+
+
 async def test_an_unfit_adapter_is_refused_before_it_is_loaded(made):
     engine = FakeEngine()
     swapper = table(engine, "domain", "judge")
