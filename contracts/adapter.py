@@ -351,6 +351,8 @@ class Manifest(Strict):
         judge_protocol: The protocol that a judge was trained with; None for any other role.
         calibration: Calibration of a judge's probabilities; None if it was not measured.
         training_data: The data sets of the training.
+        chat_template: The SHA-256 of the chat template that it was trained with, as `engine.chat_template` must name it
+            where it serves; None if it is not known.
         effect: The size of its effect on fixed token ids; None if it was not measured.
         signature: The signature; None if nobody signed.
     """
@@ -371,6 +373,7 @@ class Manifest(Strict):
     judge_protocol: dict[str, Any] | None = None
     calibration: Calibration | None = None
     training_data: list[TrainingData] = []
+    chat_template: str | None = None
     effect: Effect | None = None
     signature: Signature | None = None
 

@@ -239,6 +239,24 @@ def for_engine(base: Path, wanted: str | None = None) -> str | None:
     return None if wanted is None and template == chosen(found, base) else template
 
 
+def digest_for_engine(base: Path, wanted: str | None = None) -> str | None:
+    """The digest of the template that an engine writes chats with; None if training could not use that template.
+
+    Args:
+        base: The base's folder.
+        wanted: As for `prepare`.
+    """
+    try:
+        return digest(prepare(_Folder(base), base, wanted))
+    except MixfuseError:
+        return None
+
+
+def digest(template: str) -> str:
+    """The SHA-256 of a template's text, in hex."""
+    return hashlib.sha256(template.encode()).hexdigest()
+
+
 class _Folder:
     """The templates of a base's folder, rendered as transformers does, for what looks at their text alone."""
 

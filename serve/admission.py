@@ -4,6 +4,7 @@
 """
 
 import asyncio
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,12 +12,14 @@ from pathlib import Path
 from mixfuse.contracts import adapter, judge_protocol
 from mixfuse.contracts.adapter import Fingerprint, Manifest
 from mixfuse.contracts.adapter_weights import check_directory
+from mixfuse.contracts.bounded_json import shortened
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.serve.copies import AdapterCopies
 from mixfuse.serve.probes import Terms
 from mixfuse.serve.slots import Revision
 
 JUDGE = "judge"
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Admission:
         copies: The copies that the engine reads.
         base_folder: The base model's folder, to compare the norms of an adapter's changes with; None if it is not here.
         dtype: The engine's number format, in which no weight may overflow; None if it is not known.
+        chat_template: Digest of the template that the engine writes chats with; None if it is not known.
         owner: What the names of adapters end with in engines that several gateways use; empty: they have one gateway.
     """
 
@@ -43,6 +47,7 @@ class Admission:
     copies: AdapterCopies = field(default_factory=AdapterCopies)
     base_folder: Path | None = None
     dtype: str | None = None
+    chat_template: str | None = None
     owner: str = ""
 
     async def admit(self, role: str, directory: Path, *, expected_revision: str | None = None) -> Revision:
@@ -67,7 +72,7 @@ class Admission:
             self.copies.release(copy)
 
     async def check(self, role: str, directory: Path, *, expected_revision: str | None = None) -> Manifest:
-        """Checks an adapter for a role, and that its weights cannot disturb an engine.
+        """Checks an adapter for a role, that all of it would be applied, and that it cannot disturb an engine.
 
         Raises:
             MixfuseError: The adapter may not serve the role, or is not of `expected_revision`.
@@ -79,6 +84,7 @@ class Admission:
                 "(adapters_without_probes: refuse); make them with: mixfuse adapter verify DIR --base BASE",
                 kind="adapter",
             )
+        await asyncio.to_thread(adapter.check_applied, directory)
         await asyncio.to_thread(check_directory, directory, base=self.base_folder, dtype=self.dtype)
         return manifest
 
@@ -107,6 +113,7 @@ class Admission:
                 "raise it in the serve config or train with a smaller rank",
                 kind="adapter",
             )
+        self._check_template(directory, manifest)
         if role == JUDGE and manifest.judge_protocol != judge_protocol.describe():
             version = (manifest.judge_protocol or {}).get("version", "none")
             raise MixfuseError(
@@ -115,3 +122,24 @@ class Admission:
                 kind="adapter",
             )
         return manifest
+
+    def _check_template(self, directory: Path, manifest: Manifest) -> None:
+        """An adapter answers chats that are written otherwise than in its training wrongly, and no error says so."""
+        named = manifest.recipe.get("chat_template")
+        if self.chat_template is None:
+            if named is not None:
+                logger.warning(
+                    "%s was trained with chat_template %s; whether the engine writes chats with it is not known",
+                    directory,
+                    shortened(str(named), 200),
+                )
+            return
+        if manifest.chat_template in (None, self.chat_template):
+            return
+        mended = "leave engine.chat_template out" if named is None else "name that one as engine.chat_template"
+        trained = "the base's own chat template" if named is None else f"chat_template {shortened(str(named), 200)}"
+        raise MixfuseError(
+            f"{directory}: it was trained with {trained}, and the engine writes chats with another text, which "
+            f"it would answer wrongly; {mended} in the serve config, or train it with the engine's",
+            kind="adapter",
+        )

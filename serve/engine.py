@@ -269,6 +269,16 @@ class EngineConfig(Strict):
         return host
 
 
+def served_template(config: EngineConfig) -> str | None:
+    """The digest of the template that an engine of this config writes chats with; None if it is not known here.
+
+    It is not known of an external engine, nor where `--chat-template` in `extra_args` goes before the config.
+    """
+    if config.external or argument(config.extra_args, "--chat-template") is not None:
+        return None
+    return chat_template.digest_for_engine(config.base, config.chat_template)
+
+
 class Engine(VllmApi):
     """A vLLM engine as a child process; an async context manager around `start` and `stop`.
 

@@ -52,7 +52,7 @@ from mixfuse.fusion.http.team import Team
 from mixfuse.fusion.ui.mount import ui
 from mixfuse.serve.admission import Admission
 from mixfuse.serve.copies import AdapterCopies
-from mixfuse.serve.engine import EngineConfig
+from mixfuse.serve.engine import EngineConfig, served_template
 from mixfuse.serve.engine_group import EngineGroup
 from mixfuse.serve.following import RecordFollower
 from mixfuse.serve.precision import precision
@@ -288,6 +288,7 @@ async def _serve(config: ServeConfig, fusion: FusionConfig) -> None:
             copies=copies,
             base_folder=config.engine.base,
             dtype=None if config.engine.served_dtype == "auto" else config.engine.served_dtype,
+            chat_template=await asyncio.to_thread(served_template, config.engine),
             owner=lease.owner,
         )
         table = RoleTable(engine, list(config.roles), admission, max_loaded=config.engine.max_loaded, record=store)

@@ -154,11 +154,13 @@ def table(
     probe_tolerance: float | None = None,
     precision: str = "float32",
     unprobed: bool = True,
+    chat_template: str | None = None,
     store: StoredRoles | None = None,
     **keys,
 ) -> Swapper:
     """The swapper of a fresh role table."""
-    admission = Admission(BASE, 8, terms=Terms(probe_tolerance, precision), unprobed=unprobed)
+    terms = Terms(probe_tolerance, precision)
+    admission = Admission(BASE, 8, terms=terms, unprobed=unprobed, chat_template=chat_template)
     return Swapper(RoleTable(engine, list(roles) or ["domain"], admission, record=store, **keys))
 
 

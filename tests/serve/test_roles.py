@@ -22,7 +22,7 @@ import httpx
 import pytest
 import yaml
 from prometheus_client import CollectorRegistry, generate_latest
-from role_harness import FakeEngine, leased, revision, table
+from role_harness import LORA, FakeEngine, leased, revision, table
 from starlette.applications import Starlette
 
 from mixfuse.app.gates import GateConfig, Gates
@@ -428,6 +428,28 @@ async def test_a_quantised_engine_is_compared_with_what_it_said_when_it_was_veri
             await table(other, precision="bfloat16 awq").swap("domain", directory)
 
 
+async def test_an_adapter_of_another_chat_template_than_the_engines_is_refused_by_name(made, caplog):
+    engine = FakeEngine()
+    swapper = table(engine, chat_template="a" * 64)
+    mine = made(1, chat_template="b" * 64, recipe={"chat_template": "mine.jinja"})
+    with pytest.raises(
+        MixfuseError, match=r"trained with chat_template mine\.jinja, .* name that one as engine\.chat_t"
+    ):
+        await swapper.swap("domain", mine)
+    of_base = made(2, chat_template="c" * 64, recipe={"chat_template": None})
+    with pytest.raises(
+        MixfuseError, match=r"trained with the base's own chat template, .* leave engine\.chat_template out"
+    ):
+        await swapper.swap("domain", of_base)
+    assert not engine.loaded
+    await swapper.swap("domain", made(3, chat_template="a" * 64, recipe={"chat_template": "copy-of-it.jinja"}))
+    await swapper.swap("domain", made(4))  # of an earlier version, or from elsewhere: not known
+    assert "chat_template" not in caplog.text
+    # What an external engine writes is not known here: said, not refused.
+    await table(FakeEngine()).swap("domain", mine)
+    assert "trained with chat_template mine.jinja; whether the engine writes chats with it is not known" in caplog.text
+
+
 async def test_an_unfit_adapter_is_refused_before_it_is_loaded(made):
     engine = FakeEngine()
     swapper = table(engine, "domain", "judge")
@@ -438,6 +460,26 @@ async def test_an_unfit_adapter_is_refused_before_it_is_loaded(made):
     ):
         with pytest.raises(MixfuseError, match=words):
             await swapper.swap(role, directory)
+    assert engine.calls == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("target_modules", ["k_proj"], "its targets leave out"),
+        ("layers_to_transform", 1, "its targets leave out"),
+        ("use_rslora", "false", "its use_rslora is 'false'; it must be true or false"),
+        ("task_type", "SEQ_CLS", "its task_type is 'SEQ_CLS'"),
+        ("lora_alpha", 1e-12, "too small for float32, so the adapter does nothing"),
+    ],
+)
+async def test_an_adapter_whose_config_nobody_applies_whole_never_reaches_the_engine(
+    key, value, message, made, monkeypatch
+):
+    engine = FakeEngine()
+    monkeypatch.setitem(LORA, key, value)
+    with pytest.raises(MixfuseError, match=message):
+        await table(engine).swap("domain", made(1))
     assert engine.calls == []
 
 

@@ -13,6 +13,8 @@ import train_harness as harness
 from mixfuse.contracts import judge_protocol
 from mixfuse.contracts.chat_template import FOLD, UnboundedTemplateError, bounded, chosen, for_engine, prepare, render
 from mixfuse.contracts.errors import MixfuseError
+from mixfuse.serve.engine import EngineConfig, served_template
+from mixfuse.train.adapters.export import export
 from mixfuse.train.data.loss_mask import IGNORED, encode
 from mixfuse.train.model.tokenizer import load_tokenizer
 from mixfuse.train.run import start
@@ -288,7 +290,17 @@ def test_a_run_uses_the_template_that_its_recipe_names(sft_recipe: Path, tmp_pat
     file = tmp_path / "template.jinja"
     file.write_text(ALTERNATING)
     run = harness.train("sft", sft_recipe, f"out={tmp_path / 'run'}", f"chat_template={file}", "optimizer.steps=1")
-    assert (run.out / "run.json").is_file()
+    # The manifest says which text that was, and a server compares it with its own.
+    manifest = export(run.out, tmp_path / "exported")
+    base = Path(run.record["base"])
+    assert manifest.chat_template == served_template(EngineConfig(base=base, chat_template=str(file)))
+    assert manifest.chat_template != served_template(EngineConfig(base=base))
+    assert export(tmp_path / "exported", tmp_path / "again").chat_template == manifest.chat_template
+    file.write_text(CHATML)  # after the training
+    assert export(run.out, tmp_path / "later").chat_template == manifest.chat_template
+    forced = EngineConfig(base=base, extra_args=["--chat-template", str(file)])
+    assert served_template(forced) is None
+    assert served_template(EngineConfig(base=base, url="http://127.0.0.1:8000")) is None
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,13 @@ from mixfuse.train.run import start
         ("lora.experts={1: [0, 4]}", "lora.experts: layer 1, experts [0, 4]: the base has layers 0 to 1"),
         ("lora.expert_share=0", "'lora.expert_share'"),
         ("lora.dropout=1", "'lora.dropout'"),
+        (
+            "parallel={experts: 8}",
+            "parallel.experts: training is under ZeRO-3 alone (docs/parallelism.md); by its calc",
+        ),
+        ("parallel.sequences=2", "parallel.sequences: training is under ZeRO-3 alone (docs/parallelism.md)"),
+        ("parallel={tensors: 2}", "parallel: training is under ZeRO-3 alone (docs/parallelism.md); leave it out"),
+        ("parallel=2", "parallel: training is under ZeRO-3 alone"),
         ("lora.router=true", "vLLM serves no adapter of a router"),
         ("base=nowhere", "mixfuse base build nowhere"),
         ("data=nowhere.jsonl", "nowhere.jsonl: no such file"),

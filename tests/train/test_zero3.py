@@ -2,9 +2,12 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 from train_harness import SFT_STEPS, Run
+
+from mixfuse.contracts import chat_template
 
 pytestmark = pytest.mark.zero3
 
@@ -117,6 +120,9 @@ def test_run_json_says_what_was_trained_on_what_by_what(sft_by_two: Run, judge_b
     assert (metrics["steps"], metrics["examples"]) == (SFT_STEPS, 16)
     assert {"torch", "transformers", "peft", "trl", "deepspeed", "mixfuse"} == record["libraries"].keys()
     assert record["judge_protocol"] is None
+    # Of a base's own template, training and an engine have the same text.
+    served = chat_template.digest_for_engine(Path(record["base"]))
+    assert record["chat_template"] == judge_by_two.record["chat_template"] == served
 
     from mixfuse.contracts import judge_protocol
 

@@ -67,7 +67,11 @@ def export(
     role = role or origin.get("role") or "domain"
     # The protocol that it was trained with, which may differ from the current one.
     protocol = (origin.get("judge_protocol") or judge_protocol.describe()) if role == "judge" else None
-    facts = {key: origin[key] for key in ("recipe", "metrics", "training_data", "libraries") if origin.get(key)}
+    facts = {
+        key: origin[key]
+        for key in ("recipe", "metrics", "training_data", "libraries", "chat_template")
+        if origin.get(key)
+    }
     if role == "judge" and origin.get("calibration"):
         facts["calibration"] = origin["calibration"]
     fingerprint = contract.fingerprint(base, exact=full_hash)

@@ -8,6 +8,7 @@ from typing import Any
 
 from mixfuse.contracts import judge_protocol
 from mixfuse.contracts.adapter import Probes
+from mixfuse.contracts.chat_template import digest
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.files import atomic_directory, disk_errors, read_json, write_json
 from mixfuse.train.adapters.saving import check_weights, gather_adapter, library_versions, save_peft
@@ -151,7 +152,7 @@ def train_and_save(trainer: Any, recipe: TrainRecipe, *, stage: str, examples: i
             "seconds": round(time.time() - started, 1),
             **({"best_step": best["step"], "best_eval_loss": best["eval_loss"]} if best else {}),
         }
-        _write_run(recipe, stage, metrics)
+        _write_run(recipe, stage, metrics, chat_template=trainer.processing_class.chat_template)
     trainer.accelerator.wait_for_everyone()
 
 
@@ -212,7 +213,7 @@ def _save_adapter(trainer: Any, out: Path, weights: dict[str, Any], probes: Prob
     return best
 
 
-def _write_run(recipe: TrainRecipe, stage: str, metrics: dict[str, Any]) -> None:
+def _write_run(recipe: TrainRecipe, stage: str, metrics: dict[str, Any], *, chat_template: str) -> None:
     """Writes `run.json` and removes what only an unfinished run needs."""
     from mixfuse.train.stages.evaluation import BEST
 
@@ -225,6 +226,7 @@ def _write_run(recipe: TrainRecipe, stage: str, metrics: dict[str, Any]) -> None
             "recipe": recipe.model_dump(mode="json"),
             "metrics": metrics,
             "libraries": library_versions(),
+            "chat_template": digest(chat_template),
             "judge_protocol": judge_protocol.describe() if stage == "judge" else None,
             "calibration": _calibration_at(recipe.out, metrics.get("best_step", metrics["steps"])),
             "training_data": [describe_source(source) for source in recipe.data],
