@@ -72,7 +72,7 @@ class Admission:
             self.copies.release(copy)
 
     async def check(self, role: str, directory: Path, *, expected_revision: str | None = None) -> Manifest:
-        """Checks an adapter for a role, and that its weights cannot disturb an engine.
+        """Checks an adapter for a role, that all of it would be applied, and that it cannot disturb an engine.
 
         Raises:
             MixfuseError: The adapter may not serve the role, or is not of `expected_revision`.
@@ -84,6 +84,7 @@ class Admission:
                 "(adapters_without_probes: refuse); make them with: mixfuse adapter verify DIR --base BASE",
                 kind="adapter",
             )
+        await asyncio.to_thread(adapter.check_applied, directory)
         await asyncio.to_thread(check_directory, directory, base=self.base_folder, dtype=self.dtype)
         return manifest
 

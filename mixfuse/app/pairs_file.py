@@ -78,7 +78,7 @@ class PairsFile:
         """Returns person → pair → their last vote; what other processes added is read, too.
 
         Raises:
-            MixfuseError: A line of the file of votes is malformed.
+            MixfuseError: A line of the file of votes is malformed, or its user has no name that can be printed.
         """
         with self._lock:
             size = self.votes_path.stat().st_size if self.votes_path.exists() else 0
@@ -107,6 +107,9 @@ class PairsFile:
             raise MixfuseError(f"{self.votes_path}:{self._lines}: malformed JSON: {error}; mend or remove it") from None
         if not isinstance(row, dict) or not isinstance(row.get("user"), str):
             return
+        if not row["user"].isprintable():
+            where = f"{self.votes_path}:{self._lines}"
+            raise MixfuseError(f"{where}: 'user' is no name that can be printed; mend or remove the line")
         pair, vote = self.pairs.get(str(row.get("pair_id"))), _VOTES.get(str(row.get("winner")))
         if pair is not None and vote is not None:
             self._votes.setdefault(row["user"], {})[pair.id] = vote
@@ -130,8 +133,6 @@ class PairsFile:
         Raises:
             MixfuseError: The file cannot be written, or has become too large (`disk`).
         """
-        if not comment and self.votes().get(user, {}).get(pair.id) == vote:
-            return
         row: dict[str, Any] = {
             "pair_id": pair.id,
             "prompt": list(pair.messages),
@@ -145,6 +146,9 @@ class PairsFile:
         line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
         with disk_errors(self.votes_path), self.votes_path.open("ab+") as stream:
             fcntl.flock(stream, fcntl.LOCK_EX)
+            # Under the lock: two requests with the same vote may come at once.
+            if not comment and self.votes().get(user, {}).get(pair.id) == vote:
+                return
             if stream.seek(0, os.SEEK_END) + len(line) > _MOST_VOTED_BYTES:
                 message = f"{self.votes_path}: more than {_MOST_VOTED_BYTES >> 30} GiB of votes; move it away"
                 raise MixfuseError(message, kind="disk")

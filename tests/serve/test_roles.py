@@ -22,7 +22,7 @@ import httpx
 import pytest
 import yaml
 from prometheus_client import CollectorRegistry, generate_latest
-from role_harness import FakeEngine, leased, revision, table
+from role_harness import LORA, FakeEngine, leased, revision, table
 from starlette.applications import Starlette
 
 from mixfuse.app.gates import GateConfig, Gates
@@ -460,6 +460,26 @@ async def test_an_unfit_adapter_is_refused_before_it_is_loaded(made):
     ):
         with pytest.raises(MixfuseError, match=words):
             await swapper.swap(role, directory)
+    assert engine.calls == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("target_modules", ["k_proj"], "its targets leave out"),
+        ("layers_to_transform", 1, "its targets leave out"),
+        ("use_rslora", "false", "its use_rslora is 'false'; it must be true or false"),
+        ("task_type", "SEQ_CLS", "its task_type is 'SEQ_CLS'"),
+        ("lora_alpha", 1e-12, "too small for float32, so the adapter does nothing"),
+    ],
+)
+async def test_an_adapter_whose_config_nobody_applies_whole_never_reaches_the_engine(
+    key, value, message, made, monkeypatch
+):
+    engine = FakeEngine()
+    monkeypatch.setitem(LORA, key, value)
+    with pytest.raises(MixfuseError, match=message):
+        await table(engine).swap("domain", made(1))
     assert engine.calls == []
 
 

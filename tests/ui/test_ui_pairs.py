@@ -5,7 +5,9 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +240,29 @@ def test_a_vote_that_comes_twice_is_one_row(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr("mixfuse.app.pairs_file._MOST_VOTED_BYTES", 1000)
     with pytest.raises(MixfuseError, match="of votes; move it away"):
         file.add(one, "bad", "Ann", "w" * 1000)
+
+
+def test_a_vote_that_comes_twice_at_once_is_one_row(tmp_path: Path) -> None:
+    file = PairsFile(write(tmp_path / "pairs.jsonl", *(pair(number) for number in range(40))))
+    together = threading.Barrier(8)
+
+    def vote_on_all() -> None:
+        for one in file.pairs.values():
+            together.wait(60)
+            file.add(one, "first", "Ann", "")
+
+    with ThreadPoolExecutor(8) as people:
+        for done in [people.submit(vote_on_all) for _ in range(8)]:
+            done.result()
+    assert len(file.votes_path.read_text().splitlines()) == 40
+
+
+def test_a_name_that_cannot_be_shown_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "pairs.jsonl", pair(0))
+    (one,) = PairsFile(path).pairs
+    write(tmp_path / "pairs.votes.jsonl", {"pair_id": one, "user": "\ud800", "winner": "tie"})
+    with pytest.raises(MixfuseError, match=r"pairs\.votes\.jsonl:1: 'user' is no name that can be printed"):
+        PairsFile(path)
 
 
 def test_where_the_votes_go(tmp_path: Path) -> None:
