@@ -150,8 +150,8 @@ def lora_parameters(
 _NOT_BUILT = {
     "experts": "by its calculation, ZeRO-3 that gathers ahead is as fast on 8x22B, and faster where a router is "
     "uneven; leave it out, and fill the passes (optimizer.micro_batch)",
-    "sequences": "it says what stands against it; leave it out, and lower max_length or optimizer.micro_batch, or set "
-    "gradient_checkpointing",
+    "sequences": "a trial ran, and it says what is missing; leave it out, and lower max_length or "
+    "optimizer.micro_batch, or set gradient_checkpointing",
 }
 """Names in `parallel` that others have, and why this project does not."""
 
