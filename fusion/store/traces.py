@@ -621,8 +621,7 @@ def _day(columns: Mapping[str, Any]) -> str:
 
 def insert(connection: Connection, rows: Sequence[_Row]) -> None:
     """Writes traces and adds to the sums and their keys' usage; a trace that is already there changes nothing."""
-    known = set(connection.execute(_KNOWN, {"ids": [row.columns["id"] for row in rows]}).scalars())
-    new = list({row.columns["id"]: row for row in reversed(rows) if row.columns["id"] not in known}.values())[::-1]
+    new = _insert_new(connection, rows)
     used = [
         {"key_id": spent.key_id, "day": spent.day, "tokens": spent.spend.tokens, "cost": spent.spend.cost}
         for row in new
@@ -631,9 +630,26 @@ def insert(connection: Connection, rows: Sequence[_Row]) -> None:
     if used:  # in one order, so that two gateways wait for each other's rows only one way
         connection.execute(_COUNT_USAGE, sorted(used, key=lambda one: (one["key_id"], one["day"])))
     if new:
-        connection.execute(_INSERT, [row.columns for row in new])
         connection.execute(trace_facts.INSERT, [row.facts for row in new])
         spending.add(connection, (row.sums for row in new))
+
+
+def _insert_new(connection: Connection, rows: Sequence[_Row]) -> list[_Row]:
+    """Writes those traces that are not there yet, and returns them.
+
+    A trace may come from another connection at the same time: a commit may still be under way whose gateway has lost
+    its connection and tries again.
+    """
+    while True:
+        known = set(connection.execute(_KNOWN, {"ids": [row.columns["id"] for row in rows]}).scalars())
+        new = list({row.columns["id"]: row for row in reversed(rows) if row.columns["id"] not in known}.values())[::-1]
+        if not new:
+            return []
+        with connection.begin_nested() as attempt:
+            # -1: the driver does not know.
+            if connection.execute(_INSERT, [row.columns for row in new]).rowcount in (len(new), -1):
+                return new
+            attempt.rollback()  # the insert has waited for the other's commit, so its traces are known now
 
 
 def _insert_and_remove(connection: Connection, size: int) -> None:

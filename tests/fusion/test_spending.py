@@ -1,5 +1,7 @@
 """The sums of spending: worked out from traces, written with them once, and read by day, key, mode and member."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -139,6 +141,21 @@ def test_a_time_of_no_calendar_hides_no_other_trace(place: str) -> None:
         assert database.run_now(lambda connection: trace_facts.backfill(connection, None, 10)) is None
         days = database.run_now(lambda connection: spending.by(connection, "day", Slice("0001-01-01", "9999-12-31")))
         assert [(one.name, one.requests) for one in days] == [("0001-01-01", 1), ("2026-01-01", 1), ("9999-12-31", 2)]
+
+
+def test_two_that_write_the_same_traces_at_once_count_them_once(place: str) -> None:
+    together = threading.Barrier(2)
+
+    def write_all(database: Database) -> None:
+        for batch in range(0, 100, 5):
+            together.wait(60)
+            write(database, *(trace(batch + one, "m", [call("a", 1.0)], key="k") for one in range(5)))
+
+    with opened(place) as one, opened(place) as other, ThreadPoolExecutor(2) as writers:
+        for done in [writers.submit(write_all, database) for database in (one, other)]:
+            done.result()
+        assert [(day.requests, day.cost) for day in one.run_now(lambda c: spending.by(c, "day", ALL))] == [(100, 100.0)]
+        assert one.run_now(lambda c: c.execute(text("SELECT SUM(requests) FROM key_usage")).scalar()) == 100
 
 
 def test_every_database_takes_every_filter(place: str) -> None:
