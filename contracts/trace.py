@@ -5,6 +5,7 @@ The gateway writes it; `mixfuse pairs build` and people read it. It holds everyt
 
 import time
 import uuid
+from datetime import UTC, datetime
 from itertools import combinations
 from typing import Annotated, Any, Literal, Self
 
@@ -13,6 +14,17 @@ from pydantic import Field, model_validator
 from mixfuse.contracts.strict_yaml import Strict
 
 Stage = Literal["answer", "revision", "verdict", "analysis", "synthesis"]
+
+_FIRST = datetime(1, 1, 1, tzinfo=UTC).timestamp()
+_LAST = datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC).timestamp()
+
+
+def time_in_utc(at: float) -> datetime:
+    """Returns seconds since 1970 as a time in UTC; what is outside the years 1 to 9999 is on their first or last day.
+
+    Another program may have written milliseconds.
+    """
+    return datetime.fromtimestamp(min(max(at, _FIRST), _LAST), UTC)
 
 
 class Usage(Strict):

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, text
 
-from mixfuse.contracts.trace import Trace
+from mixfuse.contracts.trace import Trace, time_in_utc
 
 _REQUEST = ("day", "key_id", "mode")
 _CALL = (*_REQUEST, "member", "stage")
@@ -55,7 +55,7 @@ def sums_of(trace: Trace) -> Sums:
 
     A member is spared where mode `auto` could have asked it and did not.
     """
-    at = (datetime.fromtimestamp(trace.created_at, UTC).date().isoformat(), trace.key or "", trace.mode)
+    at = (time_in_utc(trace.created_at).date().isoformat(), trace.key or "", trace.mode)
     calls: _Totals = {}
     answered = {(call.member, call.candidate) for call in trace.calls if call.stage == "answer"}
     for call in trace.calls:

@@ -158,7 +158,7 @@ class Filters:
                 bound[name] = value
         if self.member is not None:
             found.append("members LIKE :member ESCAPE '!'")
-            bound["member"] = f"%|{_escaped(self.member)}|%"
+            bound["member"] = f"%|{_escaped(_storable(self.member))}|%"
         return found, bound
 
 

@@ -15,7 +15,6 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -26,7 +25,7 @@ from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
 from mixfuse.contracts.database import Database
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.linear_patterns import Pattern, SlowError
-from mixfuse.contracts.trace import Trace
+from mixfuse.contracts.trace import Trace, time_in_utc
 from mixfuse.fusion.calls.board import Board
 from mixfuse.fusion.calls.ledger import Spend
 from mixfuse.fusion.config import TraceConfig
@@ -617,7 +616,7 @@ def _spent(row: _Row) -> Spent | None:
 
 
 def _day(columns: Mapping[str, Any]) -> str:
-    return datetime.fromtimestamp(columns["created_at"], UTC).date().isoformat()
+    return time_in_utc(columns["created_at"]).date().isoformat()
 
 
 def insert(connection: Connection, rows: Sequence[_Row]) -> None:

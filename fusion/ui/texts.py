@@ -3,11 +3,12 @@
 import json
 import math
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import jinja2
+
+from mixfuse.contracts.trace import time_in_utc
 
 _MOST_CHARS = 20_000
 
@@ -29,7 +30,7 @@ def duration(ms: float) -> str:
 
 def moment(at: float) -> str:
     """A time of day, in UTC: 2026-05-01 12:00:00."""
-    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M:%S")
+    return time_in_utc(at).strftime("%Y-%m-%d %H:%M:%S")
 
 
 def percent(share: float) -> str:

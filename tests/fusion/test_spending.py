@@ -130,6 +130,29 @@ def test_right_answers_cost_what_all_marked_ones_cost(place: str) -> None:
         assert database.run_now(lambda c: spending.right_answers(c, Slice("2026-01-02", "2026-12-31"))) == []
 
 
+def test_a_time_of_no_calendar_hides_no_other_trace(place: str) -> None:
+    with opened(place) as database:
+        write(database, trace(1, "m", [], created_at=DAY), trace(2, "m", [], created_at=1000 * DAY))
+        write(database, trace(3, "m", [], created_at=-1e30), trace(4, "m", [], created_at=1e30, key="k"))
+        database.run_now(lambda connection: connection.execute(text("DELETE FROM trace_facts")))
+        database.run_now(lambda connection: connection.execute(text("DELETE FROM spent_on_requests")))
+        assert database.run_now(lambda connection: trace_facts.backfill(connection, None, 10)) is None
+        days = database.run_now(lambda connection: spending.by(connection, "day", Slice("0001-01-01", "9999-12-31")))
+        assert [(one.name, one.requests) for one in days] == [("0001-01-01", 1), ("2026-01-01", 1), ("9999-12-31", 2)]
+
+
+def test_every_database_takes_every_filter(place: str) -> None:
+    odd = "a\0b"
+    with opened(place) as database:
+        write(database, trace(1, "m", []))
+        for filters in (
+            trace_facts.Filters(mode=odd, key_id=odd, reason=odd, outcome=odd),
+            trace_facts.Filters(member=odd),
+            trace_facts.Filters(words=odd, min_cost=-1e308, min_ms=1e308, since=-1e308, until=1e308),
+        ):
+            assert database.run_now(lambda c, filters=filters: trace_facts.find(c, filters)).rows == []
+
+
 def test_traces_of_an_earlier_version_are_added_once(place: str) -> None:
     with opened(place) as database:
         write(database, trace(1, "best_of", [call("a", 0.5, candidate=0)]), trace(2, "merge", [call("b", 1.0)]))

@@ -101,6 +101,13 @@ def test_a_key_holder_sees_its_own_spending(gateway: Served, tab: Callable[..., 
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
+def test_an_empty_key_is_any_key(gateway: Served, tab: Callable[..., Watched]) -> None:
+    page = tab().page
+    log_in(page, gateway, ADMIN)
+    page.goto(f"{gateway.url}/ui/spend?key=&mode=")
+    expect(page.locator("#total")).to_contain_text("$6.00 for 4 requests")
+
+
 def test_many_days_are_drawn_by_month(gateway: Served, tab: Callable[..., Watched]) -> None:
     page = tab().page
     log_in(page, gateway, ADMIN)

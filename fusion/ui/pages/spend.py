@@ -104,9 +104,8 @@ async def show(visit: Visit) -> Response:
     since = _day(given.get("since"), "since") or _before(min(today, until), _DAYS - 1)
     if since > until:
         raise RequestError("'since' is after 'until'", code="invalid_value", param="since")
-    key_id = (
-        owner if owner is not None else {None: None, "any": None, "none": ""}.get(given.get("key"), given.get("key"))
-    )
+    key = given.get("key", "")
+    key_id = owner if owner is not None else {"": None, "any": None, "none": ""}.get(key, key)
     mode = given.get("mode") or None
     part = Slice(since.isoformat(), until.isoformat(), _storable(key_id), _storable(mode))
 
