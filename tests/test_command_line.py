@@ -241,6 +241,19 @@ def test_a_config_of_the_wrong_kind_is_called_by_its_kind(
     assert f"a {wanted} is wanted here" in told
 
 
+def test_overrides_may_stand_behind_options(capsys: pytest.CaptureFixture[str]):
+    arguments = ["gateway", str(CONFIGS / "fusion.yaml"), "--port", "0", "modes.deadline_ms=-5", "--drain-s", "1"]
+    assert main(arguments) == 2
+    assert "'modes.deadline_ms'" in capsys.readouterr().err
+    for further in (["modes"], ["--surprise"]):
+        with pytest.raises(SystemExit):
+            main([*arguments[:4], *further])
+        assert f"unrecognized arguments: {further[0]}" in capsys.readouterr().err
+    with pytest.raises(SystemExit):  # a command without overrides
+        main(["adapter", "inspect", "x", "--json", "key=value"])
+    assert "unrecognized arguments: key=value" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("stage", "recipe", "other"), [("sft", "judge_dpo.yaml", "judge"), ("judge", "domain_sft.yaml", "sft")]
 )

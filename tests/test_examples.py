@@ -9,12 +9,11 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 import pytest
 
-from mixfuse.cli.entry import main
+from mixfuse.cli import entry
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -63,15 +62,15 @@ EXAMPLES = list(dict.fromkeys(examples()))
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The arguments as the command line's own parser takes them; nothing is run."""
-    real = argparse.ArgumentParser.parse_args
+    real = entry.read_words
     parsed: list[argparse.Namespace] = []
 
-    def stop(parser: argparse.ArgumentParser, *words: Any) -> None:
-        parsed.append(real(parser, *words))
+    def stop(parser: argparse.ArgumentParser, words: list[str]) -> None:
+        parsed.append(real(parser, words))
         raise _ParsedError
 
-    with patch.object(argparse.ArgumentParser, "parse_args", stop), pytest.raises(_ParsedError):
-        main(arguments)
+    with patch.object(entry, "read_words", stop), pytest.raises(_ParsedError):
+        entry.main(arguments)
     return parsed[0]
 
 

@@ -14,6 +14,7 @@ from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.mode_names import model_name
 from mixfuse.fusion.calls.responses import split_events
 from mixfuse.fusion.config import FusedMode
+from mixfuse.fusion.http.keys import API_KEY
 
 # Answers are untrusted: control characters, which could steer the terminal, are replaced; tabs and newlines stay.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -133,7 +134,10 @@ def _events(url: str, api_key: str | None, body: dict[str, Any]) -> Iterator[dic
         with httpx.stream("POST", endpoint, json=body, headers=headers, timeout=timeout) as response:
             if response.status_code != httpx.codes.OK:
                 response.read()
-                raise _error(_error_object(response))
+                error = _error_object(response)
+                if response.status_code == httpx.codes.UNAUTHORIZED and not api_key:
+                    error["message"] = f"{error.get('message')}: set {API_KEY}"
+                raise _error(error)
             rest = b""
             for part in response.iter_bytes():
                 events, rest = split_events(rest + part)

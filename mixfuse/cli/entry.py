@@ -74,13 +74,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     if problem := options.mistyped(parser, words):
         print(f"mixfuse: error: {problem}", file=sys.stderr)
         return 2
-    arguments = parser.parse_args(words)
+    arguments = read_words(parser, words)
     command: Callable[[argparse.Namespace], int | None] = arguments.command
     try:
         return exit_code(lambda: command(options.settle_paths(arguments)))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+
+
+def read_words(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
+    """Reads a command line as `parse_args` does; overrides may also stand behind options, which argparse refuses."""
+    arguments, further = parser.parse_known_args(words)
+    if further:
+        if not hasattr(arguments, "overrides") or not all(map(options.is_override, further)):
+            parser.error(f"unrecognized arguments: {' '.join(further)}")
+        arguments.overrides = [*arguments.overrides, *further]
+    return arguments
 
 
 def build_parser() -> argparse.ArgumentParser:

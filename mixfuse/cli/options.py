@@ -3,6 +3,7 @@
 import argparse
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -182,6 +183,11 @@ def add_command(
 def add_overrides(parser: argparse.ArgumentParser, of_what: str) -> None:
     """Adds the trailing `key=value` arguments, which replace keys of a YAML file."""
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=f"replace a key of {of_what}")
+
+
+def is_override(word: str) -> bool:
+    """Whether a word of a command line has the form `dotted.key=value`."""
+    return re.match(r"[A-Za-z_][\w.]*=", word) is not None
 
 
 def add_tasks_options(parser: argparse.ArgumentParser, *, split: str) -> None:

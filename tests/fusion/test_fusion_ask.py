@@ -5,7 +5,7 @@ from io import StringIO
 
 import pytest
 from fake_upstream import FakeUpstream, Script
-from fusion_harness import Gateway
+from fusion_harness import Gateway, StartGateway
 from rich.console import Console
 
 from mixfuse.contracts.errors import MixfuseError
@@ -62,6 +62,12 @@ async def test_errors_are_one_line(gateway: Gateway, upstream: FakeUpstream) -> 
     with pytest.raises(MixfuseError, match="alpha: upstream_error") as caught:
         await asked(gateway)
     assert caught.value.kind == "too_few_answers"
+
+
+async def test_a_missing_key_says_where_it_comes_from(start_gateway: StartGateway) -> None:
+    gateway = await start_gateway(api_keys="required")
+    with pytest.raises(MixfuseError, match="as a bearer token: set MIXFUSE_API_KEY"):
+        await asked(gateway)
 
 
 async def test_why_the_judge_failed_and_what_it_wrote_are_shown(gateway: Gateway, upstream: FakeUpstream) -> None:

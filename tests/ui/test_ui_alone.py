@@ -94,6 +94,18 @@ def test_it_asks_for_the_admin_key_where_one_is_set(left: Path, monkeypatch: pyt
             assert client.get(f"{url}/{page}").status_code == 200
 
 
+def test_a_person_logs_in_with_the_admin_key(
+    left: Path, tab: Callable[..., Watched], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MIXFUSE_ADMIN_KEY", "an admin key")
+    with viewing("--traces", str(left / "traces.sqlite3")) as url:
+        page = tab().page
+        page.goto(url)
+        page.get_by_label("Key").fill("an admin key")
+        page.keyboard.press("Enter")
+        page.get_by_text("an old question").first.wait_for()
+
+
 def test_a_database_that_is_opened_for_reading_cannot_be_written(left: Path) -> None:
     with opened(left / "traces.sqlite3", create=False, reads=True) as database:
         with pytest.raises(SQLAlchemyError, match="readonly"):
