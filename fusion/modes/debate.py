@@ -3,6 +3,7 @@
 It stops when all candidates agree, and when the rounds, the budget or the time are used up.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 from mixfuse.contracts.judge_protocol import neutral
@@ -11,6 +12,7 @@ from mixfuse.fusion.answering.agreement import distinct
 from mixfuse.fusion.answering.fence import fenced, own_tokens
 from mixfuse.fusion.answering.request import FusionRequest
 from mixfuse.fusion.calls.failures import CallError
+from mixfuse.fusion.config import ModelConfig
 from mixfuse.fusion.messages import Message, as_question
 from mixfuse.fusion.modes.registry import Mode, end_debate
 
@@ -45,21 +47,38 @@ async def debate(request: FusionRequest) -> str:
 
 def revision_prompts(request: FusionRequest) -> list[list[Message]]:
     """Returns what each candidate's member is sent next: the conversation, its own answer, and the others' fenced."""
-    question = as_question(request.plan.messages)
     max_chars = request.plan.settings.max_candidate_chars
-    prompts: list[list[Message]] = []
-    for own in request.candidates:
-        others = [candidate.text for candidate in request.candidates if candidate.index != own.index]
-        tokens = own_tokens(own.member)
-        shown = TEMPLATE.format(answers=fenced(others, question=question, max_chars=max_chars, own=tokens))
-        prompts.append(
-            [
-                *request.plan.messages,
-                {"role": "assistant", "content": neutral(own.text, speakers=False, own=tokens)},
-                {"role": "user", "content": shown},
-            ]
+    return [
+        revision_prompt(
+            request.plan.messages,
+            own.text,
+            [candidate.text for candidate in request.candidates if candidate.index != own.index],
+            member=own.member,
+            max_chars=max_chars,
         )
-    return prompts
+        for own in request.candidates
+    ]
+
+
+def revision_prompt(
+    messages: Sequence[Message], own: str, others: Sequence[str], *, member: ModelConfig | None, max_chars: int
+) -> list[Message]:
+    """Returns what one member is sent next.
+
+    Args:
+        messages: The conversation.
+        own: Its answer so far.
+        others: The others' answers.
+        member: The member; None if it is in the config no more.
+        max_chars: The most characters of each answer to show.
+    """
+    tokens = None if member is None else own_tokens(member)
+    answers = fenced(others, question=as_question(messages), max_chars=max_chars, own=tokens)
+    return [
+        *messages,
+        {"role": "assistant", "content": neutral(own, speakers=False, own=tokens)},
+        {"role": "user", "content": TEMPLATE.format(answers=answers)},
+    ]
 
 
 def _why_stop(request: FusionRequest, revisions: int) -> Literal["agreement", "max_rounds", "deadline"] | None:

@@ -244,32 +244,60 @@ def synthesis_prompt(
         analysis: What it found in them before.
         fold: Whether tool calls and results become text, for a synthesizer whose template knows no tools.
     """
-    found = "" if analysis is None else json.dumps(analysis.model_dump(), ensure_ascii=False, indent=1)
-    return _prompt(plan, sources, fold, TEMPLATE, found)
+    settings, texts = plan.settings, [source.text for source in sources]
+    return prompt_of(
+        plan.messages,
+        texts,
+        model=plan.synthesizer,
+        max_chars=settings.max_candidate_chars,
+        form=INSTRUCTION if settings.cite else UNMARKED,
+        analysis=analysis,
+        fold=fold,
+    )
 
 
 def analysis_prompt(plan: Plan, sources: Sequence[Candidate], fold: bool = False) -> list[Message]:
     """Returns what the synthesizer is sent for its analysis; see `synthesis_prompt`."""
-    return _prompt(plan, sources, fold, ANALYSE)
+    texts, most = [source.text for source in sources], plan.settings.max_candidate_chars
+    return prompt_of(plan.messages, texts, model=plan.synthesizer, max_chars=most, form=None, fold=fold)
 
 
-def _prompt(plan: Plan, sources: Sequence[Candidate], fold: bool, template: str, found: str = "") -> list[Message]:
-    model = plan.synthesizer
+def prompt_of(
+    messages: Sequence[Message],
+    texts: Sequence[str],
+    *,
+    model: ModelConfig | None,
+    max_chars: int,
+    form: str | None = UNMARKED,
+    analysis: Analysis | None = None,
+    fold: bool = False,
+) -> list[Message]:
+    """Returns what a synthesizer is sent; see `synthesis_prompt`.
+
+    Args:
+        messages: The conversation.
+        texts: The answers.
+        model: The synthesizer.
+        max_chars: The most characters of each answer to show.
+        form: How it is to write, in words; None to have it analyse the answers instead.
+        analysis: What it found in them before.
+        fold: Whether tool calls and results become text.
+    """
     own = None if model is None else own_tokens(model)
-    question = as_question(plan.messages)
-    texts, max_chars = [source.text for source in sources], plan.settings.max_candidate_chars
+    question = as_question(messages)
     given, before = turns(
-        plan.messages,
+        messages,
         fold=new_nonce(question, *texts) if fold else None,
         pictures=model is not None and model.images,
         own=own,
     )
     answers = fenced(texts, question=question, max_chars=max_chars, own=own)
-    if found:
+    if analysis is not None:
+        found = json.dumps(analysis.model_dump(), ensure_ascii=False, indent=1)
         # Written by the synthesizer, but from the same unknown texts.
         shown = fenced([found], question=f"{question}\n{answers}", label="analysis", own=own)
         answers = f"{answers}\n\n{ANALYSED.format(analysis=shown)}".rstrip()
-    text = template.format(answers=answers, form=INSTRUCTION if plan.settings.cite else UNMARKED)
+    text = (ANALYSE if form is None else TEMPLATE).format(answers=answers, form=form)
     last = before.pop() if before and before[-1]["role"] == "user" else None
     content: Any = text if last is None else f"{QUESTION}{text_of(last['content'])}\n\n{text}"
     if last is not None and (pictures := images([last])):

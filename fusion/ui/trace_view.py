@@ -1,14 +1,18 @@
 """A trace as people read it: its candidates, its calls in time, its verdicts in words, and the prompts."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mixfuse.contracts import judge_protocol
+from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.trace import Call, Trace, Verdict
 from mixfuse.fusion.answering.agreement import text_key
+from mixfuse.fusion.answering.citations import INSTRUCTION
 from mixfuse.fusion.config import FusionConfig
+from mixfuse.fusion.modes.debate import revision_prompt
+from mixfuse.fusion.modes.merge import UNMARKED, prompt_of
 from mixfuse.fusion.store.trace_facts import CUT_OFF
 from mixfuse.fusion.ui.texts import percent
 
@@ -35,6 +39,7 @@ STOPPED = {
 }
 _MOST_BARS = 200
 _MOST_DIFFERENCE = 20_000  # characters
+_UNSHOWN = "the conversation has a form that this version does not show"
 
 
 @dataclass(frozen=True)
@@ -180,7 +185,8 @@ def tree(trace: Trace) -> list[tuple[str, list[Call]]]:
 def prompts(trace: Trace, config: FusionConfig) -> list[tuple[str, Any]]:
     """Returns the prompts of a trace as (what for, messages).
 
-    What the judge was shown is written again from the stored texts: the random digits of its marks differ.
+    What judges, synthesizers and the members of a debate were sent is written again from the stored texts, by today's
+    config: the random digits of its marks differ, and a combiner may have shown answers in another order.
     """
     if not trace.messages:
         return []
@@ -190,11 +196,55 @@ def prompts(trace: Trace, config: FusionConfig) -> list[tuple[str, Any]]:
         for a, b in ((verdict.first, verdict.second), (verdict.second, verdict.first)):
             if a in texts and b in texts:
                 title = f"Sent to the judge: {_named(a, trace.candidates)} as A, {_named(b, trace.candidates)} as B"
-                try:
-                    found.append((title, _comparison(trace, texts[a], texts[b], config)))
-                except (KeyError, TypeError, AttributeError):  # another version's conversation
-                    found.append((title, "the conversation has a form that this version does not show"))
+                found.append((title, _written(_comparison, trace, texts[a], texts[b], config)))
+    return found + _revisions(trace, config) + _syntheses(trace, texts, config)
+
+
+def _revisions(trace: Trace, config: FusionConfig) -> list[tuple[str, Any]]:
+    """Returns what the members were sent in each further round of a debate."""
+    if trace.debate is None:
+        return []
+    members = {member.name: member for member in config.members}
+    found: list[tuple[str, Any]] = []
+    for number, before in enumerate(trace.debate.rounds[:-1], start=1):
+        for own in before:
+            name = _member(own.candidate, trace.candidates)
+            others = [turn.text for turn in before if turn.candidate != own.candidate]
+            title = f"Sent to {_named(own.candidate, trace.candidates)} in round {number} of the debate"
+            most = config.modes.max_candidate_chars
+            found.append(
+                (
+                    title,
+                    _written(
+                        revision_prompt, trace.messages, own.text, others, member=members.get(name), max_chars=most
+                    ),
+                )
+            )
     return found
+
+
+def _syntheses(trace: Trace, texts: Mapping[int, str], config: FusionConfig) -> list[tuple[str, Any]]:
+    """Returns what the synthesizer was sent: for its analysis, and for the answer."""
+    stages = {call.stage for call in trace.calls}
+    answers = list({text_key(text, "exact"): text for text in reversed(list(texts.values()))}.values())[::-1]
+    how: dict[str, Any] = {"model": config.synthesizer, "max_chars": config.modes.max_candidate_chars}
+    found: list[tuple[str, Any]] = []
+    if "analysis" in stages:
+        title = "Sent to the synthesizer for its analysis"
+        found.append((title, _written(prompt_of, trace.messages, answers, form=None, **how)))
+    if "synthesis" in stages:
+        form = UNMARKED if trace.citations is None else INSTRUCTION
+        given = {**how, "form": form, "analysis": trace.analysis}
+        found.append(("Sent to the synthesizer", _written(prompt_of, trace.messages, answers, **given)))
+    return found
+
+
+def _written(write: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+    """A prompt that is written again; says so where a conversation of another version has no form for it."""
+    try:
+        return write(*arguments, **keywords)
+    except (KeyError, TypeError, AttributeError, MixfuseError):
+        return _UNSHOWN
 
 
 def _comparison(trace: Trace, first: str, second: str, config: FusionConfig) -> Any:

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -147,6 +148,35 @@ def test_odd_filters_find_nothing_and_break_nothing(gateway: Served, query: str)
 def test_one_trace_cannot_be_compared(gateway: Served) -> None:
     assert "tick two traces" in httpx.get(f"{gateway.url}/ui/traces/compare?id=a").text
     assert httpx.get(f"{gateway.url}/ui/traces/trace-nothing").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("mode", "options"), [("merge", {"analysis": True}), ("merge", {"cite": True}), ("debate", {})]
+)
+def test_prompts_are_those_that_were_sent(
+    tmp_path: Path, tab: Callable[..., Watched], mode: str, options: dict[str, Any]
+) -> None:
+    found = {
+        name: ["x"] for name in ("consensus", "contradictions", "partial_coverage", "unique_insights", "blind_spots")
+    }
+    synth = Script([json.dumps(found), "merged"] if "analysis" in options else "merged")
+    models = {"alpha": Script("one"), "beta": Script("two"), "synth": synth}
+    models["judge"] = Script(verdict=lambda first, second: 0.9)
+    with served(tmp_path, models, members=["alpha", "beta"]) as running:
+        turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "why?"}]
+        body = {"model": f"fusion/{mode}", "messages": turns, "fusion": options}
+        answer = httpx.post(f"{running.url}/v1/chat/completions", json=body, timeout=60)
+        assert answer.status_code == 200, answer.text
+        page = tab().page
+        page.goto(f"{running.url}/ui/traces/{answer.json()['fusion']['trace_id']}")
+        shown = [json.loads(text) for text in page.locator("details[id^=prompt] pre").all_text_contents()]
+        sent = [request["messages"] for request in running.upstream.requests]
+
+    def plain(messages: Any) -> str:
+        return re.sub(r" [0-9a-f]{4,}(?=[\]>])", " NONCE", json.dumps(messages))
+
+    assert {plain(messages) for messages in sent} == {plain(messages) for messages in shown}
+    assert len(shown) >= 2
 
 
 def test_feedback_is_in_the_trace_and_in_the_list(gateway: Served, tab: Callable[..., Watched]) -> None:
