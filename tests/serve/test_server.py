@@ -329,7 +329,7 @@ def test_refused_swaps_leave_the_old_revision_serving(server: Server, client: op
         ("domain", tmp_path / "nothing"): "no such adapter directory",
         ("domain", tiny.fused["one"]): "mixfuse adapter export",
         ("domain", silent): "so the adapter does nothing",
-        ("domain", faint): "it ignores the adapter",
+        ("domain", faint): "too small for float32, so the adapter does nothing",
         ("domain", broken): "holds NaN or infinity",
         ("judge", tiny.served["experts"]): "judge protocol",
         ("nobody", tiny.served["one"]): "unknown role 'nobody'",
