@@ -22,7 +22,8 @@ def test_an_exported_run_has_probes(name: str, request: pytest.FixtureRequest, t
     probes = contract.read_probes(out)
     assert probes is not None
     assert probes.precision == "float32"
-    wanted = parity.reference(out, tiny_base, length=256)
+    # The texts behind several beginnings are `verify`'s alone: 288 more passes would be too many for a run's end.
+    wanted = parity.reference(out, tiny_base, length=256).without_repeats()
     assert [probe.tokens for probe in probes.logprobs] == [probe.tokens for probe in wanted.probes().logprobs], (
         "a swap would be asked other prompts than `verify` compares"
     )
