@@ -2,20 +2,17 @@
 
 import json
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import httpx
 import pytest
-from axe_playwright_python.sync_playwright import Axe
+from axe import serious
 from browsing import Served, Watched, served
 from fake_upstream import Script
-from playwright.sync_api import Page, expect
-from test_ui_roles import Roles, logged_in, roles  # noqa: F401 - a fixture
+from playwright.sync_api import expect
 from test_ui_runs import train_row, write_run
 
 MODES = ("best-of", "auto", "merge", "debate")
 LONG = "\n" + "a line of a long text\n" * 100  # it scrolls, which must be possible by keyboard
-COMBINATIONS: tuple[tuple[Any, int], ...] = (("light", 1600), ("light", 360), ("dark", 360), ("dark", 1600))
 
 
 @pytest.fixture(scope="module")
@@ -49,23 +46,6 @@ def ask(gateway: Served, mode: str) -> str:
     trace_id: str = answer.json()["fusion"]["trace_id"]
     httpx.get(f"{gateway.url}/v1/traces/{trace_id}").raise_for_status()
     return trace_id
-
-
-def serious(page: Page, address: str) -> list[tuple[str, str, str, int, list[str]]]:
-    """What axe finds on a page, with everything unfolded: light and dark, narrow and wide."""
-    response = page.goto(address)
-    assert response
-    assert response.status < 400 or address.endswith("/none"), address
-    page.locator("main details").evaluate_all("all => all.forEach(one => { one.open = true })")
-    found = []
-    for scheme, width in COMBINATIONS:
-        page.emulate_media(color_scheme=scheme, reduced_motion="reduce")  # a transition has colours of its own
-        page.set_viewport_size({"width": width, "height": 900})
-        for violation in Axe().run(page).response["violations"]:
-            if violation["impact"] in ("serious", "critical"):
-                nodes = [node["html"][:200] for node in violation["nodes"][:3]]
-                found.append((address, violation["id"], scheme, width, nodes))
-    return found
 
 
 def test_axe_finds_nothing_serious(gateway: Served, tab: Callable[..., Watched]) -> None:
@@ -102,10 +82,4 @@ def test_axe_finds_nothing_serious_after_votes(gateway: Served, tab: Callable[..
     page.get_by_role("button", name="Save", exact=True).click()
     expect(page.locator("#saved")).to_be_visible()
     found += serious(page, f"{gateway.url}/ui/sheet?saved=1")
-    assert found == []
-
-
-def test_axe_finds_nothing_serious_about_roles(roles: Roles, tab: Callable[..., Watched]) -> None:  # noqa: F811
-    page = logged_in(roles, tab())
-    found = serious(page, f"{roles.url}/ui/roles") + serious(page, f"{roles.url}/ui/roles/domain")
     assert found == []

@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
+from axe import serious
 from browsing import Watched
 from fake_upstream import Script, fake_upstream
 from fusion_harness import config_keys, prefers
@@ -189,3 +190,8 @@ def test_it_fits(roles: Roles, tab: Callable[..., Watched], width: int) -> None:
     page = logged_in(roles, tab(viewport={"width": width, "height": 800}))
     page.goto(f"{roles.url}/ui/roles/domain")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_axe_finds_nothing_serious(roles: Roles, tab: Callable[..., Watched]) -> None:
+    page = logged_in(roles, tab())
+    assert serious(page, f"{roles.url}/ui/roles") + serious(page, f"{roles.url}/ui/roles/domain") == []
