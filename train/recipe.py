@@ -18,7 +18,7 @@ from pydantic import (
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.families import shape_of
 from mixfuse.contracts.paths import FilePath
-from mixfuse.contracts.strict_yaml import Strict, load, read_mapping
+from mixfuse.contracts.strict_yaml import Strict, override, read_mapping, validate
 from mixfuse.train.optimizers import OPTIMIZERS, OptimizerEntry, OptimizerName
 from mixfuse.train.quantization import Quantization
 
@@ -529,13 +529,13 @@ def load_recipe(path: Path, stage: str, overrides: Iterable[str] = ()) -> TrainR
         only_there = data.keys() & (recipe.model_fields.keys() - own.model_fields.keys())
         if only_there and not data.keys() & (own.model_fields.keys() - recipe.model_fields.keys()):
             raise MixfuseError(f"{path}: `mixfuse train {other}` reads this recipe (it has {sorted(only_there)[0]!r})")
-    return load(path, own, overrides)
+    return validate(override(data, overrides), own, source=str(path))
 
 
 def kind_of(recipe_path: Path, overrides: list[str]) -> type[TrainRecipe]:
     """The recipe's class: a judge's file has a key that only a judge has, or its role; any other file is for SFT."""
     judges = set(JudgeRecipe.model_fields) - set(SftRecipe.model_fields)
-    names = {override.partition("=")[0] for override in overrides}
+    names = {assignment.partition("=")[0] for assignment in overrides}
     try:
         data = read_mapping(recipe_path)
     except MixfuseError:

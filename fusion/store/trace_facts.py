@@ -64,8 +64,8 @@ def facts(trace: Trace) -> dict[str, Any]:
         "duration_ms": trace.duration_ms,
         "feedback": len(trace.feedback),
         "marked_right": marked_right(trace),
-        "question": _storable(asked[:_SHOWN]),
-        "words": _storable(f"{asked[:_SEARCHED]}\n{(trace.answer or '')[:_SEARCHED]}".lower()),
+        "question": storable(asked[:_SHOWN]),
+        "words": storable(f"{asked[:_SEARCHED]}\n{(trace.answer or '')[:_SEARCHED]}".lower()),
     }
 
 
@@ -93,8 +93,8 @@ def question(trace: Trace) -> str:
         return ""
 
 
-def _storable(value: str) -> str:
-    """A text that every database takes: PostgreSQL refuses NUL."""
+def storable(value: str) -> str:
+    """Returns a text that every database takes: PostgreSQL refuses NUL, and both refuse lone surrogates."""
     return value.replace("\0", "").encode("utf-8", "replace").decode()
 
 
@@ -145,7 +145,7 @@ class Filters:
         for name in ("mode", "key_id", "reason", "outcome"):
             if (value := getattr(self, name)) is not None:
                 found.append(f"{name} = :{name}")
-                bound[name] = _storable(value)
+                bound[name] = storable(value)
         found += [f"{name} = 1" for name in ("failed", "disagreement", "flipped", "unsure") if getattr(self, name)]
         found += ["feedback > 0"] if self.feedback else []
         found += ["feedback = 0"] if self.no_feedback else []
@@ -158,7 +158,7 @@ class Filters:
                 bound[name] = value
         if self.member is not None:
             found.append("members LIKE :member ESCAPE '!'")
-            bound["member"] = f"%|{_escaped(_storable(self.member))}|%"
+            bound["member"] = f"%|{_escaped(storable(self.member))}|%"
         return found, bound
 
 
@@ -197,7 +197,7 @@ def find(connection: Connection, filters: Filters, *, after: Place | None = None
         ids = _ids(connection, conditions, bound, after, limit + 1)
         rows = _rows(connection, ids[:limit])
         return Found(rows, _place(rows) if len(ids) > limit else None)
-    words = _storable(filters.words.lower())
+    words = storable(filters.words.lower())
     end = time.monotonic() + _SEARCH_S
     rows = []
     while True:

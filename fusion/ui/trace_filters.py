@@ -8,7 +8,7 @@ from sqlalchemy import Connection, text
 
 from mixfuse.fusion.config import FusionConfig
 from mixfuse.fusion.http.statuses import RequestError
-from mixfuse.fusion.store.trace_facts import Filters, Place, values_of
+from mixfuse.fusion.store.trace_facts import Filters, Place, storable, values_of
 from mixfuse.fusion.ui.frame import number_of
 
 MARKS = (
@@ -107,7 +107,7 @@ def place_of(value: str | None) -> Place | None:
     if value is None:
         return None
     at, _, trace_id = value.partition("~")
-    return Place(number_of(at, "after"), trace_id.replace("\0", ""))
+    return Place(number_of(at, "after"), storable(trace_id))
 
 
 def written(place: Place | None) -> str | None:

@@ -8,7 +8,7 @@ from starlette.responses import Response
 
 from mixfuse.contracts.trace import Trace
 from mixfuse.fusion.http.statuses import RequestError
-from mixfuse.fusion.store.trace_facts import question
+from mixfuse.fusion.store.trace_facts import question, storable
 from mixfuse.fusion.ui.frame import Page, Visit
 from mixfuse.fusion.ui.votes import (
     VOTES,
@@ -119,7 +119,7 @@ def _place(value: str | None) -> Place | None:
     unsure, _, rest = rest.partition("~")
     at, _, trace_id = rest.partition("~")
     try:
-        found = Place(int(flipped == "1"), int(unsure == "1"), float(at), trace_id.replace("\0", ""))
+        found = Place(int(flipped == "1"), int(unsure == "1"), float(at), storable(trace_id))
     except ValueError:
         found = None
     if found is None or not math.isfinite(found.at):

@@ -24,6 +24,7 @@ from mixfuse.fusion.store.spending import (
     right_answers,
     saved,
 )
+from mixfuse.fusion.store.trace_facts import storable
 from mixfuse.fusion.ui.frame import Page, Visit
 from mixfuse.fusion.ui.texts import dollars
 
@@ -107,12 +108,13 @@ async def show(visit: Visit) -> Response:
     key = given.get("key", "")
     key_id = owner if owner is not None else {"": None, "any": None, "none": ""}.get(key, key)
     mode = given.get("mode") or None
-    part = Slice(since.isoformat(), until.isoformat(), _storable(key_id), _storable(mode))
+    part = Slice(since.isoformat(), until.isoformat(), key_id and storable(key_id), mode and storable(mode))
 
     def read(connection: Connection) -> _Found:
         known, usage = keys.read(connection)
+        days = by(connection, "day", part)
         return _Found(
-            days=by(connection, "day", part),
+            days=days,
             keys=by(connection, "key_id", part) if owner is None else [],
             modes=by(connection, "mode", part),
             members=by_member(connection, part),
@@ -121,7 +123,7 @@ async def show(visit: Visit) -> Response:
             known=[key for key in known if owner in (None, key.id)],
             usage=usage,
             all_modes=[one.name for one in by(connection, "mode", Slice("", "9999", owner))],
-            begin=first_day_of_all(connection, owner),
+            begin=None if days else first_day_of_all(connection, owner),
         )
 
     found = await visit.read(read)
@@ -155,11 +157,6 @@ def _day(value: str | None, name: str) -> date | None:
 
 def _before(day: date, days: int) -> date:
     return day - timedelta(days=min(days, day.toordinal() - 1))
-
-
-def _storable(value: str | None) -> str | None:
-    """A text that can be looked for in every database: PostgreSQL refuses NUL, and both refuse lone surrogates."""
-    return value and value.replace("\0", "").encode("utf-8", "replace").decode()
 
 
 def _every_day(days: Sequence[Part], since: date, until: date) -> list[Part]:
