@@ -147,13 +147,28 @@ def lora_parameters(
     return [LoraParameters(attention, expert * len(experts)) for experts in chosen]
 
 
-_NOT_BUILT = {
-    "experts": "by its calculation, ZeRO-3 that gathers ahead is as fast on 8x22B, and faster where a router is "
-    "uneven; leave it out, and fill the passes (optimizer.micro_batch)",
-    "sequences": "a trial ran, and it says what is missing; leave it out, and lower max_length or "
-    "optimizer.micro_batch, or set gradient_checkpointing",
-}
-"""Names in `parallel` that others have, and why this project does not."""
+class Parallel(Strict):
+    """What the processes divide besides ZeRO-3's weights.
+
+    Attributes:
+        sequences: So many processes in a row divide each chat (Ulysses, arXiv 2309.14509) and count as one in
+            `batch_size`; it divides the number of processes. 1: none. SFT alone; see `docs/parallelism.md`.
+    """
+
+    sequences: PositiveInt = 1
+
+
+SEQUENCE_ATTENTION = ("flash_attention_3", "flash_attention_2", "varlen")
+"""Implementations that find chats by their boundaries; the others' masks are dropped by DeepSpeed's Ulysses."""
+_EXPERTS_NOT_BUILT = (
+    "parallel.experts: training is under ZeRO-3 alone (docs/parallelism.md); by its calculation, ZeRO-3 that gathers "
+    "ahead is as fast on 8x22B, and faster where a router is uneven; leave it out, and fill the passes "
+    "(optimizer.micro_batch)"
+)
+_NO_SEQUENCES = (
+    "parallel.sequences: is for SFT; the judge's loss is of one position of a whole prompt (docs/parallelism.md); "
+    "leave it out, and lower max_length or optimizer.micro_batch, or set gradient_checkpointing"
+)
 
 
 class DataSource(Strict):
@@ -353,6 +368,7 @@ class TrainRecipe(Strict):
             GPU flash-attn if it is installed, else torch's own (`varlen`).
         deepspeed: DeepSpeed's own JSON config; ZeRO stage 3.
         processes: Processes to start on this node, if no launcher (torchrun, deepspeed, Slurm) started the command.
+        parallel: What they divide besides the weights: `{sequences: N}` for chats too long for one GPU.
         threads: CPU threads a process; by default the cores that the run may use, divided by `processes`.
         timeout_minutes: How long a process waits for the others before the run ends, while it loads the base, for
             example. A dead process ends the run sooner.
@@ -391,6 +407,7 @@ class TrainRecipe(Strict):
     ] = "auto"
     deepspeed: FilePath
     processes: PositiveInt = 1
+    parallel: Parallel = Parallel()
     threads: PositiveInt | None = None
     timeout_minutes: Annotated[int, Field(gt=0, le=1440)] = 30
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -409,15 +426,12 @@ class TrainRecipe(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _no_parallel(cls, data: Any) -> Any:
-        """Refuses `parallel` with the reason, where "unknown key" would leave its user guessing."""
-        if not isinstance(data, Mapping) or data.get("parallel") is None:
-            return data
-        named = data["parallel"] if isinstance(data["parallel"], Mapping) else {}
-        name = next((name for name in _NOT_BUILT if name in named), None)
-        why = f"; {_NOT_BUILT[name]}" if name else "; leave it out"
-        where = f"parallel.{name}" if name else "parallel"
-        raise ValueError(f"{where}: training is under ZeRO-3 alone (docs/parallelism.md){why}")
+    def _no_experts(cls, data: Any) -> Any:
+        """Refuses `parallel.experts` with the reason, where "unknown key" would leave its user guessing."""
+        parallel = data.get("parallel") if isinstance(data, Mapping) else None
+        if isinstance(parallel, Mapping) and "experts" in parallel:
+            raise ValueError(_EXPERTS_NOT_BUILT)
+        return data
 
     @property
     def order_seed(self) -> int:
@@ -444,6 +458,15 @@ class SftRecipe(TrainRecipe):
     empty_answers: Literal["leave_out", "learn"] = "leave_out"
     packing: bool = False
     router_aux_loss_coef: float = Field(default=0.001, ge=0)
+
+    @model_validator(mode="after")
+    def _chats_stay_apart(self) -> Self:
+        if self.parallel.sequences > 1 and self.attention not in ("auto", *SEQUENCE_ATTENTION):
+            raise ValueError(
+                f"attention: {self.attention} does not go with parallel.sequences: DeepSpeed's Ulysses drops its mask, "
+                f"so chats in one pass would see one another; use auto or one of {', '.join(SEQUENCE_ATTENTION)}"
+            )
+        return self
 
 
 class JudgeRecipe(TrainRecipe):
@@ -490,6 +513,8 @@ class JudgeRecipe(TrainRecipe):
 
     @model_validator(mode="after")
     def _stages(self) -> Self:
+        if self.parallel.sequences > 1:
+            raise ValueError(_NO_SEQUENCES)
         one_token = {"warm_start", "margin", "consistency", "rounds", "reference_batch", "reference_cache"}
         if self.completion == "rationale" and (changed := one_token & self.model_fields_set):
             raise ValueError(f"{min(changed)} goes with completion: verdict; for a rationale use sft_weight")

@@ -4,12 +4,14 @@ import random
 from array import array
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from torch import Tensor
 
+DIVIDED = "divided"
+"""Marks a batch that is a part of a row, which its attention must exchange (`model/sequence_parallel.py`)."""
 PACKING_WINDOW = 4096  # chats packed together; each window leaves about one row half empty
 
 
@@ -85,30 +87,44 @@ def documents(table: "Dataset", numbers: Sequence[int], begins: Sequence[int]) -
     return Dataset.from_dict({"row": range(len(begins) - 1)}).with_transform(look_up)
 
 
+class Share(NamedTuple):
+    """The part of each row that a process holds: `number`, from 0, of `of` equal parts."""
+
+    number: int = 0
+    of: int = 1
+
+
+WHOLE = Share()
+"""The only part of an undivided row."""
+
+
 class Collator:
     """Makes a batch of rows. It carries the `ids` of its examples, so that errors can name them (`stages/trainers.py`).
 
     Not packed: documents are padded on the right, (B, L), with an attention mask. Packed: the documents of all rows are
     concatenated, (1, T), without padding and without an attention mask. transformers finds the documents by their
     `position_ids`, which begin at 0 in each, only if there is no mask (`masking_utils`,
-    `find_packed_sequence_indices`); FlashAttention gets their boundaries.
+    `find_packed_sequence_indices`); FlashAttention gets their boundaries. Divided: packed likewise, and then cut.
 
     Args:
         pad_token_id: The padding token.
         packed: Whether to concatenate.
+        share: The part of a row that this process holds.
     """
 
-    def __init__(self, pad_token_id: int, *, packed: bool) -> None:
-        self._pad, self._packed = pad_token_id, packed
+    def __init__(self, pad_token_id: int, *, packed: bool, share: Share = WHOLE) -> None:
+        self._pad, self._packed, self._share = pad_token_id, packed, share
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """The batch: `input_ids`, `labels`, `ids`, and an attention mask or positions."""
+        """The batch: `input_ids`, `labels`, `ids`, and an attention mask or positions; see `divided` for a part."""
         import torch
 
         batch = [document for example in examples for document in example.get("documents", [example])]
         ids = [torch.tensor(document["input_ids"]) for document in batch]
         labels = [torch.tensor(document["labels"]) for document in batch]
         names = [str(document["id"]) for document in batch]
+        if self._share.of > 1:
+            return {**divided(ids, labels, self._share, self._pad), "ids": names}
         if self._packed:
             return {**pack_batch(ids, labels), "ids": names}
         pad = torch.nn.utils.rnn.pad_sequence
@@ -118,6 +134,36 @@ class Collator:
             "labels": pad(labels, batch_first=True, padding_value=-100),
             "ids": names,
         }
+
+
+def divided(ids: "list[Tensor]", labels: "list[Tensor]", share: Share, pad_token_id: int) -> dict[str, Any]:
+    """A part of the row (1, T) that documents make, with positions and boundaries of the whole row.
+
+    T is a multiple of the number of parts: what is missing is padding, a document of its own behind the others.
+
+    Args:
+        ids: Each (L_i,).
+        labels: Each (L_i,).
+        share: The part.
+        pad_token_id: The padding token.
+
+    Returns:
+        `pack_batch`'s, with (1, T/N) tensors; `shift_labels`, each position's next token, as the part's last one has it
+        in the next part; `padding`, the tokens at this part's end that are padding; and `DIVIDED`.
+    """
+    import torch
+
+    missing = -sum(map(len, ids)) % share.of
+    if missing:
+        ids, labels = [*ids, ids[0].new_full((missing,), pad_token_id)], [*labels, ids[0].new_full((missing,), -100)]
+    row = pack_batch(ids, labels)
+    row["shift_labels"] = torch.nn.functional.pad(row["labels"][:, 1:], (0, 1), value=-100)
+    size = row["labels"].shape[1] // share.of
+    begin, end = size * share.number, size * (share.number + 1)
+    for name in ("input_ids", "labels", "shift_labels", "position_ids"):
+        row[name] = row[name][:, begin:end].contiguous()
+    padding = min(size, max(0, missing - size * (share.of - 1 - share.number)))
+    return {**row, "padding": padding, DIVIDED: True}
 
 
 def pack_batch(ids: "list[Tensor]", labels: "list[Tensor]") -> dict[str, Any]:

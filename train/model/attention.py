@@ -2,6 +2,7 @@
 
 import copy
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +36,7 @@ class Choice(NamedTuple):
     why: str
 
 
-def fastest(dtype: torch.dtype, *, packing: bool, dropout: float = 0.0) -> Choice:
+def fastest(dtype: torch.dtype, *, packing: bool, dropout: float = 0.0, among: Collection[str] | None = None) -> Choice:
     """Chooses the fastest implementation that this machine has: what `attention: auto` means.
 
     The order is that of the kernels: FlashAttention 3, FlashAttention 2, torch's own build of the latter, compiled
@@ -45,9 +46,18 @@ def fastest(dtype: torch.dtype, *, packing: bool, dropout: float = 0.0) -> Choic
         dtype: The dtype in which the base is loaded.
         packing: Whether documents are packed.
         dropout: The base's `attention_dropout`; only sdpa and FlashAttention 2 have it.
+        among: The implementations that can be chosen, by default all.
+
+    Raises:
+        MixfuseError: None of these can run here.
     """
     kinds = _kinds(dtype, packing=packing, dropout=dropout)
-    return next(Choice(name, why) for name, (why, problem) in kinds.items() if not problem)
+    chosen = {name: kind for name, kind in kinds.items() if among is None or name in among}
+    for name, (why, problem) in chosen.items():
+        if not problem:
+            return Choice(name, why)
+    problems = "; ".join(f"{name} {problem}" for name, (_, problem) in chosen.items())
+    raise MixfuseError(f"parallel.sequences: no attention that it can divide runs here: {problems}")
 
 
 def _kinds(dtype: torch.dtype, *, packing: bool, dropout: float) -> dict[str, tuple[str, str]]:
@@ -73,7 +83,9 @@ def _kinds(dtype: torch.dtype, *, packing: bool, dropout: float) -> dict[str, tu
     }
 
 
-def choose_implementation(setting: str, base: Path, dtype: torch.dtype, *, packing: bool = False) -> str:
+def choose_implementation(
+    setting: str, base: Path, dtype: torch.dtype, *, packing: bool = False, among: Collection[str] | None = None
+) -> str:
     """Chooses the attention implementation to load the base with, and says which on the first process.
 
     Args:
@@ -81,6 +93,7 @@ def choose_implementation(setting: str, base: Path, dtype: torch.dtype, *, packi
         base: The base model's folder. Its attention is tested if documents are packed.
         dtype: The dtype in which the base is loaded.
         packing: Whether documents are packed.
+        among: The implementations that `auto` can choose, by default all.
 
     Returns:
         transformers' name of the implementation.
@@ -90,7 +103,7 @@ def choose_implementation(setting: str, base: Path, dtype: torch.dtype, *, packi
     """
     register()
     config = classes_of(family_of(base).model_type).config.from_pretrained(base)
-    choice = choose(setting, config, dtype, packing=packing)
+    choice = choose(setting, config, dtype, packing=packing, among=among)
     if packing:
         check_packing(choice.name, config, dtype)
     if os.environ.get("RANK", "0") == "0":
@@ -98,18 +111,20 @@ def choose_implementation(setting: str, base: Path, dtype: torch.dtype, *, packi
     return choice.name
 
 
-def choose(setting: str, config: Any, dtype: torch.dtype, *, packing: bool) -> Choice:
+def choose(
+    setting: str, config: Any, dtype: torch.dtype, *, packing: bool, among: Collection[str] | None = None
+) -> Choice:
     """Chooses as `choose_implementation` does, without a test.
 
     Raises:
-        MixfuseError: The implementation that the recipe names cannot run here.
+        MixfuseError: The implementation that the recipe names, or each of `among`, cannot run here.
     """
     dropout = float(getattr(config, "attention_dropout", 0.0) or 0.0)
     if setting == "auto":
-        return fastest(dtype, packing=packing, dropout=dropout)
+        return fastest(dtype, packing=packing, dropout=dropout, among=among)
     _, problem = _kinds(dtype, packing=True, dropout=dropout).get(setting, ("", ""))
     if problem:
-        best = fastest(dtype, packing=packing, dropout=dropout).name
+        best = fastest(dtype, packing=packing, dropout=dropout, among=among).name
         raise MixfuseError(f"attention: {setting} {problem}; use auto, which is {best} here")
     return Choice(setting, "as the recipe says")
 

@@ -476,7 +476,8 @@ def _problems(planned: Plan, recipe: TrainRecipe, zero: Zero3, parameters: Seque
                 f"offload_param.buffer_size {zero.nvme_buffer:.1e} is less than the largest partition's "
                 f"{largest:.2e} elements"
             )
-    step = recipe.optimizer.micro_batch * hardware.world
+    sequences = recipe.parallel.sequences
+    step = recipe.optimizer.micro_batch * max(1, hardware.world // sequences)
     if recipe.optimizer.batch_size % step:
         yield (
             f"optimizer.batch_size {recipe.optimizer.batch_size} is no multiple of "

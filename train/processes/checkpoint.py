@@ -45,7 +45,7 @@ def check_resume(out: Path, record: dict[str, Any], *, resume: str) -> None:
     """Checks that the recipe of a run to resume has not changed.
 
     A run whose second half used other data or another rank would match no recipe. The number of processes may change,
-    and with it the examples of a forward pass: see `whole_state`.
+    and with it the examples of a forward pass and what divides them (`parallel`): see `whole_state`.
 
     Args:
         out: The run's folder.
@@ -74,9 +74,8 @@ def check_resume(out: Path, record: dict[str, Any], *, resume: str) -> None:
         )
     if isinstance(before.get("optimizer"), dict):
         before["optimizer"]["micro_batch"] = record["optimizer"]["micro_batch"]
-    changed = next(
-        (key for key in record if before.get(key) != record[key] and key not in (*FREE_ON_RESUME, "processes")), None
-    )
+    free = (*FREE_ON_RESUME, "processes", "parallel")
+    changed = next((key for key in record if before.get(key) != record[key] and key not in free), None)
     if changed:
         raise MixfuseError(
             f"{out} holds a run to resume whose {changed!r} is {before.get(changed)!r}, not {record[changed]!r}; "

@@ -22,8 +22,8 @@ def check_recipe(recipe: TrainRecipe) -> None:
 
     Raises:
         MixfuseError: The base or the DeepSpeed config is missing or wrong, the recipe names experts that the base does
-            not have or a tracker that is not installed, the batch does not divide among the processes, or the output
-            is an input or cannot be written.
+            not have or a tracker that is not installed, chats or the batch do not divide among the processes, or the
+            output is an input or cannot be written.
     """
     sources = (*recipe.data, *(recipe.evaluation.data or () if recipe.evaluation else ()))
     keep_apart(
@@ -42,10 +42,28 @@ def check_recipe(recipe: TrainRecipe) -> None:
     recipe.lora.chosen(shape.L, shape.E)
     check_trackers(recipe)
     check_quantization(recipe, shape, read_zero3(recipe.deepspeed, shape.H))
-    per_pass = recipe.optimizer.micro_batch * worker.world_size(recipe.processes)
+    world, sequences = worker.world_size(recipe.processes), recipe.parallel.sequences
+    check_sequences(sequences, world, shape)
+    per_pass = recipe.optimizer.micro_batch * world // sequences
     if recipe.optimizer.batch_size % per_pass:
         raise MixfuseError(
-            f"optimizer.batch_size {recipe.optimizer.batch_size} is no multiple of micro_batch * processes = {per_pass}"
+            f"optimizer.batch_size {recipe.optimizer.batch_size} is no multiple of micro_batch * processes"
+            f"{' / parallel.sequences' if sequences > 1 else ''} = {per_pass}"
+        )
+
+
+def check_sequences(sequences: int, world: int, shape: Shape) -> None:
+    """Checks that so many processes can divide a chat's tokens, and its heads in attention.
+
+    Raises:
+        MixfuseError: The groups do not divide the processes, or a group the heads.
+    """
+    if world % sequences:
+        raise MixfuseError(f"parallel.sequences: {sequences} does not divide the run's {world} processes")
+    if shape.A % sequences or (shape.G % sequences and sequences % shape.G):
+        raise MixfuseError(
+            f"parallel.sequences: {sequences} processes cannot divide the base's {shape.A} query heads and {shape.G} "
+            "key heads; it must divide the first, and divide the second or be a multiple of it"
         )
 
 

@@ -33,7 +33,7 @@ def trainer_arguments(recipe: TrainRecipe, steps: int) -> dict[str, Any]:
     """
     import torch
 
-    world = worker.world_size(recipe.processes)
+    readers = worker.world_size(recipe.processes) // recipe.parallel.sequences
     optimizer, evaluation = recipe.optimizer, recipe.evaluation
     place_trackers(recipe)
     warmup = optimizer.warmup(steps)
@@ -46,7 +46,7 @@ def trainer_arguments(recipe: TrainRecipe, steps: int) -> dict[str, Any]:
         "output_dir": str(recipe.out / "checkpoints"),
         "max_steps": steps,
         "per_device_train_batch_size": optimizer.micro_batch,
-        "gradient_accumulation_steps": optimizer.batch_size // (optimizer.micro_batch * world),
+        "gradient_accumulation_steps": optimizer.batch_size // (optimizer.micro_batch * readers),
         "learning_rate": optimizer.learning_rate,
         "warmup_steps": warmup,
         "lr_scheduler_type": "cosine_with_min_lr" if cosine_end else optimizer.schedule,

@@ -8,13 +8,14 @@ from trl import SFTConfig
 
 from mixfuse.contracts.families import family_of
 from mixfuse.train.data.chat_data import chat_data
-from mixfuse.train.data.packing import Collator
+from mixfuse.train.data.packing import Collator, Share
 from mixfuse.train.data.prepared import Prepared
 from mixfuse.train.model import attention, choose_experts
 from mixfuse.train.model.load import load_base, lora_config
+from mixfuse.train.model.sequence_parallel import divide_attention
 from mixfuse.train.model.tokenizer import load_tokenizer
 from mixfuse.train.processes.checkpoint import last_checkpoint
-from mixfuse.train.recipe import SftRecipe, TrainRecipe
+from mixfuse.train.recipe import SEQUENCE_ATTENTION, SftRecipe, TrainRecipe
 from mixfuse.train.stages.core import train_and_save, trainer_arguments
 from mixfuse.train.stages.trainers import SftTrainer
 
@@ -29,7 +30,14 @@ def train(recipe: TrainRecipe, prepared: Prepared | None = None) -> None:
     recipe = cast(SftRecipe, recipe)
     dtype = getattr(torch, recipe.dtype)
     tokenizer = load_tokenizer(recipe.base, recipe.chat_template)
-    implementation = attention.choose_implementation(recipe.attention, recipe.base, dtype, packing=recipe.packing)
+    sequences = recipe.parallel.sequences
+    implementation = attention.choose_implementation(
+        recipe.attention,
+        recipe.base,
+        dtype,
+        packing=recipe.packing or sequences > 1,  # divided rows are packed ones
+        among=SEQUENCE_ATTENTION if sequences > 1 else None,
+    )
     resuming = last_checkpoint(recipe.out) is not None
     data = chat_data(recipe, tokenizer, prepared)
     arguments = SFTConfig(
@@ -41,13 +49,16 @@ def train(recipe: TrainRecipe, prepared: Prepared | None = None) -> None:
     model = load_base(recipe.base, dtype, attention=implementation, quantization=recipe.quantization)
     chosen = choose_experts.choose_for_run(recipe, model, data.table, tokenizer, resuming=resuming)
     set_seed(recipe.seed)  # the adapter's initial values depend on the seed alone, not on what loading drew
+    share = Share(torch.distributed.get_rank() % sequences, sequences)
     trainer = SftTrainer(
         model=model,
         args=arguments,
         train_dataset=data.train,
         eval_dataset=data.evaluation,
-        data_collator=Collator(tokenizer.pad_token_id, packed=recipe.packing),
+        data_collator=Collator(tokenizer.pad_token_id, packed=recipe.packing, share=share),
         processing_class=tokenizer,
         peft_config=lora_config(family_of(recipe.base), recipe.lora, chosen),
     )
+    if sequences > 1:
+        trainer.divide_rows(divide_attention(model, sequences))
     train_and_save(trainer, recipe, stage="sft", examples=data.chats)

@@ -17,6 +17,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from mixfuse.contracts import calibration
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.train.model.choose_experts import gathered_by_block
+from mixfuse.train.model.sequence_parallel import WholeBalance
 from mixfuse.train.stages.one_pass_dpo import Logprobs, OnePass, Reference, VerdictRow, logprobs, position_bias
 
 
@@ -46,9 +47,50 @@ class NamedExamples:
 
 
 class SftTrainer(NamedExamples, SFTTrainer):
-    """TRL's SFT; the held-out loss is the mean over all labelled tokens, the same for any batch size and world size."""
+    """TRL's SFT; the held-out loss is the mean over all labelled tokens, the same for any batch size and world size.
+
+    Attributes:
+        sequences: Processes that divide each row, and count as one that reads data.
+    """
 
     control: Any
+    sequences: int = 1
+    _group: Any = None
+
+    def divide_rows(self, group: Any) -> None:
+        """Makes the processes of a group read the same rows, of which the collator gives each a part.
+
+        Call it once, before training.
+        """
+        self._group, self.sequences = group, torch.distributed.get_world_size(group)
+        # Each process has tokens of its own in a short last batch, too, which accelerate would take for repeated rows.
+        self.accelerator.gather_for_metrics = self.accelerator.gather
+
+    def get_train_dataloader(self) -> Any:
+        """The loader; a group's processes get the batches of one."""
+        loader = super().get_train_dataloader()
+        if self.sequences > 1:
+            shard = loader.batch_sampler  # accelerate's: of each `num_processes` batches, it takes one
+            shard.num_processes //= self.sequences
+            shard.process_index //= self.sequences
+            shard.even_batches = shard.num_processes > 1  # one process alone has a shorter last batch
+        return loader
+
+    def get_total_train_batch_size(self, args: Any) -> int:
+        """Examples a step."""
+        return int(super().get_total_train_batch_size(args)) // self.sequences
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """TRL's loss; of divided rows, with the router's loss of whole ones."""
+        padding = inputs.pop("padding", 0)
+        if self.sequences == 1:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        # TRL counts a row's tokens by its positions.
+        self._total_train_tokens -= int(self.accelerator.gather(torch.tensor(padding, device=self.args.device)).sum())
+        if self.aux_loss_enabled:
+            base = self.accelerator.unwrap_model(model).get_base_model()
+            model = WholeBalance(model, base.base_model, base.config.num_experts_per_tok, self._group, padding)
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     @torch.no_grad()
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
@@ -57,20 +99,21 @@ class SftTrainer(NamedExamples, SFTTrainer):
         With several data sets, `eval_loss/SET` is the loss of each: what the training data teaches may be what the
         others forget. A batch holds rows of one set.
 
-        Every process takes every world-size-th batch. Under ZeRO-3 each forward pass is a collective, so a process with
-        no batch left computes one whose labels are all ignored.
+        Every process takes every world-size-th batch; processes that divide rows take their parts of one. Under ZeRO-3
+        each forward pass is a collective, so a process with no batch left computes one whose labels are all ignored.
         """
         data = eval_dataset or self.eval_dataset
-        size, world, rank = self.args.eval_batch_size, self.args.world_size, self.args.process_index
+        size, world = self.args.eval_batch_size, self.args.world_size
+        readers, reader = world // self.sequences, self.args.process_index // self.sequences
         sets = _sets(data)
         batches = [
             (list(range(begin, min(begin + size, rows.stop))), number)
             for number, rows in enumerate(sets.values())
             for begin in range(rows.start, rows.stop, size)
         ]
-        rounds = math.ceil(len(batches) / world)
+        rounds = math.ceil(len(batches) / readers)
         mine = [(*batches[number], True) if number < len(batches) else (*batches[0], False)
-                for number in range(rank, rounds * world, world)]  # fmt: skip
+                for number in range(reader, rounds * readers, readers)]  # fmt: skip
         loader = DataLoader(data, batch_sampler=[rows for rows, *_ in mine], collate_fn=self.data_collator)
         model = self.model_wrapped
         was_training = model.training
@@ -78,10 +121,12 @@ class SftTrainer(NamedExamples, SFTTrainer):
         # For each set: loss, tokens right, tokens.
         sums = torch.zeros(len(sets), 3, dtype=torch.float64, device=self.args.device)
         for batch, (_, number, counts) in zip(loader, mine, strict=True):
-            batch.pop("ids")
+            del batch["ids"]
+            batch.pop("padding", None)
             inputs = self._prepare_inputs(batch)
             if not counts:
-                inputs["labels"] = torch.full_like(inputs["labels"], -100)
+                for labels in inputs.keys() & {"labels", "shift_labels"}:
+                    inputs[labels] = torch.full_like(inputs[labels], -100)
             out = model(**inputs, use_cache=False, fused_lm_head=True)
             sums[number] += torch.stack(
                 [-out.log_probs.double().sum(), out.is_top1.double().sum(), out.label_mask.sum()]

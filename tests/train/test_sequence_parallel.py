@@ -1,0 +1,143 @@
+"""Two processes that divide each row train as one process does that holds it whole: `parallel: {sequences: 2}`."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import train_harness as harness
+from train_harness import Run
+
+from mixfuse.contracts.errors import MixfuseError
+from mixfuse.train.data.packing import Share, divided, pack_batch
+from mixfuse.train.processes.checkpoint import last_checkpoint
+from mixfuse.train.run import start
+
+DIVIDED = ["processes=2", "parallel.sequences=2"]
+PACKED = ["packing=true", "max_length=40", "router_aux_loss_coef=0.05", "optimizer.steps=4"]
+"""Rows of one to five chats, two micro batches a step, and an epoch of three steps whose last row is alone."""
+CUT_AFTER = 2
+
+
+@pytest.fixture(scope="module")
+def packed(sft_recipe: Path, runs: Path) -> tuple[Run, Run]:
+    """Packed rows on one process and on two, where layers are recomputed besides."""
+    evaluation = harness.evaluated(sft_recipe, every=2)
+    return (
+        harness.train("sft", sft_recipe, f"out={runs / 'whole'}", *PACKED, evaluation),
+        harness.train(
+            "sft", sft_recipe, f"out={runs / 'halves'}", *PACKED, evaluation, *DIVIDED, "gradient_checkpointing=true"
+        ),
+    )
+
+
+@pytest.fixture(scope="module")
+def continued(sft_recipe: Path, runs: Path) -> tuple[Run, Run]:
+    """Padded chats on one process, whose run is cut off within an epoch, and continued by one process and by two."""
+    evaluation = harness.evaluated(sft_recipe, every=8)
+    out, copy = runs / "padded", runs / "padded_halves"
+    options = [f"out={out}", "optimizer.steps=6", evaluation]
+    command = [sys.executable, "-m", "mixfuse", "train", "sft", str(sft_recipe), *options, "save_every=1"]
+    with subprocess.Popen(command, env=harness.ENVIRONMENT, stderr=subprocess.DEVNULL) as parent:
+        deadline = time.monotonic() + 200
+        while (last := last_checkpoint(out)) is None or last.name < f"checkpoint-{CUT_AFTER}":
+            assert parent.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        parent.send_signal(signal.SIGTERM)
+    shutil.copytree(out, copy)
+    return (
+        harness.train("sft", sft_recipe, *options),
+        harness.train("sft", sft_recipe, f"out={copy}", *options[1:], *DIVIDED),
+    )
+
+
+@pytest.mark.zero3
+@pytest.mark.parametrize("key", ["loss", "grad_norm", "aux_loss", "num_tokens", "mean_token_accuracy", "epoch"])
+def test_packed_rows_train_as_on_one_process(key: str, packed: tuple[Run, Run]) -> None:
+    whole, halves = packed
+    assert len(halves.steps) == 4
+    assert halves.series(key) == pytest.approx(whole.series(key), rel=1e-5)
+
+
+@pytest.mark.zero3
+def test_the_held_out_loss_is_that_of_one_process_packed_or_not(
+    packed: tuple[Run, Run], continued: tuple[Run, Run]
+) -> None:
+    whole, halves = packed
+    for key in ("eval_loss", "eval_tokens", "eval_token_accuracy"):
+        expected = [row[key] for row in whole.evaluations]
+        assert [row[key] for row in halves.evaluations] == pytest.approx(expected, rel=1e-5)
+    before_training = [run.evaluations[0]["eval_loss"] for run in (halves, continued[0])]
+    assert before_training[0] == pytest.approx(before_training[1], rel=1e-6), "chats in one row see one another"
+
+
+@pytest.mark.zero3
+def test_the_adapter_is_that_of_one_process(packed: tuple[Run, Run]) -> None:
+    whole, halves = (run.weights() for run in packed)
+    assert halves.keys() == whole.keys()
+    for name, weight in whole.items():
+        assert (halves[name] - weight).abs().max() <= 1e-3 * weight.abs().max(), name
+
+
+@pytest.mark.zero3
+def test_two_processes_continue_what_one_began_on_padded_chats(continued: tuple[Run, Run]) -> None:
+    whole, halves = continued
+    steps = [row["step"] for row in halves.steps]
+    assert steps == list(range(1, 7))
+    for key in ("loss", "grad_norm", "num_tokens"):
+        assert halves.series(key) == pytest.approx(whole.series(key), rel=1e-5)
+    assert "resuming" in (halves.out / "recipe.json").read_text() or json.loads((halves.out / "run.json").read_text())[
+        "recipe"
+    ]["parallel"] == {"sequences": 2}
+
+
+@pytest.mark.parametrize("of", [2, 4])
+def test_the_parts_of_a_row_make_the_row(of: int) -> None:
+    import torch
+
+    ids = [torch.arange(10, 15), torch.arange(20, 22)]
+    labels = [torch.tensor([-100, 1, 2, 3, 4]), torch.tensor([-100, 5])]
+    row = pack_batch(ids, labels)
+    parts = [divided(ids, labels, Share(number, of), 9) for number in range(of)]
+    joined = {key: torch.cat([part[key] for part in parts], 1) for key in ("input_ids", "position_ids", "shift_labels")}
+    assert joined["input_ids"].tolist() == [[*row["input_ids"][0].tolist(), 9]]
+    assert joined["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 0]]
+    assert joined["shift_labels"].tolist() == [[1, 2, 3, 4, -100, 5, -100, -100]]
+    assert [part["padding"] for part in parts] == [0] * (of - 1) + [1]
+    assert all(part["cu_seq_lens_q"].tolist() == [0, 5, 7, 8] for part in parts)
+
+
+def test_padding_may_be_longer_than_a_part() -> None:
+    import torch
+
+    parts = [divided([torch.tensor([7])], [torch.tensor([-100])], Share(number, 4), 9) for number in range(4)]
+    assert [part["padding"] for part in parts] == [0, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("stage", "overrides", "message"),
+    [
+        ("sft", ["attention=sdpa"], "attention: sdpa does not go with parallel.sequences: DeepSpeed's Ulysses drops"),
+        ("sft", ["attention=flex_attention"], "attention: flex_attention does not go with parallel.sequences"),
+        ("sft", ["processes=3"], "parallel.sequences: 2 does not divide the run's 3 processes"),
+        ("sft", ["processes=6", "optimizer.micro_batch=4"], "micro_batch * processes / parallel.sequences = 12"),
+        ("judge", [], "parallel.sequences: is for SFT; the judge's loss is of one position"),
+    ],
+)
+def test_a_recipe_that_cannot_divide_is_refused(
+    stage: str, overrides: list[str], message: str, request: pytest.FixtureRequest
+) -> None:
+    recipe = request.getfixturevalue(f"{stage}_recipe")
+    with pytest.raises(MixfuseError) as caught:
+        start(stage, recipe, [*({name.partition("=")[0]: name for name in [*DIVIDED, *overrides]}.values())])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_heads_that_do_not_divide_are_refused(sft_recipe: Path) -> None:
+    with pytest.raises(MixfuseError, match="3 processes cannot divide the base's 4 query heads and 2 key heads"):
+        start("sft", sft_recipe, ["processes=3", "parallel.sequences=3"])
