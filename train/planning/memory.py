@@ -4,7 +4,8 @@ The functions are pure and use named symbols. `docs/planning.md` explains each f
 compares the results with what real processes hold.
 
 Symbols: L layers, H hidden, I intermediate, E experts, K experts per token, A query heads, G key heads, D head size, V
-vocabulary, r LoRA rank, N processes, B sequences per pass, S tokens per sequence, T = B·S, w bytes per element.
+vocabulary, r LoRA rank, N processes, B sequences per pass, S tokens per sequence, C processes that divide them, T =
+B·S/C, w bytes per element.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,15 +27,26 @@ RNG_STATE = 5056  # bytes of torch.get_rng_state(), which a checkpointed layer s
 
 
 class Batch(NamedTuple):
-    """One forward pass on one process: B sequences of S tokens."""
+    """One forward pass: B sequences of S tokens, which C processes divide (`parallel.sequences`)."""
 
     B: int
     S: int
+    C: int = 1
 
     @property
     def T(self) -> int:  # noqa: N802 - the symbol
-        """Tokens."""
-        return self.B * self.S
+        """Tokens on one process."""
+        return -(-self.B * self.S // self.C)
+
+    @property
+    def mask(self) -> int:
+        """Elements of a padding mask; divided sequences have none."""
+        return self.B * self.S**2 if self.C == 1 else 0
+
+    @property
+    def positions(self) -> int:
+        """Positions whose cosines and sines are kept; divided sequences are concatenated."""
+        return self.S if self.C == 1 else self.T
 
 
 class MicroStep(NamedTuple):
@@ -213,7 +225,8 @@ def attention_saved(shape: Shape, batch: Batch, w: int, lora: Lora, *, cuda: boo
     w·(T·H + 4·T·r + 4·T·A·D + B·S²) + 4·(T·A + T) + [w = 2] 4·T·H, and 4·T·(A + G)·(D + 1) where queries and keys are
     normalised. Keys and values are repeated to A heads, and every layer makes a padding mask with w bytes per element
     (transformers 5.19 `sdpa_attention_forward`). A norm saves its input in float32. Dropout saves its output and a mask
-    for each projection; the mask has one byte per element on a GPU and w bytes on a CPU.
+    for each projection; the mask has one byte per element on a GPU and w on a CPU. Divided sequences have no mask;
+    the exchange's output is another tensor than attention's: w·T·A·D more.
     """
     _, H, _, _, _, A, G, D, *_ = shape  # noqa: N806
     T = batch.T  # noqa: N806
@@ -223,7 +236,7 @@ def attention_saved(shape: Shape, batch: Batch, w: int, lora: Lora, *, cuda: boo
         if lora.dropout:
             inputs = w * 4 * T * lora.r + (w + (1 if cuda else w)) * T * (3 * H + A * D)
     norm = FP32 * T + (FP32 * T * H if w < FP32 else 0)
-    heads = w * (4 * T * A * D + batch.B * batch.S**2) + FP32 * T * A
+    heads = w * ((4 if batch.C == 1 else 5) * T * A * D + batch.mask) + FP32 * T * A
     qk_norms = FP32 * T * (A + G) * (D + 1) if shape.qk_norm else 0
     return inputs + norm + heads + qk_norms
 
@@ -239,6 +252,16 @@ def moe_saved(shape: Shape, batch: Batch, w: int, lora: Lora) -> int:
     ranks = 2 * lora.r if lora.experts != "none" else 0
     routing = T * E * FP32 + T * K * (2 * INT64 + 2 * FP32) + T * FP32 + E * FP32
     return w * (T * H + T * K * (2 * I + ranks)) + FP32 * (T * H + T) + routing
+
+
+def exchanged(shape: Shape, batch: Batch, w: int) -> int:
+    """w·T·D·(2A + 2·max(G, C)): queries, keys, values and output, exchanged by each layer of a pass; 0 undivided.
+
+    (C-1)/C of it crosses to other processes. With fewer key heads than processes, each is sent several times.
+    """
+    if batch.C == 1:
+        return 0
+    return w * batch.T * shape.D * 2 * (shape.A + max(shape.G, batch.C))
 
 
 def _rows(shape: Shape, batch: Batch, *, cuda: bool) -> int:
@@ -295,13 +318,13 @@ def checkpoint_saved(shape: Shape, batch: Batch, w: int) -> int:
 def final_saved(shape: Shape, batch: Batch, w: int) -> int:
     """Bytes of the inputs of the last norm and the output layer, and of the positions' cosines and sines."""
     T, H, D = batch.T, shape.H, shape.D  # noqa: N806
-    return (FP32 + 2 * w) * T * H + FP32 * T + 2 * w * batch.S * D + batch.B * batch.S**2
+    return (FP32 + 2 * w) * T * H + FP32 * T + 2 * w * batch.positions * D + batch.mask
 
 
 def final_body(shape: Shape, batch: Batch, w: int) -> int:
     """The part of `final_saved` that exists after the last norm: its input and output, cosines and sines, the mask."""
     T, H = batch.T, shape.H  # noqa: N806
-    return (FP32 + w) * T * H + FP32 * T + 2 * w * batch.S * shape.D + batch.B * batch.S**2
+    return (FP32 + w) * T * H + FP32 * T + 2 * w * batch.positions * shape.D + batch.mask
 
 
 def head_workspace(shape: Shape, batch: Batch, w: int, *, cuda: bool) -> int:
@@ -366,7 +389,7 @@ def moments(step: MicroStep, gathers: Sequence[Gathered]) -> Iterator[Moment]:
     attention = attention_saved(shape, batch, w, lora, cuda=cuda)
     layer = layer_saved(shape, batch, w, lora, cuda=cuda)
     per_layer = checkpoint_saved(shape, batch, w) if checkpointing else layer
-    attention_workspace = w * batch.T * (4 * shape.A * shape.D + 2 * shape.H)
+    attention_workspace = w * batch.T * (4 * shape.A * shape.D + 2 * shape.H) + 2 * exchanged(shape, batch, w)
     before_head = 0
     for visit, fetching, running, _ in gathers:
         name, phase = visit.module.name, visit.phase
@@ -404,7 +427,7 @@ def without_gradients(name: str, step: MicroStep, gathers: Sequence[Gathered]) -
     """
     shape, batch, w, cuda = step.shape, step.batch, step.w, step.cuda
     first_products = w * _rows(shape, batch, cuda=cuda) * 2 * shape.I
-    others = (2 * w + FP32) * batch.T * shape.H + batch.B * batch.S**2
+    others = (2 * w + FP32) * batch.T * shape.H + batch.mask
     workspace = moe_forward_workspace(shape, batch, w, cuda=cuda) + first_products + others + unpacked(step)
     running = max((g.running for g in gathers if g.visit.phase == "forward"), default=0)
     return Moment(name, running * w, 0, workspace)

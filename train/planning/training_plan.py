@@ -21,7 +21,15 @@ from mixfuse.train.planning import memory
 from mixfuse.train.planning.memory import FP32, Batch, MicroStep, Moment
 from mixfuse.train.planning.zero3_gathers import Gathered, Parameter, Thresholds, replay
 from mixfuse.train.quantization import CHANGING_KEYS, QUANTIZATION_BLOCK, QUANTIZED_BITS, Experts
-from mixfuse.train.recipe import JudgeRecipe, Lora, TrainRecipe, lora_parameters
+from mixfuse.train.recipe import (
+    SEQUENCE_ATTENTION,
+    JudgeRecipe,
+    Lora,
+    Parallel,
+    SftRecipe,
+    TrainRecipe,
+    lora_parameters,
+)
 
 _HOPELESS = 16
 _QUANTIZED = "quantization="
@@ -222,6 +230,12 @@ class Plan:
     problems: tuple[str, ...]
 
     @property
+    def exchanged_bytes(self) -> int:
+        """What one GPU sends, and receives, in a pass to divide its sequences; 0 if it does not."""
+        crossing = memory.exchanged(self.shape, self.batch, self.w) * (self.batch.C - 1) // self.batch.C
+        return self.shape.L * crossing
+
+    @property
     def gpu_total(self) -> int:
         """The most that one GPU holds."""
         return sum(self.held.values()) + self.peak.total
@@ -310,7 +324,7 @@ def _plan(
     sequences = recipe.optimizer.micro_batch * (PAIR if two_models else 1)
     step = MicroStep(
         shape=shape,
-        batch=batch or Batch(sequences, recipe.max_length),
+        batch=batch or Batch(sequences, recipe.max_length, recipe.parallel.sequences),
         w=w,
         lora=lora,
         checkpointing=recipe.gradient_checkpointing,
@@ -393,7 +407,7 @@ def _passes_without_gradients(recipe: TrainRecipe, length: int) -> dict[str, Bat
     passes = {}
     if recipe.evaluation:
         size = recipe.evaluation.micro_batch or recipe.optimizer.micro_batch
-        passes["evaluation"] = Batch(size, length)
+        passes["evaluation"] = Batch(size, length, recipe.parallel.sequences)
     if isinstance(recipe, JudgeRecipe) and recipe.completion == "verdict":
         passes["reference"] = Batch(recipe.reference_batch, length)
     return passes
@@ -477,12 +491,39 @@ def _problems(planned: Plan, recipe: TrainRecipe, zero: Zero3, parameters: Seque
                 f"{largest:.2e} elements"
             )
     sequences = recipe.parallel.sequences
-    step = recipe.optimizer.micro_batch * max(1, hardware.world // sequences)
+    try:
+        check_sequences(sequences, hardware.world, planned.shape)
+    except MixfuseError as error:
+        yield str(error)
+        return
+    step = recipe.optimizer.micro_batch * hardware.world // sequences
     if recipe.optimizer.batch_size % step:
+        divided = " / parallel.sequences" if sequences > 1 else ""
         yield (
             f"optimizer.batch_size {recipe.optimizer.batch_size} is no multiple of "
-            f"micro_batch * processes = {step}; set it to one"
+            f"micro_batch * processes{divided} = {step}; set it to one"
         )
+
+
+def check_sequences(sequences: int, world: int, shape: Shape) -> None:
+    """Checks that so many processes can divide a chat's tokens, and its heads in attention.
+
+    Raises:
+        MixfuseError: The groups do not divide the processes, or a group the heads.
+    """
+    if world % sequences:
+        raise MixfuseError(f"parallel.sequences: {sequences} does not divide the run's {world} processes")
+    if not divides(sequences, world, shape):
+        raise MixfuseError(
+            f"parallel.sequences: {sequences} processes cannot divide the base's {shape.A} query heads and {shape.G} "
+            "key heads; it must divide the first, and divide the second or be a multiple of it"
+        )
+
+
+def divides(sequences: int, world: int, shape: Shape) -> bool:
+    """Whether groups of so many processes divide all processes, and their attention the heads."""
+    keys = shape.G % sequences == 0 or sequences % shape.G == 0
+    return world % sequences == 0 and shape.A % sequences == 0 and keys
 
 
 # ------------------------------------------------------------------------------------------------------------- time
@@ -495,12 +536,14 @@ class Speed(NamedTuple):
         flops_per_token: FLOPs for one trained token.
         compute: Tokens per second if gathering took no time.
         gather: Tokens per second if computing took no time.
-        tokens_per_second: Tokens per second if the two do not overlap.
+        exchange: Tokens per second if only the exchange of divided sequences took time.
+        tokens_per_second: Tokens per second if none of these overlap.
     """
 
     flops_per_token: float
     compute: float
     gather: float
+    exchange: float
     tokens_per_second: float
 
 
@@ -542,7 +585,9 @@ def speed(
     compute = world * planned.batch.T / seconds
     moved = planned.gathered_numel * planned.w * (world - 1) / world
     gather = world * planned.batch.T * bandwidth / moved if moved else math.inf
-    return Speed(passes * forward, compute, gather, 1 / (1 / compute + 1 / gather))
+    exchanged = passes * planned.exchanged_bytes
+    exchange = world * planned.batch.T * bandwidth / exchanged if exchanged else math.inf
+    return Speed(passes * forward, compute, gather, exchange, 1 / (1 / compute + 1 / gather + 1 / exchange))
 
 
 # ------------------------------------------------------------------------------------------------------------ advice
@@ -630,9 +675,9 @@ def _variants(start: _Setting, shape: Shape) -> Iterator[tuple[str, _Setting]]:
         changed["zero_optimization"] = {**zero, **keys}
         return start._replace(zero3=changed)
 
-    optimizer, world = recipe.optimizer, hardware.world
-    if optimizer.batch_size % (optimizer.micro_batch * world):
-        size = math.ceil(optimizer.batch_size / (optimizer.micro_batch * world)) * optimizer.micro_batch * world
+    optimizer, readers = recipe.optimizer, max(1, hardware.world // recipe.parallel.sequences)
+    if optimizer.batch_size % (optimizer.micro_batch * readers):
+        size = math.ceil(optimizer.batch_size / (optimizer.micro_batch * readers)) * optimizer.micro_batch * readers
         changed = optimizer.model_copy(update={"batch_size": size})
         yield f"optimizer.batch_size={size}", with_recipe(optimizer=changed)
     if recipe.dtype == "float32" and hardware.cuda:
@@ -659,6 +704,10 @@ def _variants(start: _Setting, shape: Shape) -> Iterator[tuple[str, _Setting]]:
     for factor in (2, 4):
         nodes = hardware.nodes * factor
         yield f"--nodes {nodes}", start._replace(hardware=hardware._replace(nodes=nodes))
+    doubled = 2 * recipe.parallel.sequences
+    can_divide = isinstance(recipe, SftRecipe) and recipe.attention in ("auto", *SEQUENCE_ATTENTION)
+    if can_divide and optimizer.micro_batch == 1 and divides(doubled, hardware.world, shape):
+        yield f"parallel.sequences={doubled}", with_recipe(parallel=Parallel(sequences=doubled))
     if recipe.max_length > 1024:
         yield f"max_length={recipe.max_length // 2}", with_recipe(max_length=recipe.max_length // 2)
     if recipe.lora.r > 8:
@@ -744,7 +793,13 @@ def to_json(
         "base_bytes": planned.base_bytes,
         "quantization": planned.experts.quantization,
         "adapter_bytes": planned.trainable_parameters * planned.w,
-        "batch": {"sequences": planned.batch.B, "length": planned.batch.S, "tokens": planned.batch.T},
+        "batch": {
+            "sequences": planned.batch.B,
+            "length": planned.batch.S,
+            "tokens": planned.batch.T,
+            "divided_by": planned.batch.C,
+        },
+        "exchanged_bytes": planned.exchanged_bytes,
         "per_gpu_bytes": planned.per_gpu(),
         "peak_at": planned.peak.name,
         "loading_bytes": planned.loading,
@@ -782,6 +837,11 @@ def to_text(planned: Plan, advice: Sequence[Change], estimate: Speed | None, ass
     host = "\n".join(
         f"  {name:14} {gib(size):>10}" for name, size in {**planned.host, "total": planned.host_total}.items()
     )
+    divided = (
+        f", divided by {planned.batch.C}: {planned.exchanged_bytes / 1e9:.2f} GB exchanged"
+        if planned.batch.C > 1
+        else ""
+    )
     held = f", experts in {planned.experts.quantization}" if planned.experts.quantization else ""
     lines = [
         f"{planned.recipe}: {planned.stage} on {hardware.nodes} x {hardware.gpus}"
@@ -789,7 +849,7 @@ def to_text(planned: Plan, advice: Sequence[Change], estimate: Speed | None, ass
         f"base {planned.base_parameters / 1e9:.2f} B parameters ({planned.base_bytes / 1e9:.1f} GB{held}), "
         f"{planned.active_parameters / 1e9:.2f} B active; trained {planned.trainable_parameters / 1e6:.1f} M "
         f"({planned.trainable_parameters * planned.w / 1e9:.2f} GB)",
-        f"one pass: {planned.batch.B} x {planned.batch.S} tokens; activations with checkpointing "
+        f"one pass: {planned.batch.B} x {planned.batch.S} tokens{divided}; activations with checkpointing "
         f"{gib(planned.saved['with_checkpointing'])}, without {gib(planned.saved['without_checkpointing'])}",
         f"one MoE block: {memory.moe_block_parameters(shape, planned.experts) * planned.w / 1e9:.2f} GB; "
         f"the most that is gathered at once: {planned.largest_gather / 1e9:.2f} GB",
@@ -810,7 +870,8 @@ def to_text(planned: Plan, advice: Sequence[Change], estimate: Speed | None, ass
         lines += [
             "",
             f"time: {estimate.tokens_per_second:,.0f} tokens/s together; computing alone {estimate.compute:,.0f}, "
-            f"gathering alone {estimate.gather:,.0f}",
+            f"gathering alone {estimate.gather:,.0f}"
+            + (f", exchanging alone {estimate.exchange:,.0f}" if planned.batch.C > 1 else ""),
             f"  assumed, not measured: {assumed}",
         ]
     lines += ["", "fits" if planned.fits else "does NOT fit: " + "; ".join(planned.problems)]

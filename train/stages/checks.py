@@ -10,7 +10,7 @@ from mixfuse.contracts.family import Shape
 from mixfuse.contracts.files import read_json
 from mixfuse.contracts.paths import check_output, keep_apart
 from mixfuse.train.data.prepared import cache_folder
-from mixfuse.train.planning.training_plan import Zero3
+from mixfuse.train.planning.training_plan import Zero3, check_sequences
 from mixfuse.train.processes import worker
 from mixfuse.train.quantization import CHANGING_KEYS, QUANTIZATION_BLOCK
 from mixfuse.train.recipe import TrainRecipe
@@ -49,21 +49,6 @@ def check_recipe(recipe: TrainRecipe) -> None:
         raise MixfuseError(
             f"optimizer.batch_size {recipe.optimizer.batch_size} is no multiple of micro_batch * processes"
             f"{' / parallel.sequences' if sequences > 1 else ''} = {per_pass}"
-        )
-
-
-def check_sequences(sequences: int, world: int, shape: Shape) -> None:
-    """Checks that so many processes can divide a chat's tokens, and its heads in attention.
-
-    Raises:
-        MixfuseError: The groups do not divide the processes, or a group the heads.
-    """
-    if world % sequences:
-        raise MixfuseError(f"parallel.sequences: {sequences} does not divide the run's {world} processes")
-    if shape.A % sequences or (shape.G % sequences and sequences % shape.G):
-        raise MixfuseError(
-            f"parallel.sequences: {sequences} processes cannot divide the base's {shape.A} query heads and {shape.G} "
-            "key heads; it must divide the first, and divide the second or be a multiple of it"
         )
 
 
