@@ -1,10 +1,9 @@
-"""DeepSpeed's sequence parallelism (Ulysses) under this project's SFT trainer: losses beside those of one process.
+"""Sequence parallelism: losses of two processes that divide each row, beside those of one that holds it whole.
 
     python benchmarks/sequence_parallel.py
 
-No recipe has a key for it; this is the trial that `docs/parallelism.md` reports. Two CPU processes share each chat of
-the random two-layer base: accelerate's `ParallelismConfig` is handed to the trainer, and every batch gets
-`position_ids` and is padded to one length, which the exchange needs. A step takes the same four chats in both runs.
+Both runs train the random two-layer base on a CPU with gloo: packed rows, two micro batches a step, and the router's
+loss. `docs/parallelism.md` reports the result.
 """
 
 import json
@@ -16,21 +15,19 @@ from pathlib import Path
 from typing import Any
 
 PROJECT = Path(__file__).parents[1]
-LENGTH = 64
 KEYS = {
-    "max_length": LENGTH,
+    "packing": "true",
+    "max_length": 64,
     "optimizer.steps": 8,
-    "optimizer.micro_batch": 4,
-    "router_aux_loss_coef": 0,
+    "optimizer.batch_size": 4,
+    "optimizer.micro_batch": 2,
+    "router_aux_loss_coef": 0.01,
     "save_every": 0,
 }
 
 
 def main() -> None:
-    """Runs both trainings, or, with arguments, is one process of the parallel one."""
-    if len(sys.argv) > 1:
-        _process(Path(sys.argv[1]), sys.argv[2:])
-        return
+    """Runs both trainings and compares their steps."""
     from mixfuse.contracts.files import write_jsonl
     from mixfuse.train.model.embedded_base import build
 
@@ -44,61 +41,29 @@ def main() -> None:
             turns = [{"role": "user", "content": f"Repeat: {said}"}, {"role": "assistant", "content": said}]
             chats.append({"id": str(number), "messages": turns})
         write_jsonl(folder / "chats.jsonl", chats)
-        # Two processes see four chats together; the trainer counts its batch over processes that share nothing.
-        for out, batch, start in (
-            ("one", 4, ["-m", "mixfuse", "train", "sft"]),
-            ("two", 8, ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]),
-        ):
-            keys: dict[str, Any] = {"base": folder / "base", "data": folder / "chats.jsonl", "out": folder / out}
-            keys |= {"deepspeed": PROJECT / "configs" / "deepspeed" / "zero3.json", **KEYS}
-            keys |= {"optimizer.batch_size": batch, "processes": 1 if out == "one" else 2}
-            command = [*start, str(PROJECT / "configs" / "tiny" / "domain_sft.yaml")]
-            overrides = [f"{key}={value}" for key, value in keys.items()]
-            environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
-            subprocess.run([sys.executable, *command, *overrides], check=True, stdout=sys.stderr, env=environment)
-        one, two = (_rows(folder / out) for out in ("one", "two"))
+        one, two = (_train(folder, processes) for processes in (1, 2))
     for number, (alone, both) in enumerate(zip(one, two, strict=True), 1):
         print(
             f"step {number}: loss {alone['loss']:.6f}, {both['loss']:.6f}; gradient {alone['grad_norm']:.6f}, "
             f"{both['grad_norm']:.6f}"
         )
-    worst = max(abs(both["loss"] / alone["loss"] - 1) for alone, both in zip(one, two, strict=True))
-    print(f"largest difference of a loss: {worst:.1e} of it")
+    for key, what in {"loss": "a loss", "grad_norm": "a gradient's norm"}.items():
+        worst = max(abs(both[key] / alone[key] - 1) for alone, both in zip(one, two, strict=True))
+        print(f"largest difference of {what}: {worst:.1e} of it")
 
 
-def _rows(out: Path) -> list[dict[str, Any]]:
+def _train(folder: Path, processes: int) -> list[dict[str, Any]]:
+    """The steps of a run in which so many processes divide each row."""
+    out = folder / str(processes)
+    keys: dict[str, Any] = {"base": folder / "base", "data": folder / "chats.jsonl", "out": out}
+    keys |= {"deepspeed": PROJECT / "configs" / "deepspeed" / "zero3.json", **KEYS}
+    keys |= {"processes": processes, "parallel.sequences": processes}
+    command = [sys.executable, "-m", "mixfuse", "train", "sft", str(PROJECT / "configs" / "tiny" / "domain_sft.yaml")]
+    command += [f"{key}={value}" for key, value in keys.items()]
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
+    subprocess.run(command, check=True, stdout=sys.stderr, env=environment)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [row for row in rows if "loss" in row]
-
-
-def _process(recipe: Path, overrides: list[str]) -> None:
-    import torch
-    from accelerate import ParallelismConfig
-    from accelerate.utils import DeepSpeedSequenceParallelConfig
-    from torch.nn.functional import pad
-
-    from mixfuse.train.run import start
-    from mixfuse.train.stages import sft
-
-    arguments, collator = sft.trainer_arguments, sft.Collator
-    handler = DeepSpeedSequenceParallelConfig(sp_seq_length_is_variable=True, sp_attn_implementation="sdpa")
-
-    class Padded(collator):  # type: ignore[misc, valid-type]
-        """Batches of one length, with positions and without a mask: what pads is behind what it could change."""
-
-        def __call__(self, rows: Any) -> dict[str, Any]:
-            batch = super().__call__(rows)
-            more = LENGTH - batch["input_ids"].shape[1]
-            ids = pad(batch["input_ids"], (0, more))
-            positions = torch.arange(LENGTH).expand(len(rows), -1).contiguous()
-            return {"input_ids": ids, "labels": pad(batch["labels"], (0, more), value=-100), "position_ids": positions}
-
-    sft.Collator = Padded
-    sft.trainer_arguments = lambda *given: {
-        **arguments(*given),
-        "parallelism_config": ParallelismConfig(sp_size=2, sp_backend="deepspeed", sp_handler=handler),
-    }
-    start("sft", recipe, overrides)
 
 
 if __name__ == "__main__":

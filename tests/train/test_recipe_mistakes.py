@@ -58,7 +58,7 @@ from mixfuse.train.run import start
             "parallel={experts: 8}",
             "parallel.experts: training is under ZeRO-3 alone (docs/parallelism.md); by its calc",
         ),
-        ("parallel={tensors: 2}", "unknown key 'parallel.tensors'; known keys: parallel.sequences"),
+        ("parallel={tensors: 2}", "unknown key 'parallel.tensors'; known keys: sequences"),
         ("parallel.sequences=0", "'parallel.sequences'"),
         ("parallel.sequences=2", "parallel.sequences: 2 does not divide the run's 1 processes"),
         ("lora.router=true", "vLLM serves no adapter of a router"),

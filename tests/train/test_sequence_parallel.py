@@ -11,14 +11,18 @@ import train_harness as harness
 from train_harness import Run
 
 from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.files import read_json
 from mixfuse.train.data.packing import Share, divided, pack_batch
+from mixfuse.train.planning.training_plan import Hardware, Plan, advise, plan, speed
 from mixfuse.train.processes.checkpoint import last_checkpoint
+from mixfuse.train.recipe import load_recipe
 from mixfuse.train.run import start
 
 DIVIDED = ["processes=2", "parallel.sequences=2"]
 PACKED = ["packing=true", "max_length=40", "router_aux_loss_coef=0.05", "optimizer.steps=4"]
 """Rows of one to five chats, two micro batches a step, and an epoch of three steps whose last row is alone."""
 SAVED_AT = 3
+LONG = ["max_length=131072", "optimizer.micro_batch=1", "optimizer.batch_size=8"]
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +88,7 @@ def test_two_processes_continue_what_one_began_on_padded_chats(continued: tuple[
     whole, halves = continued
     steps = [row["step"] for row in halves.steps]
     assert steps == list(range(1, 7))
-    for key in ("loss", "grad_norm", "num_tokens"):
+    for key in ("loss", "grad_norm"):
         assert halves.series(key) == pytest.approx(whole.series(key), rel=1e-5)
     assert halves.record["recipe"]["parallel"] == {"sequences": 2}
 
@@ -135,3 +139,39 @@ def test_a_recipe_that_cannot_divide_is_refused(
 def test_heads_that_do_not_divide_are_refused(sft_recipe: Path) -> None:
     with pytest.raises(MixfuseError, match="3 processes cannot divide the base's 4 query heads and 2 key heads"):
         start("sft", sft_recipe, ["processes=3", "parallel.sequences=3"])
+
+
+CONFIGS = harness.PROJECT / "configs" / "mixtral-8x22b"
+CARDS = Hardware(nodes=1, gpus=8, gpu_bytes=80 << 30, reserve_bytes=4 << 30)
+
+
+def _plan(*overrides: str) -> Plan:
+    recipe = load_recipe(CONFIGS / "domain_sft.yaml", "sft", [*LONG, *overrides])
+    return plan(recipe, read_json(CONFIGS / "model" / "config.json"), read_json(recipe.deepspeed), CARDS)
+
+
+def test_the_plan_divides_activations_and_counts_the_exchange() -> None:
+    whole, divided_by_8 = _plan(), _plan("parallel.sequences=8")
+    assert whole.exchanged_bytes == 0
+    # Mixtral 8x22B: 56 layers, 48 query and 8 key heads of 128, 2 bytes; 7 of 8 parts leave the GPU.
+    assert divided_by_8.exchanged_bytes == 56 * 2 * (131072 // 8) * 128 * 2 * (48 + 8) * 7 // 8
+    checkpoints = 56 * (131072 // 8) * 6144 * 2
+    assert checkpoints < divided_by_8.peak.activations < whole.peak.activations / 8
+    assert divided_by_8.fits and not whole.fits
+    assert speed(divided_by_8, tflops=989, utilisation=0.3, bandwidth=450e9).exchange == pytest.approx(
+        131072 * 450e9 / (3 * divided_by_8.exchanged_bytes)
+    )
+
+
+def test_the_plan_names_groups_that_do_not_divide() -> None:
+    assert "parallel.sequences: 5 does not divide the run's 8 processes" in _plan("parallel.sequences=5").problems
+
+
+def test_the_plan_proposes_groups_that_make_long_chats_fit() -> None:
+    config = read_json(CONFIGS / "model" / "config.json") | {"num_hidden_layers": 2}
+    recipe, by_4 = (load_recipe(CONFIGS / "domain_sft.yaml", "sft", [*LONG, f"parallel.sequences={n}"]) for n in (1, 4))
+    zero3 = read_json(recipe.deepspeed)
+    needed = plan(by_4, config, zero3, CARDS).gpu_total
+    tried = {change.change: change for change in advise(recipe, config, zero3, Hardware(1, 8, needed))}
+    assert tried["parallel.sequences=4"].fits
+    assert tried["parallel.sequences=4"].gpu_bytes == needed

@@ -704,10 +704,14 @@ def _variants(start: _Setting, shape: Shape) -> Iterator[tuple[str, _Setting]]:
     for factor in (2, 4):
         nodes = hardware.nodes * factor
         yield f"--nodes {nodes}", start._replace(hardware=hardware._replace(nodes=nodes))
-    doubled = 2 * recipe.parallel.sequences
-    can_divide = isinstance(recipe, SftRecipe) and recipe.attention in ("auto", *SEQUENCE_ATTENTION)
-    if can_divide and optimizer.micro_batch == 1 and divides(doubled, hardware.world, shape):
-        yield f"parallel.sequences={doubled}", with_recipe(parallel=Parallel(sequences=doubled))
+    if (
+        isinstance(recipe, SftRecipe)
+        and recipe.attention in ("auto", *SEQUENCE_ATTENTION)
+        and optimizer.micro_batch == 1
+    ):
+        for sequences in range(2 * recipe.parallel.sequences, hardware.gpus + 1):
+            if divides(sequences, hardware.world, shape):
+                yield f"parallel.sequences={sequences}", with_recipe(parallel=Parallel(sequences=sequences))
     if recipe.max_length > 1024:
         yield f"max_length={recipe.max_length // 2}", with_recipe(max_length=recipe.max_length // 2)
     if recipe.lora.r > 8:
