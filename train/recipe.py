@@ -228,9 +228,9 @@ class Optimizer(Strict):
         name: The optimizer. AdamW is what every recipe here was tuned with; the others keep less state.
         steps: Optimiser steps; with `epochs`, the most of them.
         epochs: Passes over the training data, instead of `steps` or beside it; the run ends with whichever comes first.
-        batch_size: Examples a step, over all processes; a multiple of micro_batch * processes. With `packing`, an
-            example is a packed row.
-        micro_batch: Examples a forward pass, on one process.
+        batch_size: Examples a step, over all processes; a multiple of micro_batch * processes / parallel.sequences.
+            With `packing`, an example is a packed row.
+        micro_batch: Examples a forward pass, on one process, or on those that divide its rows.
         learning_rate: The peak rate, after the warm-up.
         min_learning_rate: The final rate of a cosine schedule.
         warmup_steps: Steps in which the rate rises to its peak. Left out, it is at most a fifth of the run's steps.

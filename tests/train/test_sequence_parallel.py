@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import train_harness as harness
@@ -139,6 +140,17 @@ def test_a_recipe_that_cannot_divide_is_refused(
 def test_heads_that_do_not_divide_are_refused(sft_recipe: Path) -> None:
     with pytest.raises(MixfuseError, match="3 processes cannot divide the base's 4 query heads and 2 key heads"):
         start("sft", sft_recipe, ["processes=3", "parallel.sequences=3"])
+
+
+def test_a_base_with_dropout_needs_flash_attention_2() -> None:
+    import torch
+
+    from mixfuse.train.model.attention import choose
+
+    config = SimpleNamespace(attention_dropout=0.1)
+    assert choose("auto", config, torch.float32, packing=False).name == "sdpa"
+    with pytest.raises(MixfuseError, match=r"parallel.sequences: no attention .* varlen has no dropout"):
+        choose("auto", config, torch.float32, packing=False, sequences=2)
 
 
 CONFIGS = harness.PROJECT / "configs" / "mixtral-8x22b"

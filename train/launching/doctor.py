@@ -303,7 +303,11 @@ def _attention(recipe: TrainRecipe | None) -> list[Check]:
     packing = getattr(recipe, "packing", False)
     try:
         choice = attention.choose(
-            recipe.attention, SimpleNamespace(**config), getattr(torch, recipe.dtype), packing=packing
+            recipe.attention,
+            SimpleNamespace(**config),
+            getattr(torch, recipe.dtype),
+            packing=packing,
+            sequences=recipe.parallel.sequences,
         )
     except MixfuseError as error:
         return [Check("attention", "FAIL", str(error), "correct `attention` in the recipe")]

@@ -2,7 +2,6 @@
 
 import copy
 import os
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ from mixfuse.train.data.packing import pack_batch
 from mixfuse.train.model import packed_attention
 from mixfuse.train.model.family_classes import classes_of
 from mixfuse.train.processes import worker
+from mixfuse.train.recipe import SEQUENCE_ATTENTION
 
 VARLEN = "varlen"
 """transformers' name of the attention in `packed_attention.py`, once `register` has been called."""
@@ -36,7 +36,7 @@ class Choice(NamedTuple):
     why: str
 
 
-def fastest(dtype: torch.dtype, *, packing: bool, dropout: float = 0.0, among: Collection[str] | None = None) -> Choice:
+def fastest(dtype: torch.dtype, *, packing: bool, dropout: float = 0.0, sequences: int = 1) -> Choice:
     """Chooses the fastest implementation that this machine has: what `attention: auto` means.
 
     The order is that of the kernels: FlashAttention 3, FlashAttention 2, torch's own build of the latter, compiled
@@ -46,17 +46,18 @@ def fastest(dtype: torch.dtype, *, packing: bool, dropout: float = 0.0, among: C
         dtype: The dtype in which the base is loaded.
         packing: Whether documents are packed.
         dropout: The base's `attention_dropout`; only sdpa and FlashAttention 2 have it.
-        among: The implementations that can be chosen, by default all.
+        sequences: Processes that divide a row; with several, documents are packed.
 
     Raises:
-        MixfuseError: None of these can run here.
+        MixfuseError: Rows are divided, and no implementation for it can run here.
     """
-    kinds = _kinds(dtype, packing=packing, dropout=dropout)
-    chosen = {name: kind for name, kind in kinds.items() if among is None or name in among}
-    for name, (why, problem) in chosen.items():
+    kinds = _kinds(dtype, packing=packing or sequences > 1, dropout=dropout)
+    if sequences > 1:
+        kinds = {name: kinds[name] for name in SEQUENCE_ATTENTION}
+    for name, (why, problem) in kinds.items():
         if not problem:
             return Choice(name, why)
-    problems = "; ".join(f"{name} {problem}" for name, (_, problem) in chosen.items())
+    problems = "; ".join(f"{name} {problem}" for name, (_, problem) in kinds.items())
     raise MixfuseError(f"parallel.sequences: no attention that it can divide runs here: {problems}")
 
 
@@ -84,7 +85,7 @@ def _kinds(dtype: torch.dtype, *, packing: bool, dropout: float) -> dict[str, tu
 
 
 def choose_implementation(
-    setting: str, base: Path, dtype: torch.dtype, *, packing: bool = False, among: Collection[str] | None = None
+    setting: str, base: Path, dtype: torch.dtype, *, packing: bool = False, sequences: int = 1
 ) -> str:
     """Chooses the attention implementation to load the base with, and says which on the first process.
 
@@ -93,7 +94,7 @@ def choose_implementation(
         base: The base model's folder. Its attention is tested if documents are packed.
         dtype: The dtype in which the base is loaded.
         packing: Whether documents are packed.
-        among: The implementations that `auto` can choose, by default all.
+        sequences: Processes that divide a row; with several, documents are packed.
 
     Returns:
         transformers' name of the implementation.
@@ -103,28 +104,26 @@ def choose_implementation(
     """
     register()
     config = classes_of(family_of(base).model_type).config.from_pretrained(base)
-    choice = choose(setting, config, dtype, packing=packing, among=among)
-    if packing:
+    choice = choose(setting, config, dtype, packing=packing, sequences=sequences)
+    if packing or sequences > 1:
         check_packing(choice.name, config, dtype)
     if os.environ.get("RANK", "0") == "0":
         print(f"attention: {choice.name} ({choice.why})", flush=True)
     return choice.name
 
 
-def choose(
-    setting: str, config: Any, dtype: torch.dtype, *, packing: bool, among: Collection[str] | None = None
-) -> Choice:
+def choose(setting: str, config: Any, dtype: torch.dtype, *, packing: bool, sequences: int = 1) -> Choice:
     """Chooses as `choose_implementation` does, without a test.
 
     Raises:
-        MixfuseError: The implementation that the recipe names, or each of `among`, cannot run here.
+        MixfuseError: The implementation that the recipe names cannot run here, or none that can divide rows.
     """
     dropout = float(getattr(config, "attention_dropout", 0.0) or 0.0)
     if setting == "auto":
-        return fastest(dtype, packing=packing, dropout=dropout, among=among)
+        return fastest(dtype, packing=packing, dropout=dropout, sequences=sequences)
     _, problem = _kinds(dtype, packing=True, dropout=dropout).get(setting, ("", ""))
     if problem:
-        best = fastest(dtype, packing=packing, dropout=dropout, among=among).name
+        best = fastest(dtype, packing=packing, dropout=dropout, sequences=sequences).name
         raise MixfuseError(f"attention: {setting} {problem}; use auto, which is {best} here")
     return Choice(setting, "as the recipe says")
 

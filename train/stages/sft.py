@@ -15,7 +15,7 @@ from mixfuse.train.model.load import load_base, lora_config
 from mixfuse.train.model.sequence_parallel import divide_attention
 from mixfuse.train.model.tokenizer import load_tokenizer
 from mixfuse.train.processes.checkpoint import last_checkpoint
-from mixfuse.train.recipe import SEQUENCE_ATTENTION, SftRecipe, TrainRecipe
+from mixfuse.train.recipe import SftRecipe, TrainRecipe
 from mixfuse.train.stages.core import train_and_save, trainer_arguments
 from mixfuse.train.stages.trainers import SftTrainer
 
@@ -32,11 +32,7 @@ def train(recipe: TrainRecipe, prepared: Prepared | None = None) -> None:
     tokenizer = load_tokenizer(recipe.base, recipe.chat_template)
     sequences = recipe.parallel.sequences
     implementation = attention.choose_implementation(
-        recipe.attention,
-        recipe.base,
-        dtype,
-        packing=recipe.packing or sequences > 1,  # divided rows are packed ones
-        among=SEQUENCE_ATTENTION if sequences > 1 else None,
+        recipe.attention, recipe.base, dtype, packing=recipe.packing, sequences=sequences
     )
     resuming = last_checkpoint(recipe.out) is not None
     data = chat_data(recipe, tokenizer, prepared)
