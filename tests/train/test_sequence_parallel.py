@@ -65,15 +65,14 @@ def test_packed_rows_train_as_on_one_process(key: str, packed: tuple[Run, Run]) 
 
 
 @pytest.mark.zero3
-def test_the_held_out_loss_is_that_of_one_process_packed_or_not(
-    packed: tuple[Run, Run], continued: tuple[Run, Run]
-) -> None:
-    whole, halves = packed
+@pytest.mark.parametrize("pair", ["packed", "continued"])
+def test_the_held_out_loss_is_that_of_one_process(pair: str, request: pytest.FixtureRequest) -> None:
+    """Divided chats of a pass are in one row; one process pads them in `continued`, so they do not see one another."""
+    whole, halves = request.getfixturevalue(pair)
     for key in ("eval_loss", "eval_tokens", "eval_token_accuracy"):
         expected = [row[key] for row in whole.evaluations]
+        assert len(expected) > 1
         assert [row[key] for row in halves.evaluations] == pytest.approx(expected, rel=1e-5)
-    before_training = [run.evaluations[0]["eval_loss"] for run in (halves, continued[0])]
-    assert before_training[0] == pytest.approx(before_training[1], rel=1e-6), "chats in one row see one another"
 
 
 @pytest.mark.zero3
