@@ -649,6 +649,86 @@ def test_linear_layers_leave_tokens_without_an_adapter_alone(slots: list[int]):
     torch.testing.assert_close(y, expected, atol=1e-4, rtol=1e-4)
 
 
+PIECES = """
+import types
+import torch
+from vllm import _custom_ops as ops
+from vllm.v1.sample.sampler import Sampler
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+from mixfuse.serve import vllm_cpu_sizes as plugin
+
+torch.manual_seed(0)
+words, size, states = 500, 8, torch.randn(200, 8)
+layer = torch.randn(size, words)
+rows = []
+
+class Model:
+    def compute_logits(self, hidden):
+        rows.append(len(hidden))
+        return hidden @ layer
+
+def runner(tokens, computed):
+    def request(ids):
+        state = {"num_computed_tokens": computed, "in_progress_prompt_logprobs_cpu": None}
+        return types.SimpleNamespace(prompt_token_ids=ids, **state)
+
+    return types.SimpleNamespace(
+        num_prompt_logprobs={"short": 3, "long": 1},
+        requests={"short": request(tokens[:20]), "long": request(tokens)},
+        input_batch=types.SimpleNamespace(req_id_to_index={"short": 0, "long": 1}),
+        query_start_loc=types.SimpleNamespace(np=torch.tensor([0, 20])),
+        model=Model(),
+        sampler=Sampler(),
+        device=torch.device("cpu"),
+        model_config=types.SimpleNamespace(logprobs_mode="raw_logprobs"),
+        _sync_device=lambda: None,
+    )
+
+def said():
+    rows.clear()
+    found = CPUModelRunner._get_prompt_logprobs_dict(runner(tokens, 0), states, {"short": 20, "long": len(tokens)})
+    return found, max(rows)
+
+tokens = torch.randint(words, (170,)).tolist()
+whole, at_once = said()
+assert at_once == 169
+weight = torch.randn(96, 64)
+handler, multiply, heights = ops.create_onednn_mm(weight.t(), 32), ops.onednn_mm, set()
+
+def noted(handler, x, bias):
+    heights.add(len(x))
+    return multiply(handler, x, bias)
+
+ops.onednn_mm = noted
+plugin.register()
+pieces, most = said()
+assert most == plugin.ROWS, most
+for name in ("short", "long"):
+    for one, other in zip(whole[name][:3], pieces[name][:3], strict=True):
+        torch.testing.assert_close(one, other)
+for rows in range(300):
+    x = torch.randn(rows, 64)
+    torch.testing.assert_close(ops.onednn_mm(handler, x, None), x @ weight.t(), atol=1e-4, rtol=1e-4)
+x = torch.randn(3, 7, 64)
+torch.testing.assert_close(ops.onednn_mm(handler, x, torch.ones(96)), x @ weight.t() + 1, atol=1e-4, rtol=1e-4)
+assert heights == {0, 1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 320}, heights
+"""
+
+
+@pytest.mark.engine
+def test_what_depends_on_the_tokens_of_a_step_is_bounded():
+    """vLLM's own method, sampler and product, before and after.
+
+    All logits of a long prompt at once stall every request, and oneDNN keeps a kernel for each number of rows.
+    """
+    name, tiny_config = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", EngineConfig(base=Path("base"))
+    assert int(engine_module.environment(tiny_config, cpu=True)[name]) < 1024  # its default, at 0.28 MiB each
+    assert name not in engine_module.environment(tiny_config, cpu=False)
+    environment = {**os.environ, "TORCH_COMPILE_DISABLE": "1"}
+    done = subprocess.run([sys.executable, "-c", PIECES], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def test_the_plugin_does_nothing_where_the_platform_is_no_cpu(monkeypatch: pytest.MonkeyPatch):
     pretend_platform(monkeypatch, is_cpu=False)
     plugin.register()
