@@ -1,6 +1,6 @@
 """What each part of a swap costs the requests beside it, and what it leaves in the memory of vLLM's processes.
 
-    nice python benchmarks/swap_phases.py [--rounds 8] [--quiet 2.5] [--engine "NAME [--ARGUMENT=…] [VARIABLE=…]"]…
+    nice python benchmarks/swap_phases.py [--rounds 8] [--minutes 9] [--engine "NAME [--ARGUMENT=…] [VARIABLE=…]"]…
 
 Starts an engine as `mixfuse serve` does, on a tiny base, for each `--engine`, with vLLM's arguments and environment
 variables (`PYTHONSAFEPATH=1 PYTHONPATH=DIR` takes the plugin from another checkout). They take turns, so that a busy
@@ -171,7 +171,7 @@ async def measure(base: Path, adapters: Path, folder: Path, arguments: argparse.
     hook.mkdir()
     (hook / "sitecustomize.py").write_text(WATCH)
     directories = sorted(path for path in adapters.iterdir() if path.name[-1].isdigit())
-    started, watched = [], {}
+    started, watched, end = [], {}, time.monotonic() + arguments.minutes * 60
     async with AsyncExitStack() as stack:
         for text in arguments.engine or ["engine"]:
             name, *words = shlex.split(text)
@@ -196,6 +196,8 @@ async def measure(base: Path, adapters: Path, folder: Path, arguments: argparse.
             await engine.load_adapter("live", directories[0])
             started.append(Swapped(name, engine, directories, arguments.quiet))
         for number in range(arguments.rounds):
+            if number and time.monotonic() > end:
+                break
             for swapped in started:
                 await swapped.round(number, watched[swapped.name])
                 note(f"{number + 1} of {arguments.rounds}, {swapped.name}: {swapped.memory[-1]}")

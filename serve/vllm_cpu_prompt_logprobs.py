@@ -1,9 +1,10 @@
 """A part of our vLLM plugin for the CPU: the log-probabilities of a prompt, which every swap asks for, in pieces.
 
 vLLM's runner on a CPU (`_get_prompt_logprobs_dict` in vllm/v1/worker/gpu_model_runner.py) makes the logits of all
-tokens that a prompt has in a step at once, their log-softmax, and their comparison as 64-bit integers: 17 bytes for each
-token and word of the vocabulary, 0.85 GB for 1014 tokens of 49 152 words. Linux clears these pages anew for each prompt,
-which takes longer than the products, while every other request waits. On GPUs vLLM's newer runner has its own pieces.
+tokens that a prompt has in a step at once, their log-softmax, and their comparison as 64-bit integers: 17 bytes for
+each token and word of the vocabulary, 0.85 GB for 1014 tokens of 49 152 words. Linux clears these pages anew for each
+prompt, which takes longer than the products, while every other request waits. On GPUs vLLM's newer runner has its own
+pieces.
 """
 
 from typing import Any
