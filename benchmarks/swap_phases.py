@@ -237,6 +237,7 @@ def show(figures: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--minutes", type=float, default=9, help="no further turn after so long (default 9)")
     parser.add_argument("--rounds", type=int, default=8, help="turns of each engine (default 8)")
     parser.add_argument(
         "--quiet", type=float, default=2.5, help="seconds with requests alone, twice a turn (default 2.5)"

@@ -441,8 +441,10 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Health).serve_forever()
 
 async def test_a_crash_is_noticed(server):
     async with server("import os; print(os.getpid(), flush=True)" + HEALTHY) as engine:
-        os.kill(int(engine.log_path.read_text().split()[0]), signal.SIGKILL)
         async with asyncio.timeout(120):
+            while "\n" not in (said := engine.log_path.read_text()):  # noqa: ASYNC110 - the guard writes it
+                await asyncio.sleep(0.05)
+            os.kill(int(said.split()[0]), signal.SIGKILL)
             assert await engine.wait() == 128 + signal.SIGKILL
         assert not engine.running
 
