@@ -4,7 +4,14 @@ Tests marked `slow` are left out unless asked for: `scripts/test --slow`. `scrip
 of a file are run by one of them: they share a gateway or an engine. So are the tests that look at one training run.
 """
 
+import inspect
+
+import httpx
 import pytest
+
+# A busy machine is no failure: a request of a test waits longer than httpx's 5 s. All its clients share this default.
+_TIMEOUT: httpx.Timeout = inspect.signature(httpx.get).parameters["timeout"].default
+_TIMEOUT.connect = _TIMEOUT.read = _TIMEOUT.write = _TIMEOUT.pool = 60.0
 
 # Fixtures of the whole session that take long.
 _RUNS = {"sft_by_one", "sft_by_two", "stopped_early", "judge_by_one", "judge_by_two"}
