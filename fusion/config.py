@@ -569,8 +569,18 @@ class FusionConfig(Strict):
     @property
     def priced(self) -> bool:
         """Whether any model has a price, so that limits in dollars limit something."""
-        models = (*self.members, *self.embeddings, self.judge, self.synthesizer)
-        return any(model is not None and model.price != Price() for model in models)
+        return any(model.price != Price() for _, model in self._models)
+
+    @property
+    def unpriced(self) -> tuple[str, ...]:
+        """The names of the models without a price: what they do is free to budgets in dollars."""
+        return tuple(dict.fromkeys(name for name, model in self._models if model.price == Price()))
+
+    @property
+    def _models(self) -> list[tuple[str, ModelConfig]]:
+        named: list[tuple[str, ModelConfig]] = [(one.name, one) for one in (*self.members, *self.embeddings)]
+        others = (("the judge", self.judge), ("the synthesizer", self.synthesizer))
+        return named + [(name, model) for name, model in others if model is not None]
 
     @field_validator("cors_origins")
     @classmethod

@@ -523,6 +523,9 @@ def environment(config: EngineConfig, *, cpu: bool | None = None) -> dict[str, s
         # vLLM compiles some helpers also under --enforce-eager: without a C++ compiler, a request for a prompt's
         # log-probabilities then kills the engine.
         "TORCH_COMPILE_DISABLE": "1",
+        # oneDNN compiles a kernel for each number of rows of a product, and keeps 1024 of them, of 0.28 MiB each. The
+        # rows of an expert are seldom the same, so the engine would grow for many swaps.
+        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256",
     }
     return {
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",

@@ -187,26 +187,31 @@ class _Probed:
         prompts, engine = self._plan.prompts, self._engine
         try:
             await engine.probe(self._model)
-            alone = [await engine.prompt_logprobs(self._model, prompt) for prompt in prompts]
             # What is written after the shortest prompt alone, and after the longest in the batch.
-            first, last = min(prompts, key=len), max(prompts, key=len)
-            single = await engine.decode(self._model, first, _DECODED)
+            by_length = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
+            first, last = by_length[0], by_length[-1]
+            single = await engine.decode(self._model, prompts[first], _DECODED)
             work: list[Awaitable[Any]] = [
                 self._logprobs(self._model, prompts),
                 self._logprobs(self._base, prompts),
-                engine.decode(self._model, last, _DECODED),
-                engine.decode(self._base, first, _DECODED),
+                engine.decode(self._model, prompts[last], _DECODED),
+                engine.decode(self._base, prompts[first], _DECODED),
             ]
             in_batch, base_in_batch, batched, _ = await _all(work)
-            read = [
-                (await engine.prompt_logprobs(self._model, [*prompt, *tokens]))[-len(tokens) :]
-                for prompt, (tokens, _) in ((first, single), (last, batched))
-            ]
+            alone: dict[int, list[float]] = {}
+            read: list[list[float]] = []
+            for number, (tokens, _) in ((first, single), (last, batched)):  # one request says both
+                row = await engine.prompt_logprobs(self._model, [*prompts[number], *tokens])
+                alone[number] = row[: -len(tokens)]
+                read.append(row[-len(tokens) :])
+            for number in by_length[1:-1]:
+                alone[number] = await engine.prompt_logprobs(self._model, prompts[number])
         except MixfuseError as error:
             await engine.probe(self._base)  # raises if the engine itself is gone
             # The engine is well, so the adapter is at fault: vLLM cannot send numbers that are not finite.
             raise self._refused(f"with it the engine does not answer ({error})") from None
-        return alone, in_batch, base_in_batch, ([single[1], batched[1]], read)
+        rows = [alone[number] for number in range(len(prompts))]
+        return rows, in_batch, base_in_batch, ([single[1], batched[1]], read)
 
     async def _logprobs(self, model: str, prompts: list[list[int]]) -> Rows:
         """The log-probabilities of prompts, in one batch."""

@@ -1,6 +1,6 @@
 """A vLLM plugin for the CPU: LoRA on the experts of a mixture of experts, and batches that mix adapters.
 
-It replaces two parts of vLLM 0.32.0:
+It replaces three parts of vLLM 0.32.0:
 
 - The choice of the experts class. vLLM has no LoRA kernel for experts on a CPU. For any mixture of experts under
   `--enable-lora` it chooses a Triton kernel, whatever the platform (`select_unquantized_moe_backend` in
@@ -10,6 +10,7 @@ It replaces two parts of vLLM 0.32.0:
 - The LoRA of linear layers. vLLM looks a token's adapter up by its slot, and a token without an adapter has slot -1,
   which Python reads as the last one (`bgmv_shrink` in vllm/lora/ops/torch_ops/lora_ops.py). Once every slot is taken, a
   request to the base model that shares a batch with an adapter's request is answered with the last slot's adapter.
+- The log-probabilities of prompts, which it makes for all of a prompt at once (`vllm_cpu_prompt_logprobs.py`).
 
 vLLM calls `register` in each of its processes (entry point group `vllm.general_plugins`). On every platform it also
 puts a check before the loading of adapters (`vllm_verified_loads.py`). Nothing heavy is imported before that call.
@@ -22,7 +23,7 @@ WRITTEN_FOR = "0.32.0"
 
 
 def register() -> None:
-    """Verifies adapters as they are loaded, and replaces both parts of vLLM if the platform is a CPU.
+    """Verifies adapters as they are loaded, and replaces the parts of vLLM if the platform is a CPU.
 
     Raises:
         RuntimeError: This version of vLLM does not have the parts that the plugin replaces.
@@ -48,10 +49,12 @@ def register() -> None:
         _ = PunicaWrapperCPU.add_lora_linear, PunicaWrapperBase.token_lora_indices
         update_metadata = PunicaWrapperBase.update_metadata
 
+        from mixfuse.serve import vllm_cpu_prompt_logprobs
         from mixfuse.serve.cpu_lora_products import ROWS, add_lora_linear
         from mixfuse.serve.vllm_cpu_experts import check_vllm, with_lora
 
         check_vllm()
+        vllm_cpu_prompt_logprobs.register()
     except (ImportError, AttributeError, TypeError) as error:
         raise _unfitting_version(error) from error
 

@@ -183,7 +183,7 @@ class _Gateway:
         names = [member.name for member in config.members]
         self.combiner = ServingCombiner(config.combiner, names) if config.combiner is not None else None
         self.board = board = team.board if team is not None else Board()
-        self.keys = KeyRing(database, config.api_keys, priced=config.priced, board=board)
+        self.keys = KeyRing(database, config.api_keys, priced=config.priced, unpriced=config.unpriced, board=board)
         self.traces = TraceStore(database, config.traces, spending=self.keys, board=board)
         self.cache = ResponseCache(database, self.traces.stores_whole)
         self.metrics = Metrics(pool.guards, self.traces, team)

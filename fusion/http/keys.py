@@ -91,6 +91,11 @@ class ApiKey:
         return self.revoked_at is None and (self.expires_at is None or time.time() < self.expires_at)
 
 
+def unpriced_text(names: Sequence[str]) -> str:
+    """Says which models have no price."""
+    return f"{', '.join(names)} {'has' if len(names) == 1 else 'have'} no `price`"
+
+
 class KeyRing:
     """The keys of a running gateway, read from the database every few seconds.
 
@@ -98,6 +103,7 @@ class KeyRing:
         database: The database of the keys.
         mode: Whether a request needs a key: "auto" if there is any key, a revoked one included.
         priced: Whether a model has a price; without one a budget in dollars limits nothing, which is logged.
+        unpriced: The models without a price: what they do is free to a budget in dollars, which is logged.
         board: Shares budgets and rates with other processes.
 
     Attributes:
@@ -110,9 +116,11 @@ class KeyRing:
         mode: Literal["auto", "required", "off"],
         *,
         priced: bool = True,
+        unpriced: Sequence[str] = (),
         board: Board | None = None,
     ) -> None:
         self._database, self._mode, self._priced = database, mode, priced
+        self._unpriced = tuple(unpriced)
         self.unlimited: list[str] = []
         self._board = board or Board()
         # Each worker's own: whether it is committing spending, and how often it has.
@@ -236,7 +244,16 @@ class KeyRing:
 
     def _take(self, keys: Sequence[ApiKey]) -> None:
         self._keys = {key.sha256: key for key in keys}
-        if not self._priced and self._mode != "off":
+        if self._mode == "off":
+            return
+        if self._priced and self._unpriced and any(key.max_cost is not None and key.valid for key in keys):
+            logger.warning(
+                "API keys have budgets in dollars, and %s: what has no price is free to them; "
+                "name the prices in the config, or limit tokens (mixfuse keys add --tokens)",
+                unpriced_text(self._unpriced),
+            )
+            self._unpriced = ()
+        if not self._priced:
             known = set(self.unlimited)
             self.unlimited = [key.name for key in keys if key.max_cost is not None and key.revoked_at is None]
             for name in [name for name in self.unlimited if name not in known]:

@@ -115,8 +115,18 @@ class Visit:
             UnauthorizedError: A key is needed, and the visitor has none.
             RequestError: The visitor has an API key.
         """
-        if self.owner() is not None or not self.is_admin:
+        if not self._administers():
             raise RequestError(f"{what} need the admin key", code="forbidden", status=403)
+
+    def sees_all(self) -> bool:
+        """Whether pages that need the admin key would open."""
+        try:
+            return self._administers()
+        except MixfuseError:
+            return False
+
+    def _administers(self) -> bool:
+        return self.owner() is None and self.is_admin
 
     async def trace(self, trace_id: str) -> Trace:
         """Returns a trace that the visitor may see.
@@ -282,6 +292,7 @@ class Page:
         shown: Whether a gateway has the page.
         alone: Whether `mixfuse ui` has it, too: what it shows is in the database or in files; its `posts` are left out.
         writes_files: What its `posts` change is a file of its own, so `mixfuse ui` has them, too.
+        for_admin: Whether it needs the admin key, where one is set; others see no link to it.
     """
 
     title: str
@@ -291,6 +302,7 @@ class Page:
     shown: Callable[[Inside], bool] = lambda _inside: True
     alone: bool = False
     writes_files: bool = False
+    for_admin: bool = False
 
 
 async def make(inside: Inside, packages: Sequence[str]) -> "Ui":
@@ -388,7 +400,7 @@ class Ui:
         frame = {
             "root": ROOT,
             "assets": f"{ROOT}/assets/{self._version}",
-            "pages": self._pages,
+            "pages": {name: page for name, page in self._pages.items() if not page.for_admin or visit.sees_all()},
             "here": here,
             "token": token,
             "csrf": lambda: Markup('<input type="hidden" name="csrf" value="{}">').format(token),

@@ -46,12 +46,16 @@ def _add(arguments: argparse.Namespace) -> None:
     from mixfuse.contracts.database import opened
     from mixfuse.contracts.strict_yaml import load
     from mixfuse.fusion.config import FusionConfig
-    from mixfuse.fusion.http.keys import create
+    from mixfuse.fusion.http.keys import create, unpriced_text
 
     if arguments.config is not None:
         if arguments.budget is None:
             raise MixfuseError("--config is read for --budget only; leave it out")
-        if not load(arguments.config, FusionConfig).priced:
+        config = load(arguments.config, FusionConfig)
+        if config.unpriced and config.priced:
+            free = unpriced_text(config.unpriced)
+            print(f"note: {free} in {arguments.config}; what has no price is free to the budget", file=sys.stderr)
+        if not config.priced:
             raise MixfuseError(
                 f"--budget {arguments.budget:g} would limit nothing: no model in {arguments.config} has a `price`; "
                 "name the prices, or limit tokens with --tokens"

@@ -408,7 +408,7 @@ class _Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         for server in self.servers:
             server.close()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while self.server_state.connections:
                 for connection in list(self.server_state.connections):
                     connection.shutdown()

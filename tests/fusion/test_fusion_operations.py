@@ -364,6 +364,19 @@ async def test_a_budget_in_dollars_that_limits_nothing_is_told(
         assert any("no model has a price" in problem for problem in ready["problems"]) == told
 
 
+async def test_what_is_free_to_budgets_is_told(
+    start_gateway: StartGateway, place: Path, caplog: pytest.LogCaptureFixture, upstream: FakeUpstream
+) -> None:
+    model = {"base_url": upstream.base_url, "model": "alpha"}
+    members = [{"name": "alpha", "price": {"completion": 1.0}, **model}, {"name": "free", **model}]
+    for budget, told in ((None, False), (1.0, True)):
+        key(place, name=f"with {budget}", max_cost=budget)
+        caplog.clear()
+        await start_gateway(members)
+        free = "free, the judge, the synthesizer have no `price`: what has no price is free to them"
+        assert (free in caplog.text) == told
+
+
 @pytest.mark.parametrize("keys", [{"modes": {"max_cost": 1}}, {"presets": {"cheap": {"max_cost": 0.1}}}])
 def test_a_configs_limit_in_dollars_needs_prices(config: Callable[..., FusionConfig], keys: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match="limits nothing, since no model has a 'price'"):
@@ -382,3 +395,8 @@ def test_keys_add_refuses_a_budget_that_the_config_gives_no_price_to(
     assert main(words) == 2
     path.write_text(f"members: [{model % ', price: {prompt: 1}'}]\n")
     assert main([*words, "--budget", "5"]) == 0
+    assert "note" not in capsys.readouterr().err
+    path.write_text(f"members: [{model % ', price: {prompt: 1}'}, {(model % '').replace('name: a', 'name: b')}]\n")
+    words[2] = "joan"
+    assert main([*words, "--budget", "5"]) == 0
+    assert f"note: b has no `price` in {path}; what has no price is free to the budget" in capsys.readouterr().err

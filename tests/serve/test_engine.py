@@ -441,8 +441,10 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Health).serve_forever()
 
 async def test_a_crash_is_noticed(server):
     async with server("import os; print(os.getpid(), flush=True)" + HEALTHY) as engine:
-        os.kill(int(engine.log_path.read_text().split()[0]), signal.SIGKILL)
         async with asyncio.timeout(120):
+            while "\n" not in (said := engine.log_path.read_text()):  # noqa: ASYNC110 - the guard writes it
+                await asyncio.sleep(0.05)
+            os.kill(int(said.split()[0]), signal.SIGKILL)
             assert await engine.wait() == 128 + signal.SIGKILL
         assert not engine.running
 
@@ -647,6 +649,72 @@ def test_linear_layers_leave_tokens_without_an_adapter_alone(slots: list[int]):
     )
     cpu_lora_products.add_lora_linear(batch, y, x, a, b, 1.0, (8, 4))
     torch.testing.assert_close(y, expected, atol=1e-4, rtol=1e-4)
+
+
+PIECES = """
+import types
+import torch
+from vllm.v1.sample.sampler import Sampler
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+from mixfuse.serve import vllm_cpu_prompt_logprobs as plugin
+
+torch.manual_seed(0)
+words, size, states = 500, 8, torch.randn(200, 8)
+layer = torch.randn(size, words)
+rows = []
+
+class Model:
+    def compute_logits(self, hidden):
+        rows.append(len(hidden))
+        return hidden @ layer
+
+def runner(tokens, computed):
+    def request(ids):
+        state = {"num_computed_tokens": computed, "in_progress_prompt_logprobs_cpu": None}
+        return types.SimpleNamespace(prompt_token_ids=ids, **state)
+
+    return types.SimpleNamespace(
+        num_prompt_logprobs={"short": 3, "long": 1},
+        requests={"short": request(tokens[:20]), "long": request(tokens)},
+        input_batch=types.SimpleNamespace(req_id_to_index={"short": 0, "long": 1}),
+        query_start_loc=types.SimpleNamespace(np=torch.tensor([0, 20])),
+        model=Model(),
+        sampler=Sampler(),
+        device=torch.device("cpu"),
+        model_config=types.SimpleNamespace(logprobs_mode="raw_logprobs"),
+        _sync_device=lambda: None,
+    )
+
+def said():
+    rows.clear()
+    found = CPUModelRunner._get_prompt_logprobs_dict(runner(tokens, 0), states, {"short": 20, "long": len(tokens)})
+    return found, max(rows)
+
+tokens = torch.randint(words, (170,)).tolist()
+whole, at_once = said()
+assert at_once == 169
+plugin.register()
+pieces, most = said()
+assert most == plugin.ROWS, most
+for name in ("short", "long"):
+    for one, other in zip(whole[name][:3], pieces[name][:3], strict=True):
+        torch.testing.assert_close(one, other)
+"""
+
+
+def test_an_engine_on_a_cpu_keeps_few_compiled_kernels():
+    """Their number alone decides how far it grows; oneDNN's default is 1024, of 0.28 MiB each."""
+    name, tiny_config = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", EngineConfig(base=Path("base"))
+    assert int(engine_module.environment(tiny_config, cpu=True)[name]) <= 256
+    assert name not in engine_module.environment(tiny_config, cpu=False)
+
+
+@pytest.mark.engine
+def test_a_prompts_log_probabilities_are_computed_in_pieces():
+    """vLLM's own method and sampler, before and after; all logits of a long prompt at once stall every request."""
+    environment = {**os.environ, "TORCH_COMPILE_DISABLE": "1"}
+    done = subprocess.run([sys.executable, "-c", PIECES], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_the_plugin_does_nothing_where_the_platform_is_no_cpu(monkeypatch: pytest.MonkeyPatch):

@@ -396,7 +396,7 @@ def test_a_shard_that_links_to_nothing_is_missed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (gzip.compress(b"{}"), r"x: this is a packed file \(\.gz\)"),
+        (gzip.compress(b"{}", mtime=0), r"x: this is a packed file \(\.gz\)"),
         (b"PAR1\0\0", r"x: this is a Parquet file"),
         (json.dumps({"messages": CHAT}).encode("utf-16-le"), "x: the text holds NUL bytes, as UTF-16 does"),
         (

@@ -162,7 +162,7 @@ def test_a_command_cut_off_leaves_no_entry_and_the_next_one_makes_it(
     else:
         cut.send_signal(number)
     _, said = cut.communicate(timeout=60)
-    _, alive = psutil.wait_procs(children, timeout=20)
+    _, alive = psutil.wait_procs(children, timeout=60)
     assert not alive
     assert not list(cache.glob("[!.]*"))
     if number is signal.SIGINT:

@@ -80,7 +80,7 @@ def cut_off(
     for process in processes if number is signal.SIGKILL else processes[:1]:
         process.send_signal(number)
     code = parent.wait(timeout=100)
-    _, survivors = psutil.wait_procs(processes, timeout=5)
+    _, survivors = psutil.wait_procs(processes, timeout=60)
     return CutOff(number, seen, code, survivors, last_checkpoint(out), time.time(), log.read_text(errors="replace"))
 
 

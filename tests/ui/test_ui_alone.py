@@ -71,6 +71,7 @@ def test_it_shows_traces_and_runs_and_changes_nothing(left: Path, tab: Callable[
             assert httpx.post(url + path, data={"csrf": token}).status_code in (404, 405)
         assert httpx.get(f"{root}/v1/models").status_code == 404, "there is no API"
         assert httpx.get(f"{url}/traces", headers={"host": "evil.example"}).status_code == 403
+        page.close()  # it asks for news, and would complain of a server that has ended
     assert (digest(database), sorted(path.name for path in left.iterdir() if "-" not in path.name)) == before
 
 
@@ -104,6 +105,7 @@ def test_a_person_logs_in_with_the_admin_key(
         page.get_by_label("Key").fill("an admin key")
         page.keyboard.press("Enter")
         page.get_by_text("an old question").first.wait_for()
+        page.close()
 
 
 def test_a_database_that_is_opened_for_reading_cannot_be_written(left: Path) -> None:

@@ -151,19 +151,25 @@ def test_a_refusal_is_shown_in_its_words(gateway: Served, tab: Callable[..., Wat
     watched.complaints.clear()  # Chromium notes the status 400 in its console
 
 
+def until(page: Page, condition: Callable[[], bool], what: str) -> None:
+    """Waits for what happens outside the page."""
+    for _ in range(600):
+        if condition():
+            return
+        page.wait_for_timeout(50)
+    raise AssertionError(f"waited in vain until {what}")
+
+
 def test_stop_cancels_the_request(gateway: Served, tab: Callable[..., Watched]) -> None:
     page = tab().page
-    before = gateway.upstream.aborted.count("late")
+    before, asked = gateway.upstream.aborted.count("late"), len(gateway.upstream.asked("late"))
     fill(page, gateway, "stop me", members="late")
     page.get_by_role("button", name="Ask").click()
+    until(page, lambda: len(gateway.upstream.asked("late")) > asked, "the member is called")
     page.get_by_role("button", name="Stop").click()
     expect(page.locator("#progress")).to_have_text("stopped")
     expect(page.get_by_role("button", name="Ask")).to_be_enabled()
-    for _ in range(600):
-        if gateway.upstream.aborted.count("late") > before:
-            return
-        page.wait_for_timeout(50)
-    raise AssertionError("the member's call goes on")
+    until(page, lambda: gateway.upstream.aborted.count("late") > before, "the member's call ends")
 
 
 def test_asking_needs_no_script(gateway: Served, tab: Callable[..., Watched]) -> None:

@@ -110,7 +110,9 @@ def test_votes_on_a_file_become_a_file_to_train_on(tmp_path: Path, tab: Callable
         page.goto(f"{url}/pairs?name=Bob")
         for number, key in enumerate("gtbp"):
             vote(page, f"question {number}", key)
+        expect(page.get_by_text("you have voted on 4 of 4")).to_be_visible()
         page.get_by_role("link", name="How far people and the file agree").click()
+        page.wait_for_url("**/agreement*")
         table = page.locator("#agreement tbody tr").all_inner_texts()
     assert [row.split("\t")[:4] for row in table] == [
         ["Ann", "Bob", "4", "100 %"], ["Ann", "the file", "1", "100 %"], ["Bob", "the file", "1", "100 %"],

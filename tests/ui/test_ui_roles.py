@@ -177,6 +177,7 @@ def test_an_api_key_neither_sees_nor_changes_roles(roles: Roles) -> None:
     before = serving(roles)
     with httpx.Client(base_url=roles.url) as client:
         token = enter(client, roles.secret)
+        assert 'href="/ui/roles"' not in client.get("/ui/traces").text, "no link leads to a refusal"
         assert client.get("/ui/roles").status_code == 403
         assert client.get("/ui/roles/domain").status_code == 403
         for action in ("rollback", "pin", "unpin", "stop", "swap"):

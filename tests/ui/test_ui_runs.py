@@ -287,6 +287,7 @@ def test_an_api_key_does_not_open_the_runs(tmp_path: Path, runs: Path, monkeypat
                 client.post("/ui/login", data={"csrf": token, "key": key})
             for page in ("", "/run?path=sft", "/report?path=combiner-report"):
                 assert client.get(f"/ui/runs{page}").status_code == status
+            assert ('href="/ui/runs"' in client.get("/ui/traces").text) == (status == 200)
 
 
 def test_every_plot_of_training_is_a_chart() -> None:

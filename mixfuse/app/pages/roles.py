@@ -159,4 +159,5 @@ PAGE = Page(
     },
     shown=_has_roles,
     alone=True,
+    for_admin=True,
 )

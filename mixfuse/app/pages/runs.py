@@ -106,4 +106,5 @@ PAGE = Page(
     gets={"": show, "/run": one, "/report": report, "/picture": picture},
     shown=lambda inside: inside.config.ui_runs is not None,
     alone=True,
+    for_admin=True,
 )
