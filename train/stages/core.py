@@ -131,6 +131,7 @@ def train_and_save(trainer: Any, recipe: TrainRecipe, *, stage: str, examples: i
 
     _check_only_lora_trains(trainer.model)
     assert_in_force(trainer.model)
+    _register_what_peft_reads(trainer.model)
     disable_reentrant_checkpointing(trainer)
     started = time.time()
     _train(trainer, recipe)
@@ -154,6 +155,22 @@ def train_and_save(trainer: Any, recipe: TrainRecipe, *, stage: str, examples: i
         }
         _write_run(recipe, stage, metrics, chat_template=trainer.processing_class.chat_template)
     trainer.accelerator.wait_for_everyone()
+
+
+def _register_what_peft_reads(model: Any) -> None:
+    """Tells ZeRO-3 that a layer with LoRA reads the dtype of its `lora_A` itself (`_cast_input_dtype` in PEFT).
+
+    DeepSpeed finds that out by itself where the weight is not gathered (`ZeROOrderedDict`), in a fresh run in the first
+    pass. After it has loaded its own checkpoint the weights are there in the first pass and not in the second, which
+    then fetches others than it recorded in the first, and the run ends with a "tracing error".
+    """
+    from deepspeed.runtime.zero.partition_parameters import register_external_parameter
+    from peft.tuners.lora import LoraLayer, ParamWrapper
+
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer) and not isinstance(layer, ParamWrapper):
+            for lora_A in layer.lora_A.values():  # noqa: N806 - PEFT's name
+                register_external_parameter(layer, lora_A.weight)
 
 
 def _train(trainer: Any, recipe: TrainRecipe) -> None:
