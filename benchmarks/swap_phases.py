@@ -152,9 +152,9 @@ class Swapped:
 
     def _memory(self, watched: Path) -> dict[str, str]:
         found = {}
-        for child in psutil.Process().children(recursive=True):
-            if child.environ().get("SWAP_PHASES") != str(watched) or "-S" in child.cmdline()[:4]:
-                continue
+        process = self.engine._process
+        assert process is not None
+        for child in psutil.Process(process.pid).children(recursive=True):
             kind = {"VLLM::EngineCore": "core", "VLLM::Worker": "worker"}.get(child.name())
             if kind is None and "vllm.entrypoints.openai.api_server" in child.cmdline():
                 kind = "api"
