@@ -4,6 +4,7 @@ import asyncio
 import os
 import random
 import re
+import signal
 import socket
 import subprocess
 import threading
@@ -575,15 +576,19 @@ def test_two_servers_swap_together_on_a_real_engine(tiny, tmp_path: Path, server
         for url in alive:
             answered(url, 3)
 
+    def end_group(leader: int) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(leader, signal.SIGKILL)
+
     killed: list[str] = []
     with ExitStack() as stack:
 
         def run(name: str, command: list[Any]) -> tuple[subprocess.Popen[bytes], Path]:
             log = tmp_path / f"{name}.log"
             stream = stack.enter_context(log.open("wb"))
-            process = subprocess.Popen(command, stdout=stream, stderr=stream, env=environment)
+            process = subprocess.Popen(command, stdout=stream, stderr=stream, env=environment, start_new_session=True)
             stack.callback(process.wait)
-            stack.callback(process.kill)
+            stack.callback(end_group, process.pid)  # vLLM's processes outlive its API server
             return process, log
 
         vllm, log = run("engine", starting)
