@@ -156,7 +156,7 @@ def read_file(path: Path) -> str:
 def bounded(template: str, source: str = OF_BASE) -> None:
     """Checks that a template ends, and writes and holds no more than a chat needs: on chats of every shape.
 
-    It is rendered in a process of its own, which is killed after half a second of processor time.
+    It is rendered in a process of its own, which is killed after two seconds of processor time.
 
     Args:
         template: Its text.
@@ -183,7 +183,7 @@ def _unbounded(template: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise MixfuseError(f"the chat template cannot be tried: {error}; run the command again") from None
     if done.returncode == -signal.SIGPROF:
-        return "does not end: it computes for more than half a second on a short chat"
+        return "does not end: it computes for more than two seconds on a short chat"
     if done.returncode and "MemoryError" not in done.stderr and done.returncode > 0:
         raise MixfuseError(f"the chat template cannot be tried: {shortened(done.stderr[-200:], 200)}")
     found = "memory" if done.returncode else json.loads(done.stdout)

@@ -1,17 +1,12 @@
 """Gateways share engines that someone else runs: none touches another's adapters, and all swap together."""
 
 import asyncio
-import os
 import random
 import re
-import signal
-import socket
 import subprocess
-import threading
 import time
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, ExitStack, suppress
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -25,7 +20,7 @@ from role_harness import BASE, FakeEngine, revision, table
 from sqlalchemy import text
 from stand_in import StandIn
 from test_engine import until
-from test_server import MIXFUSE, SPEAKS, mixfuse
+from test_server import MIXFUSE
 from test_supervisor import SayingEngines
 
 from mixfuse.app import engine_lease
@@ -38,7 +33,6 @@ from mixfuse.fusion.calls.failures import CallError
 from mixfuse.fusion.calls.ledger import Ledger
 from mixfuse.fusion.calls.pool import Pool
 from mixfuse.fusion.calls.upstream import Purpose, call
-from mixfuse.serve import engine
 from mixfuse.serve.admission import Admission
 from mixfuse.serve.copies import AdapterCopies
 from mixfuse.serve.engine import EngineConfig, Restart
@@ -520,110 +514,3 @@ def test_servers_on_one_engine_answer_on_when_one_is_killed(
             server.kill()
             server.wait()
         stand_in.stop()
-
-
-@pytest.mark.engine
-@pytest.mark.slow
-def test_two_servers_swap_together_on_a_real_engine(tiny, tmp_path: Path, server, monkeypatch: pytest.MonkeyPatch):
-    """vLLM, `mixfuse serve` twice, PostgreSQL, requests all the while; one server is killed in the middle of a swap."""
-    monkeypatch.setenv("ENGINE_KEY", "secret")
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        engine_url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
-    sizes = {"max_loras": 2, "max_loaded": 2, "max_lora_rank": 8}
-    own = EngineConfig(base=tiny.base, **sizes)
-    starting = engine.command(own, urlsplit(engine_url).port, cpu=True)
-    starting[starting.index("--max-cpu-loras") + 1] = str(2 * own.cpu_loras)
-    environment = {**os.environ, **engine.environment(own, cpu=True), "VLLM_API_KEY": "secret"}
-    patient = {"hung_after_s": 600, "wait_s": 600}
-    config = {
-        "engine": {"base": str(tiny.base), "url": engine_url, "api_key_env": "ENGINE_KEY", "restart": patient, **sizes},
-        "gateway": {"port": 0},
-        "roles": {"domain": str(tiny.served["one"])},
-        "fusion": {"members": [{"name": "a", "role": "domain", **SPEAKS}], "trace_db": emptied(server)},
-        "state": str(tmp_path / "state"),
-    }
-    path = tmp_path / "serve.yaml"
-    path.write_text(yaml.safe_dump(config))
-    body = {"model": "a", "messages": [{"role": "user", "content": "count"}], "max_tokens": 8}
-    answers: dict[str, list[str]] = {}
-    failures: list[str] = []
-    ended = threading.Event()
-
-    def ask(url: str) -> str:
-        """The revision that answers."""
-        with httpx.Client(base_url=url, timeout=600, trust_env=False) as client:
-            answer = client.post("/v1/chat/completions", json=body).raise_for_status().json()
-            trace = client.get(f"/v1/traces/{answer['fusion']['trace_id']}").raise_for_status().json()
-        return str(trace["calls"][0]["revision"])
-
-    def go_on_asking(url: str) -> None:
-        while not ended.is_set():
-            try:
-                answers.setdefault(url, []).append(ask(url))
-            except httpx.HTTPError as error:
-                if url not in killed:
-                    failures.append(f"{url}: {error!r}")
-                return
-
-    def answered(url: str, more: int) -> None:
-        count = len(answers.get(url, ())) + more
-        until(lambda: failures or len(answers.get(url, ())) >= count, seconds=600)
-
-    def swap(name: str, by: str, alive: list[str]) -> None:
-        done = mixfuse("roles", "swap", "domain", tiny.served[name], "--url", by)
-        assert done.returncode == 0, done.stderr
-        assert [ask(url) for url in alive] == [revision(tiny.served[name])] * len(alive)
-        for url in alive:
-            answered(url, 3)
-
-    def end_group(leader: int) -> None:
-        with suppress(ProcessLookupError):
-            os.killpg(leader, signal.SIGKILL)
-
-    killed: list[str] = []
-    with ExitStack() as stack:
-
-        def run(name: str, command: list[Any]) -> tuple[subprocess.Popen[bytes], Path]:
-            log = tmp_path / f"{name}.log"
-            stream = stack.enter_context(log.open("wb"))
-            process = subprocess.Popen(command, stdout=stream, stderr=stream, env=environment, start_new_session=True)
-            stack.callback(process.wait)
-            stack.callback(end_group, process.pid)  # vLLM's processes outlive its API server
-            return process, log
-
-        vllm, log = run("engine", starting)
-
-        def healthy() -> bool:
-            assert vllm.poll() is None, log.read_text()
-            with suppress(httpx.TransportError):
-                return httpx.get(f"{engine_url.removesuffix('/v1')}/health", trust_env=False).status_code == 200
-            return False
-
-        until(healthy, seconds=600)
-        servers = [run(name, [*MIXFUSE, "serve", path]) for name in ("one", "two")]
-        urls = []
-        for process, log in servers:
-            until(lambda log=log: "ready: " in log.read_text() or process.poll() is not None, seconds=600)  # noqa: B023
-            found = re.search(r"ready: (http://[\d.:]+)/v1", log.read_text())
-            assert found, log.read_text()
-            urls.append(found[1])
-        one, two = urls
-        with ThreadPoolExecutor(4) as clients:
-            asking = [clients.submit(go_on_asking, url) for url in (one, one, two, two)]
-            try:
-                swap("experts", one, urls)
-                swap("one", two, urls)
-                killed.append(two)
-                swapping = subprocess.Popen(
-                    [*MIXFUSE, "roles", "swap", "domain", tiny.served["attention"], "--url", two]
-                )
-                time.sleep(1)
-                servers[1][0].kill()
-                swapping.wait()
-                answered(one, 5)
-                swap("experts", one, [one])
-            finally:
-                ended.set()
-            for each in asking:
-                each.result()
-    assert failures == []
