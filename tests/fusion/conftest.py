@@ -1,6 +1,6 @@
 """The fake upstream and a gateway over it, for every test of the fusion room."""
 
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from fake_upstream import FakeUpstream, Script, fake_upstream, serving
 from fusion_harness import FakeRoles, Gateway, StartGateway, config_keys
-from postgres import Postgres, emptied, postgres
 
 from mixfuse.fusion.config import FusionConfig
 from mixfuse.fusion.http.gateway import create_app
@@ -54,17 +53,3 @@ async def start_gateway(config: Callable[..., FusionConfig]) -> AsyncIterator[St
 async def gateway(start_gateway: StartGateway) -> Gateway:
     """A gateway over alpha, beta and gamma with a judge who likes beta."""
     return await start_gateway()
-
-
-@pytest.fixture(scope="session")
-def server() -> Iterator[Postgres]:
-    with postgres() as running:
-        yield running
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """An empty database of each kind."""
-    if request.param == "sqlite":
-        return str(tmp_path / "traces.sqlite3")
-    return emptied(request.getfixturevalue("server"))

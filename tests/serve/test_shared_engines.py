@@ -15,7 +15,6 @@ import httpx
 import pytest
 import pytest_asyncio
 import yaml
-from postgres import emptied, postgres
 from role_harness import BASE, FakeEngine, revision, table
 from sqlalchemy import text
 from stand_in import StandIn
@@ -44,20 +43,6 @@ from mixfuse.serve.swap import Swapper
 
 ENGINES = ["http://10.0.0.5:8000/v1", "http://10.0.0.6:8000/v1"]
 PURPOSE = Purpose("answer", "domain", timeout_s=60)
-
-
-@pytest.fixture(scope="module")
-def server():
-    with postgres() as running:
-        yield running
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """An empty database of each kind."""
-    if request.param == "sqlite":
-        return str(tmp_path / "traces.sqlite3")
-    return emptied(request.getfixturevalue("server"))
 
 
 @pytest.fixture
