@@ -201,6 +201,7 @@ async def test_traces_become_preference_pairs(start: Start, upstream: FakeUpstre
         path = f"/v1/traces/{body['fusion']['trace_id']}/feedback"
         assert (await server.gateway.http.post(path, json=feedback)).status_code == 200
     await server.gateway.post(**BEST)  # of which nothing is known
+    assert len(await server.gateway.first_traces()) == 7  # a list is given once what it lists is in the database
     printed = await asyncio.to_thread(mixfuse, tmp_path, "traces", "export", "--out", tmp_path / "pool.jsonl")
     assert "traces 7, rows 6, right 6, wrong 6" in printed
     rows = [json.loads(line) for line in (tmp_path / "pool.jsonl").read_text().splitlines()]
