@@ -24,7 +24,7 @@ from mixfuse.train.model.embedded_base import build
 
 FAMILY = family_named("qwen3_moe")
 PROJECT = Path(__file__).parents[2]
-pytestmark = [pytest.mark.engine, pytest.mark.zero3, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [pytest.mark.slow, pytest.mark.engine, pytest.mark.zero3, pytest.mark.asyncio(loop_scope="module")]
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,7 @@ def test_training_and_evaluation_are_on_the_ranks_gpu(stage: str, request: Any, 
 
 
 @pytest.mark.zero3
+@pytest.mark.slow
 def test_profiling_experts_is_on_the_ranks_gpu(sft_recipe: Path, tmp_path: Path) -> None:
     seen = on_two_gpus(tmp_path / "facts", "experts", "profile", sft_recipe, f"out={tmp_path}/run")
     all_on_their_own(seen)

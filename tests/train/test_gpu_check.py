@@ -59,7 +59,7 @@ def test_the_grouped_path_holds_what_the_plan_says(block: dict[str, Any]) -> Non
         assert row["planned_peak_bytes"] * 0.8 < row["peak_bytes"] < row["planned_peak_bytes"] * 1.1
 
 
-@pytest.mark.parametrize("grouped", [True, False])
+@pytest.mark.parametrize("grouped", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_wrong_gradient_fails_the_block(monkeypatch: pytest.MonkeyPatch, grouped: bool) -> None:
     whole = expert_products._Lora.gradients
 

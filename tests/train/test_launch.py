@@ -79,7 +79,7 @@ def test_the_ports_reach_every_process(launcher: list[str], tmp_path: Path) -> N
 
 
 @pytest.mark.zero3
-@pytest.mark.parametrize("taken", [0, 1])
+@pytest.mark.parametrize("taken", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_the_store_and_the_heartbeat_listen_at_the_chosen_ports(taken: int, sft_recipe: Path, tmp_path: Path) -> None:
     """Each is noticed where another program has it."""
     with socket.socket() as other:
@@ -217,6 +217,7 @@ def test_torchrun_over_two_hosts_trains_as_one_host_does(sft_recipe: Path, runs:
 
 
 @pytest.mark.zero3
+@pytest.mark.slow
 def test_deepspeeds_launcher_trains_stops_and_goes_on(sft_recipe: Path, runs: Path, sft_by_two: Run) -> None:
     """Its host file names this machine alone: no ssh, no pdsh. SIGTERM goes to the ranks, which save."""
     hosts, out = runs / "hosts", runs / "by_deepspeed"

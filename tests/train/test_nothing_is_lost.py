@@ -128,7 +128,7 @@ with heartbeat(beat=0.2, silence=6.0):
 """
 
 
-@pytest.mark.parametrize("frozen", [0, 2])
+@pytest.mark.parametrize("frozen", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_rank_that_stops_answering_ends_all_others(frozen: int, tmp_path: Path) -> None:
     """As a machine that is gone looks from the others: no connection is closed, and no launcher sees it."""
     script = tmp_path / "frozen.py"

@@ -367,6 +367,7 @@ def test_the_evaluation_before_training_is_the_bases(judge_by_one: Run, judge_by
 
 
 @zero3
+@pytest.mark.slow
 def test_a_rationale_is_trained_whole_by_trls_own_dpo(judge_recipe: Path, runs: Path) -> None:
     """Completions of several tokens, the token that ends the turn among them: four sequences a pair, and DPO's ln 2."""
     rows = read_jsonl(runs / "pairs.jsonl")

@@ -98,6 +98,7 @@ def test_an_unknown_optimizer_is_refused_by_the_names_of_the_others(sft_recipe: 
 
 @pytest.mark.zero3
 @pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "adamw"])  # every other test trains with AdamW
+@pytest.mark.slow
 def test_an_optimizer_trains_on_two_processes(name: str, sft_recipe: Path, runs: Path) -> None:
     overrides = (f"optimizer.name={name}", "optimizer.steps=2", "processes=2", f"out={runs / name}")
     run = harness.train("sft", sft_recipe, *overrides)

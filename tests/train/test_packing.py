@@ -205,6 +205,7 @@ def test_on_a_gpu_documents_are_kept_apart(attention: str, tiny_base: Path) -> N
 
 
 @pytest.mark.zero3
+@pytest.mark.slow
 def test_a_packed_run_has_the_loss_of_its_chats_one_by_one(sft_recipe: Path, runs: Path, tiny_base: Path) -> None:
     """All sixteen chats in the first step of a run, whose adapter does nothing yet."""
     from transformers import MixtralForCausalLM

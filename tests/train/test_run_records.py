@@ -69,6 +69,7 @@ def test_mlflow_reads_back_what_the_run_logged(recorded: Run) -> None:
 
 
 @zero3
+@pytest.mark.slow
 def test_a_judge_trains_for_epochs_too(judge_recipe: Path, runs: Path) -> None:
     optimizer = 'optimizer={"epochs": 0.5, "batch_size": 4, "micro_batch": 2, "warmup_steps": 0}'
     run = harness.train("judge", judge_recipe, f"out={runs / 'judge_epochs'}", optimizer, "evaluation=null")

@@ -65,7 +65,7 @@ def test_packed_rows_train_as_on_one_process(key: str, packed: tuple[Run, Run]) 
 
 
 @pytest.mark.zero3
-@pytest.mark.parametrize("pair", ["packed", "continued"])
+@pytest.mark.parametrize("pair", ["packed", pytest.param("continued", marks=pytest.mark.slow)])
 def test_the_held_out_loss_is_that_of_one_process(pair: str, request: pytest.FixtureRequest) -> None:
     """Divided chats of a pass are in one row; one process pads them in `continued`, so they do not see one another."""
     whole, halves = request.getfixturevalue(pair)
@@ -84,6 +84,7 @@ def test_the_adapter_is_that_of_one_process(packed: tuple[Run, Run]) -> None:
 
 
 @pytest.mark.zero3
+@pytest.mark.slow
 def test_two_processes_continue_what_one_began_on_padded_chats(continued: tuple[Run, Run]) -> None:
     whole, halves = continued
     steps = [row["step"] for row in halves.steps]
