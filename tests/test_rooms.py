@@ -130,14 +130,20 @@ def test_the_parts_are_those_of_the_architecture() -> None:
         assert (PACKAGE / name).resolve() == ROOT / name
 
 
+def _listed(pattern: str) -> list[str]:
+    """The files that git tracks, and new ones that it does not ignore."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", pattern]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+
+
+def test_nothing_that_a_command_leaves_is_in_the_tree() -> None:
+    """A key and a project, made by commands of the docs, were committed once."""
+    folders = {name.partition("/")[0] for name in _listed("*") if "/" in name and (ROOT / name).exists()}
+    assert folders == {".ci", "benchmarks", "configs", "contracts", "docs", "mixfuse", "scripts", "tests", *ROOMS}
+
+
 def test_every_python_file_belongs_to_a_part() -> None:
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.py"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.split()
+    listed = _listed("*.py")
     ours = {name for name in listed if name.partition("/")[0] not in OUTSIDE and (ROOT / name).exists()}
     assert {str(path.resolve().relative_to(ROOT)) for path in FILES.values()} == ours
     assert {module for module in FILES if not part(module)} == {"mixfuse", "mixfuse.__main__"}
