@@ -36,6 +36,7 @@ def test_the_benchmark_measures_gateway_and_floor_and_states_its_goals():
     assert len(report["goals"]) >= 8
 
 
+@pytest.mark.slow
 def test_mixed_load_with_faults_leaves_nothing_unexplained():
     report = run("fusion_load.py")
     assert report["ok"]

@@ -471,6 +471,7 @@ async def test_it_streams_calls_tools_and_samples_with_the_official_client(
     assert len(sampled["candidates"]) == 2 * len(sampled["asked"])
 
 
+@pytest.mark.slow
 async def test_verdicts_and_propensities_reach_the_next_fit(
     start_gateway: StartGateway, upstream: FakeUpstream, tmp_path: Path
 ) -> None:

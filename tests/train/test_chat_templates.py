@@ -286,6 +286,7 @@ def test_no_command_and_no_engine_renders_a_template_that_does_not_end(
         )._template()
 
 
+@pytest.mark.slow
 def test_a_run_uses_the_template_that_its_recipe_names(sft_recipe: Path, tmp_path: Path) -> None:
     file = tmp_path / "template.jinja"
     file.write_text(ALTERNATING)

@@ -90,7 +90,8 @@ def test_the_saved_adapter_has_the_loss_of_its_evaluation(stopped_early: Run, ru
 
 
 @zero3
-@pytest.mark.parametrize("stage", ["sft", pytest.param("judge", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stage", ["sft", "judge"])
+@pytest.mark.slow
 def test_each_data_sets_loss_is_reported(stage: str, request: Any, runs: Path, tiny_base: Path, tmp_path: Path) -> None:
     """What one set teaches, another may forget; a limit takes from all."""
     recipe = request.getfixturevalue(f"{stage}_recipe")

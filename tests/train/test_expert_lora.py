@@ -433,6 +433,7 @@ def test_trainable_experts_are_refused(base: Path) -> None:
 
 
 @pytest.mark.zero3
+@pytest.mark.slow
 def test_two_zero3_processes_equal_one(base: Path, tmp_path: Path) -> None:
     """And between forward and backward no gathered expert weight is kept, with and without checkpointing."""
     expected = {

@@ -116,6 +116,7 @@ def layers() -> dict[str, Any]:
 
 
 @pytest.mark.zero3
+@pytest.mark.slow
 def test_a_small_base_trains_beside_the_plan(layers: dict[str, Any]) -> None:
     assert layers["result"] == "ok", layers["why"]
     (row,) = figures(layers, what="training")
@@ -124,6 +125,7 @@ def test_a_small_base_trains_beside_the_plan(layers: dict[str, Any]) -> None:
 
 
 @pytest.mark.zero3
+@pytest.mark.slow
 def test_checkpointing_changes_neither_loss_nor_gradients(layers: dict[str, Any]) -> None:
     (row,) = figures(layers, what="without checkpointing")
     assert row["loss_difference"] < 1e-4 and row["grad_norm_difference"] < 1e-4
@@ -132,6 +134,7 @@ def test_checkpointing_changes_neither_loss_nor_gradients(layers: dict[str, Any]
 
 
 @pytest.mark.zero3
+@pytest.mark.slow
 def test_a_killed_run_goes_on_with_the_same_losses_and_adapter(layers: dict[str, Any]) -> None:
     (row,) = figures(layers, what="resumed")
     assert row["steps"] == 6 and row["after"] == 2

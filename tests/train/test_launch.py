@@ -79,7 +79,8 @@ def test_the_ports_reach_every_process(launcher: list[str], tmp_path: Path) -> N
 
 
 @pytest.mark.zero3
-@pytest.mark.parametrize("taken", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("taken", [0, 1])
+@pytest.mark.slow
 def test_the_store_and_the_heartbeat_listen_at_the_chosen_ports(taken: int, sft_recipe: Path, tmp_path: Path) -> None:
     """Each is noticed where another program has it."""
     with socket.socket() as other:

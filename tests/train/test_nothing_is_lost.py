@@ -71,6 +71,7 @@ def test_a_loss_that_is_no_number_names_its_examples_and_is_not_saved(poisoned_r
     assert not (out / "adapter").exists()
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_last_good_checkpoint_and_the_run_goes_on_from_it(
     sft_recipe: Path, tmp_path: Path
 ) -> None:

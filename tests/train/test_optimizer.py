@@ -111,6 +111,7 @@ def test_an_optimizer_trains_on_two_processes(name: str, sft_recipe: Path, runs:
 
 
 @pytest.mark.zero3
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_an_optimizer_keeps_as_much_state_as_the_table_says(name: str, sft_recipe: Path, tmp_path: Path) -> None:
     """Measured by the probe that `benchmarks/plan.py` compares the plan with."""

@@ -91,7 +91,8 @@ def test_the_experts_at_full_size_take_what_the_formulas_say(batch: Batch) -> No
 
 
 @pytest.mark.zero3
-@pytest.mark.parametrize("ahead", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("ahead", [False, True])
 def test_two_real_processes_hold_what_was_planned(ahead: bool, tmp_path: Path) -> None:
     """Base, LoRA, optimiser, gathers, activations, and the peak of all, within 5 % (gathering ahead: 8 %).
 

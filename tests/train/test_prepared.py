@@ -142,7 +142,11 @@ def test_one_process_prepares_and_the_others_wait(
 
 @pytest.mark.parametrize(
     ("number", "processes"),
-    [pytest.param(signal.SIGINT, 1, marks=pytest.mark.slow), (signal.SIGINT, 2), (signal.SIGKILL, 2)],
+    [
+        pytest.param(signal.SIGINT, 1, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, 2, marks=pytest.mark.slow),
+        (signal.SIGKILL, 2),
+    ],
     ids=str,
 )
 def test_a_command_cut_off_leaves_no_entry_and_the_next_one_makes_it(

@@ -201,7 +201,8 @@ def test_the_plan_of_8x22b_counts_what_is_unpacked_for_a_moment(monkeypatch: pyt
 
 
 @pytest.mark.zero3
-@pytest.mark.parametrize(("stage", "kind"), [("sft", "nf4"), pytest.param("judge", "int8", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("stage", "kind"), [("sft", "nf4"), ("judge", "int8")])
+@pytest.mark.slow
 def test_two_processes_train_as_on_a_base_with_the_unpacked_weights(
     stage: str, kind: Quantization, request: pytest.FixtureRequest, runs: Path, tiny_base: Path, tmp_path: Path
 ) -> None:
