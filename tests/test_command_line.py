@@ -1,6 +1,7 @@
 """The command line: it explains itself, every command and argument has help, and a shell completes them."""
 
 import argparse
+import asyncio
 import json
 import shlex
 import socket
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from mixfuse.app.server import GatewayConfig, listen
+from mixfuse.app.workers import listeners
 from mixfuse.cli.entry import JOBS, build_parser, main
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.fusion.config import FusionConfig
@@ -269,6 +271,24 @@ def test_a_typo_in_a_config_of_the_right_kind_is_a_typo(tmp_path: Path, capsys: 
     path.write_text("members: [{name: a, base_url: 'http://127.0.0.1:9/v1', model: a}]\nengine: {}\n")
     assert main(["gateway", str(path)]) == 2
     assert "unknown key 'engine'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("workers", [None, 1])
+async def test_a_small_answer_is_sent_at_once(workers: int | None):
+    """On asyncio's own event loop, too, as the viewer's: with Nagle's algorithm it would wait 40 ms for the client."""
+    config = FusionConfig(members=[{"name": "a", "base_url": "http://127.0.0.1:9/v1", "model": "a"}])
+    listener = listen(GatewayConfig(port=0), config, host="--host", port="--port")
+    if workers:
+        (listener,) = listeners(listener, workers)
+    accepted: asyncio.Future[asyncio.StreamWriter] = asyncio.get_running_loop().create_future()
+    server = await asyncio.start_server(lambda _, writer: accepted.set_result(writer), sock=listener)
+    async with server:
+        _, client = await asyncio.open_connection(*listener.getsockname())
+        connection = await accepted
+        assert connection.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        for writer in (client, connection):
+            writer.close()
+            await writer.wait_closed()
 
 
 @pytest.mark.parametrize(

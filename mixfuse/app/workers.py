@@ -181,7 +181,7 @@ def listeners(first: socket.socket, count: int) -> list[socket.socket]:
     """
     address, family = first.getsockname(), first.family
     first.close()
-    made = [socket.socket(family) for _ in range(count)]
+    made = [socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP) for _ in range(count)]
     try:
         for one in made:
             one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

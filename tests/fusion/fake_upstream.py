@@ -419,7 +419,9 @@ class _Server(uvicorn.Server):
 @asynccontextmanager
 async def serving(app: Starlette) -> AsyncIterator[str]:
     """Runs an app over real HTTP on a free loopback port; yields its URL."""
-    listener = socket.create_server(("127.0.0.1", 0))
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # as `mixfuse.app.server.listen`
+    listener.bind(("127.0.0.1", 0))
+    listener.listen(100)
     limited = getattr(app.state, "connections", None)  # a gateway's own
     http = limited.protocol if limited is not None else "auto"
     server = _Server(uvicorn.Config(app, log_level="warning", ws="none", http=http))
