@@ -8,6 +8,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import formats
 
+pytestmark = pytest.mark.slow
 Found = dict[tuple[str, str], formats.Judged]
 
 

@@ -535,6 +535,7 @@ def test_the_engines_log_goes_to_standard_output_where_that_is_asked(tmp_path: P
 
 
 @pytest.mark.engine
+@pytest.mark.slow
 def test_a_crashed_vllm_comes_back_with_its_adapter_and_dies_with_its_parent(tiny, tmp_path: Path):
     """The engine core is killed, vLLM starts anew with the adapter, and then the parent is killed."""
     script = inspect.cleandoc("""

@@ -22,6 +22,7 @@ def blocks(language: str) -> list[str]:
 
 
 @pytest.mark.engine
+@pytest.mark.slow
 def test_the_pages_commands_lead_to_a_judge_that_serves(judge_by_one: Run, tiny_base: Path, tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "judge").symlink_to(judge_by_one.out)

@@ -49,7 +49,8 @@ def all_on_their_own(seen: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.zero3
-@pytest.mark.parametrize("stage", ["sft", pytest.param("judge", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stage", ["sft", "judge"])
+@pytest.mark.slow
 def test_training_and_evaluation_are_on_the_ranks_gpu(stage: str, request: Any, tmp_path: Path) -> None:
     recipe = request.getfixturevalue(f"{stage}_recipe")
     steps = "optimizer={steps: 2, batch_size: 4, micro_batch: 2, learning_rate: 0.01, warmup_steps: 0}"

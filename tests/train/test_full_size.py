@@ -170,6 +170,7 @@ def test_transformers_maps_the_saved_names_to_the_same_parameters(base: Path) ->
     assert by_parameter == ours
 
 
+@pytest.mark.slow
 def test_an_adapter_of_full_size_is_exported_and_read_again(adapted: Any, base: Path, tmp_path: Path) -> None:
     source, out = tmp_path / "peft", tmp_path / "adapter"
     source.mkdir()

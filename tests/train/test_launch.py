@@ -93,6 +93,7 @@ def test_the_store_and_the_heartbeat_listen_at_the_chosen_ports(taken: int, sft_
 
 
 @pytest.mark.zero3
+@pytest.mark.slow
 def test_a_run_trains_over_chosen_ports(sft_recipe: Path, tmp_path: Path) -> None:
     port = str(harness.free_port())
     done = launch(

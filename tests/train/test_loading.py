@@ -29,7 +29,8 @@ def bases(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 
 @pytest.mark.zero3
-@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.slow
 def test_each_process_reads_what_a_broadcast_would_give_it(
     processes: int, bases: dict[str, Path], tmp_path: Path
 ) -> None:

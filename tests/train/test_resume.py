@@ -186,7 +186,8 @@ def test_another_world_size_is_refused_where_the_checkpoint_has_parts_alone(sft_
 
 
 @pytest.mark.zero3
-@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
 def test_one_process_goes_on_where_others_were_stopped(
     sft_recipe: Path, runs: Path, sft_by_one: Run, processes: int
 ) -> None:

@@ -58,6 +58,7 @@ def continued(sft_recipe: Path, runs: Path) -> tuple[Run, Run]:
 
 @pytest.mark.zero3
 @pytest.mark.parametrize("key", ["loss", "grad_norm", "aux_loss", "num_tokens", "mean_token_accuracy", "epoch"])
+@pytest.mark.slow
 def test_packed_rows_train_as_on_one_process(key: str, packed: tuple[Run, Run]) -> None:
     whole, halves = packed
     assert len(halves.steps) == 4
@@ -65,7 +66,8 @@ def test_packed_rows_train_as_on_one_process(key: str, packed: tuple[Run, Run]) 
 
 
 @pytest.mark.zero3
-@pytest.mark.parametrize("pair", ["packed", pytest.param("continued", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("pair", ["packed", "continued"])
+@pytest.mark.slow
 def test_the_held_out_loss_is_that_of_one_process(pair: str, request: pytest.FixtureRequest) -> None:
     """Divided chats of a pass are in one row; one process pads them in `continued`, so they do not see one another."""
     whole, halves = request.getfixturevalue(pair)
@@ -76,6 +78,7 @@ def test_the_held_out_loss_is_that_of_one_process(pair: str, request: pytest.Fix
 
 
 @pytest.mark.zero3
+@pytest.mark.slow
 def test_the_adapter_is_that_of_one_process(packed: tuple[Run, Run]) -> None:
     whole, halves = (run.weights() for run in packed)
     assert halves.keys() == whole.keys()
