@@ -1,9 +1,4 @@
-"""Which tests run, and beside which; and databases for tests of all folders.
-
-Tests marked `slow` are left out unless asked for: `scripts/test --slow`. `scripts/test` runs two processes of pytest.
-All tests of a file run in one of them, because they share a gateway or an engine; so do tests that look at one
-training run, in whatever file.
-"""
+"""Databases for tests of all folders. Tests marked `slow` are left out unless asked for: `scripts/test --slow`."""
 
 import inspect
 from collections.abc import Iterator
@@ -18,21 +13,15 @@ _TIMEOUT: httpx.Timeout = inspect.signature(httpx.get).parameters["timeout"].def
 _TIMEOUT.connect = _TIMEOUT.read = _TIMEOUT.write = _TIMEOUT.pool = 60.0
 
 
-# Training runs of a whole session, each of which takes 20 seconds or more.
-_TRAINED = {"sft_by_one", "sft_by_two", "stopped_early", "judge_by_one", "judge_by_two"}
-
-
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the tests marked slow, too")
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--slow"):
+        return
     for item in items:
-        if not item.get_closest_marker("xdist_group"):
-            trained = _TRAINED.intersection(getattr(item, "fixturenames", ()))
-            item.add_marker(pytest.mark.xdist_group("trained" if trained else item.location[0]))
-        if item.get_closest_marker("slow") and not config.getoption("--slow"):
+        if item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.skip(reason="slow: run with scripts/test --slow"))
 
 

@@ -12,7 +12,6 @@ from mixfuse.train.adapters import parity
 from mixfuse.train.adapters.export import export
 
 
-@pytest.mark.xdist_group("trained")
 @pytest.mark.parametrize("name", ["sft_by_two", "judge_by_two"])
 def test_an_exported_run_has_probes(name: str, request: pytest.FixtureRequest, tiny_base: Path, tmp_path: Path) -> None:
     """Of the adapter that is kept: the best one, where an evaluation was better than the last."""

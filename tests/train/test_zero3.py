@@ -9,7 +9,7 @@ from train_harness import SFT_STEPS, Run
 
 from mixfuse.contracts import chat_template
 
-pytestmark = [pytest.mark.zero3, pytest.mark.xdist_group("trained")]
+pytestmark = pytest.mark.zero3
 
 HIDDEN, INNER, EXPERTS, RANK = 64, 128, 4, 4
 QUERIES, KEYS = 128, 64
