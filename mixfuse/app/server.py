@@ -555,9 +555,7 @@ def listen(
             f"{host} {gateway.host} is reachable from outside, and there is no API key: add one "
             "(mixfuse keys add), or open it to everybody with `api_keys: off` in the fusion config"
         )
-    # Where no protocol is named, asyncio leaves Nagle's algorithm on: 40 ms in each answer. uvloop does not.
-    family = socket.AF_INET6 if ":" in gateway.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener = workers.tcp_socket(socket.AF_INET6 if ":" in gateway.host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((gateway.host, gateway.port))

@@ -21,6 +21,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from mixfuse.app.workers import tcp_socket
+
 COMPARISON = re.compile(
     r"\[A (?P<nonce>\w+)\]\n(?P<first>.*)\n\[B (?P=nonce)\]\n(?P<second>.*)\n\[end (?P=nonce)\]",
     re.DOTALL,
@@ -419,7 +421,7 @@ class _Server(uvicorn.Server):
 @asynccontextmanager
 async def serving(app: Starlette) -> AsyncIterator[str]:
     """Runs an app over real HTTP on a free loopback port; yields its URL."""
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # as `mixfuse.app.server.listen`
+    listener = tcp_socket()
     listener.bind(("127.0.0.1", 0))
     listener.listen(100)
     limited = getattr(app.state, "connections", None)  # a gateway's own

@@ -25,6 +25,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from mixfuse.app.workers import tcp_socket
+
 TOKEN = "hf_aSecretThatNobodyMayRead"
 READ_ONLY = "hf_aSecretForReadingOnly"
 _PARTS_FROM = 30_000  # bytes: longer files are uploaded in parts
@@ -439,8 +441,7 @@ def _error(status: int, message: str, **headers: str) -> Response:
 
 
 def _listener() -> socket.socket:
-    """With the protocol's number, or asyncio leaves Nagle's algorithm on, and each answer takes 40 ms."""
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener = tcp_socket()
     listener.bind(("127.0.0.1", 0))
     listener.listen()
     return listener
