@@ -316,7 +316,7 @@ async def _serve(config: ServeConfig, fusion: FusionConfig) -> None:
                 ui=_ui(fusion, config.gateway),
             )
             server = uvicorn.Server(_uvicorn(app, config.gateway))
-            background = _background(config, swapper, follower, gates, store)
+            background = _background(config, swapper, partial(lease.catch_up, follower.follow), gates, store)
             if lease.owner:
                 background += [
                     asyncio.create_task(_repeat(partial(lease.bury, engine.unload_of), _BURY_S)),
@@ -358,7 +358,7 @@ def _terms(config: ServeConfig) -> Terms:
 
 
 def _background(
-    config: ServeConfig, swapper: Swapper, follower: RecordFollower, gates: Gates, store: StoredRoles
+    config: ServeConfig, swapper: Swapper, follow: Callable[[], Awaitable[None]], gates: Gates, store: StoredRoles
 ) -> list["asyncio.Task[None]"]:
     """Starts the background tasks: following the shared record, and watching for new adapters."""
     asked = config.watch_gate.model_dump() if config.watch_gate is not None else None
@@ -367,7 +367,7 @@ def _background(
         await gates.through(role, SwapRequest(directory=directory, **(asked or {})))
 
     swap = through_gate if asked is not None else None
-    tasks = [_repeat(follower.follow, config.roles_poll_s)]
+    tasks = [_repeat(follow, config.roles_poll_s)]
     if isinstance(config.watch, dict):
         hub = HubSource(config.watch, config.engine.base, store)
         tasks += [_repeat(Watcher(swapper, hub, role, swap).poll, _HUB_POLL_S) for role in config.watch]
