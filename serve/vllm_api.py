@@ -31,6 +31,7 @@ _DOORS: tuple[tuple[str, str, dict[str, str] | None], ...] = (
 _SERVED_LINEAR = re.compile(r"\.(?:[qkvo]_proj|gate_proj|up_proj|down_proj)\.lora_[AB]\.weight$")
 # One line for each engine core, of which data parallelism has several.
 _STEPS = re.compile(r"^vllm:iteration_tokens_total_count\{.*\} (\S+)$", re.MULTILINE)
+_REQUESTS = re.compile(r"^vllm:num_requests_(?:running|waiting)\{.*\} (\S+)$", re.MULTILINE)
 
 
 class VllmApi:
@@ -48,6 +49,11 @@ class VllmApi:
         self.api_key = api_key
         self.base_model_name = base_model_name
         self._hint = hint
+
+    @property
+    def started(self) -> str | None:
+        """A text that each start of the engine has for itself; None here, where nobody knows when it was started."""
+        return None
 
     @property
     def url(self) -> str:
@@ -223,6 +229,14 @@ class VllmApi:
             MixfuseError: It does not answer.
         """
         return (await self._send("GET", "../metrics", timeout_s=timeout_s)).text
+
+    async def busy(self) -> bool:
+        """Whether the engine works on a request, or has one waiting; not if its metrics do not say so.
+
+        Raises:
+            MixfuseError: It does not answer.
+        """
+        return any(float(count) > 0 for count in _REQUESTS.findall(await self.metrics(timeout_s=10)))
 
     async def _steps(self, timeout_s: float) -> float | None:
         """The count of the engine cores' steps, from their metrics; None if they do not answer."""

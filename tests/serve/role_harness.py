@@ -30,6 +30,7 @@ class FakeEngine:
     """Keeps the names that are loaded; a test makes its calls wait or fail."""
 
     base_model_name = "base"
+    started = None
 
     def __init__(self) -> None:
         self.loaded: set[str] = set()
@@ -76,6 +77,9 @@ class FakeEngine:
     async def prompt_logprobs(self, name: str, prompt: list[int]) -> list[float]:
         assert name in {"base", *self.loaded}
         return [self.says.get(name, -2.0)] * (len(prompt) - 1)
+
+    async def busy(self) -> bool:
+        return False
 
     def each(self) -> "list[FakeEngine]":
         return [self]

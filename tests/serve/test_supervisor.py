@@ -467,6 +467,8 @@ async def test_a_request_that_finds_its_adapter_deleted_is_answered_all_the_same
 class SayingEngines:
     """Engines without a model, whose adapters say something else than their base."""
 
+    started = None
+
     def __init__(self, group: EngineGroup) -> None:
         self._group = group
 
@@ -475,6 +477,9 @@ class SayingEngines:
 
     async def prompt_logprobs(self, name: str, prompt: list[int]) -> list[float]:
         return [-1.0 if name == "base" else -2.0] * (len(prompt) - 1)
+
+    async def busy(self) -> bool:
+        return False
 
     def each(self) -> "list[SayingEngines]":
         return [self]
