@@ -173,7 +173,9 @@ class Prober:
     async def check(
         self, engine: AdapterEngine, model: str, directory: Path, terms: Terms, *, verdicts: bool, urgent: bool = False
     ) -> None:
-        """Probes a loaded adapter in every engine, with the prompts of its directory, or with fixed ones without any.
+        """Probes a loaded adapter in every engine and each of its data-parallel copies of the model.
+
+        The prompts are those of its directory, or fixed ones without any.
 
         Args:
             engine: The engines that have it loaded.
@@ -189,7 +191,7 @@ class Prober:
         """
         stored = await asyncio.to_thread(read_probes, directory) or Probes(tolerance=0.0)
         effect = (await asyncio.to_thread(read_manifest, directory)).effect
-        engines = engine.each()
+        engines = [rank for one in engine.each() for rank in await one.ranks()]
         lengths = await _all([one.max_model_len() for one in engines])
         plan = _Plan.of(stored, terms, effect, min((known for known in lengths if known), default=_LENGTH))
         said = []

@@ -81,6 +81,10 @@ class ProbedEngine(Protocol):
         """Whether it works on a request, or has one waiting."""
         ...
 
+    async def ranks(self) -> "Sequence[ProbedEngine]":
+        """Its data-parallel copies of the model, each to be asked alone; itself if it has one."""
+        ...
+
     async def max_model_len(self) -> int | None:
         """The longest prompt and completion together, in tokens; None if it does not say."""
         ...

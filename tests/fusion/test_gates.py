@@ -84,6 +84,9 @@ class ScriptedEngine:
     def each(self) -> "list[ScriptedEngine]":
         return [self]
 
+    async def ranks(self) -> "list[ScriptedEngine]":
+        return [self]
+
     async def max_model_len(self) -> None:
         return None
 

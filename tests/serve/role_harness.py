@@ -84,6 +84,9 @@ class FakeEngine:
     def each(self) -> "list[FakeEngine]":
         return [self]
 
+    async def ranks(self) -> "list[FakeEngine]":
+        return [self]
+
     async def max_model_len(self) -> int:
         return 1024
 
