@@ -9,7 +9,7 @@ import asyncio
 import math
 import time
 from collections.abc import Awaitable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
@@ -36,7 +36,7 @@ _LOW_BATCH_TOLERANCE = 0.1  # nats, below float32, where another batch takes ano
 _SHARE = 0.1  # of a busy engine's time that probes take
 _LOOK_S = 0.5  # between two looks at whether the engine is still busy
 _MOST_PAUSED_S = 120.0  # by one engine's probes: a swap must end, and who asked for it waits
-_MOST_KNOWN, _MOST_STARTS = 1024, 64  # prompts of which a base's answers are kept, and engines
+_MOST_KNOWN, _MOST_STARTS = 1024, 64  # prompts of which a base's answers are kept, adapters that passed, and engines
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,15 @@ class _Plan:
         rest = [number for number in range(len(self.prompts)) if number not in self.once]
         return [[number] for number in self.once] + self._grouped(rest)
 
+    def shortened(self) -> "_Plan":
+        """The same with its short prompts alone."""
+        expected = self.expected
+        if expected is not None:
+            known = [number for number in self.short if number < len(expected.adapted)]
+            expected = Answers(*([rows[number] for number in known] if rows else [] for rows in expected))
+        prompts = [self.prompts[number] for number in self.short]
+        return replace(self, prompts=prompts, expected=expected if expected and expected.adapted else None)
+
     def _grouped(self, numbers: Sequence[int]) -> list[list[int]]:
         groups: list[list[int]] = []
         tokens = 0
@@ -168,7 +177,7 @@ class Prober:
     """
 
     def __init__(self) -> None:
-        self._bases: dict[str, dict[tuple[int, ...], list[float]]] = {}
+        self._starts: dict[str, _Start] = {}
 
     async def check(
         self, engine: AdapterEngine, model: str, directory: Path, terms: Terms, *, verdicts: bool, urgent: bool = False
@@ -183,7 +192,8 @@ class Prober:
             directory: The adapter directory.
             terms: By what its answers are judged.
             verdicts: Whether to probe the stored verdicts too; the adapter is a judge.
-            urgent: Whether requests may wait for the probes.
+            urgent: Whether requests may wait for the probes. If the adapter has passed all of them since the engine was
+                started, the short ones are enough then.
 
         Raises:
             MixfuseError: An engine ignores the adapter, or its answers are not finite, differ from those stored, or
@@ -196,25 +206,41 @@ class Prober:
         plan = _Plan.of(stored, terms, effect, min((known for known in lengths if known), default=_LENGTH))
         said = []
         for one in engines:
+            start = self._start_of(one)
+            asked = plan.shortened() if urgent and model in start.passed else plan
             pace = _Pace(one, 0.0 if urgent else _MOST_PAUSED_S)
-            said.append(await _Probed(one, model, directory, plan, pace=pace, of_base=self._of_base(one)).check())
+            said.append(await _Probed(one, model, directory, asked, pace=pace, of_base=start.base).check())
+            start.passed.add(model)
             if verdicts:
                 limit = plan.verdict_limit(said[-1])
                 await pace(_check_verdicts(one, model, directory, stored.verdicts, limit))
         for other in said[1:]:
             _check_same(said[0].base, other.base, plan)
 
-    def _of_base(self, engine: ProbedEngine) -> "dict[tuple[int, ...], list[float]]":
-        """What an engine's base has said since the engine was started: prompt → log-probabilities."""
+    def _start_of(self, engine: ProbedEngine) -> "_Start":
+        """What is known of an engine since it was started; nothing if its starts cannot be told apart."""
         if engine.started is None:
-            return {}
-        known = self._bases.pop(engine.started, {})
-        if len(known) > _MOST_KNOWN:  # adapters bring their own prompts
-            known.clear()
-        while len(self._bases) >= _MOST_STARTS:
-            del self._bases[next(iter(self._bases))]
-        self._bases[engine.started] = known
-        return known
+            return _Start()
+        start = self._starts.pop(engine.started, None)
+        if start is None or len(start.base) > _MOST_KNOWN or len(start.passed) > _MOST_KNOWN:
+            start = _Start()  # adapters bring their own prompts
+        while len(self._starts) >= _MOST_STARTS:
+            del self._starts[next(iter(self._starts))]
+        self._starts[engine.started] = start
+        return start
+
+
+@dataclass(frozen=True)
+class _Start:
+    """What is known of an engine since it was started.
+
+    Attributes:
+        base: Prompt → log-probabilities of its base.
+        passed: Adapters that have passed all probes, by their names, which have the revision.
+    """
+
+    base: dict[tuple[int, ...], list[float]] = field(default_factory=dict)
+    passed: set[str] = field(default_factory=set)
 
 
 class _Pace:

@@ -30,7 +30,7 @@ class FakeEngine:
     """Keeps the names that are loaded; a test makes its calls wait or fail."""
 
     base_model_name = "base"
-    started = None
+    started: str | None = None
 
     def __init__(self) -> None:
         self.loaded: set[str] = set()

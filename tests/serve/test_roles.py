@@ -412,14 +412,33 @@ async def test_probes_leave_a_busy_engines_time_to_its_requests(
         assert engine.worked / (engine.worked + engine.slept) == pytest.approx(share, abs=0.01)
 
 
-async def test_a_rollback_does_not_wait_for_requests(made, stores, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(("started", "longest"), [(("1", "1", "1"), 24), (("1", "1", "2"), 1015), ((None,) * 3, 1015)])
+async def test_a_rollback_does_not_wait_for_requests(
+    made, stores, monkeypatch: pytest.MonkeyPatch, started: tuple[str | None, ...], longest: int
+):
+    """What has passed all probes since the engine's start is asked the short ones."""
     engine = BusyEngine(monkeypatch)
     swapper = table(engine, store=stores())
     for number in (1, 2):
+        engine.started = started[number - 1]
         await swapper.swap("domain", made(number))
-    slept = engine.slept
+    slept, engine.asked, engine.started = engine.slept, [], started[2]
     assert (await swapper.rollback("domain")).new == revision(made(1))
     assert engine.slept == slept > 0
+    asked = [size for name, size in engine.asked if name != "base"]
+    assert longest <= max(asked) < longest + 16  # with what it writes
+
+
+async def test_a_rollback_to_an_adapter_that_is_ignored_now_is_refused(made, stores, monkeypatch: pytest.MonkeyPatch):
+    engine = BusyEngine(monkeypatch)
+    engine.started = "1"
+    swapper = table(engine, store=stores())
+    for number in (1, 2):
+        await swapper.swap("domain", made(number))
+    engine.adapted = 0.0
+    with pytest.raises(MixfuseError, match="it ignores the adapter"):
+        await swapper.rollback("domain")
+    assert engine.loaded == {f"domain@{revision(made(2))}"}
 
 
 async def test_a_base_is_asked_for_long_prompts_once_a_start(made, monkeypatch: pytest.MonkeyPatch):
