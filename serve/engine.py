@@ -307,6 +307,11 @@ class Engine(VllmApi):
         await self.stop()
 
     @property
+    def started(self) -> str | None:
+        """A text that each start of the engine has for itself; None before the first."""
+        return f"{self._mark}-{self._process.pid}" if self._process is not None else None
+
+    @property
     def running(self) -> bool:
         """Whether the engine's process is alive."""
         return self._process is not None and self._process.returncode is None
