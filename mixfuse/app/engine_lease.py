@@ -111,11 +111,7 @@ class EngineLease:
             f"WHERE owner = :owner AND expires_at >= {self._now}"
         )
         if connection.execute(statement, {"owner": self.owner}).rowcount != 1:
-            raise MixfuseError(
-                f"this gateway has not renewed its row for {_LASTS_S:g} s, so that the others on its engines count it "
-                "as gone; until it is back it can change no role",
-                kind="engine",
-            )
+            raise _gone()
 
     async def say(
         self, serves: Mapping[str, int], prepared: Mapping[str, tuple[str, str | None]] | None = None
@@ -140,8 +136,8 @@ class EngineLease:
         """Returns once every gateway that serves the role has the proposed revision ready, or is gone.
 
         Raises:
-            MixfuseError: One refuses it (kind "adapter"), another proposal is under way (kind "conflict"), or the
-                database cannot be reached. Call `withdraw` in any case.
+            MixfuseError: One refuses it (kind "adapter"), another proposal is under way (kind "conflict"), this gateway
+                is gone for the others (kind "engine"), or the database cannot be reached. Call `withdraw` in any case.
         """
         if not self._engines:
             return
@@ -155,13 +151,14 @@ class EngineLease:
             raise MixfuseError(
                 f"another gateway is about to swap role {proposal.role!r}; look at it, and try again", kind="conflict"
             )
-        query = text(
-            f"SELECT name, serves, prepared FROM gateways WHERE owner <> :owner AND owner IN ({self._living})"  # noqa: S608
-        )
+        query = text(f"SELECT owner, name, serves, prepared FROM gateways WHERE owner IN ({self._living})")  # noqa: S608
         while True:
             waiting = False
-            for name, serves, prepared in await self._run(lambda connection: connection.execute(query, values).all()):
-                if proposal.role not in json.loads(serves):
+            rows = await self._run(lambda connection: connection.execute(query).all())
+            if self.owner not in [row.owner for row in rows]:
+                raise _gone()  # nobody would answer
+            for owner, name, serves, prepared in rows:
+                if owner == self.owner or proposal.role not in json.loads(serves):
                     continue
                 answered, refusal = json.loads(prepared).get(proposal.role, ("", None))
                 if answered == proposal.id and refusal:
@@ -288,6 +285,14 @@ class EngineLease:
                 f"the table of gateways in {self._database.name} cannot be reached: {error.__class__.__name__}",
                 kind="trace_db",
             ) from error
+
+
+def _gone() -> MixfuseError:
+    return MixfuseError(
+        f"this gateway has not renewed its row for {_LASTS_S:g} s, so that the others on its engines count it as gone; "
+        "until it is back it can change no role",
+        kind="engine",
+    )
 
 
 def _forget(connection: Connection, owner: str) -> None:

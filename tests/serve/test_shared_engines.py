@@ -408,6 +408,24 @@ async def test_a_gateway_that_stood_still_between_the_phases_changes_nothing(
     await two.stop()
 
 
+async def test_a_gateway_that_stood_still_while_it_waits_for_others_gives_up(database: Database):
+    """They do not answer what somebody proposes who is gone."""
+    one, two = (EngineLease(database, name, ENGINES) for name in ("one", "two"))
+    for lease in (one, two):
+        await lease.take()
+        await lease.say({"domain": 1})
+    waiting = asyncio.create_task(one.propose(Proposal("first", "domain", "first", "/first")))
+    async with asyncio.timeout(60):
+        while not await two.proposals():  # noqa: ASYNC110 - another task's work
+            await asyncio.sleep(0.02)
+    assert not waiting.done()
+    expire(database, one.owner)
+    with pytest.raises(MixfuseError, match="count it as gone"):
+        await asyncio.wait_for(waiting, 60)
+    for lease in (one, two):
+        await lease.release(nothing_left)
+
+
 async def test_what_was_given_up_is_prepared_again_for_a_gateway_that_comes_back(
     gateway, engines: list[StandIn], made, database
 ):
