@@ -380,6 +380,24 @@ async def test_requests_wait_for_an_adapter_that_is_loaded_again(external: Engin
             assert "a" in others[0].adapters
 
 
+async def test_a_load_that_ends_after_the_gateway_is_not_left_in_the_engine(
+    external: EngineConfig, others: list[StandIn]
+):
+    """It had lost the adapter; vLLM cannot stop a load half-way."""
+    async with EngineGroup(external, logs=external.base) as group:
+        large = adapter(external.base, "a~me")
+        await group.load_adapter("a~me", large)
+        (large / "seconds").write_text("1")
+        others[0].adapters.clear()
+        async with asyncio.timeout(60):
+            while others[0].works.is_set():  # noqa: ASYNC110 - the engine's work
+                await asyncio.sleep(0.01)
+    assert await group.unload_of("me")
+    await asyncio.to_thread(others[0].works.wait, 60)
+    await asyncio.sleep(0.1)
+    assert [other.adapters for other in others] == [{}, {}]
+
+
 async def test_another_adapter_under_the_name_is_replaced(external: EngineConfig, others: list[StandIn]):
     async with EngineGroup(external, logs=external.base) as group:
         await group.load_adapter("a", adapter(external.base, "a"))
