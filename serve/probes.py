@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mixfuse.contracts import agreement
-from mixfuse.contracts.adapter import Deviation, Effect, Probes, VerdictProbe, read_manifest, read_probes
+from mixfuse.contracts.adapter import Deviation, Effect, Measured, Probes, VerdictProbe, read_manifest, read_probes
 from mixfuse.contracts.agreement import FIXED_PROMPTS, Answers, Rows, repeats
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.judge_protocol import read_verdict
@@ -28,8 +28,6 @@ _AGAIN = 2  # times that the base answers the short probes once more, beside onc
 _SHORT = 64  # tokens
 _LENGTH = 1024  # of an engine that does not say how many tokens it takes
 _DECODED = 8  # tokens that are written after a prompt
-_BATCH_TOLERANCE = {"float32": 1e-3}
-_LOW_BATCH_TOLERANCE = 0.1  # nats, below float32, where another batch takes another kernel
 
 
 @dataclass(frozen=True)
@@ -69,9 +67,52 @@ async def check(engine: AdapterEngine, model: str, directory: Path, terms: Terms
     for one in engines:
         said.append(await _Probed(one, model, directory, plan).check())
         if verdicts:
-            await _check_verdicts(one, model, directory, stored.verdicts, plan.verdict_limit(said[-1]))
+            await _check_verdicts(one, model, directory, plan, said[-1])
     for other in said[1:]:
-        _check_same(said[0].base, other.base, plan)
+        if wrong := agreement.base_fault(said[0].base, other.base, allowed=plan.batch_tolerance):
+            raise MixfuseError(wrong, kind="engine")
+
+
+async def ask_verdicts(engine: ProbedEngine, model: str, stored: Sequence[VerdictProbe]) -> list[float | None]:
+    """A judge's verdicts on stored comparisons, as an engine says them; None for one that cannot be read.
+
+    Args:
+        engine: The engine that has the judge loaded.
+        model: The judge's name in it.
+        stored: The comparisons.
+
+    Raises:
+        MixfuseError: The engine does not answer.
+    """
+    answers = await _all([engine.first_token_logprobs(model, probe.messages) for probe in stored])
+    return [read_verdict(answer) for answer in answers]
+
+
+@dataclass(frozen=True)
+class _Verdicts:
+    """What a judge should say.
+
+    Attributes:
+        stored: The comparisons with its verdicts.
+        base: What the base said where they were given; empty if it is not known.
+        tolerance: What a log-probability there may always be off by, in nats.
+        when: When they were given.
+    """
+
+    stored: Sequence[VerdictProbe]
+    base: Rows
+    tolerance: float
+    when: str = "when it was made"
+
+    def measured(self, said: Measured, base: Rows, precision: str, tolerance: float) -> "_Verdicts":
+        """Those that an engine of the same number format gave: only another batch moves them."""
+        pairs = zip(self.stored, said.verdicts, strict=True)
+        return _Verdicts(
+            [probe.model_copy(update={"p": p}) for probe, p in pairs],
+            base,
+            agreement.batch_tolerance(precision, tolerance),
+            f"when it was verified in {precision}",
+        )
 
 
 @dataclass(frozen=True)
@@ -84,6 +125,7 @@ class _Plan:
         effect: The median effect on `FIXED_PROMPTS`, if only that is known.
         tolerance: The deviation that is always allowed, in nats.
         precision: The engines' number format.
+        verdicts: A judge's comparisons, with what a right engine says.
     """
 
     prompts: list[list[int]]
@@ -91,12 +133,14 @@ class _Plan:
     effect: Effect | None
     tolerance: float
     precision: str
+    verdicts: _Verdicts
 
     @classmethod
     def of(cls, stored: Probes, terms: Terms, effect: Effect | None, length: int) -> "_Plan":
         longest = max(2, length - _DECODED - 1)
         if not stored.logprobs:
-            return cls(agreement.fixed_prompts(longest), None, effect, 0.0, terms.precision)
+            verdicts = _Verdicts(stored.verdicts, (), 0.0)
+            return cls(agreement.fixed_prompts(longest), None, effect, 0.0, terms.precision, verdicts)
         if terms.precision == "float32":  # rounds too little to need them
             stored = _without_repeats(stored)
         prompts = [probe.tokens[:longest] for probe in stored.logprobs]
@@ -104,11 +148,12 @@ class _Plan:
         if measured is not None:
             known = [len(row) + 1 for row in measured.logprobs]
             prompts = [prompt[:size] for prompt, size in zip(prompts, known, strict=True)]
-            columns: list[Rows] = [measured.logprobs, measured.base, []]
-        else:
-            probes = stored.logprobs
-            columns = [[probe.logprobs for probe in probes], [probe.base for probe in probes], []]
-            columns[2] = [probe.no_experts for probe in probes]
+        probes = stored.logprobs
+        columns: list[Rows] = [[probe.logprobs for probe in probes], [probe.base for probe in probes], []]
+        columns[2] = [probe.no_experts for probe in probes]
+        reference_base = _cut(columns[1], prompts) if all(columns[1]) else []
+        if measured is not None:
+            columns = [measured.logprobs, measured.base, []]
         cut = [_cut(rows, prompts) if rows and all(rows) else [] for rows in columns]
         tolerance = terms.tolerance
         if tolerance is None:
@@ -116,7 +161,10 @@ class _Plan:
             if stored.precision != "float32" and measured is None:  # a run's own, in the training's type
                 tolerance = max(tolerance, agreement.LOW_TOLERANCE)
         longer = [prompt for prompt in agreement.fixed_prompts(longest) if len(prompt) > max(map(len, prompts))]
-        return cls(prompts + longer, Answers(*cut), effect, tolerance, terms.precision)
+        verdicts = _Verdicts(stored.verdicts, reference_base, tolerance)
+        if measured is not None and measured.verdicts:
+            verdicts = verdicts.measured(measured, cut[1], terms.precision, tolerance)
+        return cls(prompts + longer, Answers(*cut), effect, tolerance, terms.precision, verdicts)
 
     def known(self, said: Answers) -> Answers:
         """An engine's answers to the prompts of which it is known what a right one says."""
@@ -126,14 +174,13 @@ class _Plan:
     @property
     def batch_tolerance(self) -> float:
         """What an answer may differ by in another batch, in nats."""
-        return max(self.tolerance, _BATCH_TOLERANCE.get(self.precision, _LOW_BATCH_TOLERANCE))
+        return agreement.batch_tolerance(self.precision, self.tolerance)
 
     def verdict_limit(self, said: Answers) -> float:
-        """What a judge's probability may be off by: two tokens' log-probabilities move it by half their deviation."""
-        drift = None
-        if self.expected is not None and self.expected.base:
-            drift = agreement.deviation(self.expected.base, self.known(said).base)
-        return agreement.limits(self.tolerance, drift)[2] / 2
+        """What a judge's probability may be off by."""
+        base = self.verdicts.base
+        drift = agreement.deviation(base, self.known(said).base) if base else None
+        return agreement.verdict_limit(self.verdicts.tolerance, drift)
 
 
 def _without_repeats(stored: Probes) -> Probes:
@@ -244,30 +291,13 @@ class _Probed:
         return MixfuseError(f"{self._directory}: {what}", kind="adapter")
 
 
-def _check_same(first: Rows, other: Rows, plan: _Plan) -> None:
-    """Refuses engines that serve different bases; their median tells that, whatever one token does."""
-    apart = agreement.deviation(first, other)
-    if apart.median > 3 * plan.batch_tolerance:
-        raise MixfuseError(
-            f"the base is not the same in all engines: log-probabilities are {apart} apart; do all serve the same "
-            "base?",
-            kind="engine",
-        )
-
-
-async def _check_verdicts(
-    engine: ProbedEngine, model: str, directory: Path, stored: list[VerdictProbe], limit: float
-) -> None:
-    answers = await _all([engine.first_token_logprobs(model, probe.messages) for probe in stored])
-    for number, (probe, answer) in enumerate(zip(stored, answers, strict=True), start=1):
-        p = read_verdict(answer)
-        if p is None or not abs(p - probe.p) <= limit:
-            verdict = "cannot be read" if p is None else f"is {p:.3f}"
-            raise MixfuseError(
-                f"{directory}: its verdict on stored comparison {number} {verdict}; it was {probe.p:.3f} when it was "
-                f"made, and {limit:.2g} is allowed",
-                kind="adapter",
-            )
+async def _check_verdicts(engine: ProbedEngine, model: str, directory: Path, plan: _Plan, said: Answers) -> None:
+    expected = plan.verdicts
+    answers = await ask_verdicts(engine, model, expected.stored)
+    known = [probe.p for probe in expected.stored]
+    wrong = agreement.verdict_fault(answers, known, limit=plan.verdict_limit(said), when=expected.when)
+    if wrong:
+        raise MixfuseError(f"{directory}: {wrong}", kind="adapter")
 
 
 async def _all(calls: Sequence[Awaitable[Result]]) -> list[Result]:
