@@ -192,8 +192,8 @@ class Prober:
             directory: The adapter directory.
             terms: By what its answers are judged.
             verdicts: Whether to probe the stored verdicts too; the adapter is a judge.
-            urgent: Whether requests may wait for the probes. If the adapter has passed all of them since the engine was
-                started, the short ones are enough then.
+            urgent: Whether requests may wait for the probes. If the adapter has passed all of them in each engine since
+                its start, the short ones are enough then.
 
         Raises:
             MixfuseError: An engine ignores the adapter, or its answers are not finite, differ from those stored, or
@@ -204,18 +204,20 @@ class Prober:
         engines = [rank for one in engine.each() for rank in await one.ranks()]
         lengths = await _all([one.max_model_len() for one in engines])
         plan = _Plan.of(stored, terms, effect, min((known for known in lengths if known), default=_LENGTH))
+        starts = [self._start_of(one) for one in engines]
+        if urgent and all(model in start.passed for start in starts):
+            plan = plan.shortened()
         said = []
-        for one in engines:
-            start = self._start_of(one)
-            asked = plan.shortened() if urgent and model in start.passed else plan
+        for one, start in zip(engines, starts, strict=True):
             pace = _Pace(one, 0.0 if urgent else _MOST_PAUSED_S)
-            said.append(await _Probed(one, model, directory, asked, pace=pace, of_base=start.base).check())
-            start.passed.add(model)
+            said.append(await _Probed(one, model, directory, plan, pace=pace, of_base=start.base).check())
             if verdicts:
                 limit = plan.verdict_limit(said[-1])
                 await pace(_check_verdicts(one, model, directory, stored.verdicts, limit))
         for other in said[1:]:
             _check_same(said[0].base, other.base, plan)
+        for start in starts:
+            start.passed.add(model)
 
     def _start_of(self, engine: ProbedEngine) -> "_Start":
         """What is known of an engine since it was started; nothing if its starts cannot be told apart."""

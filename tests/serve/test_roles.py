@@ -429,6 +429,29 @@ async def test_a_rollback_does_not_wait_for_requests(
     assert longest <= max(asked) < longest + 16  # with what it writes
 
 
+async def test_a_rollback_compares_the_short_prompts_and_a_judges_verdicts(
+    made, stores, monkeypatch: pytest.MonkeyPatch
+):
+    engine = BusyEngine(monkeypatch)
+    engine.started = "1"
+    said = {name: [engine.value(name, place, 0) for place in range(1, 700)] for name in ("base", "adapter")}
+    known = [
+        LogprobProbe(tokens=list(range(size)), logprobs=said["adapter"][: size - 1], base=said["base"][: size - 1])
+        for size in (700, 20)
+    ]
+    verdicts = [VerdictProbe(messages=[{"role": "user", "content": "A or B?"}], p=0.5)]
+    swapper = table(engine, "judge", store=stores())
+    for number in (1, 2):
+        probes_of = Probes(tolerance=1e-3, logprobs=known, verdicts=verdicts)
+        await swapper.swap("judge", made(number, "judge", probes=probes_of))
+    engine.asked = []
+    assert (await swapper.rollback("judge")).new == revision(made(1, "judge"))
+    assert max(size for _, size in engine.asked) < 64
+    engine.prefers[f"judge@{revision(made(2, 'judge'))}"] = 0.9
+    with pytest.raises(MixfuseError, match="its verdict on stored comparison 1"):
+        await swapper.swap("judge", made(2, "judge"))
+
+
 async def test_a_rollback_to_an_adapter_that_is_ignored_now_is_refused(made, stores, monkeypatch: pytest.MonkeyPatch):
     engine = BusyEngine(monkeypatch)
     engine.started = "1"
