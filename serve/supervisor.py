@@ -260,9 +260,9 @@ class Replica:
         recently (`LRUCacheWorkerLoRAManager` in vllm/lora/worker_manager.py). So those that are needed are used first.
         """
         if self._loads >= self._cache:
+            needed = [other for other in self._adapters if other != name and other not in self.lost]
             for result in await asyncio.gather(
-                *(self.api.probe(other) for other in self._adapters if other != name and other not in self.lost),
-                return_exceptions=True,
+                *(rank.probe(other) for rank in await self.api.ranks() for other in needed), return_exceptions=True
             ):
                 if isinstance(result, Exception):  # it may be read again from its copy, during a request
                     logger.warning("an adapter could not be used before another was loaded: %s", result)

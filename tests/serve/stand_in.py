@@ -26,6 +26,8 @@ class StandIn:
         refused: Names that it refuses to load.
         logprob: What it says of every token of a prompt.
         token: What it writes, again and again.
+        ranks: How many data-parallel copies of the model it has.
+        asked: The copy that each request named (None: none), and its model.
         doors: Whether some routes need no key, as vLLM's own.
     """
 
@@ -34,6 +36,8 @@ class StandIn:
         self.adapters: dict[str, str] = {}
         self.refused: set[str] = set()
         self.logprob, self.token = -1.0, 7
+        self.ranks = 1
+        self.asked: list[tuple[str | None, str]] = []
         self.doors = False
         self.works = threading.Event()
         self.works.set()
@@ -77,7 +81,11 @@ class StandIn:
                 rows += [
                     {"id": name, "parent": stand_in.name, "root": root} for name, root in stand_in.adapters.items()
                 ]
-                self._answer(200, {"data": rows} if self.path == "/v1/models" else {})
+                if self.path == "/metrics":
+                    lines = [f'vllm:num_requests_running{{engine="{n}"}} 0.0\n' for n in range(stand_in.ranks)]
+                    self._answer(200, "".join(lines))
+                else:
+                    self._answer(200, {"data": rows} if self.path == "/v1/models" else {})
 
             def do_DELETE(self) -> None:
                 if stand_in.doors:
@@ -91,6 +99,8 @@ class StandIn:
                     self._answer(400, {"error": {"message": "a body is missing"}})
                     return
                 name = body.get("lora_name", body.get("model"))
+                if "model" in body:
+                    stand_in.asked.append((self.headers["x-data-parallel-rank"], name))
                 if stand_in.api_key and self.headers["authorization"] != f"Bearer {stand_in.api_key}":
                     self._answer(401, {"error": {"message": "no key"}})
                 elif self.path == "/v1/load_lora_adapter":
@@ -127,7 +137,7 @@ class StandIn:
                     self._answer(200, {"choices": [choice]})
 
             def _answer(self, status: int, body: object) -> None:
-                text = json.dumps(body).encode()
+                text = (body if isinstance(body, str) else json.dumps(body)).encode()
                 self.send_response(status)
                 self.send_header("content-length", str(len(text)))
                 self.end_headers()

@@ -467,6 +467,8 @@ async def test_a_request_that_finds_its_adapter_deleted_is_answered_all_the_same
 class SayingEngines:
     """Engines without a model, whose adapters say something else than their base."""
 
+    started = None
+
     def __init__(self, group: EngineGroup) -> None:
         self._group = group
 
@@ -476,7 +478,13 @@ class SayingEngines:
     async def prompt_logprobs(self, name: str, prompt: list[int]) -> list[float]:
         return [-1.0 if name == "base" else -2.0] * (len(prompt) - 1)
 
+    async def busy(self) -> bool:
+        return False
+
     def each(self) -> "list[SayingEngines]":
+        return [self]
+
+    async def ranks(self) -> "list[SayingEngines]":
         return [self]
 
     async def max_model_len(self) -> None:
@@ -571,6 +579,23 @@ async def test_an_adapter_left_from_before_is_replaced(external: EngineConfig, o
     async with EngineGroup(external, logs=external.base) as group:
         await group.load_adapter("a", adapter(external.base, "a"))
     assert others[0].adapters["a"] == str((external.base / "a").resolve())
+
+
+async def test_each_data_parallel_copy_is_asked_alone_and_uses_what_its_cache_must_keep(
+    external: EngineConfig, others: list[StandIn]
+):
+    """Each has a cache of its own, and without the header vLLM chooses one."""
+    config = external.model_copy(update={"max_loras": 1, "max_cpu_loras": 1})
+    async with EngineGroup(config, logs=external.base) as group:
+        others[0].ranks = 3
+        asked = [await rank.prompt_logprobs("base", [1, 2]) for one in group.each() for rank in await one.ranks()]
+        assert asked == [[-1.0]] * 4
+        assert others[0].asked == [(str(rank), "base") for rank in range(3)]
+        assert others[1].asked == [(None, "base")]
+        await group.load_adapter("a", adapter(external.base, "a"))
+        others[0].asked.clear()
+        await group.load_adapter("b", adapter(external.base, "b"))
+        assert sorted(others[0].asked) == [(str(rank), "a") for rank in range(3)]
 
 
 async def test_one_engine_of_someone_else_is_enough_to_begin(external: EngineConfig, others: list[StandIn]):
