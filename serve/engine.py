@@ -91,9 +91,10 @@ class Restart(Strict):
 class EngineConfig(Strict):
     """What the engine serves, and how. With `url` or `urls` it is an external engine, which someone else runs.
 
-    For an external engine `base`, `max_lora_rank` and `dtype` must say how it was started; the other start options are
-    ignored. It must read adapters at the same paths as this host, allow run-time loading
-    (`VLLM_ALLOW_RUNTIME_LORA_UPDATING=True`). Several gateways may use it.
+    For an external engine `base`, `max_lora_rank` and `dtype` must say how it was started, and, if it is quantised, so
+    must `weights` or `extra_args` (`--quantization`, `--kv-cache-dtype`); the other start options are ignored. It must
+    read adapters at the same paths as this host, allow run-time loading (`VLLM_ALLOW_RUNTIME_LORA_UPDATING=True`).
+    Several gateways may use it.
 
     Attributes:
         base: The folder of the base model: weights, `config.json` and tokenizer.

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from mixfuse.contracts import agreement
-from mixfuse.contracts.adapter import Deviation, Effect, Probes, VerdictProbe, read_manifest, read_probes
+from mixfuse.contracts.adapter import Deviation, Effect, Measured, Probes, VerdictProbe, read_manifest, read_probes
 from mixfuse.contracts.agreement import FIXED_PROMPTS, Answers, Rows, repeats
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.judge_protocol import read_verdict
@@ -31,8 +31,6 @@ _SHORT = 64  # tokens
 _BATCH = 256  # tokens that are sent at once, unless one prompt is longer
 _LENGTH = 1024  # of an engine that does not say how many tokens it takes
 _DECODED = 8  # tokens that are written after a prompt
-_BATCH_TOLERANCE = {"float32": 1e-3}
-_LOW_BATCH_TOLERANCE = 0.1  # nats, below float32, where another batch takes another kernel
 _SHARE = 0.1  # of a busy engine's time that probes take
 _LOOK_S = 0.5  # between two looks at whether the engine is still busy
 _MOST_PAUSED_S = 120.0  # by one engine's probes: a swap must end, and who asked for it waits
@@ -53,6 +51,48 @@ class Terms:
     precision: str = "float32"
 
 
+async def ask_verdicts(engine: ProbedEngine, model: str, stored: Sequence[VerdictProbe]) -> list[float | None]:
+    """A judge's verdicts on stored comparisons, as an engine says them; None for one that cannot be read.
+
+    Args:
+        engine: The engine that has the judge loaded.
+        model: The judge's name in it.
+        stored: The comparisons.
+
+    Raises:
+        MixfuseError: The engine does not answer.
+    """
+    answers = await _all([engine.first_token_logprobs(model, probe.messages) for probe in stored])
+    return [read_verdict(answer) for answer in answers]
+
+
+@dataclass(frozen=True)
+class _Verdicts:
+    """What a judge should say.
+
+    Attributes:
+        stored: The comparisons with its verdicts.
+        base: What the base said where they were given; empty if it is not known.
+        tolerance: What a log-probability there may always be off by, in nats.
+        when: When they were given.
+    """
+
+    stored: Sequence[VerdictProbe]
+    base: Rows
+    tolerance: float
+    when: str = "when it was made"
+
+    def measured(self, said: Measured, base: Rows, precision: str, tolerance: float) -> "_Verdicts":
+        """Those that an engine of the same number format gave: only another batch moves them."""
+        pairs = zip(self.stored, said.verdicts, strict=True)
+        return _Verdicts(
+            [probe.model_copy(update={"p": p}) for probe, p in pairs],
+            base,
+            agreement.batch_tolerance(precision, tolerance),
+            f"when it was verified in {precision}",
+        )
+
+
 @dataclass(frozen=True)
 class _Plan:
     """What is sent to each engine, and what it should say.
@@ -63,6 +103,7 @@ class _Plan:
         effect: The median effect on `FIXED_PROMPTS`, if only that is known.
         tolerance: The deviation that is always allowed, in nats.
         precision: The engines' number format.
+        verdicts: A judge's comparisons, with what a right engine says.
     """
 
     prompts: list[list[int]]
@@ -70,12 +111,14 @@ class _Plan:
     effect: Effect | None
     tolerance: float
     precision: str
+    verdicts: _Verdicts
 
     @classmethod
     def of(cls, stored: Probes, terms: Terms, effect: Effect | None, length: int) -> "_Plan":
         longest = max(2, length - _DECODED - 1)
         if not stored.logprobs:
-            return cls(agreement.fixed_prompts(longest), None, effect, 0.0, terms.precision)
+            verdicts = _Verdicts(stored.verdicts, (), 0.0)
+            return cls(agreement.fixed_prompts(longest), None, effect, 0.0, terms.precision, verdicts)
         if terms.precision == "float32":  # rounds too little to need them
             stored = _without_repeats(stored)
         prompts = [probe.tokens[:longest] for probe in stored.logprobs]
@@ -83,11 +126,12 @@ class _Plan:
         if measured is not None:
             known = [len(row) + 1 for row in measured.logprobs]
             prompts = [prompt[:size] for prompt, size in zip(prompts, known, strict=True)]
-            columns: list[Rows] = [measured.logprobs, measured.base, []]
-        else:
-            probes = stored.logprobs
-            columns = [[probe.logprobs for probe in probes], [probe.base for probe in probes], []]
-            columns[2] = [probe.no_experts for probe in probes]
+        probes = stored.logprobs
+        columns: list[Rows] = [[probe.logprobs for probe in probes], [probe.base for probe in probes], []]
+        columns[2] = [probe.no_experts for probe in probes]
+        reference_base = _cut(columns[1], prompts) if all(columns[1]) else []
+        if measured is not None:
+            columns = [measured.logprobs, measured.base, []]
         cut = [_cut(rows, prompts) if rows and all(rows) else [] for rows in columns]
         tolerance = terms.tolerance
         if tolerance is None:
@@ -95,7 +139,10 @@ class _Plan:
             if stored.precision != "float32" and measured is None:  # a run's own, in the training's type
                 tolerance = max(tolerance, agreement.LOW_TOLERANCE)
         longer = [prompt for prompt in agreement.fixed_prompts(longest) if len(prompt) > max(map(len, prompts))]
-        return cls(prompts + longer, Answers(*cut), effect, tolerance, terms.precision)
+        verdicts = _Verdicts(stored.verdicts, reference_base, tolerance)
+        if measured is not None and measured.verdicts:
+            verdicts = verdicts.measured(measured, cut[1], terms.precision, tolerance)
+        return cls(prompts + longer, Answers(*cut), effect, tolerance, terms.precision, verdicts)
 
     @cached_property
     def once(self) -> list[int]:
@@ -122,12 +169,15 @@ class _Plan:
 
     def shortened(self) -> "_Plan":
         """The same with its short prompts alone."""
-        expected = self.expected
+        expected, verdicts = self.expected, self.verdicts
         if expected is not None:
             known = [number for number in self.short if number < len(expected.adapted)]
             expected = Answers(*([rows[number] for number in known] if rows else [] for rows in expected))
+            base = [self.verdicts.base[number] for number in known] if self.verdicts.base else ()
+            verdicts = replace(self.verdicts, base=base)
         prompts = [self.prompts[number] for number in self.short]
-        return replace(self, prompts=prompts, expected=expected if expected and expected.adapted else None)
+        expected = expected if expected and expected.adapted else None
+        return replace(self, prompts=prompts, expected=expected, verdicts=verdicts)
 
     def _grouped(self, numbers: Sequence[int]) -> list[list[int]]:
         groups: list[list[int]] = []
@@ -148,14 +198,13 @@ class _Plan:
     @property
     def batch_tolerance(self) -> float:
         """What an answer may differ by in another batch, in nats."""
-        return max(self.tolerance, _BATCH_TOLERANCE.get(self.precision, _LOW_BATCH_TOLERANCE))
+        return agreement.batch_tolerance(self.precision, self.tolerance)
 
     def verdict_limit(self, said: Answers) -> float:
-        """What a judge's probability may be off by: two tokens' log-probabilities move it by half their deviation."""
-        drift = None
-        if self.expected is not None and self.expected.base:
-            drift = agreement.deviation(self.expected.base, self.known(said).base)
-        return agreement.limits(self.tolerance, drift)[2] / 2
+        """What a judge's probability may be off by."""
+        base = self.verdicts.base
+        drift = agreement.deviation(base, self.known(said).base) if base else None
+        return agreement.verdict_limit(self.verdicts.tolerance, drift)
 
 
 def _without_repeats(stored: Probes) -> Probes:
@@ -192,8 +241,8 @@ class Prober:
             directory: The adapter directory.
             terms: By what its answers are judged.
             verdicts: Whether to probe the stored verdicts too; the adapter is a judge.
-            urgent: Whether requests may wait for the probes. If the adapter has passed all of them since the engine was
-                started, the short ones are enough then.
+            urgent: Whether requests may wait for the probes. If the adapter has passed all of them in each engine since
+                its start, the short ones are enough then.
 
         Raises:
             MixfuseError: An engine ignores the adapter, or its answers are not finite, differ from those stored, or
@@ -204,18 +253,20 @@ class Prober:
         engines = [rank for one in engine.each() for rank in await one.ranks()]
         lengths = await _all([one.max_model_len() for one in engines])
         plan = _Plan.of(stored, terms, effect, min((known for known in lengths if known), default=_LENGTH))
+        starts = [self._start_of(one) for one in engines]
+        if urgent and all(model in start.passed for start in starts):
+            plan = plan.shortened()
         said = []
-        for one in engines:
-            start = self._start_of(one)
-            asked = plan.shortened() if urgent and model in start.passed else plan
+        for one, start in zip(engines, starts, strict=True):
             pace = _Pace(one, 0.0 if urgent else _MOST_PAUSED_S)
-            said.append(await _Probed(one, model, directory, asked, pace=pace, of_base=start.base).check())
-            start.passed.add(model)
+            said.append(await _Probed(one, model, directory, plan, pace=pace, of_base=start.base).check())
             if verdicts:
-                limit = plan.verdict_limit(said[-1])
-                await pace(_check_verdicts(one, model, directory, stored.verdicts, limit))
+                await pace(_check_verdicts(one, model, directory, plan, said[-1]))
         for other in said[1:]:
-            _check_same(said[0].base, other.base, plan)
+            if wrong := agreement.base_fault(said[0].base, other.base, allowed=plan.batch_tolerance):
+                raise MixfuseError(wrong, kind="engine")
+        for start in starts:
+            start.passed.add(model)
 
     def _start_of(self, engine: ProbedEngine) -> "_Start":
         """What is known of an engine since it was started; nothing if its starts cannot be told apart."""
@@ -403,30 +454,13 @@ class _Probed:
         return MixfuseError(f"{self._directory}: {what}", kind="adapter")
 
 
-def _check_same(first: Rows, other: Rows, plan: _Plan) -> None:
-    """Refuses engines that serve different bases; their median tells that, whatever one token does."""
-    apart = agreement.deviation(first, other)
-    if apart.median > 3 * plan.batch_tolerance:
-        raise MixfuseError(
-            f"the base is not the same in all engines: log-probabilities are {apart} apart; do all serve the same "
-            "base?",
-            kind="engine",
-        )
-
-
-async def _check_verdicts(
-    engine: ProbedEngine, model: str, directory: Path, stored: list[VerdictProbe], limit: float
-) -> None:
-    answers = await _all([engine.first_token_logprobs(model, probe.messages) for probe in stored])
-    for number, (probe, answer) in enumerate(zip(stored, answers, strict=True), start=1):
-        p = read_verdict(answer)
-        if p is None or not abs(p - probe.p) <= limit:
-            verdict = "cannot be read" if p is None else f"is {p:.3f}"
-            raise MixfuseError(
-                f"{directory}: its verdict on stored comparison {number} {verdict}; it was {probe.p:.3f} when it was "
-                f"made, and {limit:.2g} is allowed",
-                kind="adapter",
-            )
+async def _check_verdicts(engine: ProbedEngine, model: str, directory: Path, plan: _Plan, said: Answers) -> None:
+    expected = plan.verdicts
+    answers = await ask_verdicts(engine, model, expected.stored)
+    known = [probe.p for probe in expected.stored]
+    wrong = agreement.verdict_fault(answers, known, limit=plan.verdict_limit(said), when=expected.when)
+    if wrong:
+        raise MixfuseError(f"{directory}: {wrong}", kind="adapter")
 
 
 async def _all(calls: Sequence[Awaitable[Result]]) -> list[Result]:

@@ -251,7 +251,8 @@ class Swapper:
         self, state: RoleState, directory: Path, name: str | None, *, urgent: bool = False
     ) -> Revision | None:
         """Stages the adapter in `directory`, which must hold revision `name` if one is passed; None if it serves."""
-        revision = await self.table.admission.admit(state.name, directory, expected_revision=name)
+        with state.during("verifying and copying"):
+            revision = await self.table.admission.admit(state.name, directory, expected_revision=name)
         if revision.revision == state.serving.revision:
             self.table.admission.forget(revision)
             return None
@@ -284,20 +285,22 @@ class Swapper:
             revision = draining
         else:
             try:
-                await self.table.slots.stage(revision)
+                with state.during("loading"):
+                    await self.table.slots.stage(revision)
             except BaseException:  # cancelled, too: nothing is left in the engine
                 self.table.admission.forget(revision)
                 raise
         try:
-            async with self.table.slots.resident(revision):
-                await self._prober.check(
-                    self.table.engine,
-                    revision.model,
-                    directory,
-                    self.table.admission.terms,
-                    verdicts=state.name == JUDGE,
-                    urgent=urgent,
-                )
+            with state.during("probing"):
+                async with self.table.slots.resident(revision):
+                    await self._prober.check(
+                        self.table.engine,
+                        revision.model,
+                        directory,
+                        self.table.admission.terms,
+                        verdicts=state.name == JUDGE,
+                        urgent=urgent,
+                    )
         except BaseException:
             await asyncio.shield(self._drain(revision))
             raise
@@ -329,8 +332,9 @@ class Swapper:
         change = partial(record.change, state.name, state.expected_version, revision.revision, revision.directory)
         if revision.revision is None or revision.directory is None:
             return await change(state.staged_for)
-        async with record.agreed(state.name, revision.revision, revision.directory):
-            return await change(state.staged_for)
+        with state.during("waiting for the gateways that share the engines"):
+            async with record.agreed(state.name, revision.revision, revision.directory):
+                return await change(state.staged_for)
 
     def _flip(self, state: RoleState, new: Revision) -> "asyncio.Task[None]":
         """Gives all new leases to `new`. Returns the drain of the old revision."""

@@ -112,7 +112,8 @@ class ServeConfig(Strict):
         probe_tolerance: How far an adapter's log-probabilities may always be from those stored with it, in nats, as
             median and quantiles; twice what the base itself is off by is always allowed. By default 0.001 for a float32
             engine, else 0.02, or 0.5 for probes of earlier versions, which do not hold the base's. A judge's verdict
-            may be off by half of what the 99 % quantile may.
+            may be off by half of what the 99 % quantile may; where it was measured in an engine of this format, by 0.05
+            at least.
         adapters_without_probes: `refuse` serves only adapters that have `probes.json`. Every adapter that is exported
             from a run has, and every one that passed `adapter verify --base`.
         gate: The limits that an adapter must keep in a swap with `--shadow` or `--canary`.

@@ -429,6 +429,29 @@ async def test_a_rollback_does_not_wait_for_requests(
     assert longest <= max(asked) < longest + 16  # with what it writes
 
 
+async def test_a_rollback_compares_the_short_prompts_and_a_judges_verdicts(
+    made, stores, monkeypatch: pytest.MonkeyPatch
+):
+    engine = BusyEngine(monkeypatch)
+    engine.started = "1"
+    said = {name: [engine.value(name, place, 0) for place in range(1, 700)] for name in ("base", "adapter")}
+    known = [
+        LogprobProbe(tokens=list(range(size)), logprobs=said["adapter"][: size - 1], base=said["base"][: size - 1])
+        for size in (700, 20)
+    ]
+    verdicts = [VerdictProbe(messages=[{"role": "user", "content": "A or B?"}], p=0.5)]
+    swapper = table(engine, "judge", store=stores())
+    for number in (1, 2):
+        probes_of = Probes(tolerance=1e-3, logprobs=known, verdicts=verdicts)
+        await swapper.swap("judge", made(number, "judge", probes=probes_of))
+    engine.asked = []
+    assert (await swapper.rollback("judge")).new == revision(made(1, "judge"))
+    assert max(size for _, size in engine.asked) < 64
+    engine.prefers[f"judge@{revision(made(2, 'judge'))}"] = 0.9
+    with pytest.raises(MixfuseError, match="its verdict on stored comparison 1"):
+        await swapper.swap("judge", made(2, "judge"))
+
+
 async def test_a_rollback_to_an_adapter_that_is_ignored_now_is_refused(made, stores, monkeypatch: pytest.MonkeyPatch):
     engine = BusyEngine(monkeypatch)
     engine.started = "1"
@@ -513,6 +536,65 @@ async def test_a_quantised_engine_is_compared_with_what_it_said_when_it_was_veri
                 await table(other, precision="bfloat16 awq").swap("domain", directory)
         else:
             await table(other, precision="bfloat16 awq").swap("domain", directory)
+
+
+class Coarse(NoisyEngine):
+    """A judge's engine whose weights are so coarse that log-probabilities are off by half a nat, always alike."""
+
+    def __init__(self, p: float, noise: float = 0.0) -> None:
+        super().__init__(0.3, noise)
+        self.p = p
+
+    async def first_token_logprobs(self, name: str, messages: list[dict[str, str]]) -> dict[str, float]:
+        return {"A": math.log(self.p), "B": math.log(1 - self.p)}
+
+
+@pytest.mark.parametrize(
+    ("kept", "noise", "p", "words"),
+    [
+        (None, 0.0, 0.1, None),
+        ([], 0.0, 0.6, None),
+        ([0.6], 0.0, 0.64, None),
+        ([0.6], 0.0, 0.8, r"is 0\.800; it was 0\.600 when it was verified in bfloat16 awq, and 0\.05 is allowed"),
+        ([0.6], 0.03, 0.66, None),
+        ([0.6], 0.0, 0.66, r"0\.05 is allowed"),
+        ([0.6], 0.03, 0.8, "when it was verified in bfloat16 awq"),
+    ],
+    ids=[
+        "not measured",
+        "measured without verdicts",
+        "the same",
+        "PEFT's",
+        "within its noise",
+        "not without",
+        "beyond",
+    ],
+)
+async def test_a_quantised_engines_verdicts_are_compared_with_what_it_said_itself(
+    made, kept: list[float] | None, noise: float, p: float, words: str | None
+):
+    """PEFT's verdict is 0.8; the coarse weights make 0.6 of it, and another batch hardly moves that."""
+    tokens = list(range(1, 400))
+    exact, coarse = NoisyEngine(0.3, 0.0), random.Random(8)
+    sides = {name: [exact.value(name, place, 399) for place in range(1, 399)] for name in ("base", "adapter")}
+    shift = [coarse.gauss(0, 0.5) for _ in tokens[1:]]
+    reference = {name: [value + off for value, off in zip(row, shift, strict=True)] for name, row in sides.items()}
+    measured = {}
+    if kept is not None:
+        measured["bfloat16 awq"] = Measured(logprobs=[sides["adapter"]], base=[sides["base"]], verdicts=kept)
+    probes = Probes(
+        tolerance=1e-3,
+        logprobs=[LogprobProbe(tokens=tokens, logprobs=reference["adapter"], base=reference["base"])],
+        verdicts=[VerdictProbe(messages=[{"role": "user", "content": "A or B?"}], p=0.8)],
+        measured=measured,
+    )
+    engine = Coarse(p, noise)
+    swapping = table(engine, "judge", precision="bfloat16 awq").swap("judge", made(1, "judge", probes=probes))
+    if words:
+        with pytest.raises(MixfuseError, match=words):
+            await swapping
+    else:
+        await swapping
 
 
 async def test_an_adapter_of_another_chat_template_than_the_engines_is_refused_by_name(made, caplog):
