@@ -16,6 +16,7 @@ from rich.text import Text
 from mixfuse.app.admin_api import GateReport, SwapRequest
 from mixfuse.app.client import AdminClient
 from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.paths import resolved
 from mixfuse.contracts.strict_yaml import validate
 from mixfuse.serve.roles import BASE
 from mixfuse.serve.swap import Swap
@@ -59,7 +60,7 @@ def swap_role(url: str, role: str, directory: Path, *, as_json: bool = False) ->
     Raises:
         MixfuseError: No server answers, or the swap was refused; the old revision serves on.
     """
-    _print_swap(AdminClient(url).swap(role, directory.resolve()), as_json)
+    _print_swap(AdminClient(url).swap(role, resolved(directory)), as_json)
 
 
 def swap_through_gate(url: str, role: str, directory: Path, gate: dict[str, Any], *, as_json: bool = False) -> None:
@@ -78,7 +79,7 @@ def swap_through_gate(url: str, role: str, directory: Path, gate: dict[str, Any]
     """
     client = AdminClient(url)
     settings = {key: value for key, value in gate.items() if value is not None}
-    request = validate({"directory": directory.resolve(), **settings}, SwapRequest, source="roles swap")
+    request = validate({"directory": resolved(directory), **settings}, SwapRequest, source="roles swap")
     report = client.begin_gate(role, request)
     try:
         with Console(stderr=True).status("") as status:

@@ -21,7 +21,8 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from mixfuse.app.engine_lease import EngineLease
 from mixfuse.contracts.database import Database
-from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.errors import MixfuseError, printable
+from mixfuse.contracts.paths import resolved
 from mixfuse.serve.role_record import Proposal, Reason, RoleEntry
 
 Result = TypeVar("Result")
@@ -80,14 +81,14 @@ class StoredRoles:
         self, role: str, expected: int, revision: str | None, directory: Path | None, why: Reason
     ) -> RoleEntry:
         """Records the revision that serves a role from now on; see the function `change`."""
-        path = None if directory is None else str(directory.resolve())
+        path = None if directory is None else _stored(directory)
         return await self._run(partial(change, new=_new(role, expected, revision, path, self._gateway), why=why))
 
     async def note_refusal(
         self, role: str, revision: str | None, directory: Path | None, why: Reason, error: str
     ) -> None:
         """Adds a line to the history: a change was attempted and refused."""
-        path = None if directory is None else str(directory.resolve())
+        path = None if directory is None else _stored(directory)
 
         def note(connection: Connection) -> None:
             entry = read(connection).get(role)
@@ -116,7 +117,7 @@ class StoredRoles:
         if self._lease is None:
             yield
             return
-        proposal = Proposal(uuid.uuid4().hex, role, revision, str(directory.resolve()))
+        proposal = Proposal(uuid.uuid4().hex, role, revision, _stored(directory))
         try:
             await self._lease.propose(proposal)
             yield
@@ -183,6 +184,11 @@ class StoredRoles:
                 "try again later",
                 kind="trace_db",
             ) from error
+
+
+def _stored(directory: Path) -> str:
+    """A directory as the record holds it: without links, and as text that every database takes."""
+    return printable(str(resolved(directory)))
 
 
 def read(connection: Connection) -> dict[str, RoleEntry]:

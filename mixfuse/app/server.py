@@ -12,7 +12,6 @@ import gc
 import ipaddress
 import logging
 import os
-import re
 import resource
 import signal
 import socket
@@ -37,7 +36,7 @@ from mixfuse.app.engine_metrics import EngineMetrics
 from mixfuse.app.gates import GateConfig, Gates
 from mixfuse.app.roles_routes import RoleMetrics, routes
 from mixfuse.app.roles_store import StoredRoles
-from mixfuse.contracts.adapter import TrustedKey, fingerprint, verify
+from mixfuse.contracts.adapter import TrustedKey, check_role_name, fingerprint, verify
 from mixfuse.contracts.database import opened
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.paths import FilePath
@@ -68,8 +67,6 @@ UI_PAGES = "mixfuse.app.pages"
 
 AnyModel = TypeVar("AnyModel", bound=ModelConfig)
 
-# It is a part of a URL, of a model's name in the engine and of the path of a watched folder.
-_ROLE_NAME = re.compile(r"[^\W_][\w.-]{0,63}")
 _LOOK_S = 0.02
 _KEPT = 3  # fetched adapters that served a role last; a rollback goes back to them
 _BURY_S = 5.0
@@ -142,11 +139,7 @@ class ServeConfig(Strict):
     @classmethod
     def _names(cls, roles: dict[str, FilePath | None]) -> dict[str, Path | None]:
         for name in roles:
-            if not _ROLE_NAME.fullmatch(name):
-                raise ValueError(
-                    f"{name[:80]!r} cannot be a role's name, since it could not be swapped: a name has letters, "
-                    "digits, '.', '_' and '-', begins with a letter or a digit, and has 64 characters at most"
-                )
+            check_role_name(name)
         return roles
 
     @model_validator(mode="after")

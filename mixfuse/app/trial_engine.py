@@ -19,7 +19,7 @@ from mixfuse.app.server import ServeConfig
 from mixfuse.contracts.adapter import LORA_RANKS, LoraRank, Manifest
 from mixfuse.contracts.agreement import LENGTHS
 from mixfuse.contracts.errors import MixfuseError
-from mixfuse.contracts.files import read_json
+from mixfuse.contracts.families import config_of
 from mixfuse.contracts.strict_yaml import load
 from mixfuse.serve.engine import Engine, EngineConfig, cpu_build
 from mixfuse.serve.precision import precision
@@ -72,7 +72,7 @@ class EngineChoice:
         """The most tokens of a probe. On a CPU a long one takes minutes, so only a config's length asks for it."""
         if self.config is None and self.url is None and cpu_build():
             return LENGTHS[1]
-        stored = read_json(config.base / "config.json").get("max_position_embeddings")
+        stored = config_of(config.base).get("max_position_embeddings")
         longest = stored if isinstance(stored, int) and stored > _ROOM else LENGTHS[-1] + _ROOM
         return min(longest if config.external else min(longest, config.max_model_len), LENGTHS[-1] + _ROOM) - _ROOM
 

@@ -1027,7 +1027,9 @@ async def test_the_history_is_ordered_by_version_whatever_the_clocks_say(made, s
     assert await stores().served("domain", 2) == [made(3), made(2)]
 
 
-@pytest.mark.parametrize("name", ["", "a/b", "..", ".", "a b", "x?", "a#b", "%41", "role\n", "-x", "a@b", "x" * 65])
+@pytest.mark.parametrize(
+    "name", ["", "a/b", "..", ".", "a b", "x?", "a#b", "%41", "role\n", "-x", "a@b", "x" * 65, "\U0001d400" * 64]
+)
 def test_a_role_name_that_cannot_be_swapped_is_refused_at_the_start(name: str):
     config = {"engine": {"base": "base"}, "fusion": {"members": [{"name": "x", "role": "base"}]}, "roles": {name: None}}
     with pytest.raises(MixfuseError, match="cannot be a role's name"):
@@ -1159,6 +1161,44 @@ async def test_refusals_have_their_status(admin, made):
     swapper.table.engine.fail["load"] = MixfuseError("no answer", kind="engine")
     assert (await client.put("/domain", json={"directory": str(made(4))})).status_code == 503
     assert (await client.post("/domain/rollback")).status_code == 409  # nothing served it before
+
+
+@pytest.mark.parametrize("kind", ["a NUL", "a long name", "a circle of links", "a name that is no UTF-8", "a sequence"])
+async def test_a_directory_that_cannot_be_read_is_refused_by_name(kind: str, admin, made, tmp_path: Path):
+    swapper, client = admin
+    (tmp_path / "circle").symlink_to("circle")
+    odd = {b"\xff.json": made(8), b"\x1b[2J.json": made(9)}
+    for name, directory in odd.items():
+        Path(os.fsdecode(os.fsencode(directory) + b"/" + name)).touch()
+    path = {
+        "a NUL": "/tmp/a\0b",
+        "a long name": "/" + "x" * 5000,
+        "a circle of links": str(tmp_path / "circle"),
+        "a name that is no UTF-8": str(made(8)),
+        "a sequence": str(made(9)),
+    }[kind]
+    answer = await client.put("/domain", json={"directory": path})
+    assert (answer.status_code, answer.json()["error"]["type"]) == (400, "adapter")
+    message = answer.json()["error"]["message"]
+    assert message.isprintable()
+    assert len(message) < 500
+    events = (await client.get("/domain/history")).json()["history"]
+    assert events[0]["error"] == message
+    assert swapper.table.serving()["domain"].revision == revision(made(1))
+
+
+async def test_a_role_of_a_long_name_and_many_limits_are_short_refusals(admin, made):
+    _, client = admin
+    unknown = await client.put("/" + "x" * 20_000, json={"directory": str(made(2))})
+    limits = await client.put(
+        "/domain", json={"directory": str(made(2)), "shadow": 1, "limits": {"y" * 5000: 1} | dict.fromkeys("abc", 1)}
+    )
+    many = await client.put(
+        "/domain", json={"directory": str(made(2)), "shadow": 1, "limits": {str(key): key for key in range(65)}}
+    )
+    assert (unknown.status_code, limits.status_code, many.status_code) == (404, 400, 400)
+    assert "at most 64 items" in many.json()["error"]["message"]
+    assert all(len(answer.text) < 800 for answer in (unknown, limits, many))
 
 
 async def test_changes_want_the_admin_key(admin, monkeypatch: pytest.MonkeyPatch):
