@@ -329,6 +329,12 @@ class Signature(Strict):
     value: str = Field(pattern="^[0-9a-f]{128}$")
 
 
+def _day(value: Any) -> Any:
+    if isinstance(value, int | float):  # pydantic takes them for seconds since 1970
+        raise ValueError("write a day as 2027-12-31")
+    return value
+
+
 class TrustedKey(Strict):
     """A public key whose signatures are accepted for some time.
 
@@ -338,7 +344,7 @@ class TrustedKey(Strict):
     """
 
     key: FilePath
-    until: date | None = None
+    until: Annotated[date, BeforeValidator(_day)] | None = None
 
     @property
     def expired(self) -> bool:

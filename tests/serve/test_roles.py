@@ -29,6 +29,7 @@ from mixfuse.app.gates import GateConfig, Gates
 from mixfuse.app.roles_routes import RoleMetrics, routes
 from mixfuse.app.roles_store import StoredRoles, roll_back
 from mixfuse.app.server import ServeConfig, _terms
+from mixfuse.cli.entry import main
 from mixfuse.contracts import adapter
 from mixfuse.contracts.adapter import (
     CONFIG,
@@ -1161,6 +1162,76 @@ async def test_refusals_have_their_status(admin, made):
     swapper.table.engine.fail["load"] = MixfuseError("no answer", kind="engine")
     assert (await client.put("/domain", json={"directory": str(made(4))})).status_code == 503
     assert (await client.post("/domain/rollback")).status_code == 409  # nothing served it before
+
+
+NEVER_WORKS: dict[str, tuple[dict[str, object], str]] = {
+    "a name that the Hub cannot have": ({"watch": {"domain": "no name"}}, "'no name' is no adapter on the Hub"),
+    "no branch": ({"watch": {"domain": "org/name@"}}, "'org/name@' is no adapter on the Hub"),
+    "an unknown limit": ({"watch": "w", "watch_gate": {"shadow": 1, "limits": {"nope": 1}}}, "unknown key 'nope'"),
+    "a limit of 7": ({"watch": "w", "watch_gate": {"shadow": 1, "limits": {"min_agreement": 7}}}, "less than or equal"),
+    "a day that is a number": ({"trusted_keys": [{"key": "k", "until": 86400}]}, "write a day as 2027-12-31"),
+    "no pause": ({"roles_poll_s": 1e-300}, "greater than or equal to 0.01"),
+    "a port beyond all": ({"engine": {"base": "b", "url": "http://a:99999"}}, "is not a URL"),
+    "a port of letters": ({"engine": {"base": "b", "urls": ["http://a:b"]}}, "is not a URL"),
+    "half a bracket": ({"engine": {"base": "b", "url": "http://[::1"}}, "is not a URL"),
+    "a space": ({"engine": {"base": "b", "url": "http://a b"}}, "is not a URL"),
+    "a query": ({"engine": {"base": "b", "url": "http://a/v1?x"}}, "is not a URL"),
+    "a NUL in an argument": ({"engine": {"base": "b", "extra_args": ["--seed=\0"]}}, "holds no NUL"),
+    "a NUL in a variable": ({"engine": {"base": "b", "env": {"A": "\0"}}}, "cannot be an environment variable"),
+    "a variable with a sign": ({"engine": {"base": "b", "env": {"A=B": "x"}}}, "cannot be an environment variable"),
+    "a billion engines": ({"engine": {"base": "b", "replicas": 10**9}}, "less than or equal to 1024"),
+}
+
+
+@pytest.mark.parametrize("case", NEVER_WORKS)
+def test_a_config_that_cannot_work_is_refused_when_it_is_read(case: str):
+    changes, message = NEVER_WORKS[case]
+    plain = {
+        "engine": {"base": "base", "url": "http://127.0.0.1:8000/v1"},
+        "fusion": {"members": [{"name": "x", "role": "base"}]},
+        "roles": {"domain": None},
+        "watch": {"domain": "org/name@main"},
+    }
+    validate(plain, ServeConfig, source="serve.yaml")
+    with pytest.raises(MixfuseError, match=message):
+        validate({**plain, **changes}, ServeConfig, source="serve.yaml")
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("trusted_keys: [none.pub]", "the key cannot be read: no such file"),
+        ("revoked_keys: [serve.yaml]", "is no Ed25519 public key"),
+        ("watch: serve.yaml", "is no folder"),
+    ],
+)
+def test_a_server_with_keys_that_refuse_every_adapter_does_not_start(
+    key: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    text = "engine: {base: base}\nfusion: {members: [{name: x, role: base}]}\nroles: {domain: null}\n"
+    (tmp_path / "serve.yaml").write_text(text + key)
+    assert main(["serve", "serve.yaml"]) == 2
+    assert message in capsys.readouterr().err
+
+
+async def test_a_watched_folder_that_cannot_be_read_says_so(made, tmp_path: Path):
+    (tmp_path / "domain").symlink_to("domain")
+    with pytest.raises(MixfuseError, match="Too many levels of symbolic links"):
+        await Folder(tmp_path).newest("domain")
+    (tmp_path / "domain").unlink()
+    assert await Folder(tmp_path).newest("domain") is None
+    made(1, at=tmp_path / "domain" / "good")
+    for name in ("circle", "empty"):
+        (tmp_path / "domain" / name).mkdir()
+    (tmp_path / "domain" / "circle" / "manifest.json").symlink_to("manifest.json")
+    (tmp_path / "domain" / "a file").touch()
+    newest = await Folder(tmp_path).newest("domain")
+    assert newest is not None
+    assert newest.directory == tmp_path / "domain" / "good"
+    shutil.rmtree(newest.directory)
+    with pytest.raises(MixfuseError, match="Too many levels of symbolic links"):
+        await Folder(tmp_path).newest("domain")
 
 
 @pytest.mark.parametrize("kind", ["a NUL", "a long name", "a circle of links", "a name that is no UTF-8", "a sequence"])
