@@ -16,16 +16,20 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from pydantic import TypeAdapter, ValidationError
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import SQLAlchemyError
 
 from mixfuse.app.engine_lease import EngineLease
+from mixfuse.contracts.bounded_json import shortened
 from mixfuse.contracts.database import Database
 from mixfuse.contracts.errors import MixfuseError, printable
 from mixfuse.contracts.paths import resolved
 from mixfuse.serve.role_record import Proposal, Reason, RoleEntry
 
 Result = TypeVar("Result")
+
+_ENTRY = TypeAdapter(RoleEntry)
 
 # A change may wait for another gateway's; a database that is longer silent is reported.
 _ANSWER_S = 30.0
@@ -192,9 +196,26 @@ def _stored(directory: Path) -> str:
 
 
 def read(connection: Connection) -> dict[str, RoleEntry]:
-    """Returns the entry of each known role."""
+    """Returns the entry of each known role.
+
+    Raises:
+        MixfuseError: A row is not as it was written (kind "trace_db"); SQLite keeps any value in any column.
+    """
     rows = connection.execute(text("SELECT role, version, revision, directory, pinned, since, gateway FROM roles"))
-    return {row["role"]: RoleEntry(**{**row, "pinned": bool(row["pinned"])}) for row in rows.mappings()}
+    entries = {}
+    for row in rows.mappings():
+        try:
+            entry = _ENTRY.validate_python({**row, "pinned": bool(row["pinned"])})
+        except ValidationError as error:
+            column, what = error.errors()[0]["loc"][-1], error.errors()[0]["msg"]
+            role = shortened(repr(row["role"]), 80)
+            raise MixfuseError(
+                f"the role table's row of {role} is damaged: {column}: {what}; delete the row, and the role is taken "
+                "from the config",
+                kind="trace_db",
+            ) from None
+        entries[entry.role] = entry
+    return entries
 
 
 def change(connection: Connection, *, new: RoleEntry, why: Reason) -> RoleEntry:

@@ -10,6 +10,7 @@ import os
 import random
 import re
 import shutil
+import sqlite3
 import stat
 import statistics
 import subprocess
@@ -1162,6 +1163,19 @@ async def test_refusals_have_their_status(admin, made):
     swapper.table.engine.fail["load"] = MixfuseError("no answer", kind="engine")
     assert (await client.put("/domain", json={"directory": str(made(4))})).status_code == 503
     assert (await client.post("/domain/rollback")).status_code == 409  # nothing served it before
+
+
+@pytest.mark.parametrize(
+    ("version", "since"), [("'x'", "0.0"), ("9223372036854775807", "0.0"), ("-1", "0.0"), ("1", "'x'"), ("1", "x'ff'")]
+)
+async def test_a_damaged_row_of_the_role_table_is_named(version: str, since: str, stores, tmp_path: Path):
+    with sqlite3.connect(tmp_path / "traces.sqlite3") as connection:
+        columns = "role, version, revision, directory, pinned, since, gateway"
+        connection.execute(f"INSERT INTO roles ({columns}) VALUES ('domain', {version}, 'a', '/b', 0, {since}, 'g')")
+    for work in (stores().read(), stores().rollback_target("domain")):
+        with pytest.raises(MixfuseError, match="row of 'domain' is damaged") as caught:
+            await work
+        assert caught.value.kind == "trace_db"
 
 
 NEVER_WORKS: dict[str, tuple[dict[str, object], str]] = {
