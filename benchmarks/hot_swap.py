@@ -49,6 +49,7 @@ from harness import ROOT, BenchmarkError, note, open_session, process, rss_mib, 
 INSIDE = "MIXFUSE_BENCH_NAMESPACE"
 _START_S = 1000  # an engine may take; on a busy machine it does
 _PAUSE_S = 0.5  # before and after a time with nothing swapped
+_FIRST_S = 10.0  # a time with nothing swapped before the first swap
 _FAULT_S = 4.0  # a fault of a role's files or of its adapter in the engine lasts
 DEADLINE_S = 90
 ROLES = ("domain", "judge", "synthesizer")
@@ -221,9 +222,17 @@ class Traffic:
     """Clients that send requests without pause, `each` per role; an async context manager."""
 
     def __init__(
-        self, session: ClientSession, url: str, each: int, max_tokens: int, references: dict[str, list[list[float]]]
+        self,
+        session: ClientSession,
+        url: str,
+        references: dict[str, list[list[float]]],
+        *,
+        each: int,
+        max_tokens: int,
+        end: int,
     ) -> None:
-        self._session, self._url, self._max_tokens, self._references = session, url, max_tokens, references
+        self._session, self._url, self._references = session, url, references
+        self._max_tokens, self._end = max_tokens, end
         self._each = each
         self._tasks: list[asyncio.Task[None]] = []
         self.requests: list[Request] = []
@@ -257,7 +266,12 @@ class Traffic:
             "messages": [{"role": "user", "content": text}],
             "max_tokens": self._max_tokens,
             "fusion": {"expose": "full"},
-            **({"temperature": 0.8} if prompt is None else {"temperature": 0, "logprobs": True}),
+            # Random weights may end an answer at once, and an empty one is none.
+            **(
+                {"temperature": 0.8, "logit_bias": {str(self._end): -100}}
+                if prompt is None
+                else {"temperature": 0, "logprobs": True}
+            ),
         }
         try:
             async with self._session.post(f"{self._url}/chat/completions", json=body) as response:
@@ -354,7 +368,7 @@ class ServerUnderLoad:
             await asyncio.sleep(_PAUSE_S)
             began = time.monotonic()
             await asyncio.sleep(
-                statistics.median([past.ended - past.began for past in self.steps if past.done] or [1.0])
+                statistics.median([past.ended - past.began for past in self.steps if past.done] or [_FIRST_S])
             )
             step.sham = (began, time.monotonic())
             await asyncio.sleep(_PAUSE_S)
@@ -709,6 +723,7 @@ async def measure(
     disk: Path | None,
     *,
     engine: "Engine",
+    base: Path,
     arguments: argparse.Namespace,
 ) -> dict[str, Any]:
     plan = [step for step in (SMOKE if arguments.smoke else PLAN) if disk or step[0] != "full disk"]
@@ -719,7 +734,10 @@ async def measure(
         loaded = ServerUnderLoad(session, url, server, adapters, disk, engine=engine)
         references = json.loads((adapters / "references.json").read_text())
         note(f"two revisions' answers are at least {far_apart(references):.2f} nats apart")
-        async with Traffic(session, url, arguments.clients, arguments.max_tokens, references) as traffic:
+        traffic = Traffic(
+            session, url, references, each=arguments.clients, max_tokens=arguments.max_tokens, end=end_token(base)
+        )
+        async with traffic:
             await asyncio.sleep(0.5 if arguments.smoke else 10)  # caches fill, the first requests are the slowest
             warm = len(traffic.requests)
             for number, (kind, role) in enumerate(plan):
@@ -735,6 +753,12 @@ async def measure(
                     note(f"{number + 1} of {more} further swaps, {len(traffic.requests)} requests")
             requests = traffic.requests[warm:]
     return report(loaded, requests, memory, len(plan))
+
+
+def end_token(base: Path) -> int:
+    """The id of the token that ends an answer."""
+    end = json.loads((base / "config.json").read_text())["eos_token_id"]
+    return end[0] if isinstance(end, list) else end
 
 
 def serve_config(
@@ -789,7 +813,7 @@ def main(arguments: argparse.Namespace) -> dict[str, Any]:
         command = [sys.executable, "-c", KEYED, engine.key, "serve", str(config)]
         with process(command, folder / "serve.log", wait_s=_START_S) as (url, server):
             try:
-                return uvloop.run(measure(url, server, adapters, disk, engine=engine, arguments=arguments))
+                return uvloop.run(measure(url, server, adapters, disk, engine=engine, base=base, arguments=arguments))
             except Exception:
                 print((folder / "serve.log").read_text(errors="replace")[-4000:], file=sys.stderr)
                 raise

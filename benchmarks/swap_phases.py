@@ -38,8 +38,8 @@ from harness import ROOT, note, table
 from hot_swap import make_adapters, percentile
 
 from mixfuse.contracts.agreement import fixed_prompts
-from mixfuse.serve import probes
 from mixfuse.serve.engine import Engine, EngineConfig
+from mixfuse.serve.probes import Prober, Terms
 
 LENGTH = 1024
 CLIENTS = ("base", "live", "live", "base", "live")
@@ -88,6 +88,7 @@ class Swapped:
         self.parts: dict[str, Part] = {}
         self.memory: list[dict[str, str]] = []
         self._numbers = itertools.count()
+        self._prober = Prober()
 
     def each(self) -> list[Engine]:
         """As a group of engines has it."""
@@ -112,7 +113,7 @@ class Swapped:
 
         async def swap() -> None:
             await engine.load_adapter(f"{name}-swapped", adapter)
-            await probes.check(self, f"{name}-swapped", adapter, probes.Terms(), verdicts=False)  # type: ignore[arg-type]
+            await self._prober.check(self, f"{name}-swapped", adapter, Terms(), verdicts=False)  # type: ignore[arg-type]
             await engine.unload_adapter(f"{name}-swapped")
 
         headers = {"Authorization": f"Bearer {engine.api_key}"}

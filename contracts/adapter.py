@@ -243,10 +243,12 @@ class Measured(Strict):
     Attributes:
         logprobs: Of each prompt, under the adapter; of the first tokens only, where the engine was too short.
         base: Of each prompt, of the base alone.
+        verdicts: P(A) / (P(A) + P(B)) of each comparison; empty in files of earlier versions, and if it is no judge.
     """
 
     logprobs: list[Annotated[list[float], Field(min_length=1)]]
     base: list[Annotated[list[float], Field(min_length=1)]]
+    verdicts: list[Annotated[float, Field(ge=0, le=1)]] = []
 
 
 class VerdictProbe(Strict):
@@ -284,11 +286,14 @@ class Probes(Strict):
     def _check_lengths(self) -> Self:
         if sum(len(probe.tokens) for probe in self.logprobs) > _MOST_PROBE_TOKENS:
             raise ValueError(f"the prompts have more than {_MOST_PROBE_TOKENS} tokens, and each swap asks for all")
+        for said in self.measured.values():
+            if len(said.logprobs) != len(self.logprobs) or len(said.base) != len(self.logprobs):
+                raise ValueError("`measured` has another number of prompts than `logprobs`")
+            if said.verdicts and len(said.verdicts) != len(self.verdicts):
+                raise ValueError("`measured` has another number of verdicts than `verdicts`")
         for number, probe in enumerate(self.logprobs):
             rows = [row for row in (probe.base, probe.no_experts) if row]
             for said in self.measured.values():
-                if len(said.logprobs) != len(self.logprobs) or len(said.base) != len(self.logprobs):
-                    raise ValueError("`measured` has another number of prompts than `logprobs`")
                 if len(said.base[number]) != len(said.logprobs[number]) or len(said.base[number]) >= len(probe.tokens):
                     raise ValueError(f"`measured`: prompt {number + 1} has another number of tokens than in `logprobs`")
             if any(len(row) != len(probe.tokens) - 1 for row in (probe.logprobs, *rows)):

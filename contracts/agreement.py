@@ -38,6 +38,9 @@ UNKNOWN_TOLERANCE = 0.5
 _QUANTILES = (0.5, 0.9, 0.99)
 # A right adapter moves as the base does, a little more where both the base's and the adapter's products are rounded.
 _TIMES_BASE = 2.0
+_BATCH_TOLERANCE = {"float32": 1e-3}
+_LOW_BATCH_TOLERANCE = 0.1  # nats, below float32, where another batch takes another kernel
+_TIMES_BATCH = 3  # how far the base's median may be off in another engine
 # The share of the effect, and of its size, that an engine shows of an adapter that it applies as it is.
 _LEAST_SHARE, _MOST_SHARE = 0.7, 1.4
 # The rest that a right adapter may show: where the base is not off, and for each nat that it is systematically off by.
@@ -269,6 +272,62 @@ def tolerance_in(precision: str, stored: float, *, base_known: bool) -> float:
     if precision == "float32":
         return stored
     return LOW_TOLERANCE if base_known else UNKNOWN_TOLERANCE
+
+
+def batch_tolerance(precision: str, tolerance: float) -> float:
+    """What an engine's answer may differ by in another batch, and so from another engine's of the same format, in nats.
+
+    Args:
+        precision: The number format.
+        tolerance: The deviation that is always allowed, in nats.
+    """
+    return max(tolerance, _BATCH_TOLERANCE.get(precision, _LOW_BATCH_TOLERANCE))
+
+
+def base_fault(first: Rows, other: Rows, *, allowed: float) -> str | None:
+    """What tells that two engines serve different bases: their median, whatever one token does; None if nothing does.
+
+    Args:
+        first: What the base says in one of them.
+        other: In the other.
+        allowed: What an answer may differ by in another batch, in nats.
+
+    Raises:
+        MixfuseError: As for `deviation`.
+    """
+    apart = deviation(first, other)
+    if apart.median <= _TIMES_BATCH * allowed:
+        return None
+    return f"the base is not the same in all engines: log-probabilities are {apart} apart; do all serve the same base?"
+
+
+def verdict_limit(tolerance: float, drift: Deviation | None) -> float:
+    """What a judge's probability may be off by: two tokens' log-probabilities move it by half their deviation.
+
+    Args:
+        tolerance: The deviation of a log-probability that is always allowed, in nats.
+        drift: How far the base itself is from what it said where the expected verdicts were given.
+    """
+    return limits(tolerance, drift)[2] / 2
+
+
+def verdict_fault(said: Sequence[float | None], expected: Sequence[float], *, limit: float, when: str) -> str | None:
+    """What is wrong with a judge's verdicts; None if nothing is.
+
+    Args:
+        said: Its probabilities; None where neither verdict was among the likeliest tokens.
+        expected: Those of a right engine.
+        limit: How far one may be off.
+        when: When those were given.
+    """
+    for number, (p, known) in enumerate(zip(said, expected, strict=True), start=1):
+        if p is None or not abs(p - known) <= limit:
+            verdict = "cannot be read" if p is None else f"is {p:.3f}"
+            return (
+                f"its verdict on stored comparison {number} {verdict}; it was {known:.3f} {when}, and {limit:.2g} is "
+                "allowed"
+            )
+    return None
 
 
 def noise_floor(precision: str) -> float:

@@ -113,7 +113,7 @@ class Admission:
                 "raise it in the serve config or train with a smaller rank",
                 kind="adapter",
             )
-        self._check_template(directory, manifest)
+        check_template(directory, manifest, self.chat_template)
         if role == JUDGE and manifest.judge_protocol != judge_protocol.describe():
             version = (manifest.judge_protocol or {}).get("version", "none")
             raise MixfuseError(
@@ -123,23 +123,33 @@ class Admission:
             )
         return manifest
 
-    def _check_template(self, directory: Path, manifest: Manifest) -> None:
-        """An adapter answers chats that are written otherwise than in its training wrongly, and no error says so."""
-        named = manifest.recipe.get("chat_template")
-        if self.chat_template is None:
-            if named is not None:
-                logger.warning(
-                    "%s was trained with chat_template %s; whether the engine writes chats with it is not known",
-                    directory,
-                    shortened(str(named), 200),
-                )
-            return
-        if manifest.chat_template in (None, self.chat_template):
-            return
-        mended = "leave engine.chat_template out" if named is None else "name that one as engine.chat_template"
-        trained = "the base's own chat template" if named is None else f"chat_template {shortened(str(named), 200)}"
-        raise MixfuseError(
-            f"{directory}: it was trained with {trained}, and the engine writes chats with another text, which "
-            f"it would answer wrongly; {mended} in the serve config, or train it with the engine's",
-            kind="adapter",
-        )
+
+def check_template(directory: Path, manifest: Manifest, served: str | None) -> None:
+    """Refuses an adapter of another chat template than the engine's: it answers chats wrongly, and no error says so.
+
+    Args:
+        directory: The adapter directory.
+        manifest: Its manifest.
+        served: Digest of the template that the engine writes chats with; None if it is not known.
+
+    Raises:
+        MixfuseError: The adapter was trained with another (kind "adapter").
+    """
+    named = manifest.recipe.get("chat_template")
+    if served is None:
+        if named is not None:
+            logger.warning(
+                "%s was trained with chat_template %s; whether the engine writes chats with it is not known",
+                directory,
+                shortened(str(named), 200),
+            )
+        return
+    if manifest.chat_template in (None, served):
+        return
+    mended = "leave engine.chat_template out" if named is None else "name that one as engine.chat_template"
+    trained = "the base's own chat template" if named is None else f"chat_template {shortened(str(named), 200)}"
+    raise MixfuseError(
+        f"{directory}: it was trained with {trained}, and the engine writes chats with another text, which "
+        f"it would answer wrongly; {mended} in the serve config, or train it with the engine's",
+        kind="adapter",
+    )

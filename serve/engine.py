@@ -93,9 +93,10 @@ class Restart(Strict):
 class EngineConfig(Strict):
     """What the engine serves, and how. With `url` or `urls` it is an external engine, which someone else runs.
 
-    For an external engine `base`, `max_lora_rank` and `dtype` must say how it was started; the other start options are
-    ignored. It must read adapters at the same paths as this host, allow run-time loading
-    (`VLLM_ALLOW_RUNTIME_LORA_UPDATING=True`). Several gateways may use it.
+    For an external engine `base`, `max_lora_rank` and `dtype` must say how it was started, and, if it is quantised, so
+    must `weights` or `extra_args` (`--quantization`, `--kv-cache-dtype`); the other start options are ignored. It must
+    read adapters at the same paths as this host, allow run-time loading (`VLLM_ALLOW_RUNTIME_LORA_UPDATING=True`).
+    Several gateways may use it.
 
     Attributes:
         base: The folder of the base model: weights, `config.json` and tokenizer.
@@ -323,6 +324,11 @@ class Engine(VllmApi):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.stop()
+
+    @property
+    def started(self) -> str | None:
+        """A text that each start of the engine has for itself; None before the first."""
+        return f"{self._mark}-{self._process.pid}" if self._process is not None else None
 
     @property
     def running(self) -> bool:

@@ -91,8 +91,10 @@ class EngineGroup:
             raise
 
     async def stop(self) -> None:
-        """Stops our own engines."""
+        """Stops our own engines; others have ended the loads that were under way, and get no more."""
         await asyncio.gather(*(replica.stop() for replica in self.replicas))
+        if self.config.external:
+            await asyncio.gather(*(replica.loads_ended() for replica in self.replicas))
 
     async def failed(self) -> MixfuseError:
         """Returns the reason once every engine has been given up."""

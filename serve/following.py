@@ -111,6 +111,8 @@ class RecordFollower:
         if state.prepared is not None and (proposal is None or proposal.id != state.prepared):
             async with state.lock:
                 await self._swapper.drop_withdrawn(state)
+        if proposal is None:  # one that comes back, with the gateway that made it, has to be prepared again
+            self._answered.pop(state.name, None)
         if proposal is None or self._answered.get(state.name, ("", None))[0] == proposal.id:
             return
         refusal = None

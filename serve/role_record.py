@@ -96,7 +96,8 @@ class RoleRecord(Protocol):
             why: The reason, for the history.
 
         Raises:
-            MixfuseError: The role's version is no longer `expected` (kind "conflict").
+            MixfuseError: The role's version is no longer `expected` (kind "conflict"), or the gateways that share this
+                one's engines count it as gone (kind "engine").
         """
         ...
 

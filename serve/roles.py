@@ -6,8 +6,8 @@ that long. `serve/swap.py` changes what serves a role; `serve/slots.py` loads an
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 
 from mixfuse.contracts.bounded_json import shortened
@@ -33,6 +33,7 @@ class RoleState:
         version: The version of the shared record that this table has followed.
         since: When the serving revision began to serve, in seconds since 1970; None for the base from the start.
         problem: Why this table could not follow the shared record; None if it could.
+        doing: What is done to `staged` now, or to what may become it; None if nothing is.
         prepared: The proposal of another gateway that `staged` was loaded for; None if it is this gateway's own.
         staged_for: Why `staged` was staged, for the history.
         expected_version: The record's version when `staged` was staged; a commit compares it.
@@ -47,6 +48,7 @@ class RoleState:
     version: int = 0
     since: float | None = None
     problem: str | None = None
+    doing: str | None = None
     prepared: str | None = None
     staged_for: Reason = "swap"
     expected_version: int = 0
@@ -55,6 +57,15 @@ class RoleState:
     def follow(self, entry: RoleEntry) -> None:
         """Takes over what the record says, apart from the revision."""
         self.version, self.pinned, self.since, self.problem = entry.version, entry.pinned, entry.since, None
+
+    @contextmanager
+    def during(self, what: str) -> Iterator[None]:
+        """Says what is done while the block runs."""
+        before, self.doing = self.doing, what
+        try:
+            yield
+        finally:
+            self.doing = before
 
     def unstage(self) -> None:
         """Forgets the staged revision; it gets no more leases."""

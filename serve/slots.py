@@ -72,6 +72,19 @@ class ProbedEngine(Protocol):
 
     base_model_name: str
 
+    @property
+    def started(self) -> str | None:
+        """A text that each start of the engine has for itself; None if starts cannot be told apart."""
+        ...
+
+    async def busy(self) -> bool:
+        """Whether it works on a request, or has one waiting."""
+        ...
+
+    async def ranks(self) -> "Sequence[ProbedEngine]":
+        """Its data-parallel copies of the model, each to be asked alone; itself if it has one."""
+        ...
+
     async def max_model_len(self) -> int | None:
         """The longest prompt and completion together, in tokens; None if it does not say."""
         ...

@@ -215,7 +215,8 @@ class Replica:
         self._restart, self._cache, self._on_change = restart, cache, on_change
         self._loaded_here: set[str] = set()  # adapters that this process loaded and the engine may still have
         self._loads = 0  # since the engine was started: unloaded adapters stay in its cache
-        self._loading, self._loaded_at = 0, -math.inf  # loads in progress, and when the last one ended
+        self._loading: set[asyncio.Task[None]] = set()  # in progress
+        self._loaded_at = -math.inf  # when the last one ended
         self._tasks: list[asyncio.Task[None]] = []
         self._crashes = 0  # in a row
         self._ready_at = -math.inf
@@ -260,20 +261,29 @@ class Replica:
         recently (`LRUCacheWorkerLoRAManager` in vllm/lora/worker_manager.py). So those that are needed are used first.
         """
         if self._loads >= self._cache:
+            needed = [other for other in self._adapters if other != name and other not in self.lost]
             for result in await asyncio.gather(
-                *(self.api.probe(other) for other in self._adapters if other != name and other not in self.lost),
-                return_exceptions=True,
+                *(rank.probe(other) for rank in await self.api.ranks() for other in needed), return_exceptions=True
             ):
                 if isinstance(result, Exception):  # it may be read again from its copy, during a request
                     logger.warning("an adapter could not be used before another was loaded: %s", result)
         self._loaded_here.add(name)
         self._loads += 1
-        self._loading += 1
-        try:
-            await self.api.load_adapter(name, path, timeout_s=self._restart.load_timeout_s)
-        finally:
-            self._loading -= 1
-            self._loaded_at = asyncio.get_running_loop().time()
+        load = asyncio.create_task(self.api.load_adapter(name, path, timeout_s=self._restart.load_timeout_s))
+        self._loading.add(load)
+        load.add_done_callback(self._load_ended)
+        await asyncio.shield(load)  # the engine goes on with it, whatever becomes of who waits
+
+    def _load_ended(self, load: "asyncio.Task[None]") -> None:
+        self._loading.discard(load)
+        self._loaded_at = load.get_loop().time()
+        if not load.cancelled() and (error := load.exception()) is not None:
+            logger.debug("%s", error)  # raised where the load is awaited
+
+    async def loads_ended(self) -> None:
+        """Returns once no load is in progress that this process has begun."""
+        while self._loading:
+            await asyncio.wait(self._loading)
 
     def _last_load(self) -> float:
         return asyncio.get_running_loop().time() if self._loading else self._loaded_at

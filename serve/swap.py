@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mixfuse.contracts.errors import MixfuseError
-from mixfuse.serve import probes
 from mixfuse.serve.admission import JUDGE
+from mixfuse.serve.probes import Prober
 from mixfuse.serve.role_record import Proposal, Reason, RoleEntry
 from mixfuse.serve.roles import BASE, RoleState, RoleTable, check_staged
 from mixfuse.serve.slots import Revision
@@ -55,6 +55,7 @@ class Swapper:
 
     def __init__(self, table: RoleTable) -> None:
         self.table = table
+        self._prober = Prober()
         self._draining: dict[str, tuple[Revision, asyncio.Task[None]]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -238,7 +239,7 @@ class Swapper:
         name = target.revision if target is not None else None
         try:
             version = target.version if target is not None else await self._record_version(state)
-            revision = await self._admit_and_load(state, directory, name)
+            revision = await self._admit_and_load(state, directory, name, urgent=why == "rollback")
         except MixfuseError as error:
             await self._note_refusal(state, Revision(state.name, name, directory), why, str(error))
             raise
@@ -246,22 +247,30 @@ class Swapper:
             state.staged_for, state.expected_version = why, version
         return revision
 
-    async def _admit_and_load(self, state: RoleState, directory: Path, name: str | None) -> Revision | None:
+    async def _admit_and_load(
+        self, state: RoleState, directory: Path, name: str | None, *, urgent: bool = False
+    ) -> Revision | None:
         """Stages the adapter in `directory`, which must hold revision `name` if one is passed; None if it serves."""
-        revision = await self.table.admission.admit(state.name, directory, expected_revision=name)
+        with state.during("verifying and copying"):
+            revision = await self.table.admission.admit(state.name, directory, expected_revision=name)
         if revision.revision == state.serving.revision:
             self.table.admission.forget(revision)
             return None
         state.staged = revision
         try:
-            state.staged = await self._load(state, revision)
+            state.staged = await self._load(state, revision, urgent=urgent)
         except BaseException:
             state.staged = None
             raise
         return state.staged
 
-    async def _load(self, state: RoleState, revision: Revision) -> Revision:
+    async def _load(self, state: RoleState, revision: Revision, *, urgent: bool = False) -> Revision:
         """Loads and probes a revision. If that fails or is cancelled, nothing is left in the engine.
+
+        Args:
+            state: The role.
+            revision: The revision.
+            urgent: Whether requests may wait for the probes.
 
         Returns:
             The revision; the draining one if the same revision still drains, which then stays loaded.
@@ -276,19 +285,22 @@ class Swapper:
             revision = draining
         else:
             try:
-                await self.table.slots.stage(revision)
+                with state.during("loading"):
+                    await self.table.slots.stage(revision)
             except BaseException:  # cancelled, too: nothing is left in the engine
                 self.table.admission.forget(revision)
                 raise
         try:
-            async with self.table.slots.resident(revision):
-                await probes.check(
-                    self.table.engine,
-                    revision.model,
-                    directory,
-                    self.table.admission.terms,
-                    verdicts=state.name == JUDGE,
-                )
+            with state.during("probing"):
+                async with self.table.slots.resident(revision):
+                    await self._prober.check(
+                        self.table.engine,
+                        revision.model,
+                        directory,
+                        self.table.admission.terms,
+                        verdicts=state.name == JUDGE,
+                        urgent=urgent,
+                    )
         except BaseException:
             await asyncio.shield(self._drain(revision))
             raise
@@ -320,8 +332,9 @@ class Swapper:
         change = partial(record.change, state.name, state.expected_version, revision.revision, revision.directory)
         if revision.revision is None or revision.directory is None:
             return await change(state.staged_for)
-        async with record.agreed(state.name, revision.revision, revision.directory):
-            return await change(state.staged_for)
+        with state.during("waiting for the gateways that share the engines"):
+            async with record.agreed(state.name, revision.revision, revision.directory):
+                return await change(state.staged_for)
 
     def _flip(self, state: RoleState, new: Revision) -> "asyncio.Task[None]":
         """Gives all new leases to `new`. Returns the drain of the old revision."""

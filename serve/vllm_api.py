@@ -31,6 +31,8 @@ _DOORS: tuple[tuple[str, str, dict[str, str] | None], ...] = (
 _SERVED_LINEAR = re.compile(r"\.(?:[qkvo]_proj|gate_proj|up_proj|down_proj)\.lora_[AB]\.weight$")
 # One line for each engine core, of which data parallelism has several.
 _STEPS = re.compile(r"^vllm:iteration_tokens_total_count\{.*\} (\S+)$", re.MULTILINE)
+_RANK = re.compile(r'^vllm:num_requests_running\{(?:.*,)?engine="(\d+)"', re.MULTILINE)
+_REQUESTS = re.compile(r"^vllm:num_requests_(?:running|waiting)\{.*\} (\S+)$", re.MULTILINE)
 
 
 class VllmApi:
@@ -41,13 +43,21 @@ class VllmApi:
         api_key: The bearer token of every call; None for no token.
         base_model_name: The base's model name; each adapter has its own.
         hint: Ends the error when the server does not answer, e.g. "see runs/logs/engine.log".
+        rank: The data-parallel copy of the model that answers; None: the one with the fewest requests.
     """
 
-    def __init__(self, url: str | None, api_key: str | None, *, base_model_name: str, hint: str) -> None:
-        self._url = url
+    def __init__(
+        self, url: str | None, api_key: str | None, *, base_model_name: str, hint: str, rank: int | None = None
+    ) -> None:
+        self._url, self._rank = url, rank
         self.api_key = api_key
         self.base_model_name = base_model_name
         self._hint = hint
+
+    @property
+    def started(self) -> str | None:
+        """A text that each start of the engine has for itself; None here, where nobody knows when it was started."""
+        return None
 
     @property
     def url(self) -> str:
@@ -224,6 +234,23 @@ class VllmApi:
         """
         return (await self._send("GET", "../metrics", timeout_s=timeout_s)).text
 
+    async def busy(self) -> bool:
+        """Whether the engine works on a request, or has one waiting; not if its metrics do not say so.
+
+        Raises:
+            MixfuseError: It does not answer.
+        """
+        return any(float(count) > 0 for count in _REQUESTS.findall(await self.metrics(timeout_s=10)))
+
+    async def ranks(self) -> "list[VllmApi]":
+        """This server's data-parallel copies of the model, each as a client that asks it alone; itself if it has one.
+
+        Raises:
+            MixfuseError: It does not answer.
+        """
+        ranks = sorted({int(rank) for rank in _RANK.findall(await self.metrics(timeout_s=10))})
+        return [_Copy(self, rank) for rank in ranks] if len(ranks) > 1 else [self]
+
     async def _steps(self, timeout_s: float) -> float | None:
         """The count of the engine cores' steps, from their metrics; None if they do not answer."""
         try:
@@ -249,6 +276,8 @@ class VllmApi:
         self, method: str, endpoint: str, body: Mapping[str, Any] | None = None, *, timeout_s: float = 120
     ) -> httpx.Response:
         headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+        if self._rank is not None:
+            headers["X-data-parallel-rank"] = str(self._rank)
         try:
             async with httpx.AsyncClient(timeout=timeout_s, trust_env=False, verify=_tls()) as client:
                 return await client.request(method, f"{self.url}/{endpoint}", json=body, headers=headers)
@@ -256,6 +285,22 @@ class VllmApi:
             raise engine_error(
                 f"the engine at {self.url} does not answer ({type(error).__name__}); {self._hint}"
             ) from None
+
+
+class _Copy(VllmApi):
+    """One of a server's data-parallel copies of the model."""
+
+    def __init__(self, server: VllmApi, rank: int) -> None:
+        super().__init__(
+            server.url, server.api_key, base_model_name=server.base_model_name, hint=server._hint, rank=rank
+        )
+        self._server = server
+
+    @property
+    def started(self) -> str | None:
+        """As the server's, for each copy another."""
+        started = self._server.started
+        return f"{started}-{self._rank}" if started is not None else None
 
 
 @functools.cache

@@ -105,6 +105,11 @@ BOUNDS = {
     "following.RETRY_S": Bounds(10, 600, "a version that could not be followed is tried again within minutes"),
     "watch._MAX_TRIES": Bounds(2, 10, "an adapter that the engine refuses is not loaded for ever"),
     "probes._TIMES_NOISE": Bounds(1.5, 10, "an adapter that the engine ignores moves nothing beyond the noise"),
+    "probes._SHARE": Bounds(
+        0.02, 0.2, "of a busy engine's time: few requests meet a probe, and a swap ends in minutes"
+    ),
+    "probes._LOOK_S": Bounds(0.05, 2, "an engine that has become idle is not left so"),
+    "probes._MOST_PAUSED_S": Bounds(30, 300, "with the probes well below client._CHANGE_S"),
     "probes._LOW_BATCH_TOLERANCE": Bounds(0.02, 0.3, "nats; another batch takes another kernel below float32"),
     "agreement.LOW_TOLERANCE": Bounds(0.005, 0.05, "nats; below a trained adapter's effect; the base's drift is added"),
     "agreement.UNKNOWN_TOLERANCE": Bounds(0.2, 1, "nats; an unlikely token is a few tenths off in bfloat16"),

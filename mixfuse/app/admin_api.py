@@ -126,6 +126,7 @@ class RoleRow:
         version: The role's version in the shared record.
         staged: The revision that may replace it.
         problem: Why this server could not follow the shared record, or what keeps an engine from answering.
+        doing: What a swap does now: verifying, loading, probing, waiting for other gateways; None if none is under way.
         gate: The role's latest gate.
     """
 
@@ -139,4 +140,5 @@ class RoleRow:
     version: int
     staged: StagedRow | None
     problem: str | None
+    doing: str | None
     gate: GateReport | None

@@ -8,7 +8,8 @@ has ready of the swaps that others propose, so that a swap begins only where all
 
 A gateway that has not renewed its row stops answering by itself, before the others count it as gone. They then fence
 the row, which can never be renewed after that, and unload what is left of that owner. The token is the fence: a
-gateway that comes back is another owner.
+gateway that comes back is another owner. One that renews its row before it is fenced goes on, once it serves what was
+swapped meanwhile. After an outage of the database all are late, so nobody fences before the others had time to renew.
 """
 
 import asyncio
@@ -31,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 _LASTS_S = 30.0
 _RENEW_S = 5.0
+_GRACE_S = 2 * _RENEW_S
+"""How long a gateway reaches the database before it fences others, which may have been as cut off from it."""
 _LOOK_S = 0.2
 _FENCED = 0.0
 _NOW_SQLITE = "((julianday('now') - 2440587.5) * 86400.0)"
@@ -53,15 +56,16 @@ class EngineLease:
     def __init__(self, database: Database, gateway: str, engines: list[str]) -> None:
         self._database, self._gateway, self._engines = database, gateway, engines
         self.owner = uuid.uuid4().hex[:16] if engines else ""
-        self._valid_until = float("-inf")
+        self._valid_until = self._back_at = float("-inf")
+        self._caught_up = True
         self._said: tuple[dict[str, int], dict[str, tuple[str, str | None]]] = ({}, {})
         self._renewing: asyncio.Task[MixfuseError] | None = None
         self._now = _NOW_SQLITE if database.is_sqlite else _NOW_POSTGRES
 
     @property
     def valid(self) -> bool:
-        """Whether this gateway may answer: no other counts it as gone."""
-        return not self._engines or time.monotonic() < self._valid_until
+        """Whether this gateway may answer: no other counts it as gone, and it knows what was swapped while one did."""
+        return not self._engines or (self._caught_up and time.monotonic() < self._valid_until)
 
     async def take(self) -> None:
         """Writes the row, and renews it from now on.
@@ -82,6 +86,32 @@ class EngineLease:
         """Returns why once another gateway has fenced this one, because it stood still for long."""
         assert self._renewing is not None  # noqa: S101 - it was taken
         return await asyncio.shield(self._renewing)
+
+    async def catch_up(self, follow: Callable[[], Awaitable[None]]) -> None:
+        """Follows the shared record; if others counted this gateway as gone, it may answer again afterwards.
+
+        Raises:
+            MixfuseError: As `follow`.
+        """
+        back_at = self._back_at
+        await follow()
+        self._caught_up = back_at == self._back_at  # what was swapped before it was back has been read
+
+    def check(self, connection: Connection) -> None:
+        """Makes sure that no other gateway counts this one as gone before the connection's transaction ends.
+
+        Raises:
+            MixfuseError: One does, or may do so at any time.
+        """
+        if not self._engines:
+            return
+        # An update, as it makes others wait who would fence the row.
+        statement = text(
+            "UPDATE gateways SET expires_at = expires_at "  # noqa: S608 - our own expression
+            f"WHERE owner = :owner AND expires_at >= {self._now}"
+        )
+        if connection.execute(statement, {"owner": self.owner}).rowcount != 1:
+            raise _gone()
 
     async def say(
         self, serves: Mapping[str, int], prepared: Mapping[str, tuple[str, str | None]] | None = None
@@ -106,8 +136,8 @@ class EngineLease:
         """Returns once every gateway that serves the role has the proposed revision ready, or is gone.
 
         Raises:
-            MixfuseError: One refuses it (kind "adapter"), another proposal is under way (kind "conflict"), or the
-                database cannot be reached. Call `withdraw` in any case.
+            MixfuseError: One refuses it (kind "adapter"), another proposal is under way (kind "conflict"), this gateway
+                is gone for the others (kind "engine"), or the database cannot be reached. Call `withdraw` in any case.
         """
         if not self._engines:
             return
@@ -121,13 +151,14 @@ class EngineLease:
             raise MixfuseError(
                 f"another gateway is about to swap role {proposal.role!r}; look at it, and try again", kind="conflict"
             )
-        query = text(
-            f"SELECT name, serves, prepared FROM gateways WHERE owner <> :owner AND owner IN ({self._living})"  # noqa: S608
-        )
+        query = text(f"SELECT owner, name, serves, prepared FROM gateways WHERE owner IN ({self._living})")  # noqa: S608
         while True:
             waiting = False
-            for name, serves, prepared in await self._run(lambda connection: connection.execute(query, values).all()):
-                if proposal.role not in json.loads(serves):
+            rows = await self._run(lambda connection: connection.execute(query).all())
+            if self.owner not in [row.owner for row in rows]:
+                raise _gone()  # nobody would answer
+            for owner, name, serves, prepared in rows:
+                if owner == self.owner or proposal.role not in json.loads(serves):
                     continue
                 answered, refusal = json.loads(prepared).get(proposal.role, ("", None))
                 if answered == proposal.id and refusal:
@@ -176,7 +207,7 @@ class EngineLease:
             await asyncio.sleep(_LOOK_S)
 
     async def bury(self, unload: Callable[[str], Awaitable[bool]]) -> None:
-        """Fences the gateways that are gone, and has their adapters unloaded.
+        """Fences the gateways that are gone, and has their adapters unloaded; does nothing if this one may be gone.
 
         Args:
             unload: Unloads the adapters of an owner from this gateway's engines, and says whether none is left.
@@ -184,7 +215,7 @@ class EngineLease:
         Raises:
             MixfuseError: The database cannot be reached.
         """
-        if not self._engines:
+        if not self._engines or not self.valid:
             return
         for owner, engines in await self._run(self._fence):
             clean = await unload(str(owner))
@@ -229,12 +260,20 @@ class EngineLease:
         began = time.monotonic()
         changed = connection.execute(statement, {"owner": self.owner, "lasts": _LASTS_S, **values}).rowcount == 1
         if changed:
+            if began >= self._valid_until:
+                self._caught_up = self._valid_until == float("-inf")  # at the start there is nothing to catch up with
+                self._back_at = began
             self._valid_until = began + _LASTS_S
         return changed
 
     def _fence(self, connection: Connection) -> list[tuple[str, str]]:
         """Fences what has expired. Returns all that are fenced and share an engine with this gateway."""
-        connection.execute(text(f"UPDATE gateways SET expires_at = :fenced WHERE expires_at < {self._now}"), _AS_FENCED)  # noqa: S608
+        if time.monotonic() >= self._back_at + _GRACE_S:
+            statement = text(
+                "UPDATE gateways SET expires_at = :fenced "  # noqa: S608 - our own expression
+                f"WHERE owner <> :owner AND expires_at < {self._now}"
+            )
+            connection.execute(statement, {**_AS_FENCED, "owner": self.owner})
         rows = connection.execute(text("SELECT owner, engines FROM gateways WHERE expires_at = :fenced"), _AS_FENCED)
         return [(owner, engines) for owner, engines in rows if set(json.loads(engines)) & set(self._engines)]
 
@@ -246,6 +285,14 @@ class EngineLease:
                 f"the table of gateways in {self._database.name} cannot be reached: {error.__class__.__name__}",
                 kind="trace_db",
             ) from error
+
+
+def _gone() -> MixfuseError:
+    return MixfuseError(
+        f"this gateway has not renewed its row for {_LASTS_S:g} s, so that the others on its engines count it as gone; "
+        "until it is back it can change no role",
+        kind="engine",
+    )
 
 
 def _forget(connection: Connection, owner: str) -> None:

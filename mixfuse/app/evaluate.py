@@ -11,16 +11,15 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from rich.console import Console
 
 from mixfuse.app.admin_api import RoleRow
 from mixfuse.app.client import AdminClient, RefusedError
-from mixfuse.app.trial_engine import EngineChoice, trial
-from mixfuse.contracts import adapter, judge_protocol
+from mixfuse.app.trial_engine import EngineChoice, Trial, trial
+from mixfuse.contracts import adapter, agreement, judge_protocol
 from mixfuse.contracts.adapter import Fingerprint, Manifest, Parity
-from mixfuse.contracts.agreement import Answers
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.files import sha256_json
 from mixfuse.contracts.judge_protocol import Calibration
@@ -41,9 +40,15 @@ from mixfuse.fusion.measure.fusion_report import FusionReport
 from mixfuse.fusion.measure.judge_report import JudgeReport, compared
 from mixfuse.fusion.measure.questions import Question, Verifier, matches, read_questions
 from mixfuse.fusion.store.cache import Cache
-from mixfuse.serve.engine import BASE_MODEL_NAME
+from mixfuse.serve.admission import check_template
+from mixfuse.serve.engine import BASE_MODEL_NAME, served_template
 from mixfuse.serve.precision import precision
+from mixfuse.serve.probes import ask_verdicts
 from mixfuse.serve.roles import BASE
+from mixfuse.serve.vllm_api import VllmApi
+
+if TYPE_CHECKING:
+    from mixfuse.train.adapters.parity import Reference, Said
 
 UNTRAINED = "untrained"
 """The name of the base as a judge to compare with."""
@@ -141,8 +146,25 @@ class TaskSource:
         return {**(source or {"data": ", ".join(map(str, self.data))}), "verifier": self.verifier or "reasoning-gym"}
 
 
-def verify_parity(directory: Path, base: Path | None, choice: EngineChoice) -> Parity:
+class Verified(NamedTuple):
+    """What a comparison of an adapter in vLLM with the same adapter in PEFT found.
+
+    Attributes:
+        parity: The comparison; of several engines, of the one that is farthest from PEFT.
+        verdicts: The largest difference of a judge's verdicts there; None if none were compared.
+        stored: What was stored of it, or why nothing was, for people.
+    """
+
+    parity: Parity
+    verdicts: float | None
+    stored: str
+
+
+def verify_parity(directory: Path, base: Path | None, choice: EngineChoice) -> Verified:
     """Checks an adapter directory, then compares vLLM with PEFT on it; the figure goes into its manifest.
+
+    What an engine of another number format than float32 said is stored with PEFT's answers, unless that format is not
+    known: later swaps are held to it.
 
     Args:
         directory: The adapter directory.
@@ -150,43 +172,102 @@ def verify_parity(directory: Path, base: Path | None, choice: EngineChoice) -> P
         choice: The engine. Of several running ones, each is compared.
 
     Raises:
-        MixfuseError: The directory, the base or the choice is wrong, the engine does not start, or the parity gate
-            fails.
+        MixfuseError: The directory, the base or the choice is wrong, the engine does not start, the parity gate fails,
+            or engines of one config differ from each other.
     """
     manifest = adapter.read_manifest(directory)
+    if choice.config is None:
+        named = manifest.recipe.get("chat_template")
+        choice = replace(choice, chat_template=str(named) if named else None)
     config = choice.engine(base, rank=manifest.rank)
     adapter.verify(directory, base=_fingerprint(config.base))
     from mixfuse.train.adapters import parity
 
     wanted = parity.reference(directory, config.base, length=choice.probe_length(config))
+    if wanted.verdicts:
+        check_template(directory, manifest, served_template(config))
 
-    async def compare() -> tuple[Parity, str, Answers]:
+    async def compare() -> tuple[str, list[_Compared]]:
         async with trial(choice, config.base, {directory: manifest}) as on:
             fitting = wanted.within(on.probe_length)
             if on.precision == "float32":
                 fitting = fitting.without_repeats()
-            found = []
-            for engine in on.engines:
-                said = await parity.measure(
-                    fitting,
-                    partial(engine.prompt_logprobs, on.names[directory]),
-                    partial(engine.prompt_logprobs, engine.base_model_name),
-                )
-                compared = parity.compared(
-                    fitting,
-                    said,
-                    engine_name=f"vllm at {engine.url}" if config.external else _vllm(),
-                    precision=on.precision,
-                )
-                parity.check_agrees(directory, compared)
-                found.append((compared, on.precision, said))
-        return max(found, key=lambda one: one[0].max_abs_logprob_difference)
+            found = [await _compared(engine, directory, fitting, on) for engine in on.engines]
+            found.sort(key=lambda one: one.parity.max_abs_logprob_difference, reverse=True)
+            for other in found[1:]:
+                _check_alike(directory, found[0], other, fitting.prompts)
+            return on.precision, found
 
-    measured, format_, said = asyncio.run(compare())
-    # A running engine's number format is only believed, so a swap does not compare with what it said.
-    kept = {format_: said} if format_ != "float32" and not config.external else {}
-    parity.check(directory, measured, wanted, measured=kept)
-    return measured
+    format_, found = asyncio.run(compare())
+    farthest = found[0]
+    kept, stored = {}, f"stored: PEFT's answers, and the engine's as those of {format_}, which swaps there compare with"
+    if manifest.signature is not None:
+        stored = "nothing is stored, because the manifest is signed"
+    elif format_ == "float32":
+        stored = "stored: PEFT's answers"
+    elif choice.url is not None:
+        stored = (
+            "stored: PEFT's answers; the engine's are not, because its number format is not known (name it and its URL "
+            "in a serve config, and use --config)"
+        )
+    else:
+        kept = {format_: farthest.said}
+    parity.check(directory, farthest.parity, wanted, measured=kept)
+    off = [abs(p - probe.p) for p, probe in zip(farthest.said.verdicts, wanted.verdicts, strict=True)]
+    return Verified(farthest.parity, max(off, default=None), stored)
+
+
+class _Compared(NamedTuple):
+    """One engine's answers, beside PEFT's."""
+
+    name: str
+    parity: Parity
+    said: "Said"
+
+
+async def _compared(engine: VllmApi, directory: Path, wanted: "Reference", on: Trial) -> _Compared:
+    """Asks an engine, and compares it with PEFT.
+
+    Raises:
+        MixfuseError: It does not answer, or they differ.
+    """
+    from mixfuse.train.adapters import parity
+
+    model, name = on.names[directory], f"vllm at {engine.url}" if on.external else _vllm()
+    answers = await parity.measure(
+        wanted, partial(engine.prompt_logprobs, model), partial(engine.prompt_logprobs, engine.base_model_name)
+    )
+    found = parity.compared(wanted, answers, engine_name=name, precision=on.precision)
+    parity.check_agrees(directory, found)
+    verdicts = await ask_verdicts(engine, model, wanted.verdicts)
+    limit = agreement.verdict_limit(found.tolerance, found.base_deviation)
+    known = [probe.p for probe in wanted.verdicts]
+    if wrong := agreement.verdict_fault(verdicts, known, limit=limit, when="in PEFT"):
+        raise MixfuseError(f"{directory}: parity failed in {on.precision}: {name}: {wrong}", kind="parity")
+    return _Compared(name, found, parity.Said(answers, [p for p in verdicts if p is not None]))
+
+
+def _check_alike(directory: Path, first: _Compared, other: _Compared, prompts: Sequence[Sequence[int]]) -> None:
+    """Refuses engines of one config of which a swap would refuse one, held to what another said.
+
+    Raises:
+        MixfuseError: They serve different bases (kind "engine") or adapters, or differ more than their number format
+            explains.
+    """
+    format_, tolerance = other.parity.dtype, other.parity.tolerance
+    allowed = agreement.batch_tolerance(format_, tolerance)
+    one, two = first.said.answers, other.said.answers
+    if wrong := agreement.base_fault(one.base, two.base, allowed=allowed):
+        raise MixfuseError(f"{first.name} and {other.name}: {wrong}", kind="engine")
+    if format_ == "float32":  # both were compared with PEFT, which nothing rounds
+        return
+    found = agreement.compare(one, two, prompts)
+    limit = agreement.verdict_limit(allowed, found.drift)
+    wrong = agreement.fault(found, tolerance=tolerance) or agreement.verdict_fault(
+        other.said.verdicts, first.said.verdicts, limit=limit, when=f"in {first.name}"
+    )
+    if wrong:
+        raise MixfuseError(f"{directory}: {other.name} differs from {first.name} in {format_}: {wrong}", kind="parity")
 
 
 def server_at(url: str) -> Target:

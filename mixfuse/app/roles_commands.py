@@ -4,9 +4,12 @@ import json
 import math
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 from rich.console import Console
@@ -38,6 +41,7 @@ def list_roles(url: str, *, as_json: bool = False) -> None:
     for row in rows:
         notes = ["pinned"] if row.pinned else []
         notes += [] if row.loaded else ["not loaded"]
+        notes += [row.doing] if row.doing else []
         if row.staged:
             notes.append(f"{row.staged.revision} staged" + (f", {row.staged.share:.0%}" if row.staged.share else ""))
         notes += [row.problem] if row.problem else []
@@ -60,7 +64,38 @@ def swap_role(url: str, role: str, directory: Path, *, as_json: bool = False) ->
     Raises:
         MixfuseError: No server answers, or the swap was refused; the old revision serves on.
     """
-    _print_swap(AdminClient(url).swap(role, resolved(directory)), as_json)
+    client = AdminClient(url)
+    with _shown(client, role):
+        swap = client.swap(role, resolved(directory))
+    _print_swap(swap, as_json)
+
+
+@contextmanager
+def _shown(client: AdminClient, role: str) -> Iterator[None]:
+    """Shows, on a terminal, what the server does while the block waits for a swap."""
+    console, ended, began = Console(stderr=True), Event(), time.monotonic()
+
+    def watch() -> None:
+        with console.status(Text(f"{role}: asking the server")) as status:
+            while not ended.wait(_POLL_S):
+                try:
+                    doing = client.role(role).doing or "waiting for requests on the old revision"
+                except MixfuseError as error:
+                    doing = str(error)
+                status.update(Text(f"{role}: {doing} ({time.monotonic() - began:.0f} s)"))
+
+    watching = Thread(target=watch, daemon=True) if console.is_terminal else None
+    try:
+        if watching is not None:
+            watching.start()
+        yield
+    except KeyboardInterrupt:
+        print(f"{role}: the server goes on with the swap; see: mixfuse roles list", file=sys.stderr)
+        raise
+    finally:
+        ended.set()
+        if watching is not None:
+            watching.join()
 
 
 def swap_through_gate(url: str, role: str, directory: Path, gate: dict[str, Any], *, as_json: bool = False) -> None:
@@ -140,7 +175,10 @@ def roll_role_back(url: str, role: str, *, as_json: bool = False) -> None:
     Raises:
         MixfuseError: As for `swap_role`, or nothing served the role before.
     """
-    _print_swap(AdminClient(url).rollback(role), as_json)
+    client = AdminClient(url)
+    with _shown(client, role):
+        swap = client.rollback(role)
+    _print_swap(swap, as_json)
 
 
 def roll_stored_role_back(where: str, role: str, *, as_json: bool = False) -> None:

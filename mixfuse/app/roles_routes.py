@@ -118,6 +118,7 @@ def _row(state: RoleState, gate: Gate | None, trouble: Trouble | None) -> RoleRo
         version=state.version,
         staged=StagedRow(staged.revision, state.canary_share, staged.in_flight) if staged else None,
         problem="; ".join(filter(None, (state.problem, trouble and trouble.why))) or None,
+        doing=state.doing,
         gate=gate.report() if gate else None,
     )
 

@@ -84,9 +84,20 @@ class StoredRoles:
     async def change(
         self, role: str, expected: int, revision: str | None, directory: Path | None, why: Reason
     ) -> RoleEntry:
-        """Records the revision that serves a role from now on; see the function `change`."""
+        """Records the revision that serves a role from now on; see the function `change`.
+
+        Raises:
+            MixfuseError: As for `change`, or the gateways that share this one's engines count it as gone (kind
+                "engine"): they may have given up what it proposed.
+        """
         path = None if directory is None else _stored(directory)
-        return await self._run(partial(change, new=_new(role, expected, revision, path, self._gateway), why=why))
+
+        def work(connection: Connection) -> RoleEntry:
+            if self._lease is not None:
+                self._lease.check(connection)
+            return change(connection, new=_new(role, expected, revision, path, self._gateway), why=why)
+
+        return await self._run(work)
 
     async def note_refusal(
         self, role: str, revision: str | None, directory: Path | None, why: Reason, error: str

@@ -112,7 +112,8 @@ class ServeConfig(Strict):
         probe_tolerance: How far an adapter's log-probabilities may always be from those stored with it, in nats, as
             median and quantiles; twice what the base itself is off by is always allowed. By default 0.001 for a float32
             engine, else 0.02, or 0.5 for probes of earlier versions, which do not hold the base's. A judge's verdict
-            may be off by half of what the 99 % quantile may.
+            may be off by half of what the 99 % quantile may; where it was measured in an engine of this format, by 0.05
+            at least.
         adapters_without_probes: `refuse` serves only adapters that have `probes.json`. Every adapter that is exported
             from a run has, and every one that passed `adapter verify --base`.
         gate: The limits that an adapter must keep in a swap with `--shadow` or `--canary`.
@@ -339,7 +340,7 @@ async def _serve(config: ServeConfig, fusion: FusionConfig) -> None:
                 ui=_ui(fusion, config.gateway),
             )
             server = uvicorn.Server(_uvicorn(app, config.gateway))
-            background = _background(config, swapper, follower, gates, store)
+            background = _background(config, swapper, partial(lease.catch_up, follower.follow), gates, store)
             if lease.owner:
                 background += [
                     asyncio.create_task(_repeat(partial(lease.bury, engine.unload_of), _BURY_S)),
@@ -381,7 +382,7 @@ def _terms(config: ServeConfig) -> Terms:
 
 
 def _background(
-    config: ServeConfig, swapper: Swapper, follower: RecordFollower, gates: Gates, store: StoredRoles
+    config: ServeConfig, swapper: Swapper, follow: Callable[[], Awaitable[None]], gates: Gates, store: StoredRoles
 ) -> list["asyncio.Task[None]"]:
     """Starts the background tasks: following the shared record, and watching for new adapters."""
     asked = config.watch_gate.model_dump() if config.watch_gate is not None else None
@@ -390,7 +391,7 @@ def _background(
         await gates.through(role, SwapRequest(directory=directory, **(asked or {})))
 
     swap = through_gate if asked is not None else None
-    tasks = [_repeat(follower.follow, config.roles_poll_s)]
+    tasks = [_repeat(follow, config.roles_poll_s)]
     if isinstance(config.watch, dict):
         hub = HubSource(config.watch, config.engine.base, store)
         tasks += [_repeat(Watcher(swapper, hub, role, swap).poll, _HUB_POLL_S) for role in config.watch]

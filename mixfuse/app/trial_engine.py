@@ -40,12 +40,14 @@ class EngineChoice:
         dtype: The type of weights and activations; None: the config's, else float32 on a CPU and the base's on a GPU.
         tensor_parallel_size: Over how many GPUs each layer is divided; None: the config's.
         url: A running vLLM, instead of a config. Its key is in the environment, `VLLM_API_KEY`.
+        chat_template: What an engine that is started without a config writes chats with; None: the base's own template.
     """
 
     config: Path | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
     tensor_parallel_size: int | None = None
     url: str | None = None
+    chat_template: str | None = None
 
     def engine(self, base: Path | None, *, rank: int) -> EngineConfig:
         """The config of the engine.
@@ -84,6 +86,7 @@ class EngineChoice:
         return EngineConfig(
             base=base,
             dtype=dtype,
+            chat_template=self.chat_template,
             max_lora_rank=rank,
             max_loras=1,
             max_model_len=_LENGTH if cpu_build() else LENGTHS[-1] + _ROOM,
@@ -100,6 +103,11 @@ class EngineChoice:
             )
         if engine.external and self.tensor_parallel_size:
             raise MixfuseError(f"{self.config}: its engines run already, so --tensor-parallel-size cannot change them")
+        if engine.external and self.dtype not in (None, engine.dtype):
+            raise MixfuseError(
+                f"{self.config}: its engines run already, so --dtype cannot change them; say in engine.dtype how they "
+                "were started"
+            )
         changes = {
             "base": base or engine.base,
             "dtype": self.dtype or engine.dtype,
@@ -121,12 +129,14 @@ class Trial(NamedTuple):
         names: Adapter directory → its name in them.
         precision: The number format of their weights and activations.
         length: The longest prompt and completion together, in tokens.
+        external: Whether they run already.
     """
 
     engines: Sequence[VllmApi]
     names: Mapping[Path, str]
     precision: str
     length: int
+    external: bool
 
     @property
     def probe_length(self) -> int:
@@ -164,7 +174,7 @@ async def trial(choice: EngineChoice, base: Path | None, adapters: Mapping[Path,
                     stack.push_async_callback(engine_api.unload_adapter, name)
         lengths = await asyncio.gather(*(engine_api.max_model_len() for engine_api in engines))
         length = min((known for known in lengths if known is not None), default=config.max_model_len)
-        yield Trial(engines, names, precision(config), length)
+        yield Trial(engines, names, precision(config), length, bool(config.external))
 
 
 async def _running(config: EngineConfig) -> list[VllmApi]:

@@ -217,7 +217,8 @@ def _verify(arguments: argparse.Namespace) -> None:
         return
     from mixfuse.app.evaluate import verify_parity
 
-    parity = verify_parity(arguments.dir, base, choice)
+    verified = verify_parity(arguments.dir, base, choice)
+    parity = verified.parity
     print(
         f"{arguments.dir}: log-probs in vLLM ({parity.dtype}) and PEFT differ by {parity.deviation} over "
         f"{parity.tokens} tokens"
@@ -225,6 +226,8 @@ def _verify(arguments: argparse.Namespace) -> None:
         + f"; the adapter moves them by up to {parity.adapter_effect:.2g}"
         + (f", its experts by {parity.expert_effect:.2g}" if parity.expert_effect else "")
         + "".join(f"; the engine shows {share}" for share in parity.shares)
+        + (f"; its verdicts differ by up to {verified.verdicts:.2g}" if verified.verdicts is not None else "")
+        + f"; {verified.stored}"
     )
 
 

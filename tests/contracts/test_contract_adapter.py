@@ -11,6 +11,7 @@ from typing import Any
 import jsonschema
 import numpy
 import pytest
+from pydantic import ValidationError
 from safetensors.numpy import load_file, save_file
 
 from mixfuse.app import config_reference
@@ -403,3 +404,33 @@ def test_a_base_that_lacks_a_part_is_named(missing: str, base: Path) -> None:
     (base / missing).unlink()
     with pytest.raises(MixfuseError, match=r"no such file|no \.safetensors weights"):
         adapter.fingerprint(base)
+
+
+PROBE = {"tokens": [1, 2, 3], "logprobs": [-1.0, -2.0]}
+VERDICT = {"messages": [{"role": "user", "content": "A or B?"}], "p": 0.8}
+MEASURED = {"logprobs": [[-1.0, -2.0]], "base": [[-1.5, -2.5]]}
+
+
+@pytest.mark.parametrize(
+    ("measured", "words"),
+    [
+        ({}, None),  # of a file of an earlier version
+        ({"verdicts": [0.7]}, None),
+        ({"verdicts": [0.7, 0.7]}, "another number of verdicts"),
+        ({"verdicts": [1.1]}, "less than or equal to 1"),
+        ({"verdicts": [float("nan")]}, "finite"),
+        ({"logprobs": [], "base": []}, "another number of prompts"),
+    ],
+)
+def test_what_an_engine_said_fits_the_probes(measured: dict[str, Any], words: str | None) -> None:
+    data = {
+        "tolerance": 1e-3,
+        "logprobs": [PROBE],
+        "verdicts": [VERDICT],
+        "measured": {"bfloat16": MEASURED | measured},
+    }
+    if words is None:
+        assert adapter.Probes.model_validate(data).measured["bfloat16"].verdicts == measured.get("verdicts", [])
+        return
+    with pytest.raises(ValidationError, match=words):
+        adapter.Probes.model_validate(data)

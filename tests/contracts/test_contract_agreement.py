@@ -1,9 +1,13 @@
 """The rest of an adapter's effect: another revision is found under rounding that hides it in every single token."""
 
+import math
+import re
+
 import numpy
 import pytest
 
 from mixfuse.contracts import agreement
+from mixfuse.contracts.adapter import Deviation
 from mixfuse.contracts.agreement import REPEATED, Answers
 
 TEXTS, BEGINNINGS, BEGINNING = 12, 12, 8
@@ -86,3 +90,36 @@ def test_without_texts_behind_several_beginnings_there_is_no_rest() -> None:
     assert len(agreement.repeats(PROMPTS)) == TEXTS
     rows = [[-1.0] * (len(prompt) - 1) for prompt in alone]
     assert agreement.rest(Answers(rows, rows), Answers(rows, rows), alone) is None
+
+
+def drift(worst: float) -> Deviation:
+    return agreement.deviation([[-2.0] * 200], [[-2.0 - worst] * 200])
+
+
+def test_a_verdict_may_be_off_by_half_of_what_a_log_probability_may() -> None:
+    assert agreement.verdict_limit(0.1, None) == pytest.approx(0.05)
+    assert agreement.verdict_limit(0.1, drift(0.01)) == pytest.approx(0.05)
+    assert agreement.verdict_limit(0.1, drift(0.3)) == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ([0.2, 0.75], None),
+        ([0.2, 0.74], r"comparison 2 is 0\.740; it was 0\.800 then, and 0\.05 is allowed"),
+        ([None, 0.8], "comparison 1 cannot be read"),
+        ([math.nan, 0.8], "comparison 1 is nan"),
+    ],
+)
+def test_a_verdict_that_is_off_or_cannot_be_read_is_a_fault(said: list[float | None], words: str | None) -> None:
+    fault = agreement.verdict_fault(said, [0.2, 0.8], limit=0.0501, when="then")
+    assert fault is None if words is None else re.search(words, fault or "")
+
+
+def test_bases_that_another_batch_does_not_make_of_each_other_are_a_fault() -> None:
+    allowed = agreement.batch_tolerance("bfloat16 fp8", 0.02)
+    assert allowed == pytest.approx(0.1)
+    assert agreement.batch_tolerance("float32", 1e-5) == pytest.approx(1e-3)
+    one = [[-2.0] * 9]
+    assert agreement.base_fault(one, [[-2.29] * 8 + [-9.0]], allowed=allowed) is None
+    assert "not the same in all engines" in (agreement.base_fault(one, [[-2.31] * 9], allowed=allowed) or "")

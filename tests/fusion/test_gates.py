@@ -47,6 +47,7 @@ class ScriptedEngine:
     """An engine whose adapters answer by the script of the copy they were loaded from, by its name."""
 
     base_model_name = "base"
+    started = None
 
     def __init__(self, upstream: FakeUpstream, scripts: dict[str, Script]) -> None:
         self._upstream, self._scripts = upstream, scripts
@@ -77,7 +78,13 @@ class ScriptedEngine:
     async def prompt_logprobs(self, name: str, prompt: list[int]) -> list[float]:
         return [-2.0 if name in self.loaded else -1.0] * (len(prompt) - 1)
 
+    async def busy(self) -> bool:
+        return False
+
     def each(self) -> "list[ScriptedEngine]":
+        return [self]
+
+    async def ranks(self) -> "list[ScriptedEngine]":
         return [self]
 
     async def max_model_len(self) -> None:

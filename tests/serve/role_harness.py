@@ -30,6 +30,7 @@ class FakeEngine:
     """Keeps the names that are loaded; a test makes its calls wait or fail."""
 
     base_model_name = "base"
+    started: str | None = None
 
     def __init__(self) -> None:
         self.loaded: set[str] = set()
@@ -77,7 +78,13 @@ class FakeEngine:
         assert name in {"base", *self.loaded}
         return [self.says.get(name, -2.0)] * (len(prompt) - 1)
 
+    async def busy(self) -> bool:
+        return False
+
     def each(self) -> "list[FakeEngine]":
+        return [self]
+
+    async def ranks(self) -> "list[FakeEngine]":
         return [self]
 
     async def max_model_len(self) -> int:

@@ -1,4 +1,4 @@
-"""What a vLLM server says of its models and adapters, without a model: for tests of who keeps and asks it.
+"""What a vLLM server says of its models and adapters, without vLLM: for tests of who keeps and asks it.
 
 As a program (`python stand_in.py PORT`) it is put in vLLM's place, and at SIGUSR1 does as vLLM does when its core
 hangs; as `StandIn` it is an engine that someone else runs.
@@ -14,6 +14,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 
+class _Server(ThreadingHTTPServer):
+    request_queue_size = 256  # the probes of a swap come at once
+
+
 class StandIn:
     """A server on loopback that can be stopped and started again on its port.
 
@@ -21,6 +25,9 @@ class StandIn:
         adapters: Name → path of what is loaded.
         refused: Names that it refuses to load.
         logprob: What it says of every token of a prompt.
+        token: What it writes, again and again.
+        ranks: How many data-parallel copies of the model it has.
+        asked: The copy that each request named (None: none), and its model.
         doors: Whether some routes need no key, as vLLM's own.
     """
 
@@ -28,11 +35,13 @@ class StandIn:
         self.name, self.api_key = name, api_key
         self.adapters: dict[str, str] = {}
         self.refused: set[str] = set()
-        self.logprob = -1.0
+        self.logprob, self.token = -1.0, 7
+        self.ranks = 1
+        self.asked: list[tuple[str | None, str]] = []
         self.doors = False
         self.works = threading.Event()
         self.works.set()
-        self._server: ThreadingHTTPServer | None = None
+        self._server: _Server | None = None
         self.start(port)
 
     @property
@@ -40,7 +49,7 @@ class StandIn:
         return f"http://127.0.0.1:{self.port}"
 
     def start(self, port: int | None = None) -> None:
-        self._server = ThreadingHTTPServer(("127.0.0.1", self.port if port is None else port), self._handler())
+        self._server = _Server(("127.0.0.1", self.port if port is None else port), self._handler())
         self.port = self._server.server_port
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02})
         self._thread.start()
@@ -51,6 +60,14 @@ class StandIn:
             self._server.server_close()
             self._thread.join()
             self._server = None
+
+    def said(self, name: str, prompt: list[int]) -> list[float]:
+        """The log-probabilities of a prompt's tokens but the first; a test's engine has others."""
+        return [self.logprob] * len(prompt[1:])
+
+    def first_tokens(self, name: str, messages: list[dict[str, str]]) -> dict[str, float]:
+        """The log-probabilities of an answer's first token."""
+        return {"A": self.logprob, "B": self.logprob}
 
     def _handler(self) -> type[BaseHTTPRequestHandler]:
         stand_in = self
@@ -64,7 +81,11 @@ class StandIn:
                 rows += [
                     {"id": name, "parent": stand_in.name, "root": root} for name, root in stand_in.adapters.items()
                 ]
-                self._answer(200, {"data": rows} if self.path == "/v1/models" else {})
+                if self.path == "/metrics":
+                    lines = [f'vllm:num_requests_running{{engine="{n}"}} 0.0\n' for n in range(stand_in.ranks)]
+                    self._answer(200, "".join(lines))
+                else:
+                    self._answer(200, {"data": rows} if self.path == "/v1/models" else {})
 
             def do_DELETE(self) -> None:
                 if stand_in.doors:
@@ -78,6 +99,8 @@ class StandIn:
                     self._answer(400, {"error": {"message": "a body is missing"}})
                     return
                 name = body.get("lora_name", body.get("model"))
+                if "model" in body:
+                    stand_in.asked.append((self.headers["x-data-parallel-rank"], name))
                 if stand_in.api_key and self.headers["authorization"] != f"Bearer {stand_in.api_key}":
                     self._answer(401, {"error": {"message": "no key"}})
                 elif self.path == "/v1/load_lora_adapter":
@@ -96,15 +119,25 @@ class StandIn:
                     stand_in.works.wait()
                     if self.path == "/v1/unload_lora_adapter":
                         del stand_in.adapters[name]
+                    prompt = body.get("prompt", [])
+                    values = stand_in.said(name, prompt)
                     said = [None] + [
-                        {str(token): {"logprob": stand_in.logprob}} for token in body.get("prompt", [])[1:]
+                        {str(token): {"logprob": value}} for token, value in zip(prompt[1:], values, strict=True)
                     ]
                     message = {"role": "assistant", "content": f"said by {name}"}
                     choice = {"index": 0, "message": message, "finish_reason": "stop", "prompt_logprobs": said}
+                    if body.get("return_token_ids"):
+                        tokens = [stand_in.token] * body["max_tokens"]
+                        values = stand_in.said(name, [*prompt, *tokens])[-len(tokens) :]
+                        choice |= {"token_ids": tokens, "logprobs": {"token_logprobs": values}}
+                    elif body.get("logprobs") is True:
+                        first = stand_in.first_tokens(name, body["messages"])
+                        top = [{"token": token, "logprob": value} for token, value in first.items()]
+                        choice["logprobs"] = {"content": [{"top_logprobs": top}]}
                     self._answer(200, {"choices": [choice]})
 
             def _answer(self, status: int, body: object) -> None:
-                text = json.dumps(body).encode()
+                text = (body if isinstance(body, str) else json.dumps(body)).encode()
                 self.send_response(status)
                 self.send_header("content-length", str(len(text)))
                 self.end_headers()

@@ -1,6 +1,13 @@
 """The admin client before a real server: what it returns, and the one line for each way the server can fail it."""
 
+import asyncio
 import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -45,10 +52,28 @@ def running(app: Starlette) -> Iterator[str]:
         thread.join()
 
 
+class SlowEngine(FakeEngine):
+    """Loads a further adapter only once a test lets it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.may_load = threading.Event()
+        self.may_load.set()
+
+    async def load_adapter(self, name: str, path: Path) -> None:
+        await asyncio.to_thread(self.may_load.wait)
+        await super().load_adapter(name, path)
+
+
 @pytest.fixture
-def client(made: Callable[..., Path], stores) -> Iterator[AdminClient]:
+def slow_engine() -> SlowEngine:
+    return SlowEngine()
+
+
+@pytest.fixture
+def client(made: Callable[..., Path], stores, slow_engine: SlowEngine) -> Iterator[AdminClient]:
     """The client of a server whose role `domain` is served by adapter 1."""
-    swapper = table(FakeEngine(), store=stores())
+    swapper = table(slow_engine, store=stores())
     fusion = FusionConfig.model_validate({"members": [{"name": "a", "role": "domain"}], "trace_db": "unused"})
     gates = Gates(swapper, LeasedRoles(swapper.table, FakeEngine()), fusion, GateConfig())
 
@@ -73,6 +98,33 @@ def test_the_client_reads_what_the_routes_write(client: AdminClient, made: Calla
     assert client.rollback("domain").new == revision(made(1))
     assert client.role("domain").version == 3
     assert [event.why for event in client.history("domain", limit=2)] == ["rollback", "unpin"]
+
+
+def test_a_swap_says_what_it_does_and_goes_on_without_its_caller(
+    client: AdminClient, made: Callable[..., Path], slow_engine: SlowEngine
+):
+    """The command shows it on a terminal; Ctrl-C ends the command alone."""
+    slow_engine.may_load.clear()
+    directory = made(2)
+    master, terminal = pty.openpty()
+    command = [sys.executable, "-m", "mixfuse", "roles", "swap", "domain", str(directory), "--url", client.url]
+    with subprocess.Popen(command, stdout=terminal, stderr=terminal, start_new_session=True) as swapping:
+        os.close(terminal)
+        shown = ""
+        while not re.search(r"domain: loading \(\d+ s\)", shown):
+            shown += os.read(master, 1 << 16).decode()
+        assert client.role("domain").doing == "loading"
+        swapping.send_signal(signal.SIGINT)
+        while "the server goes on with the swap; see: mixfuse roles list" not in shown:
+            shown += os.read(master, 1 << 16).decode()
+    os.close(master)
+    assert swapping.returncode == 130
+    slow_engine.may_load.set()
+    until = time.monotonic() + 60
+    while client.role("domain").revision != revision(directory):
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    assert client.role("domain").doing is None
 
 
 def test_a_gate_is_begun_seen_and_stopped(client: AdminClient, made: Callable[..., Path]):

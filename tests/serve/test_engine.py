@@ -292,6 +292,16 @@ async def test_vllm_says_why_it_refuses_an_adapter(engine: Engine, tiny, tmp_pat
 
 @pytest.mark.engine
 @module_loop
+async def test_an_engine_says_whether_it_is_busy(engine: Engine):
+    """Its own metrics say so, and no longer once the request has been answered."""
+    writing = asyncio.create_task(engine.decode("base", [1, 2, 3], 200))
+    while not (busy := await engine.busy()) and not writing.done():
+        pass
+    await writing
+    assert busy
+    assert not await engine.busy()
+
+
 async def test_chat_gives_the_top_logprobs_a_verdict_is_read_from(engine: Engine):
     messages = [{"role": "user", "content": "A or B?"}]
     response = await ask(

@@ -44,6 +44,7 @@ from mixfuse.contracts.adapter import (
 from mixfuse.contracts.database import opened
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.strict_yaml import validate
+from mixfuse.serve import probes
 from mixfuse.serve.copies import AdapterCopies, copy_name
 from mixfuse.serve.following import RecordFollower
 from mixfuse.serve.swap import Swapper
@@ -370,17 +371,126 @@ async def test_an_adapter_that_answers_otherwise_in_a_batch_is_refused(made):
         await table(Mixing(0.5, 0.0)).swap("domain", made(1))
 
 
-async def test_every_engine_is_probed(made):
-    """The second engine ignores the adapter."""
+class BusyEngine(NoisyEngine):
+    """An engine with other requests. By its clock each prompt takes `seconds`, and sleeping takes what it should."""
 
-    class Two(NoisyEngine):
-        def each(self) -> list[FakeEngine]:
-            other = NoisyEngine(0.0, 0.0)
-            other.loaded = self.loaded
-            return [self, other]
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, seconds: float = 0.1) -> None:
+        super().__init__(0.5, 0.0)
+        self.seconds, self.others = seconds, True
+        self.now = self.worked = self.slept = 0.0
+        monkeypatch.setattr(probes, "time", self)
+        monkeypatch.setattr(probes.asyncio, "sleep", self.sleep)
 
+    def monotonic(self) -> float:
+        return self.now
+
+    async def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self.slept += seconds
+
+    async def busy(self) -> bool:
+        return self.others
+
+    async def prompt_logprobs(self, name: str, prompt: list[int]) -> list[float]:
+        self.asked.append((name, len(prompt)))
+        self.now += self.seconds
+        self.worked += self.seconds
+        return [self.value(name, place, len(prompt)) for place in range(1, len(prompt))]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "others", "share"), [(0.1, True, 0.1), (0.1, False, 1.0), (10.0, True, None)], ids=str
+)
+async def test_probes_leave_a_busy_engines_time_to_its_requests(
+    made, monkeypatch: pytest.MonkeyPatch, seconds: float, others: bool, share: float | None
+):
+    """A tenth of it is theirs, all of an idle one's; and a swap ends, however slow the engine is."""
+    engine = BusyEngine(monkeypatch, seconds=seconds)
+    engine.others = others
+    await table(engine).swap("domain", made(1))
+    if share is None:
+        assert engine.slept == pytest.approx(120)
+    else:
+        assert engine.worked / (engine.worked + engine.slept) == pytest.approx(share, abs=0.01)
+
+
+@pytest.mark.parametrize(("started", "longest"), [(("1", "1", "1"), 24), (("1", "1", "2"), 1015), ((None,) * 3, 1015)])
+async def test_a_rollback_does_not_wait_for_requests(
+    made, stores, monkeypatch: pytest.MonkeyPatch, started: tuple[str | None, ...], longest: int
+):
+    """What has passed all probes since the engine's start is asked the short ones."""
+    engine = BusyEngine(monkeypatch)
+    swapper = table(engine, store=stores())
+    for number in (1, 2):
+        engine.started = started[number - 1]
+        await swapper.swap("domain", made(number))
+    slept, engine.asked, engine.started = engine.slept, [], started[2]
+    assert (await swapper.rollback("domain")).new == revision(made(1))
+    assert engine.slept == slept > 0
+    asked = [size for name, size in engine.asked if name != "base"]
+    assert longest <= max(asked) < longest + 16  # with what it writes
+
+
+async def test_a_rollback_compares_the_short_prompts_and_a_judges_verdicts(
+    made, stores, monkeypatch: pytest.MonkeyPatch
+):
+    engine = BusyEngine(monkeypatch)
+    engine.started = "1"
+    said = {name: [engine.value(name, place, 0) for place in range(1, 700)] for name in ("base", "adapter")}
+    known = [
+        LogprobProbe(tokens=list(range(size)), logprobs=said["adapter"][: size - 1], base=said["base"][: size - 1])
+        for size in (700, 20)
+    ]
+    verdicts = [VerdictProbe(messages=[{"role": "user", "content": "A or B?"}], p=0.5)]
+    swapper = table(engine, "judge", store=stores())
+    for number in (1, 2):
+        probes_of = Probes(tolerance=1e-3, logprobs=known, verdicts=verdicts)
+        await swapper.swap("judge", made(number, "judge", probes=probes_of))
+    engine.asked = []
+    assert (await swapper.rollback("judge")).new == revision(made(1, "judge"))
+    assert max(size for _, size in engine.asked) < 64
+    engine.prefers[f"judge@{revision(made(2, 'judge'))}"] = 0.9
+    with pytest.raises(MixfuseError, match="its verdict on stored comparison 1"):
+        await swapper.swap("judge", made(2, "judge"))
+
+
+async def test_a_rollback_to_an_adapter_that_is_ignored_now_is_refused(made, stores, monkeypatch: pytest.MonkeyPatch):
+    engine = BusyEngine(monkeypatch)
+    engine.started = "1"
+    swapper = table(engine, store=stores())
+    for number in (1, 2):
+        await swapper.swap("domain", made(number))
+    engine.adapted = 0.0
     with pytest.raises(MixfuseError, match="it ignores the adapter"):
-        await table(Two(0.5, 0.0)).swap("domain", made(1))
+        await swapper.rollback("domain")
+    assert engine.loaded == {f"domain@{revision(made(2))}"}
+
+
+async def test_a_base_is_asked_for_long_prompts_once_a_start(made, monkeypatch: pytest.MonkeyPatch):
+    engine = BusyEngine(monkeypatch)
+    swapper = table(engine)
+    long = []
+    for number, started in ((1, "1"), (2, "1"), (3, "2"), (4, None), (5, None)):
+        engine.asked, engine.started = [], started
+        await swapper.swap("domain", made(number))
+        assert any(name == "base" for name, _ in engine.asked)
+        assert any(name != "base" and size > 1000 for name, size in engine.asked)
+        long.append(sum(name == "base" and size > 64 for name, size in engine.asked))
+    assert long == [2, 0, 2, 2, 2]
+
+
+@pytest.mark.parametrize("which", ["each", "ranks"])
+async def test_every_engine_and_each_of_its_copies_is_probed(made, monkeypatch: pytest.MonkeyPatch, which: str):
+    """The second one ignores the adapter."""
+    engine, other = NoisyEngine(0.5, 0.0), NoisyEngine(0.0, 0.0)
+    other.loaded = engine.loaded
+
+    async def ranks() -> list[FakeEngine]:
+        return [engine, other]
+
+    monkeypatch.setattr(engine, which, ranks if which == "ranks" else lambda: [engine, other])
+    with pytest.raises(MixfuseError, match="it ignores the adapter"):
+        await table(engine).swap("domain", made(1))
 
 
 async def test_without_probes_the_effect_has_the_right_size(made):
@@ -428,6 +538,65 @@ async def test_a_quantised_engine_is_compared_with_what_it_said_when_it_was_veri
                 await table(other, precision="bfloat16 awq").swap("domain", directory)
         else:
             await table(other, precision="bfloat16 awq").swap("domain", directory)
+
+
+class Coarse(NoisyEngine):
+    """A judge's engine whose weights are so coarse that log-probabilities are off by half a nat, always alike."""
+
+    def __init__(self, p: float, noise: float = 0.0) -> None:
+        super().__init__(0.3, noise)
+        self.p = p
+
+    async def first_token_logprobs(self, name: str, messages: list[dict[str, str]]) -> dict[str, float]:
+        return {"A": math.log(self.p), "B": math.log(1 - self.p)}
+
+
+@pytest.mark.parametrize(
+    ("kept", "noise", "p", "words"),
+    [
+        (None, 0.0, 0.1, None),
+        ([], 0.0, 0.6, None),
+        ([0.6], 0.0, 0.64, None),
+        ([0.6], 0.0, 0.8, r"is 0\.800; it was 0\.600 when it was verified in bfloat16 awq, and 0\.05 is allowed"),
+        ([0.6], 0.03, 0.66, None),
+        ([0.6], 0.0, 0.66, r"0\.05 is allowed"),
+        ([0.6], 0.03, 0.8, "when it was verified in bfloat16 awq"),
+    ],
+    ids=[
+        "not measured",
+        "measured without verdicts",
+        "the same",
+        "PEFT's",
+        "within its noise",
+        "not without",
+        "beyond",
+    ],
+)
+async def test_a_quantised_engines_verdicts_are_compared_with_what_it_said_itself(
+    made, kept: list[float] | None, noise: float, p: float, words: str | None
+):
+    """PEFT's verdict is 0.8; the coarse weights make 0.6 of it, and another batch hardly moves that."""
+    tokens = list(range(1, 400))
+    exact, coarse = NoisyEngine(0.3, 0.0), random.Random(8)
+    sides = {name: [exact.value(name, place, 399) for place in range(1, 399)] for name in ("base", "adapter")}
+    shift = [coarse.gauss(0, 0.5) for _ in tokens[1:]]
+    reference = {name: [value + off for value, off in zip(row, shift, strict=True)] for name, row in sides.items()}
+    measured = {}
+    if kept is not None:
+        measured["bfloat16 awq"] = Measured(logprobs=[sides["adapter"]], base=[sides["base"]], verdicts=kept)
+    probes = Probes(
+        tolerance=1e-3,
+        logprobs=[LogprobProbe(tokens=tokens, logprobs=reference["adapter"], base=reference["base"])],
+        verdicts=[VerdictProbe(messages=[{"role": "user", "content": "A or B?"}], p=0.8)],
+        measured=measured,
+    )
+    engine = Coarse(p, noise)
+    swapping = table(engine, "judge", precision="bfloat16 awq").swap("judge", made(1, "judge", probes=probes))
+    if words:
+        with pytest.raises(MixfuseError, match=words):
+            await swapping
+    else:
+        await swapping
 
 
 async def test_an_adapter_of_another_chat_template_than_the_engines_is_refused_by_name(made, caplog):

@@ -51,6 +51,11 @@ def database(place: str):
         yield made
 
 
+@pytest.fixture(autouse=True)
+def soon_fenced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_lease, "_GRACE_S", 0)
+
+
 def expire(database: Database, owner: str) -> None:
     """As if the owner had not renewed its row for long."""
     statement = text("UPDATE gateways SET expires_at = expires_at - 60 WHERE owner = :owner AND expires_at > 0")
@@ -109,6 +114,42 @@ async def test_a_gateway_that_cannot_renew_stops_answering_before_it_is_fenced(d
         async with roles.lease("base"):
             pass
     await lease.release(nothing_left)
+
+
+async def test_gateways_whose_database_was_away_go_on_once_they_know_what_was_swapped(database: Database, monkeypatch):
+    """All their rows have run out, and the first to be back fences none that has not had the time to renew its own."""
+    for name, seconds in (("_LASTS_S", 1.0), ("_RENEW_S", 0.1), ("_GRACE_S", 600.0)):
+        monkeypatch.setattr(engine_lease, name, seconds)
+    leases = [EngineLease(database, name, ENGINES) for name in ("one", "two")]
+    for lease in leases:
+        await lease.take()
+
+    async def away(*_: object) -> None:
+        raise MixfuseError("it is away", kind="trace_db")
+
+    async def follow() -> None:
+        pass
+
+    for lease in leases:
+        lease._run = away
+    await eventually(lambda: not any(lease.valid for lease in leases))
+    for lease in leases:
+        await lease.bury(nothing_left)  # it does not ask
+        back = time.monotonic()
+        del lease._run
+        await eventually(lambda lease=lease, back=back: lease._back_at > back)
+        assert not lease.valid, "what was swapped meanwhile has not been read"
+        with pytest.raises(MixfuseError, match="it is away"):
+            await lease.catch_up(away)
+        assert not lease.valid
+        await lease.catch_up(follow)
+        assert lease.valid
+        await lease.bury(nothing_left)
+    assert rows(database) == {lease.owner for lease in leases}
+    await asyncio.sleep(0.5)
+    assert all(lease.valid for lease in leases)
+    for lease in leases:
+        await lease.release(nothing_left)
 
 
 async def test_an_own_engine_needs_no_row(database: Database):
@@ -171,7 +212,7 @@ class Gateway:
     async def _follow(self) -> None:
         while True:
             await asyncio.sleep(0.05)
-            await self.follower.follow()
+            await self.lease.catch_up(self.follower.follow)
             await self.lease.say(self.follower.versions(), self.follower.answers())
             await self.lease.bury(self.group.unload_of)
 
@@ -343,6 +384,68 @@ async def test_a_gateway_that_ends_between_the_phases_leaves_the_others_on_the_o
     await two.swapper.swap("domain", made(3))
     assert await two.ask() == revision(made(3))
     await two.stop()
+
+
+async def test_a_gateway_that_stood_still_between_the_phases_changes_nothing(
+    gateway, engines: list[StandIn], made, database
+):
+    """The other one has given its proposal up and taken its adapters out of the engines, before it goes on."""
+    one, two = [await gateway(name).start(made(1)) for name in ("one", "two")]
+
+    async def fenced() -> None:
+        expire(database, one.lease.owner)
+        await eventually(lambda: rows(database) == {two.lease.owner})
+        await eventually(lambda: two.swapper.table.state("domain").prepared is None)
+
+    BetweenPhases(one, fenced)
+    with pytest.raises(MixfuseError, match="count it as gone") as refused:
+        await one.swapper.swap("domain", made(2))
+    assert refused.value.kind == "engine"
+    assert (await two.swapper.table.record.read())["domain"].revision == revision(made(1))
+    assert await two.ask() == revision(made(1))
+    await one.stop()
+    assert all(set(engine.adapters) == names_of(1, made, two) for engine in engines)
+    await two.stop()
+
+
+async def test_a_gateway_that_stood_still_while_it_waits_for_others_gives_up(database: Database):
+    """They do not answer what somebody proposes who is gone."""
+    one, two = (EngineLease(database, name, ENGINES) for name in ("one", "two"))
+    for lease in (one, two):
+        await lease.take()
+        await lease.say({"domain": 1})
+    waiting = asyncio.create_task(one.propose(Proposal("first", "domain", "first", "/first")))
+    async with asyncio.timeout(60):
+        while not await two.proposals():  # noqa: ASYNC110 - another task's work
+            await asyncio.sleep(0.02)
+    assert not waiting.done()
+    expire(database, one.owner)
+    with pytest.raises(MixfuseError, match="count it as gone"):
+        await asyncio.wait_for(waiting, 60)
+    for lease in (one, two):
+        await lease.release(nothing_left)
+
+
+async def test_what_was_given_up_is_prepared_again_for_a_gateway_that_comes_back(
+    gateway, engines: list[StandIn], made, database
+):
+    """It renewed its row late, and before another one fenced it."""
+    one, two = [await gateway(name).start(made(1)) for name in ("one", "two")]
+    two.lease.bury = nothing_left
+    prepared = two.swapper.table.state("domain")
+
+    async def late() -> None:
+        expire(database, one.lease.owner)
+        await eventually(lambda: prepared.prepared is None)
+        statement = text("UPDATE gateways SET expires_at = expires_at + 60 WHERE owner = :owner")
+        database.run_now(lambda connection: connection.execute(statement, {"owner": one.lease.owner}))
+        await eventually(lambda: prepared.prepared is not None)
+
+    BetweenPhases(one, late)
+    await one.swapper.swap("domain", made(2))
+    assert [await each.ask() for each in (one, two)] == [revision(made(2))] * 2
+    for each in (one, two):
+        await each.stop()
 
 
 async def test_of_two_proposals_for_a_role_the_second_is_refused(database: Database):

@@ -380,6 +380,24 @@ async def test_requests_wait_for_an_adapter_that_is_loaded_again(external: Engin
             assert "a" in others[0].adapters
 
 
+async def test_a_load_that_ends_after_the_gateway_is_not_left_in_the_engine(
+    external: EngineConfig, others: list[StandIn]
+):
+    """It had lost the adapter; vLLM cannot stop a load half-way."""
+    async with EngineGroup(external, logs=external.base) as group:
+        large = adapter(external.base, "a~me")
+        await group.load_adapter("a~me", large)
+        (large / "seconds").write_text("1")
+        others[0].adapters.clear()
+        async with asyncio.timeout(60):
+            while others[0].works.is_set():  # noqa: ASYNC110 - the engine's work
+                await asyncio.sleep(0.01)
+    assert await group.unload_of("me")
+    await asyncio.to_thread(others[0].works.wait, 60)
+    await asyncio.sleep(0.1)
+    assert [other.adapters for other in others] == [{}, {}]
+
+
 async def test_another_adapter_under_the_name_is_replaced(external: EngineConfig, others: list[StandIn]):
     async with EngineGroup(external, logs=external.base) as group:
         await group.load_adapter("a", adapter(external.base, "a"))
@@ -467,6 +485,8 @@ async def test_a_request_that_finds_its_adapter_deleted_is_answered_all_the_same
 class SayingEngines:
     """Engines without a model, whose adapters say something else than their base."""
 
+    started = None
+
     def __init__(self, group: EngineGroup) -> None:
         self._group = group
 
@@ -476,7 +496,13 @@ class SayingEngines:
     async def prompt_logprobs(self, name: str, prompt: list[int]) -> list[float]:
         return [-1.0 if name == "base" else -2.0] * (len(prompt) - 1)
 
+    async def busy(self) -> bool:
+        return False
+
     def each(self) -> "list[SayingEngines]":
+        return [self]
+
+    async def ranks(self) -> "list[SayingEngines]":
         return [self]
 
     async def max_model_len(self) -> None:
@@ -571,6 +597,23 @@ async def test_an_adapter_left_from_before_is_replaced(external: EngineConfig, o
     async with EngineGroup(external, logs=external.base) as group:
         await group.load_adapter("a", adapter(external.base, "a"))
     assert others[0].adapters["a"] == str((external.base / "a").resolve())
+
+
+async def test_each_data_parallel_copy_is_asked_alone_and_uses_what_its_cache_must_keep(
+    external: EngineConfig, others: list[StandIn]
+):
+    """Each has a cache of its own, and without the header vLLM chooses one."""
+    config = external.model_copy(update={"max_loras": 1, "max_cpu_loras": 1})
+    async with EngineGroup(config, logs=external.base) as group:
+        others[0].ranks = 3
+        asked = [await rank.prompt_logprobs("base", [1, 2]) for one in group.each() for rank in await one.ranks()]
+        assert asked == [[-1.0]] * 4
+        assert others[0].asked == [(str(rank), "base") for rank in range(3)]
+        assert others[1].asked == [(None, "base")]
+        await group.load_adapter("a", adapter(external.base, "a"))
+        others[0].asked.clear()
+        await group.load_adapter("b", adapter(external.base, "b"))
+        assert sorted(others[0].asked) == [(str(rank), "a") for rank in range(3)]
 
 
 async def test_one_engine_of_someone_else_is_enough_to_begin(external: EngineConfig, others: list[StandIn]):

@@ -58,6 +58,7 @@ def test_a_running_engine_has_its_key_from_the_environment(monkeypatch: pytest.M
     [
         ("{base: b, max_lora_rank: 8}", {}, 16, "engine.max_lora_rank is 8, and the adapter's rank 16"),
         ("{base: b, url: 'http://h:1'}", {"tensor_parallel_size": 2}, 8, "its engines run already"),
+        ("{base: b, url: 'http://h:1'}", {"dtype": "bfloat16"}, 8, "--dtype cannot change them; say in engine.dtype"),
         ("{base: b}", {"url": "http://h:1"}, 8, "leave --config and --tensor-parallel-size out"),
         (None, {"url": "http://h:1", "tensor_parallel_size": 2}, 8, "leave --config and --tensor-parallel-size out"),
         (None, {}, 8, "name the base model with --base, or a serve config"),

@@ -8,11 +8,11 @@ from no effect.
 """
 
 import platform
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
@@ -27,6 +27,7 @@ from mixfuse.contracts.adapter import (
     Probes,
     VerdictProbe,
     read_manifest,
+    read_probes,
 )
 from mixfuse.contracts.agreement import (
     FIXED_PROMPTS,
@@ -78,6 +79,18 @@ _CANDIDATES = 20  # top tokens that a verdict is read from: the most that OpenAI
 EngineLogprobs = Callable[[list[int]], Awaitable[list[float]]]
 
 
+class Said(NamedTuple):
+    """What an engine said of the probes.
+
+    Attributes:
+        answers: Its log-probabilities.
+        verdicts: A judge's probabilities, of each comparison.
+    """
+
+    answers: Answers
+    verdicts: Sequence[float] = ()
+
+
 @dataclass(frozen=True)
 class Reference:
     """PEFT's results on the probes.
@@ -113,7 +126,7 @@ class Reference:
         """The log-probabilities under the adapter."""
         return [list(row) for row in self.answers.adapted]
 
-    def probes(self, measured: Mapping[str, Answers] | None = None) -> Probes:
+    def probes(self, measured: Mapping[str, Said] | None = None) -> Probes:
         """The probes that a swap sends to an engine, with these results as the expected ones.
 
         Args:
@@ -125,7 +138,11 @@ class Reference:
             logprobs=stored_probes(self.prompts, self.answers),
             verdicts=list(self.verdicts),
             measured={
-                precision: Measured(logprobs=_cut(said.adapted, sizes), base=_cut(said.base, sizes))
+                precision: Measured(
+                    logprobs=_cut(said.answers.adapted, sizes),
+                    base=_cut(said.answers.base, sizes),
+                    verdicts=[round(p, 6) for p in said.verdicts],
+                )
                 for precision, said in (measured or {}).items()
             },
         )
@@ -287,12 +304,12 @@ def check(
     parity: Parity,
     expected: Reference | None = None,
     *,
-    measured: Mapping[str, Answers] | None = None,
+    measured: Mapping[str, Said] | None = None,
 ) -> None:
     """Passes or fails the gate.
 
-    If it passes, the comparison goes into the manifest, and PEFT's results into `probes.json`. A signed manifest is
-    not changed.
+    If it passes, the comparison goes into the manifest, and PEFT's results into `probes.json`, where what engines of
+    other number formats said of the same probes stays. A signed manifest is not changed.
 
     Args:
         directory: The adapter directory.
@@ -307,11 +324,26 @@ def check(
     check_agrees(directory, parity)
     manifest = read_manifest(directory)
     if manifest.signature is None:
-        probes = expected.probes(measured) if expected else None
+        probes = _with_earlier(directory, expected.probes(measured)) if expected else None
         changes: dict[str, Any] = {"parity": parity}
         if probes:
             changes["effect"] = agreement.effect_in(probes.logprobs)
         write_manifest(directory, manifest.model_copy(update=changes), probes=probes)
+
+
+def _with_earlier(directory: Path, probes: Probes) -> Probes:
+    """The probes, and what engines of other number formats said of the same ones before."""
+    try:
+        earlier = read_probes(directory)
+    except MixfuseError:  # it is replaced, whatever it holds
+        return probes
+    if earlier is None or _asked(earlier) != _asked(probes):
+        return probes
+    return probes.model_copy(update={"measured": {**earlier.measured, **probes.measured}})
+
+
+def _asked(probes: Probes) -> tuple[list[list[int]], list[list[dict[str, str]]]]:
+    return [probe.tokens for probe in probes.logprobs], [probe.messages for probe in probes.verdicts]
 
 
 def check_agrees(directory: Path, parity: Parity) -> None:
