@@ -788,4 +788,5 @@ def _existing(path: Path) -> Path:
 
 
 def _bad(directory: Path, what: str) -> MixfuseError:
-    return MixfuseError(f"{directory}: {what}", kind="adapter")
+    """An error in a line of some length, whatever files and tensors are called."""
+    return MixfuseError(f"{directory}: {shortened(what, 500)}", kind="adapter")

@@ -178,7 +178,6 @@ BAD_HEADERS: dict[str, tuple[bytes, str]] = {
         header('{"__metadata__": {' + ",".join(f'"{i}":"x"' for i in range(10_001)) + "}}"),
         "more than 10000 keys that are of no tensor",
     ),
-    "a long name": (header(f'{{"{"x" * 600}": {FLAT}}}'), "is a name of 600 characters"),
 }
 
 
@@ -671,6 +670,18 @@ def test_a_change_that_fits_no_weight_of_the_base_is_refused(
     check_directory(folder)
     with pytest.raises(MixfuseError, match=re.escape(message)):
         check_directory(folder, base=base)
+
+
+def test_a_tensor_of_a_long_name_is_one_short_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = {name.replace("layers.0", "layers." + "9" * 5000): value for name, value in tensors().items()}
+    folder = write(tmp_path / "adapter", weights, target_modules=["k_proj"])
+    adapter.verify(folder)
+    assert main(["adapter", "verify", str(folder)]) == 2
+    assert len(capsys.readouterr().err) < len(str(folder)) + 550
+    folder = write(tmp_path / "odd", {"x" * 100_000: numpy.ones((3, 3), numpy.float32)})
+    with pytest.raises(MixfuseError, match="xxx…") as caught:
+        adapter.verify(folder)
+    assert len(str(caught.value)) < len(str(folder)) + 550
 
 
 def test_adapters_of_other_bases_are_not_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ from rich.progress import track
 
 from mixfuse.contracts import adapter as contract
 from mixfuse.contracts.adapter_weights import safetensors_header
-from mixfuse.contracts.bounded_json import read_object
+from mixfuse.contracts.bounded_json import read_object, shortened
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.families import family_named
 from mixfuse.contracts.peft_config import MOST_CONFIG_BYTES
@@ -158,7 +158,8 @@ class Factors:
         match = self.family.adapter_module.search(name)
         if match is None:
             raise MixfuseError(
-                f"{self.directory}: {name} is not a module of {self.family.title} that LoRA adapts", kind="adapter"
+                f"{self.directory}: {shortened(name, 120)} is not a module of {self.family.title} that LoRA adapts",
+                kind="adapter",
             )
         expert = match["expert"]
         return Place(int(match["layer"]), None if expert is None else int(expert), match["projection"])
