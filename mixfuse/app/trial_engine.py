@@ -125,7 +125,7 @@ class Trial(NamedTuple):
     """Engines with adapters loaded.
 
     Attributes:
-        engines: One that was started for this, or all running ones.
+        engines: One that was started for this, or all running ones; each data-parallel copy of the model by itself.
         names: Adapter directory → its name in them.
         precision: The number format of their weights and activations.
         length: The longest prompt and completion together, in tokens.
@@ -174,7 +174,8 @@ async def trial(choice: EngineChoice, base: Path | None, adapters: Mapping[Path,
                     stack.push_async_callback(engine_api.unload_adapter, name)
         lengths = await asyncio.gather(*(engine_api.max_model_len() for engine_api in engines))
         length = min((known for known in lengths if known is not None), default=config.max_model_len)
-        yield Trial(engines, names, precision(config), length, bool(config.external))
+        copies = [copy for engine_api in engines for copy in await engine_api.ranks()]
+        yield Trial(copies, names, precision(config), length, bool(config.external))
 
 
 async def _running(config: EngineConfig) -> list[VllmApi]:
