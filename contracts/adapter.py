@@ -18,22 +18,25 @@ This module imports no torch, because the server verifies adapters with it.
 import hashlib
 import json
 import math
+import os
+import re
 import struct
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from datetime import UTC, date, datetime
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from mixfuse.contracts import chat_template as templates
 from mixfuse.contracts import peft_config
 from mixfuse.contracts.adapter_weights import safetensors_header
-from mixfuse.contracts.bounded_json import read_object, shortened
+from mixfuse.contracts.bounded_json import open_regular, read_object, reading_in, shortened
 from mixfuse.contracts.errors import MixfuseError
-from mixfuse.contracts.families import family_named
-from mixfuse.contracts.files import atomic_file, canonical_json, read_json, sha256_file, sha256_json, write_json
+from mixfuse.contracts.families import config_of, family_named
+from mixfuse.contracts.files import atomic_file, canonical_json, sha256_file, sha256_json, shown, write_json
 from mixfuse.contracts.judge_protocol import Calibration
 from mixfuse.contracts.paths import FilePath
 from mixfuse.contracts.strict_yaml import Strict, validate
@@ -52,9 +55,18 @@ LORA_RANKS: tuple[LoraRank, ...] = get_args(LoraRank)
 # log-probabilities (vLLM issue 16668).
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "experts")
 MOST_MANIFEST_BYTES = 4 << 20
-_MOST_PROBES_BYTES = 16 << 20
+MOST_TEXT_BYTES = 16 << 20
+"""Largest size of a JSON or Markdown file; none has a megabyte."""
+_MOST_WEIGHTS_BYTES = 1 << 38  # 256 GiB; rank 512 on every expert of Mixtral 8x22B has 62
+_MOST_TOKENIZER_BYTES = 1 << 28
+_MOST_NAME_BYTES = 128
+_MOST_FILES = 10_000
+_MOST_BESIDE = 1000  # files and folders that the manifest does not list, before a folder is not looked through
+_MOST_PROBES_BYTES = 4 << 20
+_MOST_BYTES = {CONFIG: peft_config.MOST_CONFIG_BYTES, PROBES: _MOST_PROBES_BYTES}
+_MOST_PROBES, _MOST_PROBE_TOKENS = 1024, 1 << 17  # a parity run has some 170 prompts of 10,000 tokens
 _SAMPLE = 1 << 16
-_PIECE = 1 << 24
+_PIECE = 1 << 22
 # Keys of a config that do not change the model: written by transformers, by peft, or for a local path.
 _VOLATILE = (
     "transformers_version",
@@ -64,6 +76,7 @@ _VOLATILE = (
     "torch_dtype",
     "output_router_logits",
 )
+_ROLE_NAME = re.compile(r"[^\W_][\w.-]{0,63}")
 ALLOWED_SUFFIXES = (".safetensors", ".json", ".md")
 
 
@@ -218,7 +231,7 @@ class LogprobProbe(Strict):
         no_experts: Under the adapter without its experts; empty if it trains none.
     """
 
-    tokens: list[int] = Field(min_length=2)
+    tokens: list[Annotated[int, Field(ge=0, lt=1 << 31)]] = Field(min_length=2)
     logprobs: list[float]
     base: list[float] = []
     no_experts: list[float] = []
@@ -265,12 +278,14 @@ class Probes(Strict):
 
     tolerance: float
     precision: str = "float32"
-    logprobs: list[LogprobProbe] = []
-    verdicts: list[VerdictProbe] = []
+    logprobs: list[LogprobProbe] = Field(default=[], max_length=_MOST_PROBES)
+    verdicts: list[VerdictProbe] = Field(default=[], max_length=_MOST_PROBES)
     measured: dict[str, Measured] = {}
 
     @model_validator(mode="after")
     def _check_lengths(self) -> Self:
+        if sum(len(probe.tokens) for probe in self.logprobs) > _MOST_PROBE_TOKENS:
+            raise ValueError(f"the prompts have more than {_MOST_PROBE_TOKENS} tokens, and each swap asks for all")
         for said in self.measured.values():
             if len(said.logprobs) != len(self.logprobs) or len(said.base) != len(self.logprobs):
                 raise ValueError("`measured` has another number of prompts than `logprobs`")
@@ -319,6 +334,12 @@ class Signature(Strict):
     value: str = Field(pattern="^[0-9a-f]{128}$")
 
 
+def _day(value: Any) -> Any:
+    if isinstance(value, int | float):  # pydantic takes them for seconds since 1970
+        raise ValueError("write a day as 2027-12-31")
+    return value
+
+
 class TrustedKey(Strict):
     """A public key whose signatures are accepted for some time.
 
@@ -328,12 +349,25 @@ class TrustedKey(Strict):
     """
 
     key: FilePath
-    until: date | None = None
+    until: Annotated[date, BeforeValidator(_day)] | None = None
 
     @property
     def expired(self) -> bool:
         """Whether the last day is over."""
         return self.until is not None and datetime.now(UTC).date() > self.until
+
+
+def _shown_on_screens(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("holds a control character")
+    return text
+
+
+def _few(files: Any) -> Any:
+    """Refuses a list of files that no adapter has, before each of its entries is looked at."""
+    if isinstance(files, dict) and len(files) > _MOST_FILES:
+        raise ValueError(f"lists more than {_MOST_FILES} files")
+    return files
 
 
 class Manifest(Strict):
@@ -363,14 +397,14 @@ class Manifest(Strict):
     """
 
     schema_version: int = SCHEMA_VERSION
-    role: str
-    revision: str
+    role: Annotated[str, AfterValidator(_shown_on_screens)] = Field(min_length=1, max_length=200)
+    revision: str = Field(pattern="^[0-9a-f]{12}$")
     base: Fingerprint
     base_path: str
     model_type: str = "mixtral"
     rank: int
     experts_trained: bool
-    files: dict[str, str] = Field(min_length=1)
+    files: Annotated[dict[str, str], BeforeValidator(_few)] = Field(min_length=1)
     libraries: dict[str, str] = {}
     recipe: dict[str, Any] = {}
     metrics: dict[str, Any] = {}
@@ -381,6 +415,20 @@ class Manifest(Strict):
     chat_template: str | None = None
     effect: Effect | None = None
     signature: Signature | None = None
+
+
+def check_role_name(name: str) -> str:
+    """Returns a role's name. It is a part of a URL, of a model's name in the engine and of a watched folder's path.
+
+    Raises:
+        ValueError: No adapter could be swapped in for a role of this name.
+    """
+    if not _ROLE_NAME.fullmatch(name) or len(os.fsencode(name)) > _MOST_NAME_BYTES:
+        raise ValueError(
+            f"{shortened(repr(name), 80)} cannot be a role's name, since it could not be swapped: a name has letters, "
+            "digits, '.', '_' and '-', begins with a letter or a digit, and has 64 characters at most"
+        )
+    return name
 
 
 def revision_of(files: dict[str, str]) -> str:
@@ -399,10 +447,18 @@ def fingerprint(base: Path, *, exact: bool = False) -> Fingerprint:
     Raises:
         MixfuseError: A file is missing.
     """
-    config = read_json(base / "config.json")
+    with reading_in(base):
+        return _fingerprint(base, exact=exact)
+
+
+def _fingerprint(base: Path, *, exact: bool) -> Fingerprint:
+    config = config_of(base)
     files = sorted(base.glob("*.safetensors"))
     if not files:
         raise MixfuseError(f"{base}: no .safetensors weights in the folder")
+    tokenizer = base / "tokenizer.json"
+    if _existing(tokenizer).stat().st_size > _MOST_TOKENIZER_BYTES:
+        raise MixfuseError(f"{tokenizer}: larger than {_MOST_TOKENIZER_BYTES >> 20} MiB, which no such file is")
     weights = hashlib.sha256()
     for file in files:
         header = safetensors_header(file)
@@ -416,10 +472,11 @@ def fingerprint(base: Path, *, exact: bool = False) -> Fingerprint:
     if template.is_file():
         chat_template = templates.read_file(template)
     else:
-        chat_template = str(read_json(base / "tokenizer_config.json").get("chat_template") or "")
+        settings = read_object(base / "tokenizer_config.json", most=MOST_TEXT_BYTES)
+        chat_template = str(settings.get("chat_template") or "")
     return Fingerprint(
         config=sha256_json({key: value for key, value in config.items() if key not in _VOLATILE}),
-        tokenizer=sha256_file(_existing(base / "tokenizer.json")),
+        tokenizer=sha256_file(tokenizer),
         chat_template=hashlib.sha256(chat_template.encode()).hexdigest(),
         weights=weights.hexdigest(),
         weight_files={file.name: file.stat().st_size for file in files},
@@ -457,14 +514,15 @@ def read_manifest(directory: Path) -> Manifest:
     Raises:
         MixfuseError: There is no manifest, or it has another schema (`kind` "adapter").
     """
-    return _read_manifest(directory)[0]
+    with reading_in(directory):
+        return _read_manifest(directory)[0]
 
 
 def _read_manifest(directory: Path) -> tuple[Manifest, bytes]:
     """The manifest, and the bytes that a signature covers: its canonical JSON as stored, of any version."""
     path = directory / MANIFEST
     if not directory.is_dir():
-        raise MixfuseError(f"{directory}: no such adapter directory", kind="adapter")
+        raise MixfuseError(f"{shown(directory)}: no such adapter directory", kind="adapter")
     if not path.is_symlink() and not path.exists():
         raise MixfuseError(
             f"{directory} has no {MANIFEST}; make an adapter directory with: mixfuse adapter export {directory} OUT",
@@ -492,9 +550,10 @@ def read_probes(directory: Path) -> Probes | None:
         MixfuseError: The file has another shape (`kind` "adapter").
     """
     path = directory / PROBES
-    if not path.exists():
-        return None
-    return validate(read_object(path, most=_MOST_PROBES_BYTES, follow=False), Probes, source=str(path))
+    with reading_in(directory):
+        if not path.exists():
+            return None
+        return validate(read_object(path, most=_MOST_PROBES_BYTES, follow=False), Probes, source=str(path))
 
 
 def verify(
@@ -504,7 +563,7 @@ def verify(
     trusted: Sequence[bytes | Path | TrustedKey] = (),
     revoked: Sequence[bytes | Path] = (),
 ) -> Manifest:
-    """Checks an adapter directory: signature, hash of every file, no further files, shapes, rank and base model.
+    """Checks an adapter directory: signature, hash of every file, no further files, shapes, rank, probes, base model.
 
     Args:
         directory: The adapter directory.
@@ -519,9 +578,10 @@ def verify(
     Raises:
         MixfuseError: The first check that fails (`kind` "adapter"), or a trusted key that cannot be read.
     """
-    manifest, signed = _read_manifest(directory)
-    _check_signature(directory, manifest, signed, trusted, revoked)
-    _check_files(directory, manifest)
+    with reading_in(directory):
+        manifest, signed = _read_manifest(directory)
+        _check_signature(directory, manifest, signed, trusted, revoked)
+        _check_files(directory, manifest)
     if base is not None and (parts := manifest.base.differences(base)):
         raise _bad(
             directory,
@@ -568,7 +628,8 @@ def sign(directory: Path, key: Path) -> Manifest:
 
     path = directory / MANIFEST
     manifest = read_manifest(directory).model_copy(update={"signature": None})
-    _check_files(directory, manifest)
+    with reading_in(directory):
+        _check_files(directory, manifest)
     data = manifest.model_dump(mode="json", exclude={"signature"})
     public_key, value = sign_with(canonical_json(data), key)
     manifest = manifest.model_copy(update={"signature": Signature(public_key=public_key, value=value)})
@@ -577,22 +638,50 @@ def sign(directory: Path, key: Path) -> Manifest:
 
 
 def _check_files(directory: Path, manifest: Manifest) -> None:
-    files = (path for path in directory.rglob("*") if path.is_symlink() or not path.is_dir())
-    present = {str(path.relative_to(directory)) for path in files} - {MANIFEST}
-    if extra := sorted(present - set(manifest.files)):
-        raise _bad(directory, f"{extra[0]} is not in the manifest; remove it or export again")
-    for name, digest in manifest.files.items():
+    most = 2 * len(manifest.files) + _MOST_BESIDE
+    found = list(islice(directory.rglob("*"), most + 1))
+    present = {str(path.relative_to(directory)) for path in found if path.is_symlink() or not path.is_dir()}
+    if extra := sorted(present - {MANIFEST, *manifest.files}):
+        raise _bad(directory, f"{shortened(extra[0], 200)} is not in the manifest; remove it or export again")
+    if len(found) > most:
+        raise _bad(directory, f"it holds more than {most} files and folders; remove what is not in the manifest")
+    for name in manifest.files:
         if not name.endswith(ALLOWED_SUFFIXES):
-            raise _bad(directory, f"{name}: only safetensors, JSON and Markdown files belong in an adapter directory")
+            what = f"{shortened(name, 200)}: only safetensors, JSON and Markdown files belong in an adapter directory"
+            raise _bad(directory, what)
         if name not in present:
-            raise _bad(directory, f"{name} is missing; export again")
-        if not (directory / name).is_symlink() and not (directory / name).is_file():
-            raise _bad(directory, f"{name} is no regular file; export again")
-        if (directory / name).is_symlink() or sha256_file(directory / name) != digest:
+            raise _bad(directory, f"{shortened(name, 200)} is missing; export again")
+        if not (directory / name).is_symlink():
+            _check_size(directory, name)
+    for name, digest in manifest.files.items():
+        if (directory / name).is_symlink() or _sha256(directory / name) != digest:
             raise _bad(directory, f"{name} was changed after export (its SHA-256 differs); export again")
     if manifest.revision != revision_of(manifest.files):
         raise _bad(directory, "the revision does not match the files; the manifest was changed after export")
     _check_shapes(directory, manifest)
+    read_probes(directory)
+
+
+def _check_size(directory: Path, name: str) -> None:
+    """Refuses a file that is too large to be one of an adapter, before hashing it takes hours."""
+    path = directory / name
+    if not path.is_file():
+        raise _bad(directory, f"{name} is no regular file; export again")
+    size = path.stat().st_size
+    most = _MOST_WEIGHTS_BYTES if name.endswith(".safetensors") else _MOST_BYTES.get(path.name, MOST_TEXT_BYTES)
+    if size > most:
+        raise _bad(directory, f"{name} is larger than {most >> 20} MiB, which no such file is")
+    if size > MOST_TEXT_BYTES:
+        safetensors_header(path)  # of the size that its header says
+
+
+def _sha256(path: Path) -> str:
+    """The SHA-256 of a file that may have become a pipe since it was looked at."""
+    digest = hashlib.sha256()
+    with open_regular(path, follow=False) as stream:
+        while piece := stream.read(_PIECE):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def _check_signature(
@@ -670,14 +759,16 @@ def check_applied(directory: Path) -> None:
     Raises:
         MixfuseError: One of them would leave out a factor (`kind` "adapter").
     """
-    config = read_object(directory / CONFIG, most=peft_config.MOST_CONFIG_BYTES, follow=False)
+    with reading_in(directory):
+        config = read_object(directory / CONFIG, most=peft_config.MOST_CONFIG_BYTES, follow=False)
+        header = safetensors_header(_existing(directory / WEIGHTS))
     try:
         targets = peft_config.Targets(config)
     except ValueError as error:
         raise _bad(directory, f"its {error} cannot be matched in linear time; export it again") from None
     family = family_named(read_manifest(directory).model_type)
     layers: dict[str, set[str]] = {}
-    for name in safetensors_header(_existing(directory / WEIGHTS)):
+    for name in header:
         module = name.partition(".lora_")[0]
         if not targets.module(module.removeprefix("base_model.model.")):
             raise _bad(directory, f"its targets leave out {name}, so PEFT would not apply it; export it again")
@@ -697,4 +788,5 @@ def _existing(path: Path) -> Path:
 
 
 def _bad(directory: Path, what: str) -> MixfuseError:
-    return MixfuseError(f"{directory}: {what}", kind="adapter")
+    """An error in a line of some length, whatever files and tensors are called."""
+    return MixfuseError(f"{directory}: {shortened(what, 500)}", kind="adapter")

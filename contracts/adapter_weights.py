@@ -6,6 +6,8 @@ spreads beyond its own requests: through the cache of keys and values it can rea
 """
 
 import math
+import os
+import re
 import struct
 from collections.abc import Iterable, Iterator
 from functools import cache
@@ -16,7 +18,7 @@ import numpy
 import numpy.typing
 
 from mixfuse.contracts import peft_config
-from mixfuse.contracts.bounded_json import open_regular, parse_object, read_object
+from mixfuse.contracts.bounded_json import open_regular, parse_object, read_object, reading_in, shortened
 from mixfuse.contracts.errors import MixfuseError
 
 Array = numpy.typing.NDArray[numpy.float32]
@@ -29,7 +31,8 @@ MIN_DELTA = 2.0**-24
 MIN_RMS = 1e-10
 """The same without a base to compare with, as a root mean square."""
 _MOST_HEADER_BYTES = 32 << 20
-_MOST_TENSORS = 200_000
+_MOST_TENSORS = 100_000  # on every expert of Qwen3-235B there are 73,000
+_MOST_METADATA = 10_000
 _SAMPLE = 1 << 14
 _SIZES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
@@ -48,14 +51,18 @@ def safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
     """
     with open_regular(path) as stream:
         start = stream.read(8)
-        size = path.stat().st_size
+        size = os.fstat(stream.fileno()).st_size
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else size + 1
         if length > min(_MOST_HEADER_BYTES, size):
             raise _not_whole(path, "its header is too long" if length > size else "its header is larger than 32 MiB")
         content = stream.read(length)
-    if content.count(b'"data_offsets"') > _MOST_TENSORS:
+    tensors = content.count(b'"data_offsets"')
+    if tensors > _MOST_TENSORS:
         raise _not_whole(path, f"it lists more than {_MOST_TENSORS} tensors")
-    header = parse_object(content, f"{path}: not a whole safetensors file: its header")
+    if content.count(b'":') > 4 * tensors + _MOST_METADATA:  # of each tensor the name, dtype, shape and data_offsets
+        raise _not_whole(path, f"its header has more than {_MOST_METADATA} keys that are of no tensor")
+    source = f"{path}: not a whole safetensors file: its header"
+    header = parse_object(content, source, containers=3 * _MOST_TENSORS + _MOST_METADATA)
     header.pop("__metadata__", None)
     end = 0
     for name, tensor in header.items():
@@ -105,7 +112,8 @@ class Tensors:
 
     def __init__(self, path: Path) -> None:
         self.path, self.header = path, safetensors_header(path)
-        self._data = path.stat().st_size - max((t["data_offsets"][1] for t in self.header.values()), default=0)
+        with open_regular(path) as stream:
+            self._data = 8 + int(struct.unpack("<Q", stream.read(8))[0])
 
     def read(self, name: str, start: int = 0, count: int | None = None) -> Array | None:
         """Reads some elements of a tensor, or all in its shape; None if it is not a plain float.
@@ -120,9 +128,12 @@ class Tensors:
             return None
         kind = numpy.dtype(_READ[tensor["dtype"]])
         total = math.prod(tensor["shape"])
-        with self.path.open("rb", buffering=0) as stream:
+        wanted = total - start if count is None else count
+        with open_regular(self.path) as stream:
             stream.seek(self._data + tensor["data_offsets"][0] + start * kind.itemsize)
-            values = numpy.fromfile(stream, dtype=kind, count=total - start if count is None else count)
+            values = numpy.fromfile(stream, dtype=kind, count=wanted)
+        if values.size != wanted:
+            raise _not_whole(self.path, "it was changed while it was being read")
         if tensor["dtype"] == "BF16":
             values = (values.astype(numpy.uint32) << 16).view(numpy.float32)
         with numpy.errstate(over="ignore"):
@@ -140,6 +151,23 @@ class BaseNorms:
     def __init__(self, base: Path) -> None:
         self._files = [Tensors(path) for path in sorted(base.glob("*.safetensors"))]
         self._where = {name: file for file in self._files for name in file.header}
+        self._modules = {name.rpartition(".")[0] for name in self._where}
+        self._kinds = set(map(_numberless, self._modules))
+
+    def fault(self, module: str, shape: list[int]) -> str | None:
+        """Why a change of this shape fits no weight of this name; None if it fits, or the base does not tell.
+
+        Args:
+            module: The module, in the names of the base's checkpoint.
+            shape: Rows and columns of the change.
+        """
+        if module not in self._modules:  # a base of one file of several, or of other names, tells nothing
+            return "which the base does not have" if _numberless(module) in self._kinds else None
+        file = self._where.get(f"{module}.weight")
+        if file is None or file.header[f"{module}.weight"]["dtype"] not in _READ:
+            return None  # quantised
+        own = file.header[f"{module}.weight"]["shape"]
+        return None if own == shape else f"whose weight has shape {own} in the base"
 
     def rms(self, module: str) -> float | None:
         """The root mean square of a weight; None if the base has none of this name, or it is quantised.
@@ -156,6 +184,11 @@ class BaseNorms:
         found = [file.read(name, start, count) for start in {0, (total - count) // 2, total - count}]
         parts = [part.astype(numpy.float64) for part in found if part is not None]
         return math.sqrt(sum(float((part**2).mean()) for part in parts) / len(parts)) if parts else None
+
+
+def _numberless(module: str) -> str:
+    """A module's name without the numbers of its layer and expert."""
+    return re.sub(r"\d+", "#", module)
 
 
 @cache
@@ -182,8 +215,8 @@ def check_pairs(
         dtype: The engine's number format: float32, bfloat16 or float16; None if it is not known.
 
     Raises:
-        MixfuseError: A weight is NaN or infinite, too large for the dtype, or changes the base more than any training
-            does; or the whole adapter does nothing (`kind` "adapter").
+        MixfuseError: A weight is NaN or infinite, too large for the dtype, fits no weight of the base, or changes the
+            base more than any training does; or the whole adapter does nothing (`kind` "adapter").
     """
     norms = base_norms(base.resolve()) if base is not None else None
     most = _LARGEST.get(dtype or "float32", _LARGEST["float32"])
@@ -198,9 +231,12 @@ def check_pairs(
                     folder,
                     f"{module}.lora_{side}.weight overflows {dtype or 'float32'} (it holds {top:.3g}, scale {scale:g})",
                 )
+        name = module.removeprefix("base_model.model.")
+        if norms and (wrong := norms.fault(name, [b.shape[0], a.shape[1]])):
+            raise _bad(folder, f"it changes {name} by a matrix of shape [{b.shape[0]}, {a.shape[1]}], {wrong}")
         norm = scale * delta_norm(a, b)
         elements = math.sqrt(b.shape[0] * a.shape[1])
-        own = norms.rms(module.removeprefix("base_model.model.")) if norms else None
+        own = norms.rms(name) if norms else None
         does_something |= norm > (MIN_DELTA * own if own else MIN_RMS) * elements
         if own and norm > MAX_DELTA * own * elements:
             raise _bad(
@@ -241,10 +277,12 @@ def _pairs(tensors: Tensors, folder: Path) -> Iterator[tuple[str, Array, Array]]
 
 def check_directory(directory: Path, *, base: Path | None = None, dtype: str | None = None) -> None:
     """Checks the weights of a verified adapter directory as `check_pairs` does; reads all, a module at a time."""
-    config = read_object(directory / "adapter_config.json", most=peft_config.MOST_CONFIG_BYTES, follow=False)
-    pairs = _pairs(Tensors(directory / "adapter_model.safetensors"), directory)
-    check_pairs(pairs, directory, peft_config.scale(config), base=base, dtype=dtype)
+    with reading_in(directory):
+        config = read_object(directory / "adapter_config.json", most=peft_config.MOST_CONFIG_BYTES, follow=False)
+        pairs = _pairs(Tensors(directory / "adapter_model.safetensors"), directory)
+        check_pairs(pairs, directory, peft_config.scale(config), base=base, dtype=dtype)
 
 
 def _bad(folder: Path, what: str) -> MixfuseError:
-    return MixfuseError(f"{folder}: {what}", kind="adapter")
+    """An error in a line of some length, whatever tensors are called."""
+    return MixfuseError(f"{folder}: {shortened(what, 500)}", kind="adapter")

@@ -6,14 +6,18 @@ once must be readable for ever, also where a trace puts some levels around it.
 
 import json
 import os
+import re
 import stat
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import orjson
 
 from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.files import shown
 
 MAX_DEPTH = 100
 """Levels of objects and arrays. A tool's schema has five to twenty."""
@@ -77,17 +81,31 @@ def open_regular(path: Path, *, follow: bool = True) -> BinaryIO:
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
     try:
         if not follow and path.is_symlink():
-            raise MixfuseError(f"{path}: is a link; put the file itself there", kind="adapter")
-        stream = os.fdopen(os.open(path, flags), "rb")
+            raise MixfuseError(f"{shown(path)}: is a link; put the file itself there", kind="adapter")
+        handle = os.open(path, flags)
     except FileNotFoundError:
-        raise MixfuseError(f"{path}: no such file", kind="adapter") from None
+        raise MixfuseError(f"{shown(path)}: no such file", kind="adapter") from None
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise MixfuseError(f"{path}: cannot be read: {reason}", kind="adapter") from None
-    if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
-        stream.close()
-        raise MixfuseError(f"{path}: is no regular file", kind="adapter")
-    return stream
+        raise MixfuseError(f"{shown(path)}: cannot be read: {reason}", kind="adapter") from None
+    if not stat.S_ISREG(os.fstat(handle).st_mode):  # asked first: of a folder, `fdopen` would leave the handle open
+        os.close(handle)
+        raise MixfuseError(f"{shown(path)}: is no regular file", kind="adapter")
+    return os.fdopen(handle, "rb")
+
+
+@contextmanager
+def reading_in(folder: Path) -> Iterator[None]:
+    """Turns what the system says against reading somebody else's folder into one line; its files may change or vanish.
+
+    Raises:
+        MixfuseError: A file or a folder cannot be read (`kind` "adapter").
+    """
+    try:
+        yield
+    except OSError as error:
+        name = error.filename if isinstance(error.filename, str) else str(folder)
+        raise MixfuseError(f"{shortened(name, 200)}: cannot be read: {error.strerror}", kind="adapter") from None
 
 
 def read_object(path: Path, *, most: int, follow: bool = True) -> dict[str, Any]:
@@ -105,22 +123,30 @@ def read_object(path: Path, *, most: int, follow: bool = True) -> dict[str, Any]
     with open_regular(path, follow=follow) as stream:
         content = stream.read(most + 1)
     if len(content) > most:
-        raise MixfuseError(f"{path}: larger than {most >> 20} MiB, which no such file is", kind="adapter")
-    return parse_object(content, str(path))
+        raise MixfuseError(f"{shown(path)}: larger than {most >> 20} MiB, which no such file is", kind="adapter")
+    return parse_object(content, shown(path))
 
 
-def parse_object(content: bytes, source: str) -> dict[str, Any]:
+def parse_object(content: bytes, source: str, *, containers: int = _MOST_CONTAINERS) -> dict[str, Any]:
     """Parses a JSON object as `json` does (NaN and infinity included), within limits of depth and count.
 
+    Args:
+        content: The JSON.
+        source: Its file, for messages.
+        containers: The most objects and arrays.
+
     Raises:
-        MixfuseError: It is not JSON, no object, has a key twice, or is beyond a limit (`kind` "adapter").
+        MixfuseError: It is not JSON, no object, has a key twice or half a character, or is beyond a limit (`kind`
+            "adapter").
     """
     try:
-        if content.count(b"{") + content.count(b"[") > _MOST_CONTAINERS:
-            raise ValueError(f"it holds more than {_MOST_CONTAINERS} objects and arrays")
+        if content.count(b"{") + content.count(b"[") > containers:
+            raise ValueError(f"it holds more than {containers} objects and arrays")
         value = json.loads(content.decode("utf-8-sig"), object_pairs_hook=_once)
         if too_deep(value):
             raise TooDeepError
+        if _HALF.search(content) and (half := _half(value)):
+            raise ValueError(f"a text holds half a surrogate pair, {half}, which no file or database can hold")
     except RecursionError:
         raise MixfuseError(f"{source}: not valid JSON (it is nested too deep)", kind="adapter") from None
     except ValueError as error:
@@ -128,6 +154,18 @@ def parse_object(content: bytes, source: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise MixfuseError(f"{source}: holds no JSON object, but {_KINDS.get(type(value), 'a number')}", kind="adapter")
     return value
+
+
+_HALF = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+def _half(value: Any) -> str | None:
+    """The first half of a surrogate pair in a value, which JSON can escape; None if there is none."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        return ascii(error.object[error.start])[1:-1]
+    return None
 
 
 def _once(items: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -5,10 +5,15 @@ import json
 import os
 import sys
 import time
+import unicodedata
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+_OF_THE_PATH = frozenset(
+    {errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EBUSY}
+)
+_LONGEST_SHOWN = 100
 PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: the run was only interrupted, run it again
 
 
@@ -27,8 +32,25 @@ class MixfuseError(Exception):
     exit_code = 2
 
     def __init__(self, message: str, *, kind: str = "invalid_request") -> None:
-        super().__init__(" ".join(message.split()))
+        super().__init__(printable(" ".join(message.split())))
         self.kind = kind
+
+
+_BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
+def printable(text: str) -> str:
+    """A text with its control characters, turns of direction and halves of surrogate pairs written as escapes.
+
+    Messages name files and keys that somebody else chose: they must not steer a terminal, and a database or an answer
+    in UTF-8 must be able to hold them.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        ascii(letter)[1:-1] if letter in _BIDI or unicodedata.category(letter) in ("Cc", "Cs") else letter
+        for letter in text
+    )
 
 
 class Preempted(MixfuseError):  # noqa: N818 - it is not a failure
@@ -56,10 +78,11 @@ def exit_code(command: Callable[[], int | None]) -> int:
             print(f"mixfuse: {'' if isinstance(error, Preempted) else 'error: '}{error}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
-        # Any option that takes a path may get one that no file can have.
-        if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP) or not isinstance(error.filename, str):
+        # Any option that takes a path may get one that no file can have, or that this user may not use.
+        if error.errno not in _OF_THE_PATH or not isinstance(error.filename, str):
             raise
-        print(f"mixfuse: error: {error.filename[:100]}…: {error.strerror}; choose another path", file=sys.stderr)
+        name = error.filename if len(error.filename) <= _LONGEST_SHOWN else f"{error.filename[:_LONGEST_SHOWN]}…"
+        print(f"mixfuse: error: {printable(name)}: {error.strerror}; choose another path", file=sys.stderr)
         return MixfuseError.exit_code
     except KeyboardInterrupt:
         if "WORLD_SIZE" not in os.environ:  # only the command itself prints, not the processes it launched

@@ -19,7 +19,7 @@ from mixfuse.contracts.errors import MixfuseError
 _OF_THE_PATH = frozenset(
     {
         errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG,
-        errno.ELOOP, errno.EINVAL, errno.ENXIO, errno.ENODEV,
+        errno.ELOOP, errno.EINVAL, errno.ENXIO, errno.ENODEV, errno.EBUSY,
     }
 )  # fmt: skip
 _LONGEST_SHOWN = 200

@@ -30,6 +30,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
 
+from mixfuse.contracts.bounded_json import open_regular, shortened
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.files import sha256_json
 from mixfuse.contracts.strict_yaml import Strict
@@ -216,6 +217,10 @@ def _neutral_line(line: str, speakers: bool, own: re.Pattern[str] | None) -> str
     return line
 
 
+_MOST_TOKENIZER_BYTES = 1 << 28
+_MOST_SPECIAL, _LONGEST_SPECIAL = 20_000, 1000  # Gemma's tokenizer has 6,000, and the longest of any is of some dozen
+
+
 def special_tokens(tokenizer: Path) -> re.Pattern[str] | None:
     """Returns a pattern of the control tokens that a model's `tokenizer.json` names; None if it names none.
 
@@ -225,10 +230,17 @@ def special_tokens(tokenizer: Path) -> re.Pattern[str] | None:
         MixfuseError: The file cannot be read.
     """
     try:
-        added = json.loads(tokenizer.read_text(encoding="utf-8")).get("added_tokens", [])
+        with open_regular(tokenizer) as stream:
+            content = stream.read(_MOST_TOKENIZER_BYTES + 1)
+        if len(content) > _MOST_TOKENIZER_BYTES:
+            raise ValueError(f"it is larger than {_MOST_TOKENIZER_BYTES >> 20} MiB")
+        added = json.loads(content).get("added_tokens", [])
         found = {str(token["content"]) for token in added if token.get("special")}
-    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
-        raise MixfuseError(f"tokenizer {tokenizer}: {error}; name a tokenizer.json") from None
+        if len(found) > _MOST_SPECIAL or max(map(len, found), default=0) > _LONGEST_SPECIAL:
+            raise ValueError(f"it has more than {_MOST_SPECIAL} control tokens, or one of more than {_LONGEST_SPECIAL}")
+    except (MixfuseError, ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
+        why = str(error).removeprefix(f"{tokenizer}: ")
+        raise MixfuseError(f"tokenizer {tokenizer}: {shortened(why, 200)}; name a tokenizer.json") from None
     marked = sorted(
         (token for token in found if len(token) > 1 and re.search(r"[^\w\s]", token)), key=len, reverse=True
     )

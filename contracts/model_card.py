@@ -6,6 +6,7 @@ adapter's licence. They are stored in the card's metadata and survive a rewrite 
 The metadata's keys are the Hub's: https://github.com/huggingface/hub-docs/blob/main/modelcard.md
 """
 
+import os
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,11 +15,14 @@ import yaml
 
 from mixfuse.contracts import judge_protocol
 from mixfuse.contracts.adapter import LORA_RANKS, LORA_TARGETS, Manifest, TrainingData, rewrite
-from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.bounded_json import open_regular
+from mixfuse.contracts.errors import MixfuseError, printable
 from mixfuse.contracts.families import family_named
 from mixfuse.contracts.files import sha256_json
+from mixfuse.contracts.yaml_text import parse
 
 CARD = "README.md"
+_MOST_FRONT_BYTES = 1 << 16
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _LICENCE = re.compile(r"[a-z0-9][a-z0-9.-]*")
 _FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
@@ -46,11 +50,15 @@ def is_hub_id(name: str) -> bool:
 def named(directory: Path) -> Named:
     """Reads these facts from the card of an adapter directory."""
     path = directory / CARD
-    front_matter = _FRONT_MATTER.match(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if not os.path.lexists(path):
+        return Named()
+    with open_regular(path, follow=False) as stream:
+        # A card's metadata is at its beginning; a character that is cut in two there is none of it.
+        front_matter = _FRONT_MATTER.match(stream.read(_MOST_FRONT_BYTES).decode(errors="replace"))
     try:
-        metadata = yaml.safe_load(front_matter[1]) if front_matter else None
-    except yaml.YAMLError as error:
-        raise MixfuseError(f"{path}: its metadata is not YAML ({error}); export again", kind="adapter") from None
+        metadata = parse(front_matter[1], str(path)) if front_matter else None
+    except MixfuseError as error:
+        raise MixfuseError(f"{error}; its metadata is no YAML, export again", kind="adapter") from None
     if not isinstance(metadata, dict):
         return Named()
     base_model, licence = metadata.get("base_model"), metadata.get("license")
@@ -94,7 +102,8 @@ def render(manifest: Manifest, facts: Named | None = None) -> str:
         parts.append(_judging(manifest))
     parts += [_training(manifest, facts), _metrics(manifest), _parity(manifest), _limits(manifest)]
     front = yaml.safe_dump(metadata(manifest, facts), sort_keys=False, allow_unicode=True, width=1000)
-    return f"---\n{front}---\n\n" + "\n\n".join(parts) + "\n"
+    text = f"---\n{front}---\n\n" + "\n\n".join(parts) + "\n"
+    return "\n".join(map(printable, text.split("\n")))  # names of somebody else's: the card is printed
 
 
 def metadata(manifest: Manifest, facts: Named) -> dict[str, Any]:
@@ -145,7 +154,8 @@ def _evaluated_on(recipe: dict[str, Any]) -> list[str]:
     sources = evaluation.get("data") or recipe.get("data")  # default: a share of the training data
     if not isinstance(sources, list):
         return []
-    return [str(source.get("hub") or Path(str(source.get("path"))).stem) for source in sources]
+    named = (source for source in sources if isinstance(source, dict))
+    return [str(source.get("hub") or Path(str(source.get("path"))).stem) for source in named]
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -209,6 +219,8 @@ model = PeftModel.from_pretrained(model, "ADAPTER")
 
 def _judging(manifest: Manifest) -> str:
     protocol = manifest.judge_protocol or {}
+    listed = protocol.get("verdicts")
+    verdicts = " or ".join(f"`{verdict}`" for verdict in listed) if isinstance(listed, list | tuple) else "not recorded"
     calibration = manifest.calibration
     read = (
         f"The judge is calibrated: log-odds are divided by {calibration.temperature:g}; a pair whose order-averaged "
@@ -224,7 +236,7 @@ It was trained with judge protocol {protocol.get("version")} (digest `{sha256_js
 {"" if same else ", which is not the protocol of the mixfuse that wrote this card"}). mixfuse checks the digest before \
 it serves the judge.
 A comparison has the form below. The verdict is read from the log-probabilities of one token, \
-{" or ".join(f"`{verdict}`" for verdict in protocol.get("verdicts", ()))}. Each pair is judged in \
+{verdicts}. Each pair is judged in \
 {protocol.get("orders")} orders; a verdict that flips with the order is a tie. {read}
 
 ````

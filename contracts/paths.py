@@ -62,6 +62,14 @@ Location = Annotated[str, BeforeValidator(_expanded)]
 """A path or a URL in a config, replaced likewise."""
 
 
+def resolved(path: Path) -> Path:
+    """A path without links; absolute alone where it has no such form: reading it says why."""
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError, ValueError):  # a circle of links, no permission, a NUL character
+        return path.absolute()
+
+
 def keep_apart(outputs: Iterable[Path], inputs: Iterable[Path | None]) -> None:
     """Refuses an output that is one of the inputs, or that lies in a folder that is an input.
 
@@ -78,10 +86,17 @@ def keep_apart(outputs: Iterable[Path], inputs: Iterable[Path | None]) -> None:
                 raise MixfuseError(
                     f"the output {out} is the input {source} and would be overwritten; choose another output path"
                 )
-            if source.is_dir() and source.resolve() in out.resolve().parents:
+            if _lies_in(out, source):
                 raise MixfuseError(
                     f"the output {out} lies in the folder {source}, which is an input; choose another output path"
                 )
+
+
+def _lies_in(out: Path, folder: Path) -> bool:
+    try:
+        return folder.is_dir() and folder.resolve() in out.resolve().parents
+    except (OSError, RuntimeError):  # as for `_same`
+        return False
 
 
 def _same(one: Path, other: Path) -> bool:

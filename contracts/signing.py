@@ -14,8 +14,11 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_public_key,
 )
 
+from mixfuse.contracts.bounded_json import open_regular
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.files import disk_errors, write_text
+
+_MOST_BYTES = 1 << 16  # a key has some hundred
 
 
 def generate(path: Path) -> Path:
@@ -91,9 +94,10 @@ def is_signed(message: bytes, signature: str, by: Ed25519PublicKey) -> bool:
 
 def _read(path: Path) -> bytes:
     try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise MixfuseError(f"{path}: the key cannot be read: {error.strerror}") from None
+        with open_regular(Path(path)) as stream:
+            return stream.read(_MOST_BYTES)
+    except MixfuseError as error:
+        raise MixfuseError(f"{path}: the key cannot be read: {str(error).removeprefix(f'{path}: ')}") from None
 
 
 def _pem(key: Ed25519PublicKey) -> str:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
 from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.files import shown
 from mixfuse.contracts.yaml_text import parse
 
 
@@ -34,6 +35,7 @@ def odd_dash(text: str) -> str | None:
 Model = TypeVar("Model", bound=BaseModel)
 
 _MOST_BYTES = 16 << 20
+_MOST_KEYS = 1000
 
 _KINDS: Mapping[str, tuple[frozenset[str], str]] = {
     "serve config": (frozenset({"engine"}), "mixfuse serve"),
@@ -113,10 +115,19 @@ def validate(data: Any, model: type[Model], *, source: str) -> Model:
     Raises:
         MixfuseError: As in `load`.
     """
+    if isinstance(data, dict) and len(data) > _MOST_KEYS:
+        data = _without_all_unknown_but_one(data, model)
     try:
         return model.model_validate(data)
     except ValidationError as error:
         raise MixfuseError(f"{source}: {_other_kind(data, model) or describe(error, model)}") from None
+
+
+def _without_all_unknown_but_one(data: dict[Any, Any], model: type[BaseModel]) -> dict[Any, Any]:
+    """The data with the first unknown key alone, which is refused: pydantic would describe each of a million."""
+    known = {name for name in (*model.model_fields, *(field.alias for field in model.model_fields.values())) if name}
+    first = next((key for key in data if key not in known), None)
+    return {key: value for key, value in data.items() if key in known or key == first}
 
 
 def _other_kind(data: Any, model: type[BaseModel]) -> str | None:
@@ -147,7 +158,7 @@ def describe(error: ValidationError, model: type[BaseModel]) -> str:
 
 def _described(first: ErrorDetails, model: type[BaseModel]) -> str:
     location = [part for part in first["loc"] if not (isinstance(part, str) and part.startswith("function-"))]
-    dotted = ".".join(str(part) for part in location)
+    dotted = shown(".".join(str(part) for part in location))
     if first["type"] == "extra_forbidden":
         known = _fields_at(model, location[:-1])
         near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.4)

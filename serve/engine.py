@@ -22,11 +22,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
 from mixfuse.contracts import chat_template
 from mixfuse.contracts.adapter import LORA_TARGETS, LoraRank
+from mixfuse.contracts.bounded_json import shortened
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.families import family_of
 from mixfuse.contracts.paths import FilePath
@@ -152,7 +154,7 @@ class EngineConfig(Strict):
     port: int | None = Field(default=None, ge=1, le=65535)
     max_num_seqs: int = Field(default=32, ge=1)
     kv_cache_gib: int = Field(default=1, ge=1)
-    threads: int | None = Field(default=None, ge=1)
+    threads: int | None = Field(default=None, ge=1, le=1 << 16)
     start_timeout_s: float = Field(default=300, gt=0)
     tool_parser: str | None = Field(default=None, pattern=r"^[a-z0-9_]+$")
     node_ip: str | None = None
@@ -160,7 +162,7 @@ class EngineConfig(Strict):
     env: dict[str, str] = Field(default_factory=dict)
     log_mib: float = Field(default=64, gt=0)
     log_stdout: bool = False
-    replicas: int = Field(default=1, ge=1)
+    replicas: int = Field(default=1, ge=1, le=1024)
     url: str | None = None
     urls: list[str] = Field(default_factory=list)
     api_key_env: str | None = None
@@ -198,8 +200,8 @@ class EngineConfig(Strict):
     @classmethod
     def _http(cls, value: str | list[str] | None) -> str | list[str] | None:
         for url in [value] if isinstance(value, str) else value or []:
-            if not re.match(r"https?://[^/\s]+", url):
-                raise ValueError(f"{url!r} is not a URL; write http://HOST:PORT")
+            if not _is_url(url):
+                raise ValueError(f"{shortened(repr(url), 200)} is not a URL; write http://HOST:PORT")
         return value
 
     @model_validator(mode="after")
@@ -249,11 +251,16 @@ class EngineConfig(Strict):
         for name, reason in _OWN_VARIABLES.items():
             if name in env:
                 raise ValueError(f"{name}: {reason}; leave it out")
+        for name, value in env.items():
+            if not name or "=" in name or "\0" in name + value:
+                raise ValueError(f"{shortened(repr(name), 80)} and its value cannot be an environment variable")
         return env
 
     @field_validator("extra_args")
     @classmethod
     def _served_arguments(cls, arguments: list[str]) -> list[str]:
+        if any("\0" in argument for argument in arguments):
+            raise ValueError("an argument holds no NUL character")
         try:
             reason = refusal(arguments)
         except MixfuseError as error:
@@ -268,6 +275,17 @@ class EngineConfig(Strict):
         if host != "localhost" and not host.startswith("127."):
             raise ValueError("the engine listens on a loopback address only; put the gateway before it")
         return host
+
+
+def _is_url(text: str) -> bool:
+    """Whether a text is the URL of a server, of which a path of its own may follow."""
+    try:
+        parts = urlsplit(text)
+        port = parts.port  # raises where it is none
+    except ValueError:
+        return False
+    plain = text.isprintable() and not any(letter.isspace() for letter in text) and not parts.query + parts.fragment
+    return plain and parts.scheme in ("http", "https") and bool(parts.hostname) and port != 0
 
 
 def served_template(config: EngineConfig) -> str | None:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from mixfuse.contracts.errors import MixfuseError
-from mixfuse.contracts.files import read_json
+from mixfuse.contracts.families import config_of
 from mixfuse.serve.engine import EngineConfig
 from mixfuse.serve.vllm_arguments import argument
 
@@ -20,7 +20,7 @@ def precision(config: EngineConfig) -> str:
         MixfuseError: A `config.json` cannot be read.
     """
     weights = config.weights or config.base
-    stored = read_json(weights / "config.json") if (weights / "config.json").is_file() else {}
+    stored = config_of(weights) if (weights / "config.json").is_file() else {}
     dtype = config.served_dtype
     if dtype == "auto":
         dtype = "float16" if "float16" in (stored.get("dtype"), stored.get("torch_dtype")) else "bfloat16"

@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Annotated, Literal, Protocol
+
+from pydantic import Field
 
 Reason = Literal[
     "config",
@@ -41,7 +43,7 @@ class RoleEntry:
     """
 
     role: str
-    version: int
+    version: Annotated[int, Field(ge=0, lt=1 << 53)]
     revision: str | None
     directory: str | None
     pinned: bool

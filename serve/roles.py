@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 
+from mixfuse.contracts.bounded_json import shortened
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.serve.admission import Admission
 from mixfuse.serve.role_record import Reason, RoleEntry, RoleRecord
@@ -126,7 +127,8 @@ class RoleTable:
             MixfuseError: The role is unknown (kind "role").
         """
         if role not in self._roles:
-            raise MixfuseError(f"unknown role {role!r}; this server's roles: {', '.join(self._roles)}", kind="role")
+            known = ", ".join(self._roles)
+            raise MixfuseError(f"unknown role {shortened(repr(role), 80)}; this server's roles: {known}", kind="role")
         return self._roles[role]
 
     def swappable(self, role: str) -> RoleState:

@@ -2,9 +2,11 @@
 
 import asyncio
 import logging
+import os
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -18,6 +20,7 @@ logger = logging.getLogger(__name__)
 _TRANSIENT = ("conflict", "engine", "trace_db")
 # An adapter that kills the engine must not be loaded for ever.
 _MAX_TRIES = 3
+_MOST_FILES = 20_000  # no adapter has as many; the check of the directory says so
 
 
 @dataclass(frozen=True)
@@ -60,15 +63,28 @@ class Folder:
         return await asyncio.to_thread(self._newest, role)
 
     def _newest(self, role: str) -> Candidate | None:
-        manifests = [path for path in (self._root / role).glob(f"*/{MANIFEST}") if not path.parent.name.startswith(".")]
+        folder = self._root / role
         try:
-            manifest = max(manifests, key=lambda path: (path.stat().st_mtime_ns, path), default=None)
+            if not os.path.lexists(folder):
+                return None
+            written, unreadable = {}, None
+            for path in folder.iterdir():  # `glob` passes over what cannot be read in silence
+                try:
+                    if not path.name.startswith("."):
+                        written[path / MANIFEST] = (path / MANIFEST).stat().st_mtime_ns
+                except (FileNotFoundError, NotADirectoryError):
+                    continue
+                except OSError as error:
+                    unreadable = error
+            if not written and unreadable is not None:
+                raise unreadable
+            manifest = max(written, key=lambda path: (written[path], path), default=None)
             if manifest is None:
                 return None
-            files = sorted(path for path in manifest.parent.rglob("*") if path.is_file())
+            files = sorted(path for path in islice(manifest.parent.rglob("*"), _MOST_FILES) if path.is_file())
             state = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-        except OSError as error:  # removed meanwhile
-            raise MixfuseError(f"{self._root / role}: {error}", kind="adapter") from None
+        except OSError as error:  # removed meanwhile, or not for this user
+            raise MixfuseError(f"{folder}: {error}", kind="adapter") from None
         return Candidate(manifest.parent, str(state))
 
 

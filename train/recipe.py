@@ -15,6 +15,7 @@ from pydantic import (
     model_validator,
 )
 
+from mixfuse.contracts.adapter import check_role_name
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.families import shape_of
 from mixfuse.contracts.paths import FilePath
@@ -22,14 +23,7 @@ from mixfuse.contracts.strict_yaml import Strict, override, read_mapping, valida
 from mixfuse.train.optimizers import OPTIMIZERS, OptimizerEntry, OptimizerName
 from mixfuse.train.quantization import Quantization
 
-
-def _role_name(value: str) -> str:
-    if not value.replace("-", "").replace("_", "").isalnum():
-        raise ValueError("a role's name is letters, digits, '-' and '_'")
-    return value
-
-
-RoleName = Annotated[str, AfterValidator(_role_name)]
+RoleName = Annotated[str, AfterValidator(check_role_name)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 

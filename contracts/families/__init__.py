@@ -19,9 +19,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from mixfuse.contracts.bounded_json import read_object
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.family import Family, Shape
-from mixfuse.contracts.files import read_json
 
 
 @cache
@@ -44,6 +44,21 @@ def family_named(model_type: Any) -> Family:
     return families[model_type]
 
 
+_MOST_CONFIG_BYTES = 4 << 20
+
+
+def config_of(base: Path) -> dict[str, Any]:
+    """Reads the `config.json` of a base model's folder.
+
+    Raises:
+        MixfuseError: It is missing, no regular file, or no JSON object of a config's size.
+    """
+    try:
+        return read_object(base / "config.json", most=_MOST_CONFIG_BYTES)
+    except MixfuseError as error:
+        raise MixfuseError(str(error)) from None  # the fault of no adapter
+
+
 def family_of(base: Path) -> Family:
     """Returns the family of the base model in a folder.
 
@@ -51,8 +66,7 @@ def family_of(base: Path) -> Family:
         MixfuseError: The family is unknown.
     """
     try:
-        config = read_json(base / "config.json")
-        return family_named(config.get("model_type") if isinstance(config, dict) else None)
+        return family_named(config_of(base).get("model_type"))
     except MixfuseError as error:
         raise MixfuseError(f"{base}: {error}", kind=error.kind) from None
 

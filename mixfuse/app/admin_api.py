@@ -34,7 +34,7 @@ class GateRequest(Strict):
     for_s: Ratio | None = None
     requests: int | None = Field(default=None, ge=1)
     timeout_s: Ratio = 600.0
-    limits: dict[str, Any] = {}
+    limits: dict[str, Any] = Field(default={}, max_length=64)
 
     @model_validator(mode="after")
     def _check_canary(self) -> Self:

@@ -18,7 +18,7 @@ from typing import Protocol, Self
 
 from pydantic import Field
 
-from mixfuse.app.admin_api import UNDER_WAY, GateReport, GateState, Ratio, Share, SwapRequest
+from mixfuse.app.admin_api import UNDER_WAY, GateReport, GateRequest, GateState, Ratio, Share, SwapRequest
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.strict_yaml import Strict, validate
 from mixfuse.contracts.trace import Trace
@@ -116,6 +116,15 @@ class Gate:
         )
 
 
+def limits_of(limits: GateConfig, request: GateRequest) -> GateConfig:
+    """The limits of a gate: those of the serve config, some of them replaced.
+
+    Raises:
+        MixfuseError: A limit is unknown, or its value does not fit.
+    """
+    return validate({**limits.model_dump(), **request.limits}, GateConfig, source="limits")
+
+
 class GateError(MixfuseError):
     """A staged revision did not pass its gate; the old one serves on."""
 
@@ -168,7 +177,7 @@ class Gates:
         Raises:
             MixfuseError: A limit is unknown, or as for `Swapper.stage`.
         """
-        limits = validate({**self._limits.model_dump(), **request.limits}, GateConfig, source="limits")
+        limits = limits_of(self._limits, request)
         why: Reason = "shadow" if request.canary is None else "canary"
         revision = await self._swapper.stage(role, request.directory, why=why)
         assert revision.revision is not None  # noqa: S101 - only an adapter can be staged

@@ -41,7 +41,6 @@ logger = logging.getLogger(__name__)
 
 _OWN = ".gitattributes"  # written by the Hub to list its large files; no adapter holds it
 _ANSWER_S = 10.0
-_MOST_TEXT_BYTES = 16 << 20
 _FETCHED = re.compile(r"[0-9a-f]{12}|\.[0-9a-f]{12}\.[0-9a-f]{12}\.partial")  # folders that `newest` makes
 _REVISION = re.compile(r"[0-9a-f]{12}")
 
@@ -232,7 +231,7 @@ def fetch(source: str, folder: Path) -> str:
         own = adapter.MANIFEST in files
         for name, entry in files.items():
             path = PurePosixPath(name)
-            small = entry.size <= _MOST_TEXT_BYTES
+            small = entry.size <= adapter.MOST_TEXT_BYTES
             is_text = path.suffix in (".json", ".md") or name == "llamaboard_config.yaml"
             is_weights = path.suffix == ".safetensors" and (own or path.name.startswith("adapter_model"))
             if (own or len(path.parts) == 1) and ".." not in path.parts and ((is_text and small) or is_weights):
@@ -415,9 +414,11 @@ def _download(repo: str, commit: str, listed: dict[str, int], folder: Path) -> M
     if adapter.MANIFEST not in listed:
         raise hub_error(f"{repo} at commit {commit} is not an adapter of mixfuse: it has no {adapter.MANIFEST}")
     if large := next(
-        (n for n, size in listed.items() if n.endswith((".json", ".md")) and size > _MOST_TEXT_BYTES), None
+        (n for n, size in listed.items() if n.endswith((".json", ".md")) and size > adapter.MOST_TEXT_BYTES), None
     ):
-        raise hub_error(f"{repo}: its {large} is larger than {_MOST_TEXT_BYTES >> 20} MiB, which no such file is")
+        raise hub_error(
+            f"{repo}: its {large} is larger than {adapter.MOST_TEXT_BYTES >> 20} MiB, which no such file is"
+        )
     hf_hub_download(repo, adapter.MANIFEST, revision=commit, local_dir=folder)
     manifest = adapter.read_manifest(folder)
     for name in manifest.files:

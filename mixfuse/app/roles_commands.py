@@ -19,6 +19,7 @@ from rich.text import Text
 from mixfuse.app.admin_api import GateReport, SwapRequest
 from mixfuse.app.client import AdminClient
 from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.paths import resolved
 from mixfuse.contracts.strict_yaml import validate
 from mixfuse.serve.roles import BASE
 from mixfuse.serve.swap import Swap
@@ -65,7 +66,7 @@ def swap_role(url: str, role: str, directory: Path, *, as_json: bool = False) ->
     """
     client = AdminClient(url)
     with _shown(client, role):
-        swap = client.swap(role, directory.resolve())
+        swap = client.swap(role, resolved(directory))
     _print_swap(swap, as_json)
 
 
@@ -113,7 +114,7 @@ def swap_through_gate(url: str, role: str, directory: Path, gate: dict[str, Any]
     """
     client = AdminClient(url)
     settings = {key: value for key, value in gate.items() if value is not None}
-    request = validate({"directory": directory.resolve(), **settings}, SwapRequest, source="roles swap")
+    request = validate({"directory": resolved(directory), **settings}, SwapRequest, source="roles swap")
     report = client.begin_gate(role, request)
     try:
         with Console(stderr=True).status("") as status:

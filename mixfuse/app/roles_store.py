@@ -16,15 +16,20 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from pydantic import TypeAdapter, ValidationError
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import SQLAlchemyError
 
 from mixfuse.app.engine_lease import EngineLease
+from mixfuse.contracts.bounded_json import shortened
 from mixfuse.contracts.database import Database
-from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.errors import MixfuseError, printable
+from mixfuse.contracts.paths import resolved
 from mixfuse.serve.role_record import Proposal, Reason, RoleEntry
 
 Result = TypeVar("Result")
+
+_ENTRY = TypeAdapter(RoleEntry)
 
 # A change may wait for another gateway's; a database that is longer silent is reported.
 _ANSWER_S = 30.0
@@ -85,7 +90,7 @@ class StoredRoles:
             MixfuseError: As for `change`, or the gateways that share this one's engines count it as gone (kind
                 "engine"): they may have given up what it proposed.
         """
-        path = None if directory is None else str(directory.resolve())
+        path = None if directory is None else _stored(directory)
 
         def work(connection: Connection) -> RoleEntry:
             if self._lease is not None:
@@ -98,7 +103,7 @@ class StoredRoles:
         self, role: str, revision: str | None, directory: Path | None, why: Reason, error: str
     ) -> None:
         """Adds a line to the history: a change was attempted and refused."""
-        path = None if directory is None else str(directory.resolve())
+        path = None if directory is None else _stored(directory)
 
         def note(connection: Connection) -> None:
             entry = read(connection).get(role)
@@ -127,7 +132,7 @@ class StoredRoles:
         if self._lease is None:
             yield
             return
-        proposal = Proposal(uuid.uuid4().hex, role, revision, str(directory.resolve()))
+        proposal = Proposal(uuid.uuid4().hex, role, revision, _stored(directory))
         try:
             await self._lease.propose(proposal)
             yield
@@ -196,10 +201,32 @@ class StoredRoles:
             ) from error
 
 
+def _stored(directory: Path) -> str:
+    """A directory as the record holds it: without links, and as text that every database takes."""
+    return printable(str(resolved(directory)))
+
+
 def read(connection: Connection) -> dict[str, RoleEntry]:
-    """Returns the entry of each known role."""
+    """Returns the entry of each known role.
+
+    Raises:
+        MixfuseError: A row is not as it was written (kind "trace_db"); SQLite keeps any value in any column.
+    """
     rows = connection.execute(text("SELECT role, version, revision, directory, pinned, since, gateway FROM roles"))
-    return {row["role"]: RoleEntry(**{**row, "pinned": bool(row["pinned"])}) for row in rows.mappings()}
+    entries = {}
+    for row in rows.mappings():
+        try:
+            entry = _ENTRY.validate_python({**row, "pinned": bool(row["pinned"])})
+        except ValidationError as error:
+            column, what = error.errors()[0]["loc"][-1], error.errors()[0]["msg"]
+            role = shortened(repr(row["role"]), 80)
+            raise MixfuseError(
+                f"the role table's row of {role} is damaged: {column}: {what}; delete the row, and the role is taken "
+                "from the config",
+                kind="trace_db",
+            ) from None
+        entries[entry.role] = entry
+    return entries
 
 
 def change(connection: Connection, *, new: RoleEntry, why: Reason) -> RoleEntry:

@@ -12,7 +12,6 @@ import gc
 import ipaddress
 import logging
 import os
-import re
 import resource
 import signal
 import socket
@@ -34,13 +33,16 @@ from mixfuse.app import workers
 from mixfuse.app.admin_api import GateRequest, SwapRequest
 from mixfuse.app.engine_lease import EngineLease
 from mixfuse.app.engine_metrics import EngineMetrics
-from mixfuse.app.gates import GateConfig, Gates
+from mixfuse.app.gates import GateConfig, Gates, limits_of
 from mixfuse.app.roles_routes import RoleMetrics, routes
 from mixfuse.app.roles_store import StoredRoles
-from mixfuse.contracts.adapter import TrustedKey, fingerprint, verify
+from mixfuse.contracts.adapter import TrustedKey, check_role_name, fingerprint, verify
+from mixfuse.contracts.bounded_json import shortened
 from mixfuse.contracts.database import opened
 from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.model_card import is_hub_id
 from mixfuse.contracts.paths import FilePath
+from mixfuse.contracts.signing import public_key
 from mixfuse.contracts.strict_yaml import Strict, load
 from mixfuse.fusion.calls.board import SharedBoard
 from mixfuse.fusion.calls.upstream import Endpoint
@@ -68,8 +70,6 @@ UI_PAGES = "mixfuse.app.pages"
 
 AnyModel = TypeVar("AnyModel", bound=ModelConfig)
 
-# It is a part of a URL, of a model's name in the engine and of the path of a watched folder.
-_ROLE_NAME = re.compile(r"[^\W_][\w.-]{0,63}")
 _LOOK_S = 0.02
 _KEPT = 3  # fetched adapters that served a role last; a rollback goes back to them
 _BURY_S = 5.0
@@ -127,10 +127,10 @@ class ServeConfig(Strict):
     gateway: GatewayConfig = GatewayConfig()
     roles: dict[str, FilePath | None] = {}
     roles_from: Literal["table", "config"] = "table"
-    roles_poll_s: Annotated[float, Field(gt=0)] = 2.0
+    roles_poll_s: Annotated[float, Field(ge=0.01)] = 2.0
     watch: FilePath | dict[str, str] | None = None
     watch_gate: GateRequest | None = None
-    trusted_keys: list[FilePath | TrustedKey] = []
+    trusted_keys: list[TrustedKey | FilePath] = []
     revoked_keys: list[FilePath] = []
     probe_tolerance: Annotated[float, Field(gt=0)] | None = None
     adapters_without_probes: Literal["serve", "refuse"] = "serve"
@@ -143,11 +143,7 @@ class ServeConfig(Strict):
     @classmethod
     def _names(cls, roles: dict[str, FilePath | None]) -> dict[str, Path | None]:
         for name in roles:
-            if not _ROLE_NAME.fullmatch(name):
-                raise ValueError(
-                    f"{name[:80]!r} cannot be a role's name, since it could not be swapped: a name has letters, "
-                    "digits, '.', '_' and '-', begins with a letter or a digit, and has 64 characters at most"
-                )
+            check_role_name(name)
         return roles
 
     @model_validator(mode="after")
@@ -156,6 +152,18 @@ class ServeConfig(Strict):
             raise ValueError("`watch_gate` goes with `watch`")
         if self.watch_gate is not None and not self.watch_gate.gated:
             raise ValueError("`watch_gate` needs `shadow` or `canary`")
+        if self.watch_gate is not None:
+            try:
+                limits_of(self.gate, self.watch_gate)
+            except MixfuseError as error:
+                raise ValueError(f"`watch_gate`: {error}") from None
+        for role, source in self.watch.items() if isinstance(self.watch, dict) else ():
+            name, at, branch = source.partition("@")
+            if not is_hub_id(name) or (at and not branch):
+                raise ValueError(
+                    f"`watch`: {role}: {shortened(repr(source), 120)} is no adapter on the Hub; write org/name or "
+                    "org/name@branch"
+                )
         return self
 
     @property
@@ -222,10 +230,25 @@ def run(config_path: Path, overrides: list[str]) -> None:
             died.
     """
     config, fusion = configs(config_path, overrides)
+    _check_files(config)
     try:
         _run_event_loop(_serve(config, fusion))
     except (KeyboardInterrupt, asyncio.CancelledError):  # Ctrl-C, SIGTERM: how a server ends
         print("stopped", file=sys.stderr)
+
+
+def _check_files(config: ServeConfig) -> None:
+    """Refuses keys that cannot be read, with which every adapter would be, and a file that stands as watched folder.
+
+    Raises:
+        MixfuseError: There is one.
+    """
+    for key in config.trusted_keys:
+        public_key(key.key if isinstance(key, TrustedKey) else key)
+    for key in config.revoked_keys:
+        public_key(key)
+    if isinstance(config.watch, Path) and os.path.lexists(config.watch) and not config.watch.is_dir():
+        raise MixfuseError(f"watch: {config.watch} is no folder; name one with adapter directories in ROLE/")
 
 
 def configs(config_path: Path, overrides: list[str]) -> tuple[ServeConfig, FusionConfig]:

@@ -19,7 +19,7 @@ from mixfuse.app.server import ServeConfig
 from mixfuse.contracts.adapter import LORA_RANKS, LoraRank, Manifest
 from mixfuse.contracts.agreement import LENGTHS
 from mixfuse.contracts.errors import MixfuseError
-from mixfuse.contracts.files import read_json
+from mixfuse.contracts.families import config_of
 from mixfuse.contracts.strict_yaml import load
 from mixfuse.serve.engine import Engine, EngineConfig, cpu_build
 from mixfuse.serve.precision import precision
@@ -74,7 +74,7 @@ class EngineChoice:
         """The most tokens of a probe. On a CPU a long one takes minutes, so only a config's length asks for it."""
         if self.config is None and self.url is None and cpu_build():
             return LENGTHS[1]
-        stored = read_json(config.base / "config.json").get("max_position_embeddings")
+        stored = config_of(config.base).get("max_position_embeddings")
         longest = stored if isinstance(stored, int) and stored > _ROOM else LENGTHS[-1] + _ROOM
         return min(longest if config.external else min(longest, config.max_model_len), LENGTHS[-1] + _ROOM) - _ROOM
 
@@ -125,7 +125,7 @@ class Trial(NamedTuple):
     """Engines with adapters loaded.
 
     Attributes:
-        engines: One that was started for this, or all running ones.
+        engines: One that was started for this, or all running ones; each data-parallel copy of the model by itself.
         names: Adapter directory → its name in them.
         precision: The number format of their weights and activations.
         length: The longest prompt and completion together, in tokens.
@@ -174,7 +174,8 @@ async def trial(choice: EngineChoice, base: Path | None, adapters: Mapping[Path,
                     stack.push_async_callback(engine_api.unload_adapter, name)
         lengths = await asyncio.gather(*(engine_api.max_model_len() for engine_api in engines))
         length = min((known for known in lengths if known is not None), default=config.max_model_len)
-        yield Trial(engines, names, precision(config), length, bool(config.external))
+        copies = [copy for engine_api in engines for copy in await engine_api.ranks()]
+        yield Trial(copies, names, precision(config), length, bool(config.external))
 
 
 async def _running(config: EngineConfig) -> list[VllmApi]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mixfuse.cli import options
-from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.errors import MixfuseError, printable
 
 if TYPE_CHECKING:
     from mixfuse.app.trial_engine import EngineChoice
@@ -206,7 +206,11 @@ def _verify(arguments: argparse.Namespace) -> None:
             + (f"{base} is not here" if known is None else "it was exported without --full-hash")
         )
     if not on_engine:
-        checks = "hashes, shapes and base are right" if known else f"hashes and shapes are right ({base} is not here)"
+        checks = (
+            "hashes, shapes and base are right"
+            if known
+            else f"hashes and shapes are right ({printable(str(base))} is not here)"
+        )
         signer = f"; signed with key {manifest.signature.public_key[:16]}…" if manifest.signature else ""
         effect = "not proven that an engine applies it (--base BASE compares vLLM with PEFT)"
         print(f"{arguments.dir}: revision {manifest.revision}: {checks}{signer}; {effect}")

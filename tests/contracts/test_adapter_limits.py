@@ -5,8 +5,13 @@ import json
 import os
 import re
 import resource
+import shutil
 import struct
-from collections.abc import Callable
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +22,10 @@ from safetensors.numpy import save_file
 from mixfuse.cli.entry import main
 from mixfuse.contracts import adapter, peft_config
 from mixfuse.contracts.adapter import CONFIG, MANIFEST, WEIGHTS, Manifest
-from mixfuse.contracts.adapter_weights import check_directory, safetensors_header
+from mixfuse.contracts.adapter_weights import Tensors, check_directory, safetensors_header
 from mixfuse.contracts.bounded_json import read_object
 from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.model_card import CARD, named, render
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
 BASE_STD = 0.02
@@ -167,7 +173,11 @@ BAD_HEADERS: dict[str, tuple[bytes, str]] = {
     ),
     "nested": (header(f'{{"a": {NEST}}}'), "nested"),
     "a tensor twice": (header(f'{{"a": {FLAT}, "a": {FLAT}}}'), "the key 'a' stands twice"),
-    "many tensors": (header("{" + ",".join(f'"{i}":{FLAT}' for i in range(200_001)) + "}"), "more than 200000 tensors"),
+    "many tensors": (header("{" + ",".join(f'"{i}":{FLAT}' for i in range(200_001)) + "}"), "more than 100000 tensors"),
+    "much metadata": (
+        header('{"__metadata__": {' + ",".join(f'"{i}":"x"' for i in range(10_001)) + "}}"),
+        "more than 10000 keys that are of no tensor",
+    ),
 }
 
 
@@ -451,3 +461,267 @@ def test_a_trained_adapter_of_ordinary_size_passes(base: Path, tmp_path: Path) -
     adapter.verify(folder)
     for dtype in ("float16", "bfloat16", "float32", None):
         check_directory(folder, base=base, dtype=dtype)
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+resource.setrlimit(resource.RLIMIT_CPU, (20, 20))  # hashing a terabyte takes far longer
+from mixfuse.cli.entry import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def limited(*words: object) -> tuple[int, str]:
+    """Runs a command in little processor time: its exit status, and what it says of an error."""
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, *map(str, words)], capture_output=True, text=True, check=False
+    )
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS, "README.md"])
+def test_a_file_of_a_terabyte_is_never_hashed(name: str, tmp_path: Path) -> None:
+    folder = write(tmp_path / "adapter", tensors())
+    (folder / "README.md").touch()
+    hashed(folder)
+    os.truncate(folder / name, 1 << 40)
+    status, said = limited("adapter", "verify", folder)
+    assert status == 2, said
+    assert f"{name} is larger than" in said
+    assert said.count("\n") == 1
+
+
+def test_weights_larger_than_their_header_says_are_never_hashed(tmp_path: Path) -> None:
+    folder = write(tmp_path / "adapter", tensors())
+    os.truncate(folder / WEIGHTS, 1 << 37)
+    status, said = limited("adapter", "verify", folder)
+    assert status == 2, said
+    assert "not a whole safetensors file (truncated)" in said
+
+
+@pytest.mark.parametrize("make", ["mkdir", "touch"])
+def test_a_folder_of_many_files_is_not_looked_through(make: str, tmp_path: Path) -> None:
+    folder = write(tmp_path / "adapter", tensors())
+    for number in range(2000):
+        getattr(folder / f"{number}.md", make)()
+    with pytest.raises(MixfuseError, match=r"is not in the manifest|holds more than 1004 files and folders"):
+        adapter.verify(folder)
+
+
+@contextmanager
+def nobody() -> Iterator[None]:
+    """Runs the block without root's permission to read everything."""
+    if os.geteuid():
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.mark.parametrize("name", [".", MANIFEST, CONFIG, WEIGHTS])
+def test_what_cannot_be_read_is_one_line(name: str, tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory() as root:
+        Path(root).chmod(0o755)
+        folder = Path(shutil.copytree(write(tmp_path / "adapter", tensors()), Path(root, "adapter")))
+        (folder / name).chmod(0)
+        with nobody(), pytest.raises(MixfuseError, match="cannot be read: Permission denied") as caught:
+            adapter.verify(folder)
+        (folder / name).chmod(0o755)
+    assert caught.value.kind == "adapter"
+
+
+@pytest.mark.parametrize("path", ["x" * 5000, "x/" * 3000])
+def test_a_path_that_no_file_can_have_is_one_short_line(path: str) -> None:
+    for read in (adapter.verify, adapter.read_manifest, adapter.read_probes, adapter.check_applied, check_directory):
+        with pytest.raises(MixfuseError, match="cannot be read: File name too long") as caught:
+            read(Path(path))
+        assert len(str(caught.value)) < 300
+        assert caught.value.kind == "adapter"
+
+
+def test_weights_that_shrink_while_they_are_read_are_refused(tmp_path: Path) -> None:
+    weights = Tensors(write(tmp_path / "adapter", tensors()) / WEIGHTS)
+    os.truncate(weights.path, weights.path.stat().st_size - 4)
+    with pytest.raises(MixfuseError, match="changed while it was being read"):
+        weights.read(list(weights.header)[-1])
+
+
+PROBES = {
+    "a token below 0": ({"logprobs": [{"tokens": [-1, 2], "logprobs": [0.5]}]}, "greater than or equal to 0"),
+    "a token of no vocabulary": ({"logprobs": [{"tokens": [1 << 31, 2], "logprobs": [0.5]}]}, "less than 2147483648"),
+    "a million tokens": (
+        {"logprobs": [{"tokens": [1] * 200_000, "logprobs": [0.5] * 199_999}]},
+        "more than 131072 tok",
+    ),
+    "many prompts": ({"logprobs": [{"tokens": [1, 2], "logprobs": [0.5]}] * 5000}, "at most 1024 items"),
+    "a missing logprob": ({"logprobs": [{"tokens": [1, 2], "logprobs": []}]}, "needs a log-probability"),
+}
+
+
+@pytest.mark.parametrize("case", PROBES)
+def test_probes_that_no_engine_could_answer_are_refused_before_one_loads_the_adapter(case: str, tmp_path: Path) -> None:
+    probes, message = PROBES[case]
+    folder = write(tmp_path / "adapter", tensors())
+    (folder / adapter.PROBES).write_text(json.dumps({"tolerance": 0.001, **probes}))
+    with pytest.raises(MixfuseError, match=message):
+        adapter.verify(hashed(folder))
+
+
+@pytest.mark.parametrize("key", ["recipe", "metrics", "libraries", "base_path"])
+def test_half_a_character_is_refused_wherever_it_stands(key: str, tmp_path: Path) -> None:
+    folder = write(tmp_path / "adapter", tensors())
+    data = json.loads((folder / MANIFEST).read_text())
+    half = "\ud800"
+    data[key] = half if key == "base_path" else {half: half} if key == "recipe" else {"a": half}
+    (folder / MANIFEST).write_text(json.dumps(data))
+    with pytest.raises(MixfuseError, match=r"half a surrogate pair, \\ud800"):
+        adapter.read_manifest(folder)
+    data[key] = "\U0001f600" if key == "base_path" else {"a": "\U0001f600"}  # written as two halves
+    (folder / MANIFEST).write_text(json.dumps(data))
+    adapter.read_manifest(folder)
+
+
+@pytest.mark.parametrize("name", [b"\xff.json", b"a\x1b[2J.json", "\u202egnp.json".encode()])
+def test_a_message_names_a_file_without_what_steers_a_terminal(name: bytes, tmp_path: Path) -> None:
+    folder = write(tmp_path / "adapter", tensors())
+    Path(os.fsdecode(os.fsencode(folder) + b"/" + name)).touch()
+    with pytest.raises(MixfuseError, match="is not in the manifest") as caught:
+        adapter.verify(folder)
+    assert str(caught.value).isprintable()
+    assert str(caught.value).encode()
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {f"key{number}": 1 for number in range(150_000)},
+        {"files": {f"{number}.json": 1 for number in range(150_000)}},
+    ],
+)
+def test_many_mistakes_in_a_manifest_are_one_line_and_little_memory(keys: dict[str, Any], tmp_path: Path) -> None:
+    folder = write(tmp_path / "adapter", tensors())
+    (folder / MANIFEST).write_text(json.dumps(json.loads((folder / MANIFEST).read_text()) | keys))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(MixfuseError, match=r"unknown key 'key0'|lists more than 10000 files"):
+        adapter.read_manifest(folder)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 60 << 10
+
+
+@pytest.mark.parametrize("role", ["", "\x1b[2J", "a\x00", "x" * 201])
+def test_a_role_that_no_screen_can_show_is_refused(role: str, tmp_path: Path) -> None:
+    folder = write(tmp_path / "adapter", tensors())
+    (folder / MANIFEST).write_text(json.dumps(json.loads((folder / MANIFEST).read_text()) | {"role": role}))
+    with pytest.raises(MixfuseError, match="'role'"):
+        adapter.read_manifest(folder)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: Path(path).symlink_to("/dev/zero")])
+def test_a_key_that_is_no_file_is_refused_and_never_waited_for(make: Callable[[Path], None], tmp_path: Path) -> None:
+    make(tmp_path / "key")
+    folder = write(tmp_path / "adapter", tensors())
+    with pytest.raises(MixfuseError, match="the key cannot be read: is no regular file"):
+        adapter.sign(folder, tmp_path / "key")
+
+
+BASES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a pipe for a config": (lambda b: _fifo(b / "config.json"), "is no regular file"),
+    "a config of a terabyte": (lambda b: os.truncate(b / "config.json", 1 << 40), "larger than 4 MiB"),
+    "a config that is a list": (lambda b: (b / "config.json").write_text("[1]"), "holds no JSON object, but a list"),
+    "a tokenizer of a terabyte": (lambda b: os.truncate(b / "tokenizer.json", 1 << 40), "larger than 256 MiB"),
+    "settings that are a list": (lambda b: (b / "tokenizer_config.json").write_text("[]"), "but a list"),
+    "half a character": (
+        lambda b: (b / "tokenizer_config.json").write_text('{"chat_template": "\\ud800"}'),
+        "half a surrogate pair",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BASES)
+def test_a_base_that_is_none_is_one_line(case: str, base: Path) -> None:
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (base / name).write_text("{}")
+    adapter.fingerprint(base)
+    spoil, message = BASES[case]
+    spoil(base)
+    with pytest.raises(MixfuseError, match=message):
+        adapter.fingerprint(base)
+
+
+@pytest.mark.parametrize(
+    ("module", "size", "message"),
+    [
+        ("model.layers.7.self_attn.q_proj", 8, "of shape [8, 8], which the base does not have"),
+        ("model.layers.0.self_attn.q_proj", 7, "of shape [8, 7], whose weight has shape [8, 8] in the base"),
+    ],
+)
+def test_a_change_that_fits_no_weight_of_the_base_is_refused(
+    module: str, size: int, message: str, base: Path, tmp_path: Path
+) -> None:
+    stem = f"base_model.model.{module}"
+    weights = {
+        f"{stem}.lora_A.weight": numpy.full((2, size), 0.05, numpy.float32),
+        f"{stem}.lora_B.weight": numpy.full((8, 2), 0.05, numpy.float32),
+    }
+    folder = write(tmp_path / "adapter", weights)
+    check_directory(folder)
+    with pytest.raises(MixfuseError, match=re.escape(message)):
+        check_directory(folder, base=base)
+
+
+def test_a_tensor_of_a_long_name_is_one_short_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = {name.replace("layers.0", "layers." + "9" * 5000): value for name, value in tensors().items()}
+    folder = write(tmp_path / "adapter", weights, target_modules=["k_proj"])
+    adapter.verify(folder)
+    assert main(["adapter", "verify", str(folder)]) == 2
+    assert len(capsys.readouterr().err) < len(str(folder)) + 550
+    folder = write(tmp_path / "odd", {"x" * 100_000: numpy.ones((3, 3), numpy.float32)})
+    with pytest.raises(MixfuseError, match="xxx…") as caught:
+        adapter.verify(folder)
+    assert len(str(caught.value)) < len(str(folder)) + 550
+
+
+def test_adapters_of_other_bases_are_not_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("torch")
+    weights = {name: value[:, :6] if "lora_A" in name else value for name, value in tensors().items()}
+    one = write(tmp_path / "one", tensors())
+    other = write(tmp_path / "other", {name: numpy.ascontiguousarray(value) for name, value in weights.items()})
+    assert main(["adapter", "diff", str(one), str(other)]) == 2
+    assert "by matrices of other shapes" in capsys.readouterr().err
+
+
+CARDS = {
+    "not UTF-8": (b"---\nlicense: \xff\n---\n", None),
+    "references that expand": (b"---\na: &a [x, x]\nb: &b [*a, *a]\nlicense: *b\n---\n", None),
+    "a date that is none": (b"---\nday: 2024-99-99\n---\n", None),
+    "nested": (b"---\nx: " + b"[" * 5000 + b"]" * 5000 + b"\n---\n", "nested too deep"),
+    "an object": (b"---\nx: !!python/object:os.system [1]\n---\n", "could not determine a constructor"),
+}
+
+
+@pytest.mark.parametrize("case", CARDS)
+def test_a_card_of_any_text_is_read_or_named(case: str, tmp_path: Path) -> None:
+    content, message = CARDS[case]
+    folder = write(tmp_path / "adapter", tensors())
+    (folder / CARD).write_bytes(content)
+    if message is None:
+        assert named(folder) == (None, "\ufffd" if case == "not UTF-8" else None)
+    else:
+        with pytest.raises(MixfuseError, match=message):
+            named(folder)
+
+
+def test_a_card_is_written_of_whatever_a_manifest_holds(tmp_path: Path) -> None:
+    folder = write(tmp_path / "adapter", tensors())
+    manifest = adapter.read_manifest(folder).model_copy(
+        update={
+            "role": "judge",
+            "judge_protocol": {"verdicts": 5, "orders": [], "version": {}},
+            "recipe": {"evaluation": {"data": [1, None, {"path": [1]}]}},
+            "libraries": {"a\x1b[2J": "b\x9b1m"},
+        }
+    )
+    assert all(line.isprintable() for line in render(manifest).split("\n"))

@@ -235,7 +235,7 @@ def test_where_a_signature_is_demanded_an_unsigned_directory_is_refused(director
         {"metrics": {"accuracy": 1.0}},
         {"base_path": "elsewhere"},
         {"training_data": [{"name": "clean.jsonl"}]},
-        {"role": "\ud800"},
+        {"role": "\u20ac"},
     ],
     ids=str,
 )
@@ -285,7 +285,7 @@ def test_a_file_that_is_no_key_is_named(directory: Path, key: Path, tmp_path: Pa
     for wrong in (tmp_path / "text", key.with_name("mine.pub")):
         with pytest.raises(MixfuseError, match="no unencrypted Ed25519 private key"):
             adapter.sign(directory, wrong)
-    with pytest.raises(MixfuseError, match="the key cannot be read: No such file"):
+    with pytest.raises(MixfuseError, match="the key cannot be read: no such file"):
         adapter.sign(directory, tmp_path / "nowhere")
     adapter.sign(directory, key)
     for wrong in (tmp_path / "text", key, key.read_bytes()):

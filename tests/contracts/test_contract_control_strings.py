@@ -2,6 +2,8 @@
 """Control strings of chat templates: none of those that installed libraries know reaches a judge or a synthesizer."""
 
 import ast
+import json
+import os
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -140,6 +142,33 @@ def test_a_models_own_tokens_are_known_from_its_tokenizer(tmp_path: Path) -> Non
     (tmp_path / "broken.json").write_text("[")
     with pytest.raises(MixfuseError, match=r"tokenizer .*broken\.json"):
         protocol.special_tokens(tmp_path / "broken.json")
+
+
+def _write(text: str) -> Callable[[Path], object]:
+    return lambda path: path.write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (os.mkfifo, "is no regular file"),
+        (os.mkdir, "is no regular file"),
+        (lambda path: (path.touch(), os.truncate(path, 1 << 40)), "larger than 256 MiB"),
+        (_write("[" * 90_000 + "]" * 90_000), "recursion"),
+        (_write("9" * 5000), "digits"),
+        (_write("[1]"), "'list' object"),
+        (
+            _write(json.dumps({"added_tokens": [{"content": f"<{n}>", "special": True} for n in range(20_001)]})),
+            "20000",
+        ),
+        (_write(json.dumps({"added_tokens": [{"content": "<" * 2000, "special": True}]})), "of more than 1000"),
+    ],
+)
+def test_a_tokenizer_that_is_none_is_named(make: Callable[[Path], object], message: str, tmp_path: Path) -> None:
+    make(tmp_path / "tokenizer.json")
+    with pytest.raises(MixfuseError, match=message) as caught:
+        protocol.special_tokens(tmp_path / "tokenizer.json")
+    assert len(str(caught.value)) < 400
 
 
 def test_megabytes_of_anything_are_cleaned_in_linear_time() -> None:

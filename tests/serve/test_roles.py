@@ -10,6 +10,7 @@ import os
 import random
 import re
 import shutil
+import sqlite3
 import stat
 import statistics
 import subprocess
@@ -29,6 +30,7 @@ from mixfuse.app.gates import GateConfig, Gates
 from mixfuse.app.roles_routes import RoleMetrics, routes
 from mixfuse.app.roles_store import StoredRoles, roll_back
 from mixfuse.app.server import ServeConfig, _terms
+from mixfuse.cli.entry import main
 from mixfuse.contracts import adapter
 from mixfuse.contracts.adapter import (
     CONFIG,
@@ -1196,7 +1198,9 @@ async def test_the_history_is_ordered_by_version_whatever_the_clocks_say(made, s
     assert await stores().served("domain", 2) == [made(3), made(2)]
 
 
-@pytest.mark.parametrize("name", ["", "a/b", "..", ".", "a b", "x?", "a#b", "%41", "role\n", "-x", "a@b", "x" * 65])
+@pytest.mark.parametrize(
+    "name", ["", "a/b", "..", ".", "a b", "x?", "a#b", "%41", "role\n", "-x", "a@b", "x" * 65, "\U0001d400" * 64]
+)
 def test_a_role_name_that_cannot_be_swapped_is_refused_at_the_start(name: str):
     config = {"engine": {"base": "base"}, "fusion": {"members": [{"name": "x", "role": "base"}]}, "roles": {name: None}}
     with pytest.raises(MixfuseError, match="cannot be a role's name"):
@@ -1328,6 +1332,127 @@ async def test_refusals_have_their_status(admin, made):
     swapper.table.engine.fail["load"] = MixfuseError("no answer", kind="engine")
     assert (await client.put("/domain", json={"directory": str(made(4))})).status_code == 503
     assert (await client.post("/domain/rollback")).status_code == 409  # nothing served it before
+
+
+@pytest.mark.parametrize(
+    ("version", "since"), [("'x'", "0.0"), ("9223372036854775807", "0.0"), ("-1", "0.0"), ("1", "'x'"), ("1", "x'ff'")]
+)
+async def test_a_damaged_row_of_the_role_table_is_named(version: str, since: str, stores, tmp_path: Path):
+    with sqlite3.connect(tmp_path / "traces.sqlite3") as connection:
+        columns = "role, version, revision, directory, pinned, since, gateway"
+        connection.execute(f"INSERT INTO roles ({columns}) VALUES ('domain', {version}, 'a', '/b', 0, {since}, 'g')")
+    for work in (stores().read(), stores().rollback_target("domain")):
+        with pytest.raises(MixfuseError, match="row of 'domain' is damaged") as caught:
+            await work
+        assert caught.value.kind == "trace_db"
+
+
+NEVER_WORKS: dict[str, tuple[dict[str, object], str]] = {
+    "a name that the Hub cannot have": ({"watch": {"domain": "no name"}}, "'no name' is no adapter on the Hub"),
+    "no branch": ({"watch": {"domain": "org/name@"}}, "'org/name@' is no adapter on the Hub"),
+    "an unknown limit": ({"watch": "w", "watch_gate": {"shadow": 1, "limits": {"nope": 1}}}, "unknown key 'nope'"),
+    "a limit of 7": ({"watch": "w", "watch_gate": {"shadow": 1, "limits": {"min_agreement": 7}}}, "less than or equal"),
+    "a day that is a number": ({"trusted_keys": [{"key": "k", "until": 86400}]}, "write a day as 2027-12-31"),
+    "no pause": ({"roles_poll_s": 1e-300}, "greater than or equal to 0.01"),
+    "a port beyond all": ({"engine": {"base": "b", "url": "http://a:99999"}}, "is not a URL"),
+    "a port of letters": ({"engine": {"base": "b", "urls": ["http://a:b"]}}, "is not a URL"),
+    "half a bracket": ({"engine": {"base": "b", "url": "http://[::1"}}, "is not a URL"),
+    "a space": ({"engine": {"base": "b", "url": "http://a b"}}, "is not a URL"),
+    "a query": ({"engine": {"base": "b", "url": "http://a/v1?x"}}, "is not a URL"),
+    "a NUL in an argument": ({"engine": {"base": "b", "extra_args": ["--seed=\0"]}}, "holds no NUL"),
+    "a NUL in a variable": ({"engine": {"base": "b", "env": {"A": "\0"}}}, "cannot be an environment variable"),
+    "a variable with a sign": ({"engine": {"base": "b", "env": {"A=B": "x"}}}, "cannot be an environment variable"),
+    "a billion engines": ({"engine": {"base": "b", "replicas": 10**9}}, "less than or equal to 1024"),
+}
+
+
+@pytest.mark.parametrize("case", NEVER_WORKS)
+def test_a_config_that_cannot_work_is_refused_when_it_is_read(case: str):
+    changes, message = NEVER_WORKS[case]
+    plain = {
+        "engine": {"base": "base", "url": "http://127.0.0.1:8000/v1"},
+        "fusion": {"members": [{"name": "x", "role": "base"}]},
+        "roles": {"domain": None},
+        "watch": {"domain": "org/name@main"},
+    }
+    validate(plain, ServeConfig, source="serve.yaml")
+    with pytest.raises(MixfuseError, match=message):
+        validate({**plain, **changes}, ServeConfig, source="serve.yaml")
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("trusted_keys: [none.pub]", "the key cannot be read: no such file"),
+        ("revoked_keys: [serve.yaml]", "is no Ed25519 public key"),
+        ("watch: serve.yaml", "is no folder"),
+    ],
+)
+def test_a_server_with_keys_that_refuse_every_adapter_does_not_start(
+    key: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    text = "engine: {base: base}\nfusion: {members: [{name: x, role: base}]}\nroles: {domain: null}\n"
+    (tmp_path / "serve.yaml").write_text(text + key)
+    assert main(["serve", "serve.yaml"]) == 2
+    assert message in capsys.readouterr().err
+
+
+async def test_a_watched_folder_that_cannot_be_read_says_so(made, tmp_path: Path):
+    (tmp_path / "domain").symlink_to("domain")
+    with pytest.raises(MixfuseError, match="Too many levels of symbolic links"):
+        await Folder(tmp_path).newest("domain")
+    (tmp_path / "domain").unlink()
+    assert await Folder(tmp_path).newest("domain") is None
+    made(1, at=tmp_path / "domain" / "good")
+    for name in ("circle", "empty"):
+        (tmp_path / "domain" / name).mkdir()
+    (tmp_path / "domain" / "circle" / "manifest.json").symlink_to("manifest.json")
+    (tmp_path / "domain" / "a file").touch()
+    newest = await Folder(tmp_path).newest("domain")
+    assert newest is not None
+    assert newest.directory == tmp_path / "domain" / "good"
+    shutil.rmtree(newest.directory)
+    with pytest.raises(MixfuseError, match="Too many levels of symbolic links"):
+        await Folder(tmp_path).newest("domain")
+
+
+@pytest.mark.parametrize("kind", ["a NUL", "a long name", "a circle of links", "a name that is no UTF-8", "a sequence"])
+async def test_a_directory_that_cannot_be_read_is_refused_by_name(kind: str, admin, made, tmp_path: Path):
+    swapper, client = admin
+    (tmp_path / "circle").symlink_to("circle")
+    odd = {b"\xff.json": made(8), b"\x1b[2J.json": made(9)}
+    for name, directory in odd.items():
+        Path(os.fsdecode(os.fsencode(directory) + b"/" + name)).touch()
+    path = {
+        "a NUL": "/tmp/a\0b",
+        "a long name": "/" + "x" * 5000,
+        "a circle of links": str(tmp_path / "circle"),
+        "a name that is no UTF-8": str(made(8)),
+        "a sequence": str(made(9)),
+    }[kind]
+    answer = await client.put("/domain", json={"directory": path})
+    assert (answer.status_code, answer.json()["error"]["type"]) == (400, "adapter")
+    message = answer.json()["error"]["message"]
+    assert message.isprintable()
+    assert len(message) < 500
+    events = (await client.get("/domain/history")).json()["history"]
+    assert events[0]["error"] == message
+    assert swapper.table.serving()["domain"].revision == revision(made(1))
+
+
+async def test_a_role_of_a_long_name_and_many_limits_are_short_refusals(admin, made):
+    _, client = admin
+    unknown = await client.put("/" + "x" * 20_000, json={"directory": str(made(2))})
+    limits = await client.put(
+        "/domain", json={"directory": str(made(2)), "shadow": 1, "limits": {"y" * 5000: 1} | dict.fromkeys("abc", 1)}
+    )
+    many = await client.put(
+        "/domain", json={"directory": str(made(2)), "shadow": 1, "limits": {str(key): key for key in range(65)}}
+    )
+    assert (unknown.status_code, limits.status_code, many.status_code) == (404, 400, 400)
+    assert "at most 64 items" in many.json()["error"]["message"]
+    assert all(len(answer.text) < 800 for answer in (unknown, limits, many))
 
 
 async def test_changes_want_the_admin_key(admin, monkeypatch: pytest.MonkeyPatch):

@@ -144,7 +144,9 @@ def probes_of(directory: Path) -> Probes:
 def test_what_running_engines_say_is_stored_under_the_format_of_the_config(
     judge: Path, tiny, engines: list[Quantised], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    engines[0].ranks = 2
     assert main(["adapter", "verify", str(judge), "--config", str(quantised(tmp_path, tiny.base, engines))]) == 0
+    assert [{copy for copy, _ in engine.asked} for engine in engines] == [{"0", "1"}, {None}]
     said = capsys.readouterr().out
     assert f"the engine's as those of {FORMAT}, which swaps there compare with" in said
     assert said.count("\n") == 1

@@ -22,7 +22,7 @@ from mixfuse.train.run import start
         ("lora.rank=8", "unknown key 'lora.rank'"),
         ("batch_size=8", "unknown key 'batch_size'"),
         ("wandb=of", "'wandb'"),
-        ("role=my judge", "a role's name is letters"),
+        ("role=my judge", "'my judge' cannot be a role's name"),
         ("optimizer={steps: 1, warmup_steps: 1, warmup_ratio: 0.1}", "set warmup_steps or warmup_ratio, not both"),
         ("optimizer={steps: 1, schedule: linear, min_learning_rate: 1e-5}", "the schedule is 'linear'"),
         ("optimizer.min_learning_rate=1", "min_learning_rate 1.0 is above learning_rate 0.01"),

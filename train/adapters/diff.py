@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mixfuse.contracts import plots
+from mixfuse.contracts.errors import MixfuseError
 from mixfuse.train.adapters.factors import Factors, Place, inner_product, with_progress
 
 
@@ -61,13 +62,16 @@ def diff(a: Path, b: Path) -> Difference:
     """Compares two adapter directories.
 
     Raises:
-        MixfuseError: One of them is damaged or not an adapter directory.
+        MixfuseError: One of them is damaged or not an adapter directory, or they fit no common base.
     """
     factors_a, factors_b = Factors(a), Factors(b)
     places = factors_a.places | factors_b.places
     modules = []
     for name in with_progress(sorted(places, key=lambda name: places[name].order), "comparing"):
         pairs = [factors[name] if name in factors.places else None for factors in (factors_a, factors_b)]
+        shapes = {(pair.b.shape[0], pair.a.shape[1]) for pair in pairs if pair}
+        if len(shapes) > 1:
+            raise MixfuseError(f"{a} and {b} change {name} by matrices of other shapes: they are of other base models")
         norms = [math.sqrt(max(inner_product(pair, pair), 0)) if pair else 0.0 for pair in pairs]
         product = inner_product(pairs[0], pairs[1]) if pairs[0] and pairs[1] else 0.0
         modules.append(ModuleDifference(places[name], norms[0], norms[1], product))

@@ -5,6 +5,7 @@ and silently ignores the experts (proven in tests/serve/test_engine.py). Written
 the family's checkpoints, the same adapter works in vLLM and in plain PEFT.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from mixfuse.contracts.agreement import effect_in
 from mixfuse.contracts.bounded_json import read_object, shortened
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.families import family_of
-from mixfuse.contracts.files import atomic_directory, read_json, write_json, write_text
+from mixfuse.contracts.files import atomic_directory, write_json, write_text
 from mixfuse.contracts.peft_config import MOST_CONFIG_BYTES
 from mixfuse.contracts.strict_yaml import validate
 from mixfuse.train.adapters import foreign
@@ -55,6 +56,7 @@ def export(
     if not source.is_dir():
         raise MixfuseError(f"{source}: no such run or adapter folder", kind="adapter")
     adapter, origin = _read_origin(source)
+    role = _role(role or origin.get("role") or "domain")
     base = base or Path(origin.get("base") or _named_base(adapter))
     if not _is_here(base):
         named = shortened(repr(str(base)), 200)
@@ -64,7 +66,6 @@ def export(
     found.refuse()
     check_weights(found.weights, source)
     layout = convert(found.weights, found.config, base, source=source)
-    role = role or origin.get("role") or "domain"
     # The protocol that it was trained with, which may differ from the current one.
     protocol = (origin.get("judge_protocol") or judge_protocol.describe()) if role == "judge" else None
     facts = {
@@ -144,6 +145,18 @@ def write_directory(
     return manifest
 
 
+def _role(name: object) -> str:
+    """A role's name, which a server must be able to swap.
+
+    Raises:
+        MixfuseError: It is none.
+    """
+    try:
+        return contract.check_role_name(str(name))
+    except ValueError as error:
+        raise MixfuseError(f"--role: {error}") from None
+
+
 def _same_base(origin: dict[str, Any], base: Path, fingerprint: Fingerprint) -> bool:
     """Whether the base is the one that the adapter was made on."""
     if isinstance(origin.get("base_fingerprint"), Fingerprint):
@@ -195,8 +208,8 @@ def _read_origin(source: Path) -> tuple[Path, dict[str, Any]]:
     if (source / "recipe.json").is_file():
         if not (source / "run.json").is_file():
             raise MixfuseError(f"{source} is a run that has not finished; run its train command again to resume it")
-        return source / "adapter", read_json(source / "run.json")
-    if (source / contract.MANIFEST).is_file():
+        return source / "adapter", read_object(source / "run.json", most=contract.MOST_TEXT_BYTES)
+    if os.path.lexists(source / contract.MANIFEST):
         manifest = contract.verify(source)
         fused = source / "peft"
         return fused if fused.is_dir() else source, {

@@ -16,9 +16,10 @@ from rich.progress import track
 
 from mixfuse.contracts import adapter as contract
 from mixfuse.contracts.adapter_weights import safetensors_header
+from mixfuse.contracts.bounded_json import read_object, shortened
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.families import family_named
-from mixfuse.contracts.files import read_json
+from mixfuse.contracts.peft_config import MOST_CONFIG_BYTES
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -123,7 +124,7 @@ class Factors:
         self.directory = directory
         self.manifest = contract.verify(directory)
         self.family = family_named(self.manifest.model_type)
-        self.config: dict[str, Any] = read_json(directory / contract.CONFIG)
+        self.config: dict[str, Any] = read_object(directory / contract.CONFIG, most=MOST_CONFIG_BYTES)
         self.scale = float(self.config["lora_alpha"]) / self.manifest.rank
         self._file = TensorFile(directory / contract.WEIGHTS)
         names = (name.removesuffix(".lora_A.weight") for name in self._file.header if ".lora_A." in name)
@@ -157,7 +158,8 @@ class Factors:
         match = self.family.adapter_module.search(name)
         if match is None:
             raise MixfuseError(
-                f"{self.directory}: {name} is not a module of {self.family.title} that LoRA adapts", kind="adapter"
+                f"{self.directory}: {shortened(name, 120)} is not a module of {self.family.title} that LoRA adapts",
+                kind="adapter",
             )
         expert = match["expert"]
         return Place(int(match["layer"]), None if expert is None else int(expert), match["projection"])

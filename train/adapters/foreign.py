@@ -4,7 +4,6 @@ Nothing is fixed in silence. `read` returns the adapter under PEFT's names, and 
 would not apply as it was trained: with what `export` does about it, or that it is refused.
 """
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -132,12 +131,6 @@ def read(folder: Path, *, base: Path | None = None, columns: pairing.Order | Non
     files, findings = _files(folder), []
     where = _weight_map(folder) if len(files) > 1 or files[0].name != contract.WEIGHTS else None
     config = read_object(_inside(folder, contract.CONFIG), most=peft_config.MOST_CONFIG_BYTES)
-    try:
-        json.dumps(config, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise MixfuseError(
-            f"{folder / contract.CONFIG}: holds half a surrogate pair, which is no text", kind="adapter"
-        ) from None
     if len(files) > 1 or files[0].name != contract.WEIGHTS:
         findings.append(
             Finding(

@@ -11,7 +11,7 @@ import numpy
 
 from mixfuse.contracts import adapter as contract
 from mixfuse.contracts.adapter_weights import Array, check_pairs
-from mixfuse.contracts.errors import MixfuseError
+from mixfuse.contracts.errors import MixfuseError, printable
 from mixfuse.contracts.families import family_of
 from mixfuse.train.adapters import foreign
 from mixfuse.train.adapters.foreign import Finding, Foreign
@@ -70,7 +70,7 @@ class Inspection:
         for finding in self.findings:
             lines.append(f"  wrong    {finding.what}")
             lines.append(f"           {f'export: {finding.mend}' if finding.mend else 'refused'}")
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))
 
     def _not(self, who: str) -> str:
         count = sum(not getattr(finding, who) for finding in self.findings)

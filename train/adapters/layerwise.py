@@ -20,9 +20,11 @@ from transformers.initialization import no_init_weights
 
 from mixfuse.contracts import adapter as contract
 from mixfuse.contracts.adapter_weights import safetensors_header
+from mixfuse.contracts.bounded_json import read_object
 from mixfuse.contracts.errors import MixfuseError
-from mixfuse.contracts.families import family_of
-from mixfuse.contracts.files import read_json, write_json
+from mixfuse.contracts.families import config_of, family_of
+from mixfuse.contracts.files import write_json
+from mixfuse.contracts.peft_config import MOST_CONFIG_BYTES
 from mixfuse.train.model.family_classes import classes_of
 from mixfuse.train.model.load import Checkpoint
 
@@ -111,7 +113,7 @@ class _Base:
 
     def __init__(self, base: Path, device: torch.device, alter: Alter | None) -> None:
         family = family_of(base)
-        family.shape(read_json(base / "config.json"))  # refuses variants that are not supported
+        family.shape(config_of(base))  # refuses variants that are not supported
         self._classes = classes_of(family.model_type)
         self._config = self._classes.config.from_pretrained(base, local_files_only=True)
         self._checkpoint = Checkpoint(base, family)
@@ -174,7 +176,7 @@ class _Adapter:
     def __init__(self, folder: Path) -> None:
         from safetensors import safe_open
 
-        self._config = read_json(folder / contract.CONFIG)
+        self._config = read_object(folder / contract.CONFIG, most=MOST_CONFIG_BYTES)
         self._file = safe_open(folder / contract.WEIGHTS, framework="pt")
         self._folder = folder
         self._names: dict[int, list[str]] = {}

@@ -16,9 +16,8 @@ import torch
 
 from mixfuse.contracts.bounded_json import shortened
 from mixfuse.contracts.errors import MixfuseError
-from mixfuse.contracts.families import family_of
+from mixfuse.contracts.families import config_of, family_of
 from mixfuse.contracts.family import Family, Shape
-from mixfuse.contracts.files import read_json
 from mixfuse.contracts.linear_patterns import Pattern
 from mixfuse.contracts.peft_config import is_plain_name, refusals
 
@@ -64,7 +63,7 @@ def convert(weights: Weights, config: dict[str, Any], base: Path, *, source: Pat
         MixfuseError: vLLM cannot serve the adapter, or it does not fit the base.
     """
     family = family_of(base)
-    shape = family.shape(read_json(base / "config.json"))
+    shape = family.shape(config_of(base))
     _check_supported(config, source)
     config = {**config, "init_lora_weights": True}  # the factors are no start any more
     ranks = ByModule(config, "rank_pattern", "r", source)

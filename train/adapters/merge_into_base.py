@@ -18,6 +18,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from mixfuse.contracts import adapter as contract
 from mixfuse.contracts.adapter import PARITY_TOLERANCE
+from mixfuse.contracts.bounded_json import read_object
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.files import atomic_file, disk_errors, read_json, write_json
 from mixfuse.train.adapters.factors import Factors, Pair, TensorFile
@@ -112,7 +113,10 @@ def merge(directory: Path, out: Path, *, base: Path | None = None, check: bool |
 def _weight_files(base: Path) -> list[Path]:
     """The files that transformers loads: those of the index, or all without an index."""
     if (base / _INDEX).is_file():
-        names = set(read_json(base / _INDEX).get("weight_map", {}).values())
+        named = read_object(base / _INDEX, most=contract.MOST_TEXT_BYTES).get("weight_map")
+        if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
+            raise MixfuseError(f"{base / _INDEX}: has no weight_map")
+        names = set(named.values())
         return [base / name for name in sorted(names)]
     return sorted(base.glob("*.safetensors"))
 

@@ -15,9 +15,8 @@ from transformers.integrations.deepspeed import deepspeed_config, is_deepspeed_z
 from transformers.modeling_utils import set_zero3_state
 
 from mixfuse.contracts.errors import MixfuseError
-from mixfuse.contracts.families import family_of
+from mixfuse.contracts.families import config_of, family_of
 from mixfuse.contracts.family import Family
-from mixfuse.contracts.files import read_json
 from mixfuse.train.model import expert_lora
 from mixfuse.train.model.family_classes import classes_of
 from mixfuse.train.model.quantised import pack
@@ -46,7 +45,7 @@ def load_base(
             f"base with: mixfuse base build {base}"
         )
     family = family_of(base)
-    family.shape(read_json(base / "config.json"))  # refuses variants that are not supported
+    family.shape(config_of(base))  # refuses variants that are not supported
     expert_lora.register()
     settings = {
         "dtype": dtype,
