@@ -6,12 +6,12 @@ One own engine, several replicas and external engines are all used alike; only `
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Awaitable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from itertools import count
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import NamedTuple, Self, TypeVar
 
 from mixfuse.contracts.agreement import deviation
 from mixfuse.contracts.errors import MixfuseError
@@ -22,6 +22,7 @@ from mixfuse.serve.vllm_api import VllmApi, engine_error
 from mixfuse.serve.vllm_arguments import split_of
 
 logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
 
 # Nats. Engines with the same base and adapter differ by rounding, in bfloat16 by hundredths; engines with another
 # adapter or base differ by whole nats.
@@ -120,6 +121,14 @@ class EngineGroup:
             yield Address(replica.api.url, replica.api.api_key)
         finally:
             replica.in_flight -= 1
+
+    async def ready(self) -> None:
+        """Returns once an engine is ready for requests; waits for one up to the config's `restart.wait_s`.
+
+        Raises:
+            MixfuseError: None is in time, or all were given up (kind "engine").
+        """
+        await self._once(lambda: self.running or None)
 
     async def load_adapter(self, name: str, path: Path) -> None:
         """Loads an adapter into every ready engine, or into none. Other engines load it before they are ready again.
@@ -237,10 +246,7 @@ class EngineGroup:
         return ready
 
     async def _pick(self, model: str) -> Replica:
-        clock = asyncio.get_running_loop().time
-        end = clock() + self.config.restart.wait_s
-        while True:
-            self._replica_changed.clear()
+        def able() -> Replica | None:
             ready = [replica for replica in self.replicas if replica.ready]
             able = [replica for replica in ready if model not in replica.lost]
             if able:
@@ -249,6 +255,18 @@ class EngineGroup:
                 return min(order, key=lambda replica: replica.in_flight)
             if ready and not any(model in replica.mending for replica in ready):
                 raise engine_error(ready[0].lost[model])
+            return None
+
+        return await self._once(able)
+
+    async def _once(self, found: Callable[[], Result | None]) -> Result:
+        """What a look at the engines finds, as soon as it finds something."""
+        clock = asyncio.get_running_loop().time
+        end = clock() + self.config.restart.wait_s
+        while True:
+            self._replica_changed.clear()
+            if (result := found()) is not None:
+                return result
             if self.replicas and all(replica.failure for replica in self.replicas):
                 raise engine_error(self._why_away())
             try:

@@ -42,6 +42,10 @@ class AdapterEngine(Protocol):
 
     base_model_name: str
 
+    async def ready(self) -> None:
+        """Returns once an engine is ready; raises if it has waited for one in vain."""
+        ...
+
     async def load_adapter(self, name: str, path: Path) -> None:
         """Loads an adapter, which then answers as model `name`."""
         ...
@@ -224,6 +228,7 @@ class Slots:
         self._room = asyncio.Lock()  # residencies that need a place take turns, in the order of asking
         self._engine_turn = asyncio.Lock()  # the engine loads or unloads one adapter at a time
         self._tasks: set[asyncio.Task[None]] = set()
+        self._waiting: set[asyncio.Future[None]] = set()  # loads that have not begun, as no engine is ready
 
     @property
     def loaded(self) -> int:
@@ -284,7 +289,9 @@ class Slots:
             await self._end(residency)
 
     async def close(self) -> None:
-        """Waits for the loads and unloads in progress."""
+        """Waits for the loads and unloads in progress. Loads that wait for an engine are given up."""
+        for waiting in self._waiting:
+            waiting.cancel()
         while self._tasks:
             await asyncio.wait(self._tasks)
 
@@ -325,6 +332,12 @@ class Slots:
         assert revision.copy is not None  # noqa: S101 - the base is never loaded
         while previous := self._residencies.get(revision.model):  # the revision's last residency is about to end
             await previous.unloaded.wait()
+        waiting = asyncio.ensure_future(self._engine.ready())
+        self._waiting.add(waiting)
+        try:
+            await waiting
+        finally:
+            self._waiting.discard(waiting)
         async with self._engine_turn:
             began = time.monotonic()
             try:

@@ -58,6 +58,9 @@ class ScriptedEngine:
     async def at(self, model: str) -> AsyncIterator[Address]:
         yield Address(self._upstream.base_url, None)
 
+    async def ready(self) -> None:
+        pass
+
     async def load_adapter(self, name: str, path: Path) -> None:
         self.loaded.add(name)
         self._upstream.models[name] = self._scripts[path.name]

@@ -51,6 +51,9 @@ class FakeEngine:
         if what in self.fail:
             raise self.fail[what]
 
+    async def ready(self) -> None:
+        pass
+
     async def load_adapter(self, name: str, path: Path) -> None:
         await self._step("load", name)
         assert name not in self.loaded, "vLLM refuses a name that is loaded"

@@ -40,6 +40,7 @@ from mixfuse.serve.engine import EngineConfig, Restart
 from mixfuse.serve.engine_group import EngineGroup, per_replica
 from mixfuse.serve.roles import RoleTable
 from mixfuse.serve.supervisor import OwnEngine, Replica, Wanted
+from mixfuse.serve.swap import Swapper
 from mixfuse.serve.vllm_api import VllmApi
 
 PROGRAM = [sys.executable, str(Path(__file__).parent / "stand_in.py")]
@@ -147,6 +148,8 @@ async def test_who_waits_too_long_is_told_so(base: Path, in_place_of_vllm):
             async with group.at("base"):
                 pass
         assert caught.value.kind == "engine"
+        with pytest.raises(MixfuseError, match=r"no engine was ready within 0\.1 s \(the engine died"):
+            await group.ready()
         with pytest.raises(MixfuseError, match="no engine is ready"):
             await group.load_adapter("a", adapter(base, "a"))
 
@@ -614,6 +617,40 @@ async def test_each_data_parallel_copy_is_asked_alone_and_uses_what_its_cache_mu
         others[0].asked.clear()
         await group.load_adapter("b", adapter(external.base, "b"))
         assert sorted(others[0].asked) == [(str(rank), "a") for rank in range(3)]
+
+
+async def test_a_role_that_has_to_be_loaded_waits_for_an_engine(
+    external: EngineConfig, others: list[StandIn], made: Callable[..., Path]
+):
+    """As a role that is loaded does: a request may not hang on which of them had a place when the engines went away."""
+    async with EngineGroup(external, logs=external.base) as group:
+        swapper = table(SayingEngines(group), "domain", "judge", max_loaded=1)
+        for role in ("domain", "judge"):
+            await swapper.swap(role, made(1, role))
+        for stand_in in others:
+            stand_in.stop()
+        await eventually(lambda: not group.running)
+        waiting = []
+        for role in ("domain", "judge"):  # `judge` has the place, and makes room
+            waiting.append(asyncio.create_task(answering(swapper, role)))
+            done, _ = await asyncio.wait(waiting, timeout=0.3)
+            assert not done
+        others[1].start()
+        assert [(await task).partition("@")[0] for task in waiting] == ["domain", "judge"]
+        others[1].stop()
+        await eventually(lambda: not group.running)
+        waiting = [asyncio.create_task(answering(swapper, "domain"))]
+        await asyncio.sleep(0.1)
+        async with asyncio.timeout(30):
+            await swapper.close()  # the server ends now, not after wait_s
+        waiting[0].cancel()
+        await asyncio.wait(waiting)
+
+
+async def answering(swapper: Swapper, role: str) -> str:
+    """The model that answers for a role, once it can."""
+    async with swapper.table.lease(role) as revision, swapper.table.engine.at(revision.model):
+        return revision.model
 
 
 async def test_one_engine_of_someone_else_is_enough_to_begin(external: EngineConfig, others: list[StandIn]):
