@@ -1,6 +1,6 @@
 """Swapping adapters under load: failures, answers of wrong revisions, latencies, and memory that is left behind.
 
-    nice python benchmarks/hot_swap.py [--base DIR] [--swaps 200] [--slots 2] [--json] [--smoke]
+    nice python benchmarks/hot_swap.py [--base DIR] [--swaps 200] [--still 0] [--slots 2] [--json] [--smoke]
 
 Runs the real `mixfuse serve` (vLLM and the gateway) with three roles and fewer places for adapters, and keeps the roles
 busy without pause: each by its name, `judge` also through `best_of`, `synthesizer` through `merge`. Meanwhile it makes
@@ -8,8 +8,8 @@ busy without pause: each by its name, `judge` also through `best_of`, `synthesiz
 adapter that vLLM would load and ignore. Two meet a failure: a full disk under the trace database, and an engine killed
 in mid-swap. Between them, another role's file is copied over a serving directory, a serving directory is removed, and
 an adapter is deleted in the engine. Before each swap, the same time is measured without a swap, so that both latencies
-have the same load and length. Then `--swaps` good swaps follow without pause, for memory, until `--minutes` have
-passed.
+have the same load and length. Then memory is looked at: `--still` times with nothing swapped, and after each of
+`--swaps` good swaps that follow without pause, until `--minutes` have passed.
 
 An answer by a role's name is checked: its log-probabilities must be those that PEFT computed for the revision that is
 said to have answered, before the server was started.
@@ -77,6 +77,8 @@ SMOKE = (
 )
 FAULTS = ("file copied over", "directory removed", "deleted in the engine")
 """What befalls a role that serves; nothing is swapped."""
+STILL = ", still"
+"""Ends the names of memory that was looked at while nothing was swapped."""
 REFUSED = ("tampered file", "wrong base", "tensor not finite", "ignored by the engine")
 
 
@@ -361,15 +363,17 @@ class ServerUnderLoad:
     def _good(self, role: str) -> list[Path]:
         return sorted(self.adapters.glob(f"{role}-[0-9]*"))
 
+    def usual_s(self) -> float:
+        """The median length of a swap."""
+        return statistics.median([past.ended - past.began for past in self.steps if past.done] or [_FIRST_S])
+
     async def step(self, kind: str, role: str, *, sham: bool = False) -> Step:
         """Makes a step of the plan. With `sham`, it first measures the median length of a swap without a swap."""
         step = Step(kind, role)
         if sham:
             await asyncio.sleep(_PAUSE_S)
             began = time.monotonic()
-            await asyncio.sleep(
-                statistics.median([past.ended - past.began for past in self.steps if past.done] or [_FIRST_S])
-            )
+            await asyncio.sleep(self.usual_s())
             step.sham = (began, time.monotonic())
             await asyncio.sleep(_PAUSE_S)
         actions: dict[str, Callable[[Step], Awaitable[None]]] = {
@@ -686,18 +690,15 @@ def show(figures: dict[str, Any]) -> list[str]:
     ]
     for name, memory in figures["memory_mib"].items():
         spread = 2 * memory["standard_error"]
-        goals.append(
-            (
-                f"{name}'s memory a swap, MiB",
-                "flat",
-                f"{memory['slope']:+.3f} ± {spread:.3f} ({memory['first']:.0f} → {memory['last']:.0f})",
-                memory["slope"] - spread <= 0.02,
-            )
-        )
+        slope_ = f"{memory['slope']:+.3f} ± {spread:.3f} ({memory['first']:.0f} → {memory['last']:.0f})"
+        if name.endswith(STILL):
+            goals.append((f"{name.removesuffix(STILL)}'s memory in as long without a swap, MiB", "", slope_, True))
+        else:
+            goals.append((f"{name}'s memory a swap, MiB", "flat", slope_, memory["slope"] - spread <= 0.02))
     table(
         "Hot swap",
         ["", "goal", "measured", ""],
-        [[what, goal, value, "met" if met else "MISSED"] for what, goal, value, met in goals],
+        [[what, goal, value, ("met" if met else "MISSED") if goal else ""] for what, goal, value, met in goals],
     )
     rows = [[kind, count, figures["refused"].get(kind, "swapped")] for kind, count in figures["steps"].items()]
     table("What was swapped", ["", "times", "the server said"], rows)
@@ -728,7 +729,14 @@ async def measure(
 ) -> dict[str, Any]:
     plan = [step for step in (SMOKE if arguments.smoke else PLAN) if disk or step[0] != "full disk"]
     more = 3 if arguments.smoke else arguments.swaps
-    memory: dict[str, list[float]] = {"gateway": [], "engine": []}
+    memory: dict[str, list[float]] = {
+        name: [] for phase in (STILL, "") for name in (f"gateway{phase}", f"engine{phase}")
+    }
+
+    def remember(phase: str) -> None:
+        memory["gateway" + phase].append(server.memory_info().rss / 2**20)
+        memory["engine" + phase].append(sum(rss_mib(child) for child in server.children()))
+
     began = time.monotonic()
     async with open_session() as session:
         loaded = ServerUnderLoad(session, url, server, adapters, disk, engine=engine)
@@ -743,12 +751,16 @@ async def measure(
             for number, (kind, role) in enumerate(plan):
                 note(f"{number + 1} of {len(plan)}, {len(traffic.requests)} requests")
                 await loaded.step(kind, role, sham=True)
+            for number in range(arguments.still):
+                await asyncio.sleep(loaded.usual_s())
+                remember(STILL)
+                if number % 10 == 9:
+                    note(f"{number + 1} of {arguments.still} times with nothing swapped")
             for number, role in zip(range(more), itertools.cycle(ROLES), strict=False):
                 if time.monotonic() - began > arguments.minutes * 60:
                     break
                 await loaded.step("good", role)
-                memory["gateway"].append(server.memory_info().rss / 2**20)
-                memory["engine"].append(sum(rss_mib(child) for child in server.children()))
+                remember("")
                 if number % 10 == 9:
                     note(f"{number + 1} of {more} further swaps, {len(traffic.requests)} requests")
             requests = traffic.requests[warm:]
@@ -847,6 +859,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--base", type=Path, help="the base model (default: a random two-layer one)")
     parser.add_argument("--swaps", type=int, default=200, help="further good swaps, for memory (default 200)")
+    parser.add_argument(
+        "--still", type=int, default=0, help="before them, times as long as a swap with nothing swapped (default 0)"
+    )
     parser.add_argument("--slots", type=int, default=2, help="places for adapters in the engine (default 2)")
     parser.add_argument("--minutes", type=float, default=60, help="no further swap after so long (default 60)")
     parser.add_argument("--clients", type=int, default=1, help="that ask at once, for each role (default 1)")
