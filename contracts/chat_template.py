@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from mixfuse.contracts.bounded_json import open_regular, shortened
 from mixfuse.contracts.errors import MixfuseError
-from mixfuse.contracts.files import read_json
+from mixfuse.contracts.files import read_json, shown
 
 FOLD = """\
 {%- set folded = namespace(messages=[], system='') -%}
@@ -110,7 +110,7 @@ def chosen(found: str | Mapping[str, str] | None, base: Path, wanted: str | None
         try:
             return read_file(Path(wanted))
         except MixfuseError as error:
-            why = str(error).removeprefix(f"{wanted}: ")
+            why = str(error).removeprefix(f"{shown(wanted)}: ")
             raise MixfuseError(
                 f"chat_template: {shortened(repr(wanted), 200)} is neither a readable file ({shortened(why, 120)}) nor "
                 f"a template of {base}, which has {shortened(', '.join(sorted(named)), 200) or 'none'}"

@@ -452,7 +452,7 @@ class TraceConfig(Strict):
         store_text: Whether prompts and answers are stored. Without them a trace still has calls, tokens, cost, times
             and verdicts, but no preference data can be made from it.
         spool: The folder, on a local disk, of traces that are not in the database yet; unset: beside a SQLite file, or
-            runs/trace-spool.
+            a folder for each database in runs/trace-spool.
     """
 
     retention_days: Positive | None = None

@@ -110,7 +110,7 @@ BOUNDS = {
     ),
     "probes._LOOK_S": Bounds(0.05, 2, "an engine that has become idle is not left so"),
     "probes._MOST_PAUSED_S": Bounds(30, 300, "with the probes well below client._CHANGE_S"),
-    "probes._LOW_BATCH_TOLERANCE": Bounds(0.02, 0.3, "nats; another batch takes another kernel below float32"),
+    "agreement._LOW_BATCH_TOLERANCE": Bounds(0.02, 0.3, "nats; another batch takes another kernel below float32"),
     "agreement.LOW_TOLERANCE": Bounds(0.005, 0.05, "nats; below a trained adapter's effect; the base's drift is added"),
     "agreement.UNKNOWN_TOLERANCE": Bounds(0.2, 1, "nats; an unlikely token is a few tenths off in bfloat16"),
     "server._HUB_POLL_S": Bounds(10, 600, "the Hugging Face Hub limits the rate of requests"),

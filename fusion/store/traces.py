@@ -9,6 +9,7 @@ out of lists, named there, and counted.
 """
 
 import asyncio
+import hashlib
 import logging
 import time
 import uuid
@@ -574,7 +575,10 @@ def _without_text(trace: Trace) -> Trace:
 
 
 def _spool_beside(database: Database) -> Path:
-    return Path(f"{database.name}.spool") if "://" not in database.name else Path("runs/trace-spool")
+    """The folder of a database's own spool: what a killed gateway left goes into no other database."""
+    if "://" not in database.name:
+        return Path(f"{database.name}.spool")
+    return Path("runs/trace-spool") / hashlib.sha256(database.name.encode()).hexdigest()[:12]
 
 
 def _columns(trace: Trace, record: str) -> dict[str, Any]:

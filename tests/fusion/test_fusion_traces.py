@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from mixfuse.contracts.trace import Call, Trace, Usage
 from mixfuse.fusion.calls.ledger import Spend
 from mixfuse.fusion.config import FusionConfig, TraceConfig
 from mixfuse.fusion.store.spool import Spool
-from mixfuse.fusion.store.traces import Spent, TraceStore
+from mixfuse.fusion.store.traces import Spent, TraceStore, _spool_beside
 
 HELLO: list[Any] = [{"role": "user", "content": "why?"}]
 
@@ -246,6 +247,14 @@ async def test_traces_without_text_still_tell_what_was_used(start_gateway: Start
     assert sum(call["usage"]["prompt_tokens"] for call in found["calls"]) == body["usage"]["prompt_tokens"]
     stored = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
     assert b"the answer of" not in stored
+
+
+def test_each_database_has_a_spool_of_its_own() -> None:
+    """Those of servers had one between them: traces that a killed gateway left went into another's database."""
+    databases: list[Any] = [SimpleNamespace(name=f"postgresql://one/{name}") for name in ("a", "b")]
+    spools = set(map(_spool_beside, databases))
+    assert len(spools) == 2
+    assert {spool.parent for spool in spools} == {Path("runs/trace-spool")}
 
 
 async def test_two_gateways_share_a_database(place: str, start_gateway: StartGateway) -> None:
