@@ -168,7 +168,7 @@ async def test_a_swap_under_load_loses_no_request(server: Server, tiny):
 
     async def swap_to_and_fro() -> None:
         try:
-            for directory in (second, first, second, first):
+            for directory in (second, first):  # probes make pauses: each takes a minute beside other tests
                 before = answered
                 done = await asyncio.to_thread(mixfuse, "roles", "swap", "domain", directory, "--url", server.url)
                 assert done.returncode == 0, done.stderr
