@@ -258,10 +258,11 @@ class Prober:
             plan = plan.shortened()
         said = []
         for one, start in zip(engines, starts, strict=True):
-            pace = _Pace(one, 0.0 if urgent else _MOST_PAUSED_S)
+            pace = _Pace(one, start.costs, 0.0 if urgent else _MOST_PAUSED_S)
             said.append(await _Probed(one, model, directory, plan, pace=pace, of_base=start.base).check())
             if verdicts:
-                await pace(_check_verdicts(one, model, directory, plan, said[-1]))
+                checking = _check_verdicts(one, model, directory, plan, said[-1])
+                await pace("verdicts", len(plan.verdicts.stored), checking)
         for other in said[1:]:
             if wrong := agreement.base_fault(said[0].base, other.base, allowed=plan.batch_tolerance):
                 raise MixfuseError(wrong, kind="engine")
@@ -273,7 +274,7 @@ class Prober:
         if engine.started is None:
             return _Start()
         start = self._starts.pop(engine.started, None)
-        if start is None or len(start.base) > _MOST_KNOWN or len(start.passed) > _MOST_KNOWN:
+        if start is None or any(len(known) > _MOST_KNOWN for known in (start.base, start.passed, start.costs)):
             start = _Start()  # adapters bring their own prompts
         while len(self._starts) >= _MOST_STARTS:
             del self._starts[next(iter(self._starts))]
@@ -288,28 +289,41 @@ class _Start:
     Attributes:
         base: Prompt → log-probabilities of its base.
         passed: Adapters that have passed all probes, by their names, which have the revision.
+        costs: Kind and tokens of a piece of work → the least time that it took, in seconds.
     """
 
     base: dict[tuple[int, ...], list[float]] = field(default_factory=dict)
     passed: set[str] = field(default_factory=set)
+    costs: dict[tuple[str, int], float] = field(default_factory=dict)
 
 
 class _Pace:
     """Leaves the time of a busy engine to its requests: after each piece of work, a pause of several times its length.
 
+    A piece that waits for other requests takes longer than it costs them. So the least time counts that one of its kind
+    and size has taken.
+
     Args:
         engine: The engine.
+        costs: Those least times, in seconds.
         most: The most that all pauses take together, in seconds.
     """
 
-    def __init__(self, engine: ProbedEngine, most: float) -> None:
-        self._engine, self._left = engine, most
+    def __init__(self, engine: ProbedEngine, costs: dict[tuple[str, int], float], most: float) -> None:
+        self._engine, self._costs, self._left = engine, costs, most
 
-    async def __call__(self, work: Awaitable[Result]) -> Result:
-        """The result of some work, after the pause. An engine without other work needs none."""
+    async def __call__(self, what: str, tokens: int, work: Awaitable[Result]) -> Result:
+        """The result of some work, after the pause. An engine without other work needs none.
+
+        Args:
+            what: The kind of work.
+            tokens: Its size.
+            work: The work.
+        """
         began = time.monotonic()
         result = await work
-        pause = (time.monotonic() - began) * (1 / _SHARE - 1)
+        cost = self._costs[what, tokens] = min(time.monotonic() - began, self._costs.get((what, tokens), math.inf))
+        pause = cost * (1 / _SHARE - 1)
         while pause > 0 and self._left > 0 and await self._engine.busy():
             slept = min(pause, self._left, _LOOK_S)
             await asyncio.sleep(slept)
@@ -337,7 +351,7 @@ class _Probed:
         """Checks the adapter; returns what the engine said."""
         plan = self._plan
         base = await self._base_alone()
-        again = [await self._pace(self._read(self._base, plan.short)) for _ in range(_AGAIN)]
+        again = [await self._paced_read(self._base, plan.short) for _ in range(_AGAIN)]
         if not all(math.isfinite(value) for rows in (base, *again) for row in rows for value in row):
             raise MixfuseError("the engine's log-probabilities of its base are not finite", kind="engine")
         adapted, in_batch, base_in_batch, decoded = await self._with_adapter()
@@ -366,7 +380,7 @@ class _Probed:
         prompts, known = self._plan.prompts, self._of_base
         for numbers in self._plan.alone:
             if any(tuple(prompts[number]) not in known for number in numbers):
-                rows = await self._pace(self._read(self._base, numbers))
+                rows = await self._paced_read(self._base, numbers)
                 known.update({tuple(prompts[number]): row for number, row in zip(numbers, rows, strict=True)})
         return [known[tuple(prompt)] for prompt in prompts]
 
@@ -385,29 +399,33 @@ class _Probed:
         alone: dict[int, list[float]] = {}
         try:
             await engine.probe(self._model)
-            single = await self._pace(engine.decode(self._model, prompts[first], _DECODED))
+            writing = engine.decode(self._model, prompts[first], _DECODED)
+            single = await self._pace("write", len(prompts[first]), writing)
             for group in plan.batches:
                 beside = [number for number in group if number in plan.short] or [first]
                 writers = [number for number in group if number == last]
                 said, said_by_base, wrote, _ = await self._pace(
+                    "batch",
+                    self._tokens(group),
                     asyncio.gather(
                         self._read(self._model, group),
                         self._read(self._base, beside),
                         self._write(self._model, writers),
                         self._write(self._base, [first for _ in writers]),
-                    )
+                    ),
                 )
                 in_batch.update(zip(group, said, strict=True))
                 base_in_batch.update(zip(beside, said_by_base, strict=True))
                 written.update(zip(writers, wrote, strict=True))
             read: list[list[float]] = []
             for number, (tokens, _) in ((first, single), (last, written[last])):  # one request says both
-                row = await self._pace(engine.prompt_logprobs(self._model, [*prompts[number], *tokens]))
+                text = [*prompts[number], *tokens]
+                row = await self._pace("read", len(text), engine.prompt_logprobs(self._model, text))
                 alone[number] = row[: -len(tokens)]
                 read.append(row[-len(tokens) :])
             for numbers in plan.alone:
                 if numbers not in ([first], [last]):
-                    alone.update(zip(numbers, await self._pace(self._read(self._model, numbers)), strict=True))
+                    alone.update(zip(numbers, await self._paced_read(self._model, numbers), strict=True))
         except MixfuseError as error:
             await engine.probe(self._base)  # raises if the engine itself is gone
             # The engine is well, so the adapter is at fault: vLLM cannot send numbers that are not finite.
@@ -418,6 +436,12 @@ class _Probed:
             [base_in_batch[number] for number in plan.short],
             ([single[1], written[last][1]], read),
         )
+
+    async def _paced_read(self, model: str, numbers: Sequence[int]) -> list[list[float]]:
+        return await self._pace("read", self._tokens(numbers), self._read(model, numbers))
+
+    def _tokens(self, numbers: Sequence[int]) -> int:
+        return sum(len(self._plan.prompts[number]) for number in numbers)
 
     async def _read(self, model: str, numbers: Sequence[int]) -> list[list[float]]:
         """The log-probabilities of prompts, which are sent at once."""

@@ -414,6 +414,18 @@ async def test_probes_leave_a_busy_engines_time_to_its_requests(
         assert engine.worked / (engine.worked + engine.slept) == pytest.approx(share, abs=0.01)
 
 
+async def test_what_probes_wait_for_is_not_taken_for_their_cost(made, monkeypatch: pytest.MonkeyPatch):
+    """A full queue makes each probe take ten times as long, and costs the other requests no more."""
+    engine = BusyEngine(monkeypatch)
+    engine.started, engine.others = "1", False
+    swapper = table(engine)
+    await swapper.swap("domain", made(1))
+    engine.seconds, engine.others = 1.0, True
+    worked = engine.worked
+    await swapper.swap("domain", made(2))
+    assert engine.slept == pytest.approx(9 * (engine.worked - worked) / 10, rel=0.01)
+
+
 @pytest.mark.parametrize(("started", "longest"), [(("1", "1", "1"), 24), (("1", "1", "2"), 1015), ((None,) * 3, 1015)])
 async def test_a_rollback_does_not_wait_for_requests(
     made, stores, monkeypatch: pytest.MonkeyPatch, started: tuple[str | None, ...], longest: int
