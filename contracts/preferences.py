@@ -626,7 +626,7 @@ def _asked(row: _Row) -> list[Message]:
     if isinstance(value, str) and not value.strip():
         raise _LeftOut("rows without a question")
     messages = _messages(value) if isinstance(value, list) else _spoken(text_of(value))
-    if key == "instruction" and isinstance(row.get("input"), str):
+    if messages and key == "instruction" and isinstance(row.get("input"), str):
         text = row["input"].strip()
         messages[-1] = {
             **messages[-1],

@@ -472,6 +472,12 @@ ODD = st.sampled_from(
 )
 
 
+def test_an_instruction_without_turns_is_an_empty_question() -> None:
+    row = {"instruction": [], "input": "", "response1": "North", "response2": "Berlin", "preference": 1}
+    with pytest.raises(MixfuseError, match="'instruction' is an empty question"):
+        of(row)
+
+
 @given(data=st.data())
 @settings(max_examples=400, deadline=None)
 def test_no_row_is_a_traceback(data: st.DataObject) -> None:
