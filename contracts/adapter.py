@@ -37,7 +37,7 @@ from mixfuse.contracts.bounded_json import open_regular, read_object, reading_in
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.families import config_of, family_named
 from mixfuse.contracts.files import atomic_file, canonical_json, sha256_file, sha256_json, shown, write_json
-from mixfuse.contracts.judge_protocol import Calibration
+from mixfuse.contracts.judge_protocol import MOST_TOKENIZER_BYTES, Calibration
 from mixfuse.contracts.paths import FilePath
 from mixfuse.contracts.strict_yaml import Strict, validate
 
@@ -58,7 +58,6 @@ MOST_MANIFEST_BYTES = 4 << 20
 MOST_TEXT_BYTES = 16 << 20
 """Largest size of a JSON or Markdown file; none has a megabyte."""
 _MOST_WEIGHTS_BYTES = 1 << 38  # 256 GiB; rank 512 on every expert of Mixtral 8x22B has 62
-_MOST_TOKENIZER_BYTES = 1 << 28
 _MOST_NAME_BYTES = 128
 _MOST_FILES = 10_000
 _MOST_BESIDE = 1000  # files and folders that the manifest does not list, before a folder is not looked through
@@ -457,8 +456,8 @@ def _fingerprint(base: Path, *, exact: bool) -> Fingerprint:
     if not files:
         raise MixfuseError(f"{base}: no .safetensors weights in the folder")
     tokenizer = base / "tokenizer.json"
-    if _existing(tokenizer).stat().st_size > _MOST_TOKENIZER_BYTES:
-        raise MixfuseError(f"{tokenizer}: larger than {_MOST_TOKENIZER_BYTES >> 20} MiB, which no such file is")
+    if _existing(tokenizer).stat().st_size > MOST_TOKENIZER_BYTES:
+        raise MixfuseError(f"{tokenizer}: larger than {MOST_TOKENIZER_BYTES >> 20} MiB, which no such file is")
     weights = hashlib.sha256()
     for file in files:
         header = safetensors_header(file)

@@ -161,6 +161,12 @@ def repeats(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
     return [numbers for numbers in found.values() if len(numbers) >= _FEWEST]
 
 
+def once(prompts: Sequence[Sequence[int]]) -> list[int]:
+    """The numbers of the prompts that are not one text behind several beginnings."""
+    repeated = {number for numbers in repeats(prompts) for number in numbers}
+    return [number for number in range(len(prompts)) if number not in repeated]
+
+
 def rest(expected: Answers, measured: Answers, prompts: Sequence[Sequence[int]]) -> Rest | None:
     """What an engine shows of an adapter's effect that is no multiple of the known one.
 

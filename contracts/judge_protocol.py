@@ -217,7 +217,7 @@ def _neutral_line(line: str, speakers: bool, own: re.Pattern[str] | None) -> str
     return line
 
 
-_MOST_TOKENIZER_BYTES = 1 << 28
+MOST_TOKENIZER_BYTES = 1 << 28
 _MOST_SPECIAL, _LONGEST_SPECIAL = 20_000, 1000  # Gemma's tokenizer has 6,000, and the longest of any is of some dozen
 
 
@@ -231,9 +231,9 @@ def special_tokens(tokenizer: Path) -> re.Pattern[str] | None:
     """
     try:
         with open_regular(tokenizer) as stream:
-            content = stream.read(_MOST_TOKENIZER_BYTES + 1)
-        if len(content) > _MOST_TOKENIZER_BYTES:
-            raise ValueError(f"it is larger than {_MOST_TOKENIZER_BYTES >> 20} MiB")
+            content = stream.read(MOST_TOKENIZER_BYTES + 1)
+        if len(content) > MOST_TOKENIZER_BYTES:
+            raise ValueError(f"it is larger than {MOST_TOKENIZER_BYTES >> 20} MiB")
         added = json.loads(content).get("added_tokens", [])
         found = {str(token["content"]) for token in added if token.get("special")}
         if len(found) > _MOST_SPECIAL or max(map(len, found), default=0) > _LONGEST_SPECIAL:

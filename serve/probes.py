@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from mixfuse.contracts import agreement
 from mixfuse.contracts.adapter import Deviation, Effect, Measured, Probes, VerdictProbe, read_manifest, read_probes
-from mixfuse.contracts.agreement import FIXED_PROMPTS, Answers, Rows, repeats
+from mixfuse.contracts.agreement import FIXED_PROMPTS, Answers, Rows
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.contracts.judge_protocol import read_verdict
 from mixfuse.serve.slots import AdapterEngine, ProbedEngine
@@ -147,8 +147,7 @@ class _Plan:
     @cached_property
     def once(self) -> list[int]:
         """The numbers of the prompts without those that are one text behind several beginnings."""
-        repeated = {number for numbers in repeats(self.prompts) for number in numbers}
-        return [number for number in range(len(self.prompts)) if number not in repeated] or [0]
+        return agreement.once(self.prompts) or [0]
 
     @cached_property
     def short(self) -> list[int]:
@@ -209,8 +208,8 @@ class _Plan:
 
 def _without_repeats(stored: Probes) -> Probes:
     """The probes without the texts that are asked behind several beginnings."""
-    repeated = {number for numbers in repeats([probe.tokens for probe in stored.logprobs]) for number in numbers}
-    kept = [probe for number, probe in enumerate(stored.logprobs) if number not in repeated] or stored.logprobs
+    numbers = agreement.once([probe.tokens for probe in stored.logprobs])
+    kept = [stored.logprobs[number] for number in numbers] or stored.logprobs
     return stored.model_copy(update={"logprobs": kept, "measured": {}})
 
 

@@ -408,16 +408,24 @@ async def test_a_gateway_that_stood_still_between_the_phases_changes_nothing(
     await two.stop()
 
 
-async def test_a_gateway_that_stood_still_while_it_waits_for_others_gives_up(database: Database):
-    """They do not answer what somebody proposes who is gone."""
+async def waiting_for_an_answer(
+    database: Database, proposal: Proposal
+) -> tuple[EngineLease, EngineLease, "asyncio.Task[None]"]:
+    """Two gateways' leases; the first waits for the second's answer to what it proposes."""
     one, two = (EngineLease(database, name, ENGINES) for name in ("one", "two"))
     for lease in (one, two):
         await lease.take()
         await lease.say({"domain": 1})
-    waiting = asyncio.create_task(one.propose(Proposal("first", "domain", "first", "/first")))
+    waiting = asyncio.create_task(one.propose(proposal))
     async with asyncio.timeout(60):
         while not await two.proposals():  # noqa: ASYNC110 - another task's work
             await asyncio.sleep(0.02)
+    return one, two, waiting
+
+
+async def test_a_gateway_that_stood_still_while_it_waits_for_others_gives_up(database: Database):
+    """They do not answer what somebody proposes who is gone."""
+    one, two, waiting = await waiting_for_an_answer(database, Proposal("first", "domain", "first", "/first"))
     assert not waiting.done()
     expire(database, one.owner)
     with pytest.raises(MixfuseError, match="count it as gone"):
@@ -449,15 +457,8 @@ async def test_what_was_given_up_is_prepared_again_for_a_gateway_that_comes_back
 
 
 async def test_of_two_proposals_for_a_role_the_second_is_refused(database: Database):
-    one, two = (EngineLease(database, name, ENGINES) for name in ("one", "two"))
-    for lease in (one, two):
-        await lease.take()
-        await lease.say({"domain": 1})
     first, second = (Proposal(name, "domain", name, f"/{name}") for name in ("first", "second"))
-    waiting = asyncio.create_task(one.propose(first))
-    async with asyncio.timeout(60):
-        while not await two.proposals():  # noqa: ASYNC110 - another task's work
-            await asyncio.sleep(0.02)
+    one, two, waiting = await waiting_for_an_answer(database, first)
     assert await two.proposals() == {"domain": first}
     assert await one.proposals() == {}
     with pytest.raises(MixfuseError, match="another gateway is about to swap role 'domain'") as refused:

@@ -37,7 +37,6 @@ from mixfuse.contracts.agreement import (
     Comparison,
     Rows,
     cut_lengths,
-    repeats,
 )
 from mixfuse.contracts.errors import MixfuseError
 from mixfuse.train.adapters.export import write_manifest
@@ -116,8 +115,7 @@ class Reference:
 
     def without_repeats(self) -> "Reference":
         """The same without the texts behind several beginnings: float32 rounds too little to need them."""
-        repeated = {number for numbers in repeats(self.prompts) for number in numbers}
-        kept = [number for number in range(len(self.prompts)) if number not in repeated]
+        kept = agreement.once(self.prompts)
         rows = [[row[number] for number in kept] if row else [] for row in self.answers]
         return replace(self, prompts=[self.prompts[number] for number in kept], answers=Answers(*rows))
 
